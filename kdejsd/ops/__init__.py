@@ -1,0 +1,1 @@
+"""The ops: torch operators over the compiled kernels, with checks, autograd and fake implementations."""

@@ -1,0 +1,88 @@
+// What bindings.cpp sees of the kernels: one struct of arguments per op, and one function per op and device.
+//
+// All arrays are contiguous over their last dimensions as the shape in each comment says; a batch stride counts elements
+// from one batch item to the next and is 0 where all items share the array. `T` is float or double, as `dtype` says.
+// Pointers marked "or null" switch the thing they stand for off.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace kdejsd {
+
+enum class DType { kFloat32, kFloat64 };
+
+// What kde_forward writes per query, from e = log p_e and, for the two divergences, t = log N(query; 0, variance I).
+enum class KdeValue {
+  kLogProb,       // e
+  kJensenShannon, // log 2 - softplus(t - e)
+  kLogRatio,      // e - t
+};
+
+// The mixture itself. Bandwidths that are not positive and finite count as NaN.
+//   a[i, j]  = log_weights[j] - l log h[j] - |query[i] - centers[j]|^2 / (2 h[j]^2),  a[i, exclude[i]] = -inf
+//   log p_e(query[i]) = logsumexp_j a[i, j] - l/2 log(2 pi)
+// Without log_weights every center has weight 1/m, or 1/(m - 1) for a query that excludes one.
+struct KdeMixture {
+  DType dtype;
+  int64_t batch, n, m, l;  // m, l >= 1
+  const void* query;       // [batch, n, l]
+  const void* centers;     // [batch, m, l]
+  const void* bandwidth;   // [batch, m], or [batch, 1] where per_center is false
+  const void* log_weights; // [batch, m], or null: equal weights
+  const int64_t* exclude;  // [batch, n], the center that is left out, or -1; or null: none is
+  bool per_center;
+  int64_t query_stride, centers_stride, bandwidth_stride, log_weights_stride, exclude_stride;  // between batch items
+};
+
+// One streamed pass over the centers: the value, and its gradient for the query and for a shared bandwidth.
+struct KdeForward {
+  KdeMixture mixture;
+  KdeValue value_kind;
+  double target_variance;  // of t above; not read for kLogProb
+  void* value;             // [batch, n]
+  void* dquery;            // [batch, n, l], d value / d query; or null
+  void* dbandwidth;        // [batch, n], d log p_e / d h with kLogProb and one h for all centers; or null
+};
+
+// The transposed pass: gradients of sum_i grad[i] log p_e(query[i]), each summed over the queries in a fixed order.
+struct KdeBackward {
+  KdeMixture mixture;
+  const void* grad;      // [batch, n]
+  const void* log_prob;  // [batch, n], log p_e as kde_forward gave it
+  void* dcenters;        // [batch, m, l]; or null
+  void* dlog_weights;    // [batch, m]; or null
+  void* dbandwidth;      // [batch, m], with one h per center; or null
+};
+
+namespace cpu {
+
+void kde_forward(const KdeForward& args, int threads);
+void kde_backward(const KdeBackward& args, int threads);
+
+// Instruction sets: "v4" (AVX-512), "v3" (AVX2 with FMA), "base"; built_levels lists them, best last.
+const char* level();
+std::string built_levels();
+bool set_level(const std::string& name);  // false: this processor lacks it, or it was not built; nothing changes
+bool has_openmp();
+
+}  // namespace cpu
+
+#ifdef KDEJSD_CUDA
+namespace cuda {
+
+// Scratch memory on the device that a call needs, in bytes; the caller allocates it and passes it in. The kernels are
+// queued on the stream of that device and nothing waits for them. Errors are thrown as std::runtime_error.
+int64_t kde_forward_workspace(const KdeForward& args, int device);
+void kde_forward(const KdeForward& args, void* workspace, int device, uintptr_t stream);
+void kde_backward(const KdeBackward& args, int device, uintptr_t stream);
+
+int device_count(std::string* error);  // 0 and the reason where there is none
+int runtime_version();                 // of the static CUDA runtime, as 1000 major + 10 minor
+int driver_version();                  // 0 without a driver
+std::string built_architectures();
+
+}  // namespace cuda
+#endif
+
+}  // namespace kdejsd

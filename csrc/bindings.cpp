@@ -1,0 +1,118 @@
+// The Python face of the kernels: raw pointers, sizes and a stream handle in, nothing else. Everything is checked in
+// Python before it comes here. Optional arrays are 0.
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using kdejsd::DType;
+using kdejsd::KdeBackward;
+using kdejsd::KdeForward;
+using kdejsd::KdeMixture;
+using kdejsd::KdeValue;
+
+template <class T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+KdeMixture mixture(bool is_double, int64_t batch, int64_t n, int64_t m, int64_t l, uintptr_t query, uintptr_t centers,
+                   uintptr_t bandwidth, uintptr_t log_weights, uintptr_t exclude, bool per_center,
+                   int64_t query_stride, int64_t centers_stride, int64_t bandwidth_stride, int64_t log_weights_stride,
+                   int64_t exclude_stride) {
+  return {is_double ? DType::kFloat64 : DType::kFloat32,
+          batch,
+          n,
+          m,
+          l,
+          pointer(query),
+          pointer(centers),
+          pointer(bandwidth),
+          pointer(log_weights),
+          pointer<int64_t>(exclude),
+          per_center,
+          query_stride,
+          centers_stride,
+          bandwidth_stride,
+          log_weights_stride,
+          exclude_stride};
+}
+
+KdeForward forward(const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value, uintptr_t dquery,
+                   uintptr_t dbandwidth) {
+  return {mix, static_cast<KdeValue>(value_kind), target_variance, pointer(value), pointer(dquery),
+          pointer(dbandwidth)};
+}
+
+KdeBackward backward(const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters,
+                     uintptr_t dlog_weights, uintptr_t dbandwidth) {
+  return {mix, pointer(grad), pointer(log_prob), pointer(dcenters), pointer(dlog_weights), pointer(dbandwidth)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled kernels of kdejsd. Not an interface: use the functions of the package.";
+  m.attr("version") = KDEJSD_VERSION;
+  m.attr("compiler") = KDEJSD_COMPILER;
+
+  // The mixture goes into each call as one opaque value: built once, from checked tensors, for any of the passes.
+  py::class_<KdeMixture>(m, "KdeMixture").def(py::init(&mixture));
+
+  m.def("kde_forward_cpu", [](const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value,
+                              uintptr_t dquery, uintptr_t dbandwidth, int threads) {
+    const KdeForward args = forward(mix, value_kind, target_variance, value, dquery, dbandwidth);
+    py::gil_scoped_release release;
+    kdejsd::cpu::kde_forward(args, threads);
+  });
+  m.def("kde_backward_cpu", [](const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters,
+                               uintptr_t dlog_weights, uintptr_t dbandwidth, int threads) {
+    const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
+    py::gil_scoped_release release;
+    kdejsd::cpu::kde_backward(args, threads);
+  });
+  m.def("level", &kdejsd::cpu::level);
+  m.def("set_level", &kdejsd::cpu::set_level);
+  m.def("built_levels", &kdejsd::cpu::built_levels);
+  m.def("has_openmp", &kdejsd::cpu::has_openmp);
+
+#ifdef KDEJSD_CUDA
+  m.attr("has_cuda") = true;
+  m.def("kde_forward_workspace_cuda",
+        [](const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value, uintptr_t dquery,
+           uintptr_t dbandwidth, int device) {
+          return kdejsd::cuda::kde_forward_workspace(
+              forward(mix, value_kind, target_variance, value, dquery, dbandwidth), device);
+        });
+  m.def("kde_forward_cuda",
+        [](const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value, uintptr_t dquery,
+           uintptr_t dbandwidth, uintptr_t workspace, int device, uintptr_t stream) {
+          const KdeForward args = forward(mix, value_kind, target_variance, value, dquery, dbandwidth);
+          py::gil_scoped_release release;
+          kdejsd::cuda::kde_forward(args, pointer(workspace), device, stream);
+        });
+  m.def("kde_backward_cuda",
+        [](const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters, uintptr_t dlog_weights,
+           uintptr_t dbandwidth, int device, uintptr_t stream) {
+          const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
+          py::gil_scoped_release release;
+          kdejsd::cuda::kde_backward(args, device, stream);
+        });
+  m.def("cuda_device_count", [] {
+    std::string error;
+    const int count = kdejsd::cuda::device_count(&error);
+    return py::make_tuple(count, error);
+  });
+  m.def("cuda_runtime_version", &kdejsd::cuda::runtime_version);
+  m.def("cuda_driver_version", &kdejsd::cuda::driver_version);
+  m.def("cuda_architectures", &kdejsd::cuda::built_architectures);
+#else
+  m.attr("has_cuda") = false;
+#endif
+}

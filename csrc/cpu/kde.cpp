@@ -1,0 +1,732 @@
+// The kde op on the CPU. Compiled once per instruction set (KDEJSD_LEVEL is base, v3 or v4); dispatch.cpp chooses.
+//
+// Vector lanes hold the points that get a result: queries in the forward pass, centers in the transposed one. The other
+// side is streamed past them in tiles of kTile points and only ever broadcast, so nothing is reduced across lanes. Per
+// tile and block of QV vectors there are three steps:
+//   1. squared distances, in registers over the dimensions        -> pairs[kTile][QV]
+//   2. weights, in place: 2^(exponent - reference) or its product with an upstream gradient
+//   3. sums[l][QV] += weights * tile points, in registers over the tile
+// All points are moved by a point amid the centers and divided by the (first) bandwidth when they are packed, so that
+// what is squared and summed is of order one. Distances come from differences, never from the expanded square.
+// Sums over many points run in two levels: in registers over a tile, then over the tiles.
+
+#include "../kernels.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <new>
+
+#include "../math/log_sum_exp.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace {
+
+using kdejsd::KdeBackward;
+using kdejsd::KdeForward;
+using kdejsd::KdeMixture;
+
+constexpr int kQV = kRegisters == 32 ? 4 : 2;  // vectors of lanes in a full block
+constexpr int kRows = 6;                       // tile points whose distances are in registers at once
+constexpr int kTile = 10 * kRows;              // tile points; pairs and tile stay in the first-level cache for small l
+constexpr int kColumns = 4;                    // dimensions whose sums are in registers at once
+constexpr int64_t kStateBytes = 1 << 18;       // packed lanes of one chunk, and again its sums: half a second-level cache
+constexpr int64_t kSerialPairs = 1 << 14;      // n m (l + 8) below which a second thread costs more than it brings
+constexpr int64_t kShiftSample = 256;          // centers whose mean is the shift
+
+// An excluded pair is this far apart: the weight is 0, and 0 times it is 0.
+template <class T>
+constexpr T kExcluded = std::numeric_limits<T>::max();
+
+// The reference of a lane that has seen no weight yet: finite, so that differences from it are never inf - inf.
+template <class T>
+constexpr T kNoReference = -std::numeric_limits<T>::max() / 2;
+
+// A reference is raised only where a weight would pass 2^kHeadroom: almost always once, at the first tile.
+constexpr int kHeadroom = 40;
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// One batch item, and its points as the kernels see them
+
+template <class T>
+struct Item {
+  int64_t n, m, l;
+  const T* query;          // [n, l]
+  const T* centers;        // [m, l]
+  const T* bandwidth;      // [m] or [1]
+  const T* log_weights;    // [m] or null
+  const int64_t* exclude;  // [n] or null
+  bool per_center;
+  double h0;    // the first bandwidth: the unit of length
+  double unit;  // log(weight and normalising constant) that all kernels share without an exclusion, nats
+  T scale;      // 1 / h0
+
+  Item(const KdeMixture& mix, int64_t b)
+      : n(mix.n),
+        m(mix.m),
+        l(mix.l),
+        query(static_cast<const T*>(mix.query) + b * mix.query_stride),
+        centers(static_cast<const T*>(mix.centers) + b * mix.centers_stride),
+        bandwidth(static_cast<const T*>(mix.bandwidth) + b * mix.bandwidth_stride),
+        log_weights(mix.log_weights ? static_cast<const T*>(mix.log_weights) + b * mix.log_weights_stride : nullptr),
+        exclude(mix.exclude ? mix.exclude + b * mix.exclude_stride : nullptr),
+        per_center(mix.per_center) {
+    h0 = kdejsd::valid_bandwidth(bandwidth[0]);
+    scale = static_cast<T>(1.0 / h0);
+    unit = -static_cast<double>(l) * (std::log(h0) + 0.5 * kdejsd::kLog2Pi);
+  }
+
+  double h(int64_t j) const { return per_center ? kdejsd::valid_bandwidth(bandwidth[j]) : h0; }
+
+  // Center j's exponent is offset(j) - slope(j) * (squared distance / h0^2), in log2 units, apart from `constant`.
+  double slope(int64_t j) const { return 0.5 * kdejsd::kLog2E * precision(j); }
+  double precision(int64_t j) const { return per_center ? (h0 / h(j)) * (h0 / h(j)) : 1.0; }
+  double offset(int64_t j) const {
+    const double weight = log_weights ? kdejsd::kLog2E * static_cast<double>(log_weights[j]) : 0.0;
+    return per_center ? weight - static_cast<double>(l) * std::log2(h(j) / h0) : weight;
+  }
+
+  bool excludes(int64_t i) const { return exclude && exclude[i] >= 0 && exclude[i] < m; }
+
+  // What the log-sum-exp of query i lacks to log p_e, nats.
+  double constant(int64_t i) const {
+    return log_weights ? unit : unit - std::log(static_cast<double>(m - (excludes(i) ? 1 : 0)));
+  }
+
+  // A point amid the centers, the mean of some of them; 0 where that is not finite.
+  void find_shift(T* shift) const {
+    const int64_t count = smaller(m, kShiftSample);
+    for (int64_t k = 0; k < l; k++) shift[k] = 0;
+    for (int64_t s = 0; s < count; s++) {
+      const T* center = centers + (m * s / count) * l;
+      for (int64_t k = 0; k < l; k++) shift[k] += center[k] / static_cast<T>(count);
+    }
+    for (int64_t k = 0; k < l; k++)
+      if (!std::isfinite(shift[k])) shift[k] = 0;
+  }
+};
+
+// `vectors` vectors of lanes [first lane ...), as [l][vectors]; the lanes after the last point repeat it.
+template <class T>
+void pack_lanes(const T* points, int64_t first, int64_t count, int64_t l, const T* shift, T scale, int vectors,
+                Vec<T>* packed) {
+  T* out = reinterpret_cast<T*>(packed);
+  const int lanes = vectors * kLanes<T>;
+  for (int lane = 0; lane < lanes; lane++) {
+    const T* point = points + smaller(first + lane, count - 1) * l;
+    for (int64_t k = 0; k < l; k++) out[k * lanes + lane] = (point[k] - shift[k]) * scale;
+  }
+}
+
+// Points first ... first + count as rows [kTile][l]; rows after the last are 0 and take part in nothing but step 1.
+template <class T>
+void pack_tile(const T* points, int64_t first, int64_t count, int64_t l, const T* shift, T scale, T* rows) {
+  for (int64_t j = 0; j < count; j++) {
+    const T* point = points + (first + j) * l;
+    for (int64_t k = 0; k < l; k++) rows[j * l + k] = (point[k] - shift[k]) * scale;
+  }
+  for (int64_t i = count * l; i < ceil_div(count, kRows) * kRows * l; i++) rows[i] = 0;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Steps 1 and 3, the same in both passes
+
+template <class T, int QV>
+void squared_distances(const T* rows, int count, int64_t l, const Vec<T>* lanes, Vec<T>* pairs) {
+  for (int j = 0; j < count; j += kRows) {
+    Vec<T> sums[kRows][QV] = {};
+    const T* tile = rows + j * l;
+    for (int64_t k = 0; k < l; k++) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; r++) {
+        const Vec<T> x = broadcast(tile[r * l + k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < QV; v++) {
+          const Vec<T> difference = lanes[k * QV + v] - x;
+          sums[r][v] += difference * difference;
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < QV; v++) pairs[(j + r) * QV + v] = sums[r][v];
+  }
+}
+
+template <class T, int QV, int Columns>
+void add_columns(const T* rows, int count, int64_t l, const Vec<T>* weights, Vec<T>* sums) {
+  Vec<T> tile_sums[Columns][QV] = {};
+  for (int j = 0; j < count; j++) {
+#pragma GCC unroll 4
+    for (int c = 0; c < Columns; c++) {
+      const Vec<T> x = broadcast(rows[j * l + c]);
+#pragma GCC unroll 4
+      for (int v = 0; v < QV; v++) tile_sums[c][v] += weights[j * QV + v] * x;
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < Columns; c++)
+#pragma GCC unroll 4
+    for (int v = 0; v < QV; v++) sums[c * QV + v] += tile_sums[c][v];
+}
+
+template <class T, int QV>
+void add_weighted_rows(const T* rows, int count, int64_t l, const Vec<T>* weights, Vec<T>* sums) {
+  int64_t k = 0;
+  for (; k + kColumns <= l; k += kColumns)
+    add_columns<T, QV, kColumns>(rows + k, count, l, weights, sums + k * QV);
+  switch (l - k) {
+    case 3:
+      return add_columns<T, QV, 3>(rows + k, count, l, weights, sums + k * QV);
+    case 2:
+      return add_columns<T, QV, 2>(rows + k, count, l, weights, sums + k * QV);
+    case 1:
+      return add_columns<T, QV, 1>(rows + k, count, l, weights, sums + k * QV);
+  }
+}
+
+// The pairs of a tile [first, first + count) with lanes that one index array (per lane: a tile point, or none) excludes.
+template <class T, int QV>
+void mark_excluded(const int64_t* exclude, int64_t first_lane, int64_t lanes_end, int64_t first, int count,
+                   Vec<T>* pairs) {
+  const int64_t lanes = smaller(QV * kLanes<T>, lanes_end - first_lane);
+  for (int64_t lane = 0; lane < lanes; lane++) {
+    const int64_t row = exclude[first_lane + lane] - first;
+    if (row >= 0 && row < count) reinterpret_cast<T*>(pairs)[row * QV * kLanes<T> + lane] = kExcluded<T>;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory: one allocation per call, cut into pieces that are whole vectors
+
+struct Arena {
+  char* next;
+
+  template <class U>
+  U* take(int64_t count) {
+    U* piece = reinterpret_cast<U*>(next);
+    next += bytes<U>(count);
+    return piece;
+  }
+  template <class U>
+  static int64_t bytes(int64_t count) {
+    return ceil_div(count * static_cast<int64_t>(sizeof(U)), 64) * 64;
+  }
+};
+
+struct Memory {
+  char* base;
+  explicit Memory(int64_t bytes) : base(static_cast<char*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64))) {
+    if (!base) throw std::bad_alloc();
+  }
+  ~Memory() { std::free(base); }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+};
+
+// The tile that one thread is working on.
+template <class T>
+struct Tile {
+  T* rows;        // [kTile, l]
+  T* offset;      // [kTile], see Item; in the transposed pass the queries' log p_e
+  T* slope;       // [kTile]; in the transposed pass the queries' gradients
+  T* precision;   // [kTile]
+  Vec<T>* pairs;  // [kTile, kQV]
+
+  static int64_t bytes(int64_t l) {
+    return Arena::bytes<T>(kTile * l) + 3 * Arena::bytes<T>(kTile) + Arena::bytes<Vec<T>>(kTile * kQV);
+  }
+  Tile(Arena arena, int64_t l)
+      : rows(arena.take<T>(kTile * l)),
+        offset(arena.take<T>(kTile)),
+        slope(arena.take<T>(kTile)),
+        precision(arena.take<T>(kTile)),
+        pairs(arena.take<Vec<T>>(kTile * kQV)) {}
+};
+
+// What a chunk of lanes has gathered from the points streamed past it. A block of QV vectors that starts at vector f
+// has its sums at sums + f * l, as [l][QV].
+template <class T>
+struct State {
+  Vec<T>* reference;  // [vectors], log2 units; not used by the transposed pass
+  Vec<T>* weight;     // [vectors], sum of the weights
+  Vec<T>* moment;     // [vectors], sum of weight * squared distance, or of weight * precision
+  Vec<T>* sums;       // [vectors * l], sum of weight * point
+
+  static int64_t bytes(int64_t vectors, int64_t l) {
+    return 3 * Arena::bytes<Vec<T>>(vectors) + Arena::bytes<Vec<T>>(vectors * l);
+  }
+  State(Arena arena, int64_t vectors, int64_t l)
+      : reference(arena.take<Vec<T>>(vectors)),
+        weight(arena.take<Vec<T>>(vectors)),
+        moment(arena.take<Vec<T>>(vectors)),
+        sums(arena.take<Vec<T>>(vectors * l)) {}
+
+  void clear(int64_t vectors, int64_t l) {
+    for (int64_t v = 0; v < vectors; v++) {
+      reference[v] = broadcast(kNoReference<T>);
+      weight[v] = moment[v] = Vec<T>{};
+    }
+    for (int64_t v = 0; v < vectors * l; v++) sums[v] = Vec<T>{};
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// How the work is cut: lanes into chunks of vectors, a chunk into blocks of at most kQV, the streamed points into splits
+
+struct Plan {
+  int64_t vectors, chunks, splits, tiles, chunk_vectors;
+  int threads;
+
+  Plan(int64_t lanes, int width, int64_t streamed, int64_t l, int64_t item_bytes, int requested_threads) {
+    threads = lanes * streamed * (l + 8) < kSerialPairs ? 1 : requested_threads;
+    vectors = ceil_div(lanes, width);
+    tiles = ceil_div(streamed, kTile);
+    const int64_t fitting = smaller(16, larger(1, kStateBytes / (l * item_bytes * width * kQV))) * kQV;
+    chunks = ceil_div(vectors, fitting);
+    // Whole chunks for each thread where they divide well; otherwise each thread streams its own share of the points
+    // past every chunk, and the shares are merged. With few points to stream, smaller chunks.
+    splits = chunks >= 4 * threads || chunks % threads == 0 ? 1 : smaller(threads, tiles);
+    if (splits == 1 && chunks < threads) chunks = smaller(vectors, threads);
+    chunk_vectors = ceil_div(vectors, chunks);
+  }
+  int64_t chunk_begin(int64_t chunk) const { return vectors * chunk / chunks; }
+  int64_t tile_begin(int64_t split) const { return tiles * split / splits; }
+};
+
+// f(width, first vector) over the blocks of a chunk, the widths as even as they can be.
+template <class F>
+void for_blocks(int64_t vectors, F f) {
+  const int64_t blocks = ceil_div(vectors, kQV);
+  for (int64_t b = 0; b < blocks; b++) {
+    const int64_t first = vectors * b / blocks;
+    f(static_cast<int>(vectors * (b + 1) / blocks - first), first);
+  }
+}
+
+// Calls f.run<width>() with the width as a compile-time constant.
+template <class F>
+void with_width(int width, F f) {
+  switch (width) {
+    case 1:
+      return f.template run<1>();
+    case 2:
+      return f.template run<2>();
+    case 3:
+      return f.template run<kQV >= 3 ? 3 : 1>();
+    case 4:
+      return f.template run<kQV >= 4 ? 4 : 1>();
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward
+
+// What rides along with the log-sum-exp.
+enum class Moment { kNone, kDistance, kPrecision };
+
+// Step 2: the exponents' maximum, the reference, then the weights in place of the squared distances.
+template <class T, int QV, Moment M>
+void forward_weights(const Tile<T>& tile, int count, int64_t sum_vectors, Vec<T>* reference, Vec<T>* weight,
+                     Vec<T>* moment, Vec<T>* sums) {
+  Vec<T>* pairs = tile.pairs;
+  Vec<T> top[QV];
+  for (int v = 0; v < QV; v++) top[v] = broadcast(-std::numeric_limits<T>::infinity());
+  for (int j = 0; j < count; j++) {
+    const Vec<T> offset = broadcast(tile.offset[j]), slope = broadcast(tile.slope[j]);
+#pragma GCC unroll 4
+    for (int v = 0; v < QV; v++) {
+      const Vec<T> x = offset - slope * pairs[j * QV + v];
+      top[v] = x > top[v] ? x : top[v];
+    }
+  }
+  for (int v = 0; v < QV; v++) {
+    if (__builtin_expect(!any<T>(top[v] > reference[v] + T(kHeadroom)), 1)) continue;
+    const Vec<T> raised = top[v] > reference[v] ? top[v] : reference[v];
+    const Vec<T> shrink = exp2(reference[v] - raised);
+    reference[v] = raised;
+    weight[v] *= shrink;
+    moment[v] *= shrink;
+    for (int64_t k = 0; k < sum_vectors; k++) sums[k * QV + v] *= shrink;
+  }
+  Vec<T> base[QV], tile_weight[QV] = {}, tile_moment[QV] = {};
+  for (int v = 0; v < QV; v++) base[v] = reference[v];
+  for (int j = 0; j < count; j++) {
+    const Vec<T> offset = broadcast(tile.offset[j]), slope = broadcast(tile.slope[j]);
+    const Vec<T> precision = broadcast(tile.precision[j]);
+#pragma GCC unroll 4
+    for (int v = 0; v < QV; v++) {
+      const Vec<T> distance = pairs[j * QV + v];
+      Vec<T> w = exp2((offset - base[v]) - slope * distance);
+      tile_weight[v] += w;
+      if (M == Moment::kDistance) tile_moment[v] += w * distance;
+      if (M == Moment::kPrecision) {
+        w *= precision;
+        tile_moment[v] += w;
+      }
+      pairs[j * QV + v] = w;
+    }
+  }
+  for (int v = 0; v < QV; v++) {
+    weight[v] += tile_weight[v];
+    moment[v] += tile_moment[v];
+  }
+}
+
+template <class T, Moment M>
+struct ForwardBlock {
+  const Item<T>& item;
+  const Tile<T>& tile;
+  int64_t tile_first, first_lane, first_vector;
+  int count;
+  bool want_sums;
+  const Vec<T>* lanes;
+  const State<T>& state;
+
+  template <int QV>
+  void run() {
+    Vec<T>* sums = state.sums + first_vector * item.l;
+    squared_distances<T, QV>(tile.rows, count, item.l, lanes, tile.pairs);
+    if (item.exclude) mark_excluded<T, QV>(item.exclude, first_lane, item.n, tile_first, count, tile.pairs);
+    forward_weights<T, QV, M>(tile, count, want_sums ? item.l : 0, state.reference + first_vector,
+                              state.weight + first_vector, state.moment + first_vector, sums);
+    if (want_sums) add_weighted_rows<T, QV>(tile.rows, count, item.l, tile.pairs, sums);
+  }
+};
+
+template <class T>
+struct Forward {
+  const KdeForward& args;
+  Item<T> item;
+  Plan plan;
+  T* value;       // [n]
+  T* dquery;      // [n, l] or null
+  T* dbandwidth;  // [n] or null
+  const T* shift;  // [l]
+
+  // Streams split `split` of the centers past chunk `chunk` of the queries, whose packed lanes are at `lanes`.
+  template <Moment M>
+  void stream(int64_t chunk, int64_t split, const Vec<T>* lanes, const State<T>& state, const Tile<T>& tile) const {
+    const int64_t begin = plan.chunk_begin(chunk), vectors = plan.chunk_begin(chunk + 1) - begin;
+    for (int64_t t = plan.tile_begin(split); t < plan.tile_begin(split + 1); t++) {
+      const int64_t first = t * kTile;
+      const int count = static_cast<int>(smaller(kTile, item.m - first));
+      pack_tile(item.centers, first, count, item.l, shift, item.scale, tile.rows);
+      for (int j = 0; j < count; j++) {
+        tile.offset[j] = static_cast<T>(item.offset(first + j));
+        tile.slope[j] = static_cast<T>(item.slope(first + j));
+        tile.precision[j] = static_cast<T>(item.precision(first + j));
+      }
+      for_blocks(vectors, [&](int width, int64_t vector) {
+        with_width(width, ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
+                                             dquery != nullptr, lanes + vector * item.l, state});
+      });
+    }
+  }
+
+  void stream(int64_t chunk, int64_t split, const Vec<T>* lanes, const State<T>& state, const Tile<T>& tile) const {
+    state_clear(chunk, state);
+    if (item.per_center) return stream<Moment::kPrecision>(chunk, split, lanes, state, tile);
+    if (dbandwidth) return stream<Moment::kDistance>(chunk, split, lanes, state, tile);
+    stream<Moment::kNone>(chunk, split, lanes, state, tile);
+  }
+
+  void state_clear(int64_t chunk, State<T> state) const {
+    state.clear(plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk), item.l);
+  }
+
+  void pack(int64_t chunk, Vec<T>* lanes) const {
+    const int64_t begin = plan.chunk_begin(chunk);
+    for_blocks(plan.chunk_begin(chunk + 1) - begin, [&](int width, int64_t vector) {
+      pack_lanes(item.query, (begin + vector) * kLanes<T>, item.n, item.l, shift, item.scale, width,
+                 lanes + vector * item.l);
+    });
+  }
+
+  // Merges what the splits hold of block [vector, vector + width) of a chunk, and writes its queries' results.
+  void finish(int64_t chunk, int width, int64_t vector, const State<T>* splits) const {
+    const int64_t first = (plan.chunk_begin(chunk) + vector) * kLanes<T>;
+    const int64_t lanes = width * kLanes<T>;
+    for (int64_t lane = 0; lane < smaller(lanes, item.n - first); lane++) {
+      const int64_t i = first + lane;
+      const auto at = [&](const Vec<T>* vectors) {
+        return static_cast<double>(reinterpret_cast<const T*>(vectors + vector)[lane]);
+      };
+      kdejsd::LogSumExp total = {at(splits[0].reference), at(splits[0].weight)};
+      for (int64_t s = 1; s < plan.splits; s++) total.merge({at(splits[s].reference), at(splits[s].weight)});
+      double moment = 0;
+      for (int64_t s = 0; s < plan.splits; s++) moment += at(splits[s].moment) * total.share(at(splits[s].reference));
+
+      const T* query = item.query + i * item.l;
+      double square = 0;
+      if (args.value_kind != kdejsd::KdeValue::kLogProb)
+        for (int64_t k = 0; k < item.l; k++) square += static_cast<double>(query[k]) * query[k];
+      const kdejsd::KdeEpilogue end(args.value_kind, total.nats() + item.constant(i), square, item.l,
+                                    args.target_variance);
+      value[i] = static_cast<T>(end.value);
+      if (dbandwidth) dbandwidth[i] = static_cast<T>((moment / total.sum - static_cast<double>(item.l)) / item.h0);
+      if (!dquery) continue;
+      const double mass = item.per_center ? moment : total.sum;  // sum of weight * precision
+      for (int64_t k = 0; k < item.l; k++) {
+        double sum = 0;
+        for (int64_t s = 0; s < plan.splits; s++) {
+          const T* sums = reinterpret_cast<const T*>(splits[s].sums + vector * item.l);
+          sum += static_cast<double>(sums[k * lanes + lane]) * total.share(at(splits[s].reference));
+        }
+        const double packed = static_cast<double>((query[k] - shift[k]) * item.scale);
+        const double score = (sum - packed * mass) / (total.sum * item.h0);
+        dquery[i * item.l + k] = static_cast<T>(end.gradient(score, static_cast<double>(query[k])));
+      }
+    }
+  }
+};
+
+template <class T>
+void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
+  const KdeMixture& mix = args.mixture;
+  const Plan plan(mix.n, kLanes<T>, mix.m, mix.l, sizeof(T), requested_threads);
+  const int64_t lane_bytes = Arena::bytes<Vec<T>>(plan.chunk_vectors * mix.l);
+  const int64_t state_bytes = State<T>::bytes(plan.chunk_vectors, mix.l), tile_bytes = Tile<T>::bytes(mix.l);
+  const int64_t copies = plan.splits == 1 ? plan.threads : 1;  // of the packed lanes; splits share them
+  Memory memory(Arena::bytes<T>(mix.l) + copies * lane_bytes + plan.threads * (state_bytes + tile_bytes) +
+                Arena::bytes<State<T>>(plan.threads));
+  Arena arena{memory.base};
+  T* shift = arena.take<T>(mix.l);
+  Vec<T>* lanes = arena.take<Vec<T>>(copies * lane_bytes / static_cast<int64_t>(sizeof(Vec<T>)));
+  char* states = arena.take<char>(plan.threads * state_bytes);
+  char* tiles = arena.take<char>(plan.threads * tile_bytes);
+  const int64_t lane_vectors = lane_bytes / static_cast<int64_t>(sizeof(Vec<T>));
+
+  Forward<T> pass{args, Item<T>(mix, b), plan, static_cast<T*>(args.value) + b * mix.n, nullptr, nullptr, shift};
+  if (args.dquery) pass.dquery = static_cast<T*>(args.dquery) + b * mix.n * mix.l;
+  if (args.dbandwidth) pass.dbandwidth = static_cast<T*>(args.dbandwidth) + b * mix.n;
+  pass.item.find_shift(shift);
+  State<T>* splits = arena.take<State<T>>(plan.threads);
+  for (int s = 0; s < plan.threads; s++)
+    new (splits + s) State<T>(Arena{states + s * state_bytes}, plan.chunk_vectors, mix.l);
+
+#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
+  {
+    const int thread = thread_index();
+    const Tile<T> tile(Arena{tiles + thread * tile_bytes}, mix.l);
+    if (plan.splits == 1) {
+#pragma omp for schedule(static)
+      for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
+        Vec<T>* own_lanes = lanes + thread * lane_vectors;
+        pass.pack(chunk, own_lanes);
+        pass.stream(chunk, 0, own_lanes, splits[thread], tile);
+        for_blocks(plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk),
+                   [&](int width, int64_t vector) { pass.finish(chunk, width, vector, splits + thread); });
+      }
+    } else {
+      for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
+#pragma omp single
+        pass.pack(chunk, lanes);
+#pragma omp for schedule(static)
+        for (int64_t split = 0; split < plan.splits; split++)
+          pass.stream(chunk, split, lanes, splits[split], tile);
+        const int64_t vectors = plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk);
+        const int64_t blocks = ceil_div(vectors, kQV);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) {
+          const int64_t first = vectors * block / blocks;
+          pass.finish(chunk, static_cast<int>(vectors * (block + 1) / blocks - first), first, splits);
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Transposed pass: lanes are centers, the queries are streamed
+
+// Step 2: grad * 2^(exponent - log p_e), in place of the squared distances.
+template <class T, int QV>
+void backward_weights(const Tile<T>& tile, int count, const Vec<T>* offset, const Vec<T>* slope, Vec<T>* weight,
+                      Vec<T>* moment) {
+  Vec<T>* pairs = tile.pairs;
+  Vec<T> tile_weight[QV] = {}, tile_moment[QV] = {};
+  for (int j = 0; j < count; j++) {
+    const Vec<T> log_prob = broadcast(tile.offset[j]), grad = broadcast(tile.slope[j]);
+#pragma GCC unroll 4
+    for (int v = 0; v < QV; v++) {
+      const Vec<T> distance = pairs[j * QV + v];
+      const Vec<T> w = grad * exp2((offset[v] - log_prob) - slope[v] * distance);
+      tile_weight[v] += w;
+      tile_moment[v] += w * distance;
+      pairs[j * QV + v] = w;
+    }
+  }
+  for (int v = 0; v < QV; v++) {
+    weight[v] += tile_weight[v];
+    moment[v] += tile_moment[v];
+  }
+}
+
+template <class T>
+struct BackwardBlock {
+  const Item<T>& item;
+  const Tile<T>& tile;
+  int64_t tile_first, first_lane, first_vector;
+  int count;
+  bool want_sums;
+  const Vec<T>* lanes;
+  const Vec<T>* offset;
+  const Vec<T>* slope;
+  const State<T>& state;
+
+  template <int QV>
+  void run() {
+    squared_distances<T, QV>(tile.rows, count, item.l, lanes, tile.pairs);
+    if (item.exclude) {
+      for (int j = 0; j < count; j++) {
+        const int64_t lane = item.exclude[tile_first + j] - first_lane;
+        if (lane >= 0 && lane < QV * kLanes<T>)
+          reinterpret_cast<T*>(tile.pairs)[j * QV * kLanes<T> + lane] = kExcluded<T>;
+      }
+    }
+    backward_weights<T, QV>(tile, count, offset, slope, state.weight + first_vector, state.moment + first_vector);
+    if (want_sums)
+      add_weighted_rows<T, QV>(tile.rows, count, item.l, tile.pairs, state.sums + first_vector * item.l);
+  }
+};
+
+template <class T>
+struct Backward {
+  Item<T> item;
+  Plan plan;
+  const T* grad;      // [n]
+  const T* log_prob;  // [n]
+  T* dcenters;        // [m, l] or null
+  T* dlog_weights;    // [m] or null
+  T* dbandwidth;      // [m] or null
+  const T* shift;     // [l]
+
+  void stream(int64_t chunk, Vec<T>* lanes, Vec<T>* offset, Vec<T>* slope, State<T>& state, const Tile<T>& tile) const {
+    const int64_t begin = plan.chunk_begin(chunk), vectors = plan.chunk_begin(chunk + 1) - begin;
+    state.clear(vectors, item.l);
+    for (int64_t lane = 0; lane < vectors * kLanes<T>; lane++) {
+      const int64_t j = smaller(begin * kLanes<T> + lane, item.m - 1);
+      reinterpret_cast<T*>(offset)[lane] = static_cast<T>(item.offset(j));
+      reinterpret_cast<T*>(slope)[lane] = static_cast<T>(item.slope(j));
+    }
+    for_blocks(vectors, [&](int width, int64_t vector) {
+      pack_lanes(item.centers, (begin + vector) * kLanes<T>, item.m, item.l, shift, item.scale, width,
+                 lanes + vector * item.l);
+    });
+    for (int64_t t = 0; t < plan.tiles; t++) {
+      const int64_t first = t * kTile;
+      const int count = static_cast<int>(smaller(kTile, item.n - first));
+      pack_tile(item.query, first, count, item.l, shift, item.scale, tile.rows);
+      for (int j = 0; j < count; j++) {
+        const int64_t i = first + j;
+        tile.offset[j] = static_cast<T>(kdejsd::kLog2E * (static_cast<double>(log_prob[i]) - item.constant(i)));
+        tile.slope[j] = grad[i];
+      }
+      for_blocks(vectors, [&](int width, int64_t vector) {
+        with_width(width,
+                   BackwardBlock<T>{item, tile, first, (begin + vector) * kLanes<T>, vector, count, dcenters != nullptr,
+                                    lanes + vector * item.l, offset + vector, slope + vector, state});
+      });
+    }
+    for_blocks(vectors, [&](int width, int64_t vector) { finish(begin + vector, width, vector, state); });
+  }
+
+  void finish(int64_t first_vector, int width, int64_t vector, const State<T>& state) const {
+    const int64_t first = first_vector * kLanes<T>, lanes = width * kLanes<T>;
+    const T* sums = reinterpret_cast<const T*>(state.sums + vector * item.l);
+    for (int64_t lane = 0; lane < smaller(lanes, item.m - first); lane++) {
+      const int64_t j = first + lane;
+      const double weight = static_cast<double>(reinterpret_cast<const T*>(state.weight + vector)[lane]);
+      const double moment = static_cast<double>(reinterpret_cast<const T*>(state.moment + vector)[lane]);
+      const double h = item.h(j), precision = item.precision(j);
+      if (dlog_weights) dlog_weights[j] = static_cast<T>(weight);
+      if (dbandwidth) dbandwidth[j] = static_cast<T>((moment * precision - static_cast<double>(item.l) * weight) / h);
+      if (!dcenters) continue;
+      for (int64_t k = 0; k < item.l; k++) {
+        const double packed = static_cast<double>((item.centers[j * item.l + k] - shift[k]) * item.scale);
+        const double sum = static_cast<double>(sums[k * lanes + lane]);
+        dcenters[j * item.l + k] = static_cast<T>((sum - weight * packed) * precision / item.h0);
+      }
+    }
+  }
+};
+
+template <class T>
+void backward_item(const KdeBackward& args, int64_t b, int requested_threads) {
+  const KdeMixture& mix = args.mixture;
+  Plan plan(mix.m, kLanes<T>, mix.n, mix.l, sizeof(T), requested_threads);
+  // Each center's sums run over the queries in order, whatever the number of threads: chunks only.
+  plan.splits = 1;
+  plan.chunks = larger(plan.chunks, smaller(plan.vectors, plan.threads));
+  plan.chunk_vectors = ceil_div(plan.vectors, plan.chunks);
+
+  const int64_t lane_bytes = Arena::bytes<Vec<T>>(plan.chunk_vectors * mix.l);
+  const int64_t row_bytes = Arena::bytes<Vec<T>>(plan.chunk_vectors);
+  const int64_t state_bytes = State<T>::bytes(plan.chunk_vectors, mix.l), tile_bytes = Tile<T>::bytes(mix.l);
+  const int64_t thread_bytes = lane_bytes + 2 * row_bytes + state_bytes + tile_bytes;
+  Memory memory(Arena::bytes<T>(mix.l) + plan.threads * thread_bytes);
+  Arena arena{memory.base};
+  T* shift = arena.take<T>(mix.l);
+
+  Backward<T> pass{Item<T>(mix, b),
+                   plan,
+                   static_cast<const T*>(args.grad) + b * mix.n,
+                   static_cast<const T*>(args.log_prob) + b * mix.n,
+                   nullptr,
+                   nullptr,
+                   nullptr,
+                   shift};
+  if (args.dcenters) pass.dcenters = static_cast<T*>(args.dcenters) + b * mix.m * mix.l;
+  if (args.dlog_weights) pass.dlog_weights = static_cast<T*>(args.dlog_weights) + b * mix.m;
+  if (args.dbandwidth) pass.dbandwidth = static_cast<T*>(args.dbandwidth) + b * mix.m;
+  pass.item.find_shift(shift);
+
+#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
+  {
+    Arena own{arena.next + thread_index() * thread_bytes};
+    Vec<T>* lanes = own.take<Vec<T>>(plan.chunk_vectors * mix.l);
+    Vec<T>* offset = own.take<Vec<T>>(plan.chunk_vectors);
+    Vec<T>* slope = own.take<Vec<T>>(plan.chunk_vectors);
+    State<T> state(Arena{own.take<char>(state_bytes)}, plan.chunk_vectors, mix.l);
+    const Tile<T> tile(Arena{own.take<char>(tile_bytes)}, mix.l);
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < plan.chunks; chunk++) pass.stream(chunk, lanes, offset, slope, state, tile);
+  }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Entry points of this instruction set
+
+namespace kdejsd::cpu::KDEJSD_LEVEL {
+
+void kde_forward(const KdeForward& args, int threads) {
+  if (args.mixture.n == 0) return;
+  for (int64_t b = 0; b < args.mixture.batch; b++) {
+    if (args.mixture.dtype == DType::kFloat64) {
+      forward_item<double>(args, b, threads);
+    } else {
+      forward_item<float>(args, b, threads);
+    }
+  }
+}
+
+void kde_backward(const KdeBackward& args, int threads) {
+  for (int64_t b = 0; b < args.mixture.batch; b++) {
+    if (args.mixture.dtype == DType::kFloat64) {
+      backward_item<double>(args, b, threads);
+    } else {
+      backward_item<float>(args, b, threads);
+    }
+  }
+}
+
+}  // namespace kdejsd::cpu::KDEJSD_LEVEL

@@ -1,12 +1,13 @@
-// The formulas that the CPU and the CUDA kernels share: the streamed log-sum-exp and what becomes of it at the end.
+// The formulas that the CPU and the CUDA half of the kde op share, each written once for host and device.
 //
-// All functions have internal linkage: the including files are compiled for several instruction sets, and a copy made
-// for one must not be linked for another.
+// A sum of weights is streamed as (max, sum), the number 2^max * sum, so that neither a far query nor a high dimension
+// overflows it. Infinite and missing numbers take part as follows: `max` is -inf while nothing has been added, and it
+// never takes up a NaN (fmax drops it), but `sum` does, so a NaN anywhere reaches the result.
 #pragma once
 
 #include <cmath>
 
-#include "../kernels.h"
+#include "kernels.h"
 
 #ifdef __CUDACC__
 #define KDEJSD_HD __host__ __device__
@@ -15,63 +16,91 @@
 #endif
 
 namespace kdejsd {
+// Unnamed: files that include this are compiled for several instruction sets, and the linker must not mix their copies.
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634074;   // 1 / log 2
-constexpr double kLn2 = 0.69314718055994530942;    // log 2
-constexpr double kLog2Pi = 1.8378770664093454836;  // log(2 pi)
+constexpr double kLn2 = 0.69314718055994530942;
+constexpr double kLog2E = 1.44269504088896340736;
+constexpr double kLog2Pi = 1.83787706640934548356;  // log(2 pi)
 
-// A bandwidth as the mixture counts it: NaN unless positive and finite.
-KDEJSD_HD inline double valid_bandwidth(double h) { return h > 0 && h < HUGE_VAL ? h : static_cast<double>(NAN); }
+// ----------------------------------------------------------------------------------------------------------------
+// Streaming log-sum-exp, in powers of two
 
-// sum 2^max, a partial sum of powers of 2 whose exponents may be out of any float's range. A sum that has met no term
-// has a very low but finite max, so that differences of two are never inf - inf.
-struct LogSumExp {
-  double max, sum;
-
-  // What a part with this max is to be multiplied with, to be added to this sum.
-  KDEJSD_HD inline double share(double part_max) const { return exp2(part_max - max); }
-
-  KDEJSD_HD inline void merge(const LogSumExp& part) {
-    if (part.max > max) {
-      sum *= exp2(max - part.max);
-      max = part.max;
-    }
-    sum += part.sum * share(part.max);
-  }
-
-  KDEJSD_HD inline double nats() const { return kLn2 * (max + log2(sum)); }
+template <typename T>
+struct LogSumExp2 {
+  T max;  // the largest exponent so far, -inf before the first
+  T sum;  // sum of 2^(x - exponent_base(max))
 };
 
-// log(1 + e^x) and 1 / (1 + e^-x), of full accuracy at both ends; NaN stays NaN.
-KDEJSD_HD inline double softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
-KDEJSD_HD inline double sigmoid(double x) {
-  const double e = exp(x > 0 ? -x : x);
-  return (x > 0 ? 1.0 : e) / (1.0 + e);
+// What is subtracted from the exponents: their maximum, or 0 where that is infinite and inf - inf would be NaN.
+template <typename T>
+KDEJSD_HD inline T exponent_base(T max) {
+  return std::fabs(max) < T(INFINITY) ? max : T(0);
 }
 
-// From e = log p_e(query) to what is asked for. The target is N(0, variance I), t its log-density:
-//   kLogProb         e                         gradient s_e
-//   kJensenShannon   log 2 - softplus(t - e)   gradient sigmoid(t - e) (s_e - s_t)
-//   kLogRatio        e - t                     gradient s_e - s_t
-// with the scores s_e = d e / d query and s_t = -query / variance.
-struct KdeEpilogue {
-  double value, weight, target_precision;
+// The factor that takes sums from the base of `max` to the base of the larger `new_max`; 0 for a sum of nothing.
+template <typename T>
+KDEJSD_HD inline T rescale_factor(T max, T new_max) {
+  return std::exp2(max - exponent_base(new_max));
+}
 
-  KDEJSD_HD inline KdeEpilogue(KdeValue kind, double log_prob, double squared_norm, int64_t l, double variance)
-      : value(log_prob), weight(1), target_precision(0) {
-    if (kind == KdeValue::kLogProb) return;
-    const double log_target = -0.5 * (squared_norm / variance + static_cast<double>(l) * (kLog2Pi + log(variance)));
-    const double gap = log_target - log_prob;
-    target_precision = 1 / variance;
-    value = kind == KdeValue::kLogRatio ? -gap : kLn2 - softplus(gap);
-    if (kind == KdeValue::kJensenShannon) weight = sigmoid(gap);
-  }
+template <typename T>
+KDEJSD_HD inline LogSumExp2<T> merge(LogSumExp2<T> a, LogSumExp2<T> b) {
+  const T max = std::fmax(a.max, b.max);
+  return {max, a.sum * rescale_factor(a.max, max) + b.sum * rescale_factor(b.max, max)};
+}
 
-  KDEJSD_HD inline double gradient(double score, double query) const {
-    return weight * (score + query * target_precision);
-  }
+// ----------------------------------------------------------------------------------------------------------------
+// From the sums to what the op returns, always in double
+
+// log(1 + exp(x))
+KDEJSD_HD inline double softplus(double x) { return (x > 0 ? x : 0.0) + std::log1p(std::exp(-std::fabs(x))); }
+
+// 1 / (1 + exp(-x))
+KDEJSD_HD inline double sigmoid(double x) {
+  const double small = std::exp(-std::fabs(x));
+  return (x >= 0 ? 1.0 : small) / (1.0 + small);
+}
+
+// A bandwidth that is not positive and finite counts as NaN.
+template <typename T>
+KDEJSD_HD inline T checked_bandwidth(T h) {
+  return h > T(0) && h < T(INFINITY) ? h : T(NAN);
+}
+
+// By how many equal weights a sum over the centers is divided; one that is left out does not count.
+KDEJSD_HD inline int64_t kde_count(int64_t m, bool equal_weights, int64_t exclude) {
+  return equal_weights ? m - (exclude >= 0 && exclude < m) : 1;
+}
+
+// What log p_e has beside ln 2 (max + log2 sum), where the exponents are relative to the bandwidth h. A count of 0 (the
+// only center is left out) is taken as 1: the sum is 0, and its logarithm shall be -inf rather than NaN.
+KDEJSD_HD inline double kde_log_constant(int64_t count, int64_t l, double h) {
+  return -std::log(static_cast<double>(count > 1 ? count : 1)) - static_cast<double>(l) * (std::log(h) + 0.5 * kLog2Pi);
+}
+
+template <typename T>
+KDEJSD_HD inline double kde_log_prob(LogSumExp2<T> exponents, double log_constant) {
+  const double max = exponent_base(static_cast<double>(exponents.max));
+  return kLn2 * (max + std::log2(static_cast<double>(exponents.sum))) + log_constant;
+}
+
+// log N(query; 0, variance I) of a query with this squared norm.
+KDEJSD_HD inline double normal_log_prob(double squared_norm, int64_t l, double variance) {
+  return -0.5 * (squared_norm / variance + static_cast<double>(l) * (kLog2Pi + std::log(variance)));
+}
+
+struct KdeTerm {
+  double value;
+  double weight;  // d value / d (log p_e - log p_t); for kLogProb d value / d log p_e
 };
+
+KDEJSD_HD inline KdeTerm kde_term(KdeValue kind, double log_prob, double log_target) {
+  if (kind == KdeValue::kLogProb) return {log_prob, 1.0};
+  const double log_ratio = log_prob - log_target;
+  if (kind == KdeValue::kLogRatio) return {log_ratio, 1.0};
+  return {kLn2 - softplus(-log_ratio), sigmoid(-log_ratio)};
+}
 
 }  // namespace
 }  // namespace kdejsd

@@ -1,1 +1,555 @@
-from ..reference.kde import kde_log_prob as kde_log_prob
+"""The kde op: log-density of a Gaussian mixture of m centers at n queries, streamed, with its gradients.
+
+There are three ways into the compiled kernels. Eager calls take the short one, an autograd Function around the raw call.
+Tracing (torch.compile, export, fake tensors) goes through the torch operators `kdejsd::kde` and `kdejsd::kde_backward`.
+Function transforms, forward-mode AD and devices without a kernel go to the plain reference, which composes with anything.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from .._native import cuda_problem, native
+from ..reference import kde as reference
+
+_COMPUTE_DTYPE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+_KERNEL_DEVICES = ("cpu", "cuda")
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+# KdeValue of csrc/kernels.h
+_LOG_PROB = 0
+_DIVERGENCES = {"js": 1, "kl": 2}
+
+
+def kde_log_prob(
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: float | Tensor,
+    *,
+    log_weights: Tensor | None = None,
+    exclude_self: bool | Tensor = False,
+) -> Tensor:
+    """Log-density of a kernel density estimate with normalised Gaussian kernels, in nats.
+
+    log p_e(z') = logsumexp_i [log w_i - l log h_i - |z' - z_i|^2 / (2 h_i^2)] - (l/2) log(2 pi)   (GENs, eqs. 5-6)
+
+    One streamed pass gives the value and the gradient for the queries (and for a single bandwidth); gradients for the
+    centers, the weights and a bandwidth per center take a second, deterministic pass. No n x m array is ever made,
+    except by second derivatives, function transforms and forward-mode AD, which run the plain reference.
+
+    Args:
+        query: [..., n, l], the points z'. n may be 0.
+        centers: [..., m, l], the points z_i, m at least 1.
+        bandwidth: h, positive: a number, a 0-dim tensor, or a tensor [..., m] (one per center) or [..., 1].
+        log_weights: [..., m], log w_i, used as they are; None for equal weights that sum to 1.
+        exclude_self: True leaves center i out of the density at query i (leave-one-out; the query is the centers); an
+            int64 tensor [..., n] holds for each query the index of the center to leave out, -1 for none. Equal weights
+            are 1/(m - 1) for a query that leaves one out.
+
+    Leading dimensions broadcast. All tensors share a device and a dtype: float32 and float64 are computed as such,
+    float16 and bfloat16 in float32.
+
+    Returns:
+        [..., n], float64 for float64 input and float32 otherwise. NaN in a query gives NaN at that query; NaN in a
+        center, or a bandwidth tensor with an entry that is not positive and finite, gives NaN everywhere. With the
+        environment variable KDEJSD_CHECK=1 such values are errors instead (this waits for the device).
+
+    Raises:
+        ValueError: shapes that do not match, m = 0, a bandwidth number that is not positive and finite.
+        TypeError: an argument of another type, mixed or unsupported dtypes.
+        RuntimeError: mixed devices; a CUDA tensor where CUDA cannot be used; no compiled module.
+    """
+    problem = _problem(query, centers, bandwidth, log_weights, exclude_self)
+    if _torch.transforms_active() or _torch.forward_mode_active() or query.device.type not in _KERNEL_DEVICES:
+        return _reference(problem).reshape(problem.shape)
+    if _is_traced(problem):
+        return _operator(*problem.inputs)[0].reshape(problem.shape)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in problem.inputs):
+        return _EagerKde.apply(*problem.inputs).reshape(problem.shape)  # type: ignore[no-untyped-call, no-any-return]
+    return _launch_forward(*problem.inputs)[0].reshape(problem.shape)
+
+
+def normal_divergence_terms(
+    codes: Tensor,
+    centers: Tensor,
+    bandwidth: float | Tensor,
+    variance: float,
+    divergence: str,
+    *,
+    log_weights: Tensor | None = None,
+    exclude_self: bool | Tensor = False,
+) -> Tensor | None:
+    """Terms of the divergence from N(0, variance I), value and gradient in the one pass of the kde.
+
+    Args:
+        divergence: "js" for log 2 - softplus(log p_t - log p_e), "kl" for log p_e - log p_t; the rest as in
+            `kde_log_prob`.
+
+    Returns:
+        [..., n], or None where the pass cannot be fused: when something but the codes needs a gradient, and wherever
+        the kde itself does not take the eager path. The caller then composes the terms from `kde_log_prob`.
+    """
+    if _torch.transforms_active() or _torch.forward_mode_active() or codes.device.type not in _KERNEL_DEVICES:
+        return None
+    problem = _problem(codes, centers, bandwidth, log_weights, exclude_self)
+    if _is_traced(problem):
+        return None
+    query, *others = problem.inputs
+    if torch.is_grad_enabled():
+        if any(t is not None and t.requires_grad for t in others):
+            return None
+        if query.requires_grad:
+            terms = _NormalTerms.apply(*problem.inputs, variance, divergence)  # type: ignore[no-untyped-call]
+            return terms.reshape(problem.shape)  # type: ignore[no-any-return]
+    return _launch_forward(*problem.inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0].reshape(
+        problem.shape
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks, and one shape for all
+
+
+class _Problem(NamedTuple):
+    """Checked inputs in the shapes that the kernels take: [B, ...], or [1, ...] for what all batch items share."""
+
+    query: Tensor  # [B, n, l]
+    centers: Tensor  # [B, m, l]
+    bandwidth: Tensor  # [B, m] or [B, 1]
+    log_weights: Tensor | None  # [B, m]
+    exclude: Tensor | None  # [B, n], int64
+    shape: tuple[int, ...]  # of the result
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self[:5]
+
+
+def _problem(
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: float | Tensor,
+    log_weights: Tensor | None,
+    exclude_self: bool | Tensor,
+) -> _Problem:
+    for name, value in (("query", query), ("centers", centers)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if value.ndim < 2:
+            raise ValueError(f"{name} must have shape [..., points, l], got {list(value.shape)}")
+    n, dim, m = query.shape[-2], query.shape[-1], centers.shape[-2]
+    if query.dtype not in _COMPUTE_DTYPE:
+        raise TypeError(f"query must be float32, float64, float16 or bfloat16, got {query.dtype}")
+    if centers.shape[-1] != dim or dim == 0:
+        raise ValueError(
+            "query and centers must have the same number of dimensions l, at least 1; got query "
+            f"{list(query.shape)} and centers {list(centers.shape)}"
+        )
+    if m == 0:
+        raise ValueError(f"centers must hold at least one point, got shape {list(centers.shape)}")
+    dtype = _COMPUTE_DTYPE[query.dtype]
+
+    if isinstance(bandwidth, Tensor):
+        if bandwidth.ndim > 0 and bandwidth.shape[-1] not in (1, m):
+            raise ValueError(
+                f"bandwidth must be a number, a 0-dim tensor, or [..., {m}] or [..., 1]; got {list(bandwidth.shape)}"
+            )
+        h = bandwidth if bandwidth.ndim > 0 else bandwidth.reshape(1)
+    elif isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool):
+        if not 0 < bandwidth < math.inf:
+            raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
+        h = torch.full((1,), float(bandwidth), dtype=dtype, device=query.device)
+    else:
+        raise TypeError(f"bandwidth must be a number or a tensor, got {type(bandwidth).__name__}")
+    if log_weights is not None:
+        if not isinstance(log_weights, Tensor):
+            raise TypeError(f"log_weights must be None or a tensor, got {type(log_weights).__name__}")
+        if log_weights.ndim == 0 or log_weights.shape[-1] != m:
+            raise ValueError(f"log_weights must have shape [..., {m}], one per center; got {list(log_weights.shape)}")
+
+    exclude: Tensor | None = None
+    if isinstance(exclude_self, Tensor):
+        if exclude_self.dtype != torch.int64:
+            raise TypeError(f"exclude_self must be a bool or an int64 tensor, got {exclude_self.dtype}")
+        if exclude_self.ndim == 0 or exclude_self.shape[-1] != n:
+            raise ValueError(f"exclude_self must have shape [..., {n}], one per query; got {list(exclude_self.shape)}")
+        exclude = exclude_self
+    elif not isinstance(exclude_self, bool):
+        raise TypeError(f"exclude_self must be a bool or an int64 tensor, got {type(exclude_self).__name__}")
+    elif exclude_self:
+        if n != m:
+            raise ValueError(f"exclude_self=True needs one query per center, got {n} queries and {m} centers")
+        exclude = torch.arange(n, device=query.device)
+    if exclude is not None and m == 1 and log_weights is None:
+        raise ValueError("exclude_self needs at least 2 centers, got 1")
+
+    for name, value in (("centers", centers), ("bandwidth", h), ("log_weights", log_weights), ("exclude_self", exclude)):
+        if value is None:
+            continue
+        if value.device != query.device:
+            raise RuntimeError(
+                f"{name} must be on the query's device, got {name} on {value.device} and query on {query.device}"
+            )
+        if value is not exclude and value.dtype != query.dtype and (value is centers or value.dtype != dtype):
+            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {value.dtype}")
+    if query.dtype != dtype:
+        query, centers, h = query.to(dtype), centers.to(dtype), h.to(dtype)
+        log_weights = None if log_weights is None else log_weights.to(dtype)
+    if os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling():
+        _check_values(query, centers, h, log_weights, exclude)
+
+    # The batch of the mixture: dimensions before those that every argument has anyway.
+    batches = [centers.shape[:-2], h.shape[:-1]]
+    if log_weights is not None:
+        batches.append(log_weights.shape[:-1])
+    mixture_batch = torch.broadcast_shapes(*batches)
+    batch = torch.broadcast_shapes(query.shape[:-2], mixture_batch, *([] if exclude is None else [exclude.shape[:-1]]))
+    shape = (*batch, n)
+    if math.prod(mixture_batch) == 1:
+        # One mixture for all: every query of the batch is one more query of it.
+        flat = query.expand(*batch, n, dim).reshape(1, -1, dim)
+        if exclude is not None:
+            exclude = exclude.expand(*batch, n).reshape(1, -1)
+        centers, h = centers.reshape(1, m, dim), h.reshape(1, -1)
+        log_weights = None if log_weights is None else log_weights.reshape(1, m)
+        return _Problem(flat, centers, h, log_weights, exclude, shape)
+
+    def flatten(t: Tensor, own: int) -> Tensor:
+        if math.prod(t.shape[:-own]) == 1:
+            return t.reshape(1, *t.shape[-own:])
+        return t.expand(*batch, *t.shape[-own:]).reshape(-1, *t.shape[-own:])
+
+    return _Problem(
+        query.expand(*batch, n, dim).reshape(-1, n, dim),
+        flatten(centers, 2),
+        flatten(h, 1),
+        None if log_weights is None else flatten(log_weights, 1),
+        None if exclude is None else flatten(exclude, 1),
+        shape,
+    )
+
+
+def _check_values(
+    query: Tensor, centers: Tensor, bandwidth: Tensor, log_weights: Tensor | None, exclude: Tensor | None
+) -> None:
+    """What only the data can tell, as errors (KDEJSD_CHECK=1)."""
+    for name, value in (("query", query), ("centers", centers)):
+        if bad := int((~value.isfinite()).sum()):
+            raise ValueError(f"{name} must be finite, got {bad} values that are NaN or infinite")
+    if not bool(((bandwidth > 0) & bandwidth.isfinite()).all()):
+        raise ValueError(f"bandwidth must be positive and finite, got {float(bandwidth.min())} to {float(bandwidth.max())}")
+    if log_weights is not None and not bool((log_weights < math.inf).all()):
+        raise ValueError("log_weights must be below infinity and not NaN")
+    if exclude is not None and exclude.numel() and not (-1 <= int(exclude.min()) <= int(exclude.max()) < centers.shape[-2]):
+        raise ValueError(
+            f"exclude_self must hold -1 or the index of a center, 0 to {centers.shape[-2] - 1}; "
+            f"got {int(exclude.min())} to {int(exclude.max())}"
+        )
+
+
+def _is_traced(problem: _Problem) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or _torch.dispatch_modes() > 0
+        or any(t is not None and type(t) not in _PLAIN_TENSORS for t in problem.inputs)
+    )
+
+
+def _reference(problem: _Problem) -> Tensor:
+    query, centers, bandwidth, log_weights, exclude = problem.inputs
+    return reference.kde_log_prob(
+        query, centers, bandwidth, log_weights=log_weights, exclude_self=False if exclude is None else exclude
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The raw calls
+
+
+def _mixture(
+    query: Tensor, centers: Tensor, bandwidth: Tensor, log_weights: Tensor | None, exclude: Tensor | None
+) -> tuple[Any, tuple[Tensor | None, ...]]:
+    """The kernels' arguments, and the contiguous tensors they point into, which must outlive the call."""
+    if query.is_cuda and (problem := cuda_problem()):
+        raise RuntimeError(f"query is on {query.device}, but {problem}")
+    batch, n, dim = query.shape
+    m = centers.shape[-2]
+    tensors = tuple(None if t is None else t.contiguous() for t in (query, centers, bandwidth, log_weights, exclude))
+    mixture = native().KdeMixture(
+        query.dtype == torch.float64,
+        batch,
+        n,
+        m,
+        dim,
+        *(0 if t is None else t.data_ptr() for t in tensors),
+        bandwidth.shape[-1] == m and m > 1,
+        *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in tensors),
+    )
+    return mixture, tensors
+
+
+def _launch_forward(
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: Tensor,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    want_dquery: bool = False,
+    want_dbandwidth: bool = False,
+    value_kind: int = _LOG_PROB,
+    variance: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """value [B, n], and dquery [B, n, l] and dbandwidth [B, n], each empty if not wanted."""
+    mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
+    value = query.new_empty(query.shape[:-1])
+    dquery = query.new_empty(query.shape if want_dquery else 0)
+    dbandwidth = query.new_empty(query.shape[:-1] if want_dbandwidth else 0)
+    if value.numel() == 0:
+        return value, dquery, dbandwidth
+    arguments = (mixture, value_kind, variance, value.data_ptr(), dquery.data_ptr(), dbandwidth.data_ptr())
+    if query.is_cuda:
+        device = query.device.index
+        size = native().kde_forward_workspace_cuda(*arguments, device)
+        workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
+        native().kde_forward_cuda(*arguments, workspace.data_ptr(), device, _torch.cuda_stream(device))
+    else:
+        native().kde_forward_cpu(*arguments, torch.get_num_threads())
+    return value, dquery, dbandwidth
+
+
+def _launch_backward(
+    grad: Tensor,
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: Tensor,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    log_prob: Tensor,
+    want_dcenters: bool,
+    want_dlog_weights: bool,
+    want_dbandwidth: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dcenters [B, m, l], dlog_weights [B, m] and the bandwidths' [B, m] for all B batch items, empty if not wanted."""
+    mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
+    batch, m = query.shape[0], centers.shape[-2]
+    grad, log_prob = grad.contiguous(), log_prob.contiguous()
+    dcenters = query.new_empty((batch, m, query.shape[-1]) if want_dcenters else 0)
+    dlog_weights = query.new_empty((batch, m) if want_dlog_weights else 0)
+    dbandwidth = query.new_empty((batch, m) if want_dbandwidth else 0)
+    outputs = (dcenters, dlog_weights, dbandwidth)
+    arguments = (mixture, grad.data_ptr(), log_prob.data_ptr(), *(t.data_ptr() for t in outputs))
+    if query.is_cuda:
+        native().kde_backward_cuda(*arguments, query.device.index, _torch.cuda_stream(query.device.index))
+    else:
+        native().kde_backward_cpu(*arguments, torch.get_num_threads())
+    return outputs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autograd, once for the raw calls and once for the operators
+
+
+def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+    """Gradients for the five inputs from what the forward pass saved."""
+    query, centers, bandwidth, log_weights, exclude, log_prob, dquery, dbandwidth = ctx.saved_tensors
+    need_query, need_centers, need_bandwidth, need_weights = ctx.needs_input_grad[:4]
+    per_center = bandwidth.shape[-1] > 1
+
+    def shared(t: Tensor, like: Tensor) -> Tensor:
+        return t.sum(0, keepdim=True) if like.shape[0] < t.shape[0] else t
+
+    gradients: list[Tensor | None] = [None] * 5
+    if need_query:
+        gradients[0] = grad.unsqueeze(-1) * dquery
+    if need_bandwidth and not per_center:
+        gradients[2] = shared((grad * dbandwidth).sum(-1, keepdim=True), bandwidth)
+    if need_centers or need_weights or (need_bandwidth and per_center):
+        dcenters, dlog_weights, dbandwidths = backward(
+            grad,
+            query,
+            centers,
+            bandwidth,
+            log_weights,
+            exclude,
+            log_prob,
+            need_centers,
+            need_weights,
+            need_bandwidth and per_center,
+        )
+        if need_centers:
+            gradients[1] = shared(dcenters, centers)
+        if need_bandwidth and per_center:
+            gradients[2] = shared(dbandwidths, bandwidth)
+        if need_weights:
+            gradients[3] = shared(dlog_weights, log_weights)
+    return tuple(gradients)
+
+
+def _wanted(ctx: Any, bandwidth: Tensor) -> tuple[bool, bool]:
+    return ctx.needs_input_grad[0], ctx.needs_input_grad[2] and bandwidth.shape[-1] == 1
+
+
+class _EagerKde(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
+        log_prob, dquery, dbandwidth = _launch_forward(*inputs, *_wanted(ctx, inputs[2]))  # type: ignore[arg-type]
+        ctx.save_for_backward(*inputs, log_prob, dquery, dbandwidth)
+        return log_prob
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
+            return _plain_gradients(grad, ctx.saved_tensors[:5], ctx.needs_input_grad)
+        return _gradients(ctx, grad, _launch_backward)
+
+
+class _NormalTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *inputs, variance, divergence = arguments
+        kind = _DIVERGENCES[divergence]
+        terms, dquery, _ = _launch_forward(*inputs, want_dquery=True, value_kind=kind, variance=variance)
+        ctx.save_for_backward(*inputs, dquery)
+        ctx.variance, ctx.divergence = variance, divergence
+        return terms
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *inputs, dquery = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return (grad.unsqueeze(-1) * dquery, *[None] * 6)
+        query, centers, bandwidth, log_weights, exclude = inputs
+        target = torch.distributions.Independent(
+            torch.distributions.Normal(torch.zeros_like(query[0, 0]), math.sqrt(ctx.variance), validate_args=False), 1
+        )
+        terms = reference.jsd_loss(
+            query,
+            centers,
+            bandwidth,
+            target=target,
+            log_weights=log_weights,
+            exclude_self=False if exclude is None else exclude,
+            divergence=ctx.divergence,
+            reduction="none",
+        )
+        return (*torch.autograd.grad(terms, query, grad, create_graph=True), *[None] * 6)
+
+
+def _plain_gradients(
+    grad: Tensor, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients for the five inputs by the reference, with a graph of their own (n m l memory)."""
+    query, centers, bandwidth, log_weights, exclude = inputs
+    assert query is not None and centers is not None and bandwidth is not None
+    with torch.enable_grad():
+        log_prob = _reference(_Problem(query, centers, bandwidth, log_weights, exclude, ()))
+        wanted = [t for t, need in zip(inputs[:4], needed, strict=False) if need]
+        found = iter(torch.autograd.grad(log_prob, wanted, grad, create_graph=True))  # type: ignore[arg-type]
+    return (*(next(found) if need else None for need in needed[:4]), None)
+
+
+_library = torch.library.Library("kdejsd", "DEF")  # registrations end with this object
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define(
+    "kde(Tensor query, Tensor centers, Tensor bandwidth, Tensor? log_weights, Tensor? exclude, "
+    "bool want_dquery=False, bool want_dbandwidth=False) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "kde_backward(Tensor grad, Tensor query, Tensor centers, Tensor bandwidth, Tensor? log_weights, Tensor? exclude, "
+    "Tensor log_prob, bool want_dcenters, bool want_dlog_weights, bool want_dbandwidth) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl("kde", _launch_forward, _key)
+    _library.impl("kde_backward", _launch_backward, _key)
+_operator = torch.ops.kdejsd.kde.default
+_backward_operator = torch.ops.kdejsd.kde_backward.default
+
+
+@torch.library.register_fake("kdejsd::kde", lib=_library)
+def _fake_forward(
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: Tensor,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    want_dquery: bool = False,
+    want_dbandwidth: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape[:-1]),
+        query.new_empty(query.shape if want_dquery else 0),
+        query.new_empty(query.shape[:-1] if want_dbandwidth else 0),
+    )
+
+
+@torch.library.register_fake("kdejsd::kde_backward", lib=_library)
+def _fake_backward(
+    grad: Tensor,
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: Tensor,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    log_prob: Tensor,
+    want_dcenters: bool,
+    want_dlog_weights: bool,
+    want_dbandwidth: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    per_center = (query.shape[0], centers.shape[1])
+    return (
+        query.new_empty((*per_center, query.shape[2]) if want_dcenters else 0),
+        query.new_empty(per_center if want_dlog_weights else 0),
+        query.new_empty(per_center if want_dbandwidth else 0),
+    )
+
+
+class _TracedKde(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = arguments[:5]
+        with _torch.below_autograd():
+            log_prob, dquery, dbandwidth = _operator(*inputs, *_wanted(ctx, inputs[2]))
+        ctx.save_for_backward(*inputs, log_prob, dquery, dbandwidth)
+        ctx.mark_non_differentiable(dquery, dbandwidth)
+        return log_prob, dquery, dbandwidth
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (*_gradients(ctx, grad, _backward_operator), None, None)
+
+
+def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _refuse_forward_mode("kde")
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+        return _TracedKde.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
+    with _torch.below_autograd():
+        return _operator(*arguments)  # type: ignore[no-any-return]
+
+
+def _autograd_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _refuse_forward_mode("kde_backward")
+    with _torch.below_autograd():
+        return _backward_operator(*arguments)  # type: ignore[no-any-return]
+
+
+def _refuse_forward_mode(name: str) -> None:
+    # Without this the tangent would be dropped without a word.
+    if _torch.forward_mode_active():
+        raise RuntimeError(f"torch.ops.kdejsd.{name} has no forward-mode derivative; call kdejsd.kde_log_prob")
+
+
+_library.impl("kde", _autograd_forward, "Autograd")
+_library.impl("kde_backward", _autograd_backward, "Autograd")

@@ -1,0 +1,93 @@
+"""Finds the compiled module, and says what it can do here or why it is not there."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch  # before the compiled module, which then shares torch's OpenMP runtime instead of starting a second one
+
+from ._version import __version__
+
+_INSTALL = 'pip install . in the source folder (or pip install -e . -C editable.rebuild=true) builds it'
+
+_C: ModuleType | None
+_problem = ""
+try:
+    from . import _C  # type: ignore[attr-defined, no-redef]
+except ImportError as error:
+    _C = None
+    _problem = f"it could not be imported: {error}"
+else:
+    if _C.version != __version__:
+        _problem = f"it is of version {_C.version}, the Python files are of {__version__}"
+        _C = None
+
+if _C is not None and (_forced := os.environ.get("KDEJSD_CPU_LEVEL")) and not _C.set_level(_forced):
+    raise RuntimeError(
+        f"KDEJSD_CPU_LEVEL must be one of {_C.built_levels()} that this processor can run, got {_forced!r}"
+    )
+
+
+def native() -> ModuleType:
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it is missing or of another version than the Python files.
+    """
+    if _C is None:
+        raise RuntimeError(
+            f"the compiled module of kdejsd cannot be used: {_problem}. {_INSTALL}; the functions of kdejsd.reference "
+            "work without it"
+        )
+    return _C
+
+
+def cuda_problem() -> str:
+    """Why CUDA tensors cannot be computed with, or "" if they can."""
+    if _C is None:
+        return _problem
+    if not _C.has_cuda:
+        return "kdejsd was built without CUDA: install it again where nvcc is found, with KDEJSD_CUDA=ON"
+    count, error = _C.cuda_device_count()
+    if count == 0:
+        return f"no CUDA device can be used: {error}"
+    if not torch.cuda.is_available():
+        return f"this torch ({torch.__version__}) sees no CUDA device: install a CUDA build of torch"
+    return ""
+
+
+def build_info() -> dict[str, str | int | bool]:
+    """What was built, and what of it can be used here.
+
+    Returns:
+        A flat dict: versions, the compiler, the CPU instruction set in use and those built ("v4" is AVX-512, "v3" AVX2),
+        threads, and whether CUDA was built (for which architectures), is usable, and if not, why.
+    """
+    info: dict[str, str | int | bool] = {"version": __version__, "torch": torch.__version__, "compiled": _C is not None}
+    if _C is None:
+        info["problem"] = _problem
+        return info
+    problem = cuda_problem()
+    info |= {
+        "compiler": _C.compiler,
+        "cpu_level": _C.level(),
+        "cpu_levels_built": _C.built_levels(),
+        "openmp": _C.has_openmp(),
+        "threads": torch.get_num_threads(),
+        "cuda_built": _C.has_cuda,
+        "cuda_usable": not problem,
+    }
+    if _C.has_cuda:
+        info |= {
+            "cuda_architectures": _C.cuda_architectures(),
+            "cuda_runtime": _version_text(_C.cuda_runtime_version()),
+            "cuda_driver": _version_text(_C.cuda_driver_version()),
+        }
+    if problem:
+        info["cuda_problem"] = problem
+    return info
+
+
+def _version_text(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"

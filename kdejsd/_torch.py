@@ -1,0 +1,26 @@
+"""The private names of torch that the ops need, all in one place; test_torch.py checks what each one does."""
+
+from __future__ import annotations
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+# True inside vmap, func.grad, jvp and the other function transforms.
+transforms_active = torch._C._are_functorch_transforms_active
+
+# The number of active dispatch modes: fake tensors, tracing, profiling by mode.
+dispatch_modes = torch._C._len_torch_dispatch_stack
+
+# Context in which a call goes to the device's kernel and not to the autograd one.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def forward_mode_active() -> bool:
+    """True inside a `forward_ad.dual_level`."""
+    return forward_ad._current_level >= 0
+
+
+def cuda_stream(device: int) -> int:
+    """The handle of the device's current stream."""
+    handle: int = torch._C._cuda_getCurrentRawStream(device)
+    return handle

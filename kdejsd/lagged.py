@@ -1,0 +1,221 @@
+"""The lagged kernel density of the codes: what Generative Encoding Networks compare with their target."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .bandwidth import optimal_bandwidth
+from .divergence import jsd_loss
+from .ops.kde import kde_log_prob
+from .targets import GaussianMixture, IsotropicNormal, StandardNormal, Target, sample_target, target_dim
+
+
+class LaggedKDE(nn.Module):
+    """The kernel density p_e of m codes that were computed some steps ago, and its divergence from a target p_t.
+
+    GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283), section 3 and Algorithm 1: the codes of m training examples serve
+    as the centers of a kernel density estimate and are constants of the loss; every few minibatches the caller computes
+    them anew and hands them to `refresh`.
+
+    The state_dict carries the lagged codes, the examples they belong to and the bandwidth: a module that is loaded goes
+    on where the saved one stood.
+
+    Args:
+        num_centers: m, the number of lagged codes.
+        latent_dim: l, their dimension.
+        bandwidth: h, the kernel's standard deviation; None takes `kdejsd.optimal_bandwidth` for (l, m, target).
+        target: p_t as StandardNormal, GaussianMixture or a torch Distribution over vectors; None is the standard
+            normal.
+        smoothed: compare p_e with the target convolved with the same kernel. Codes that follow the target are then the
+            optimum at any bandwidth. With the target itself (False, as in the paper) the optimum is narrower by h^2 in
+            variance, and there is none from h = 1 on.
+        divergence: "js", the paper's loss, or "kl", the log-ratio, whose gradient does not vanish where p_e >> p_t.
+
+    Attributes:
+        codes: [m, l] float32, the lagged codes, in the order of `indices`.
+        indices: [m] int64, ascending: the training example of each code; -1 where it is not known.
+        bandwidth: h as a float.
+        law: what p_e is compared with: the target, or the smoothed target.
+
+    Raises:
+        ValueError: sizes below 1, a target of another dimension, a bandwidth that is not positive and finite, an
+            unknown divergence, or `smoothed` with a target that has no `smoothed(h)`.
+    """
+
+    codes: Tensor
+    indices: Tensor
+
+    def __init__(
+        self,
+        num_centers: int,
+        latent_dim: int,
+        bandwidth: float | None = None,
+        target: Target | None = None,
+        *,
+        smoothed: bool = True,
+        divergence: Literal["js", "kl"] = "js",
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_centers", num_centers), ("latent_dim", latent_dim)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if divergence not in ("js", "kl"):
+            raise ValueError(f'divergence must be "js" or "kl", got {divergence!r}')
+        target = StandardNormal(latent_dim) if target is None else target
+        if target_dim(target) != latent_dim:
+            raise ValueError(f"target must have latent_dim = {latent_dim} dimensions, got {target_dim(target)}")
+        if smoothed and not isinstance(target, (IsotropicNormal, GaussianMixture)):
+            raise ValueError(
+                "smoothed=True needs a target that can be convolved with the kernel (StandardNormal or "
+                f"GaussianMixture), got {type(target).__name__}"
+            )
+        if bandwidth is None:
+            bandwidth = optimal_bandwidth(latent_dim, num_centers, target=target).value
+        if not 0 < bandwidth < math.inf:
+            raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
+        self.target = target
+        self.smoothed = smoothed
+        self.divergence = divergence
+        self.refreshed = False
+        self._set_bandwidth(bandwidth)
+        self.register_buffer("codes", torch.zeros(num_centers, latent_dim))
+        self.register_buffer("indices", torch.full((num_centers,), -1))
+
+    def _set_bandwidth(self, bandwidth: float) -> None:
+        self.bandwidth = float(bandwidth)
+        self.law: Target = self.target
+        if self.smoothed:
+            assert isinstance(self.target, (IsotropicNormal, GaussianMixture))
+            self.law = self.target.smoothed(self.bandwidth)
+
+    @torch.no_grad()
+    def refresh(self, codes: Tensor, indices: Tensor | None = None) -> None:
+        """Replaces the lagged codes.
+
+        Args:
+            codes: [m, l], any floating dtype; no gradient is kept.
+            indices: [m] int64, the training example that each code belongs to, all different; None when not known, in
+                which case no query's own copy can be left out.
+
+        Raises:
+            ValueError: wrong shapes, or NaN or infinity among the codes (on a GPU this would wait for the device: there
+                NaN codes give a NaN loss, and KDEJSD_CHECK=1 in the environment makes it an error).
+            TypeError: codes that are not floating, indices that are not int64.
+        """
+        if codes.shape != self.codes.shape:
+            raise ValueError(f"codes must have shape {list(self.codes.shape)}, got {list(codes.shape)}")
+        if not codes.is_floating_point():
+            raise TypeError(f"codes must be floating-point, got {codes.dtype}")
+        check_values = codes.device.type == "cpu" or os.environ.get("KDEJSD_CHECK") == "1"
+        if check_values and not bool(codes.isfinite().all()):
+            bad = int((~codes.isfinite()).any(-1).sum())
+            raise ValueError(f"codes must be finite, got NaN or infinity in {bad} of {len(codes)} codes")
+        if indices is None:
+            self.indices.fill_(-1)
+        else:
+            if indices.shape != self.indices.shape:
+                raise ValueError(f"indices must have shape {list(self.indices.shape)}, got {list(indices.shape)}")
+            if indices.dtype != torch.int64:
+                raise TypeError(f"indices must be int64, got {indices.dtype}")
+            indices, order = indices.to(
+                codes.device
+            ).sort()  # ascending, so that a query's own copy is found by bisection
+            codes = codes[order]
+            self.indices.copy_(indices)
+        self.codes.copy_(codes)
+        self.refreshed = True
+
+    def own_copy(self, index: Tensor) -> Tensor:
+        """Where the lagged code of each example stands: index [n] int64 -> positions [n] int64, -1 for none."""
+        position = torch.searchsorted(self.indices, index).clamp_(max=len(self.indices) - 1)
+        found = (self.indices[position] == index) & (index >= 0)
+        return position.where(found, -1)
+
+    def log_prob(self, z: Tensor, index: Tensor | None = None) -> Tensor:
+        """log p_e in nats at z [n, l], as [n]; `index` as in `loss`.
+
+        Raises:
+            RuntimeError: before the first refresh.
+        """
+        return kde_log_prob(self._query(z), self.codes, self.bandwidth, exclude_self=self._excluded(index))
+
+    def loss(
+        self, z: Tensor, index: Tensor | None = None, *, reduction: Literal["mean", "sum", "none"] = "mean"
+    ) -> Tensor:
+        """The latent term of the training loss at the codes of a minibatch: GENs eq. 3 for "js", E[log p_e - log p_t]
+        for "kl".
+
+        Args:
+            z: codes [n, l].
+            index: [n] int64, the training example of each code, -1 where there is none. A code whose example is among
+                the lagged ones would otherwise count its own copy, at distance almost zero, and see a density that is
+                not there; that copy is left out. None leaves nothing out.
+            reduction: "mean", "sum" or "none".
+
+        Returns:
+            The term in nats, differentiable in z: 0-dim, or [n] for "none".
+
+        Raises:
+            RuntimeError: before the first refresh.
+        """
+        return jsd_loss(
+            self._query(z),
+            self.codes,
+            self.bandwidth,
+            target=self.law,
+            exclude_self=self._excluded(index),
+            divergence=self.divergence,
+            reduction=reduction,
+        )
+
+    @torch.no_grad()
+    def jsd(self, z: Tensor, generator: torch.Generator, index: Tensor | None = None) -> Tensor:
+        """The Jensen-Shannon divergence between codes and target in nats (GENs eq. 2), estimated from z and as many
+        samples of the target, 0-dim. Codes that follow the target do not give 0 but a little more: m centers are
+        finite.
+
+        Args:
+            z: codes [n, l]. With `smoothed`, they too are convolved with the kernel, by noise from the generator.
+            generator: draws the samples; on the device of z.
+            index: as in `loss`.
+
+        Raises:
+            RuntimeError: before the first refresh.
+        """
+        samples = self._query(z)
+        if self.smoothed:
+            noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=samples.dtype)
+            samples = samples + self.bandwidth * noise
+        target_samples = sample_target(self.law, len(z), generator).to(samples)
+        return 0.5 * jsd_loss(
+            samples,
+            self.codes,
+            self.bandwidth,
+            target=self.law,
+            target_samples=target_samples,
+            exclude_self=self._excluded(index),
+        )
+
+    def _query(self, z: Tensor) -> Tensor:
+        if not self.refreshed:
+            raise RuntimeError("LaggedKDE holds no codes yet: call refresh(codes) before log_prob, loss or jsd")
+        return z.to(self.codes.dtype)
+
+    def _excluded(self, index: Tensor | None) -> bool | Tensor:
+        return False if index is None else self.own_copy(index)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"bandwidth": self.bandwidth, "refreshed": self.refreshed}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._set_bandwidth(state["bandwidth"])
+        self.refreshed = state["refreshed"]
+
+    def extra_repr(self) -> str:
+        m, dim = self.codes.shape
+        return f"{m}, {dim}, bandwidth={self.bandwidth:.4g}, smoothed={self.smoothed}, divergence={self.divergence!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -64,7 +65,13 @@ def jsd_loss(
         raise ValueError(f"divergence must be 'js' or 'kl', got {divergence!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    target = _checked_target(target, codes)
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes must be a tensor, got {type(codes).__name__}")
+    if codes.ndim < 2:
+        raise ValueError(f"codes must have shape [..., n, l], got {list(codes.shape)}")
+    target = _standard_normal(codes.shape[-1]) if target is None else target
+    if target_dim(target) != codes.shape[-1]:
+        raise ValueError(f"target must have the codes' {codes.shape[-1]} dimensions, got {target_dim(target)}")
     if target_samples is not None and (divergence, reduction) != ("js", "mean"):
         raise ValueError(
             "target_samples needs divergence='js' and reduction='mean', "
@@ -118,16 +125,9 @@ def jsd(
     return 0.5 * jsd_loss(samples, centers, bandwidth, target=target, target_samples=target_samples)
 
 
-def _checked_target(target: Target | None, codes: Tensor) -> Target:
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"codes must be a tensor, got {type(codes).__name__}")
-    if codes.ndim < 2:
-        raise ValueError(f"codes must have shape [..., n, l], got {list(codes.shape)}")
-    if target is None:
-        return StandardNormal(codes.shape[-1])
-    if (dim := target_dim(target)) != codes.shape[-1]:
-        raise ValueError(f"target must have the codes' {codes.shape[-1]} dimensions, got {dim}")
-    return target
+@functools.cache
+def _standard_normal(dim: int) -> StandardNormal:
+    return StandardNormal(dim)
 
 
 def _log_target(target: Target, z: Tensor) -> Tensor:

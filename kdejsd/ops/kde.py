@@ -209,6 +209,10 @@ def _problem(
     if os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling():
         _check_values(query, centers, h, log_weights, exclude)
 
+    lone = (query, 2), (centers, 2), (h, 1), (log_weights, 1), (exclude, 1)
+    if all(t is None or t.ndim == own for t, own in lone):  # no batch: the usual call, kept short
+        return _Problem(*(None if t is None else t.unsqueeze(0) for t, _ in lone), (n,))  # type: ignore[arg-type]
+
     # The batch of the mixture: dimensions before those that every argument has anyway.
     batches = [centers.shape[:-2], h.shape[:-1]]
     if log_weights is not None:

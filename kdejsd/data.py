@@ -134,6 +134,7 @@ class ImageData(pl.LightningDataModule):
         self.train_size = train_size
         self.seed = seed
         self._sets: tuple[ImageSet, ImageSet] | None = None
+        self.save_hyperparameters(logger=False)  # so that a checkpoint says what it was trained on
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         """All training images and the held-out images."""

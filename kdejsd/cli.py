@@ -1,0 +1,69 @@
+"""The command `kdejsd`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+import kdejsd
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command not in ("fit", "evaluate"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if args.command == "info":
+            return _info()
+        if args.command == "bandwidth":
+            return _bandwidth(args)
+        from . import training  # needs the extra `train`
+
+        return training.fit(rest) if args.command == "fit" else training.evaluate(rest)
+    except Exception as error:
+        # An error that kdejsd raises says all a user needs; anything else keeps its traceback.
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if Path(__file__).parent not in raised_in.parents:
+            raise
+        print(f"kdejsd {args.command}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kdejsd", description=kdejsd.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("fit", add_help=False, help="train a Generative Encoding Network on images; write a report")
+    commands.add_parser("evaluate", add_help=False, help="write the report of a checkpoint anew")
+    bandwidth = commands.add_parser(
+        "bandwidth",
+        help="the optimal kernel bandwidth for a latent space",
+        description="The bandwidth at which a KDE of m standard-normal samples looks most like the standard normal.",
+    )
+    bandwidth.add_argument("--latent_dim", type=int, required=True, help="l, the dimension of the codes")
+    bandwidth.add_argument("--num_centers", type=int, required=True, help="m, the number of lagged codes")
+    bandwidth.add_argument("--method", choices=["root", "fixed-point"], default="root", help="how to find it")
+    bandwidth.add_argument("--trials", type=int, default=10, help="independent sample sets (default: 10)")
+    bandwidth.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    commands.add_parser("info", help="what was built and what can be used on this machine")
+    return parser
+
+
+def _bandwidth(args: argparse.Namespace) -> int:
+    found = kdejsd.optimal_bandwidth(
+        args.latent_dim, args.num_centers, method=args.method, trials=args.trials, seed=args.seed
+    )
+    print(f"bandwidth           {found.value:.6g}")
+    print(f"standard deviation  {found.std:.2g} between {len(found.trials)} trials")
+    return 0
+
+
+def _info() -> int:
+    info = kdejsd.build_info()
+    width = max(len(name) for name in info)
+    for name, value in info.items():
+        print(f"{name:{width}}  {value}")
+    return 0

@@ -1,0 +1,339 @@
+"""What `kdejsd fit` and `kdejsd evaluate` do: training by LightningCLI, and the report folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import platform
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._extras import train_extra
+from .data import ImageData
+from .metrics import Encoded, code_measures, encode_set
+from .models import GEN, ImageGEN
+from .plots import plot_images, plot_latent, plot_reconstructions
+
+with train_extra():
+    import lightning.pytorch as pl
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+    from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+_DEFAULT_STEPS = 6000  # when neither steps, epochs nor a time are given
+_INTERRUPTED = "interrupted.ckpt"
+
+
+def fit(args: list[str]) -> int:
+    """Trains a GEN as the arguments say, writes its report and prints where it is; the exit code."""
+    _quiet()
+    cli = FitCLI(_with_config_of_checkpoint(args))
+    cli.datamodule.setup()
+    started = time.perf_counter()
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.ckpt_path)
+    except SystemExit:  # how Lightning ends after Ctrl-C
+        checkpoint = cli.folder / "checkpoints" / _INTERRUPTED
+        if not checkpoint.exists():
+            raise
+        print(f"\nstopped at step {cli.trainer.global_step}; to go on: kdejsd fit --ckpt_path {checkpoint}")
+        return 130
+    assert cli.model.stopwatch is not None
+    run = {
+        "epochs": cli.trainer.current_epoch,
+        "steps": cli.trainer.global_step,
+        "seed": cli.config.seed_everything,
+        "wall_time_s": time.perf_counter() - started,
+        "latent_time_share": cli.model.stopwatch.share("latent", "step"),
+    }
+    report = write_report(cli.folder, cli.model, cli.datamodule, run)
+    print(summary(report))
+    print(f"report: {cli.folder}")
+    return 0
+
+
+def evaluate(args: list[str]) -> int:
+    """Writes the report of a checkpoint anew and prints where it is; the exit code."""
+    _quiet()
+    parser = ArgumentParser(prog="kdejsd evaluate", description="Writes the report of a checkpoint anew.")
+    parser.add_argument("checkpoint", type=str, metavar="CKPT", help="A checkpoint that kdejsd fit has written.")
+    parser.add_argument("--out", type=str, help="The report's folder; default: a fresh one beside the checkpoint's.")
+    parser.add_subclass_arguments(ImageData, "data", help="Other images than the run's own.", required=False)
+    checkpoint: dict[str, Any] = {}
+    if args and not args[0].startswith("-"):
+        checkpoint = _load(args[0])
+        data = dict(checkpoint["datamodule_hyper_parameters"])
+        data.pop("_instantiator")
+        parser.set_defaults({"data": {"class_path": data.pop("_class_path"), "init_args": data}})
+    config = parser.parse_args(args)
+    model = ImageGEN.load_from_checkpoint(config.checkpoint, map_location="cpu")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    data_module = parser.instantiate_classes(config).data
+    if data_module.image_shape != tuple(model.hparams["image_shape"]):
+        raise ValueError(
+            f"--data must have images of shape {tuple(model.hparams['image_shape'])}, as the checkpoint's model, "
+            f"got {data_module.image_shape}"
+        )
+    path = Path(config.checkpoint)
+    run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    folder = _fresh_folder(config.out, run_folder / "evaluation")
+    run = {"checkpoint": str(path), "epochs": checkpoint["epoch"], "steps": checkpoint["global_step"]}
+    report = write_report(folder, model, data_module, run)
+    (folder / "config.yaml").write_text(parser.dump(config))
+    print(summary(report))
+    print(f"report: {folder}")
+    return 0
+
+
+def write_report(folder: Path, model: GEN, data: ImageData, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Measures the model on the held-out images and on those it was trained on, and draws its pictures.
+
+    Writes metrics.json, latent.png, samples.png and reconstructions.png into the folder.
+
+    Args:
+        folder: exists.
+        model: trained.
+        data: its images.
+        run: what else to write down about the run.
+
+    Returns:
+        What metrics.json holds; numbers that are not finite are None there.
+    """
+    held_out, training = encode_set(model, data.held_out), encode_set(model, data.training)
+    lagged = model.lagged
+    report = {
+        "held_out": code_measures(model, held_out, training=False),
+        "training": code_measures(model, training, training=True),
+        "model": {
+            "latent_dim": model.latent_dim,
+            "num_lagged": len(lagged.codes),
+            "bandwidth": lagged.bandwidth,
+            "target": str(lagged.target),
+            "smoothed": lagged.smoothed,
+            "divergence": lagged.divergence,
+            "weight": model.weight,
+        },
+        "run": {**run, "versions": _versions()},
+    }
+    report = _finite(report)
+    (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+    _draw(folder, model, data, held_out)
+    return report
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """The main numbers of a report as a table."""
+    parts = [report["held_out"], report["training"]]
+
+    def row(name: str, *keys: str) -> str:
+        cells = [" / ".join("none" if part[key] is None else f"{part[key]:.4g}" for key in keys) for part in parts]
+        return f"{name:44}" + "".join(f"{cell:>20}" for cell in cells)
+
+    return "\n".join(
+        [
+            " " * 44 + f"{'held-out':>20}{'training':>20}",
+            row("images", "count"),
+            row("reconstruction error per pixel", "reconstruction_error"),
+            row("JSD, nats / of the target's own samples", "jsd", "jsd_of_target"),
+            row("entropy of whitened codes / normal samples", "entropy", "entropy_of_normal"),
+            row("1 - r (0.5 where the codes match)", "gradient_weight"),
+        ]
+    )
+
+
+class FitCLI(LightningCLI):
+    """`kdejsd fit`: every setting of trainer, model and data, a fresh folder per run, a checkpoint on Ctrl-C."""
+
+    config: Any
+    model: ImageGEN
+    datamodule: ImageData
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(
+            ImageGEN,
+            ImageData,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            run=False,
+            args=args,
+            parser_kwargs={"prog": "kdejsd fit", "description": "Trains a Generative Encoding Network on images."},
+            trainer_defaults={
+                "devices": 1,
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--out", type=str | None, default=None, help="The run's folder; default: runs/DATA-N, N the first free number."
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Go on from this checkpoint, with the config.yaml of its run unless --config names another.",
+        )
+        parser.set_defaults({"data": {"class_path": "kdejsd.data.Digits"}})
+        parser.link_arguments("data.image_shape", "model.image_shape", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self.config
+        self.ckpt_path = config.ckpt_path
+        name = config.data.class_path.rpartition(".")[2].lower()
+        self.folder = _fresh_folder(config.out, Path("runs") / name)
+        limits = self.config_init.trainer
+        if limits.max_epochs is None and limits.max_time is None and limits.max_steps == -1:
+            config.trainer.max_steps = kwargs["max_steps"] = _DEFAULT_STEPS
+        # The saved configuration is for the next run, which has a folder of its own and starts where it is told to.
+        config.out = config.ckpt_path = None
+        if limits.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(save_dir=self.folder, name="", version="")
+        checkpoints = self.folder / "checkpoints"
+        self.trainer_defaults["callbacks"] = [
+            ModelCheckpoint(checkpoints, "last", save_top_k=1, enable_version_counter=False),
+            InterruptCheckpoint(checkpoints / _INTERRUPTED),
+            RunProgressBar(),
+        ]
+        return super().instantiate_trainer(**kwargs)
+
+
+class InterruptCheckpoint(pl.Callback):
+    """On Ctrl-C lets the training step end, saves a checkpoint, and then stops; a second Ctrl-C stops at once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.requested = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._previous = signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, *_: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.requested:
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+
+class RunProgressBar(TQDMProgressBar):
+    """One bar for the whole run: an epoch of a small set is over before a bar of its own could be read."""
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
+        super().on_train_start(trainer)
+        bar = self.train_progress_bar
+        total = trainer.estimated_stepping_batches
+        bar.total = None if math.isinf(total) else int(total)
+        bar.initial = bar.n = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}", refresh=False)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:  # type: ignore[override]
+        bar, step = self.train_progress_bar, trainer.global_step
+        if self._should_update(step, bar.total or 0):
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            bar.update(step - bar.n)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+
+def _draw(folder: Path, model: GEN, data: ImageData, held_out: Encoded) -> None:
+    images = data.held_out[torch.arange(min(30, len(data.held_out)))][0]
+    with torch.no_grad():
+        reconstructions = model.reconstruct(images.to(model.device)).cpu()
+    plot_latent(folder / "latent.png", held_out.codes, held_out.labels, model.lagged.target)
+    plot_images(folder / "samples.png", model.sample(100, torch.Generator().manual_seed(0)))
+    plot_reconstructions(folder / "reconstructions.png", images, reconstructions)
+
+
+def _fresh_folder(out: str | None, stem: Path) -> Path:
+    """The folder that was asked for, or the first of STEM-1, STEM-2, ... that is not there yet; made here."""
+    if out is not None:
+        folder = Path(out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"out must be a new or empty folder, and {folder} is not")
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    number = 1
+    while True:
+        folder = stem.with_name(f"{stem.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def _with_config_of_checkpoint(args: list[str]) -> list[str]:
+    """The arguments, with the configuration of the run that --ckpt_path belongs to put before them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ckpt_path")
+    parser.add_argument("--config", "-c")
+    known, _ = parser.parse_known_args(args)
+    if known.ckpt_path is None or known.config is not None:
+        return args
+    config = Path(known.ckpt_path).parent.parent / "config.yaml"
+    return [f"--config={config}", *args] if config.is_file() else args
+
+
+def _load(path: str) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if "_class_path" not in checkpoint.get("datamodule_hyper_parameters", {}):
+        raise ValueError(f"{path} was not written by kdejsd fit: it does not say on which images it was trained")
+    return checkpoint
+
+
+def _versions() -> dict[str, str]:
+    from . import __version__
+
+    return {
+        "kdejsd": __version__,
+        "torch": torch.__version__,
+        "lightning": pl.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _quiet() -> None:
+    """Silences what tells a user nothing: Lightning's tips and device list, advice on workers, its use of old torch names."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

@@ -1,0 +1,871 @@
+// The kde op on CUDA devices: log p_e at every query with its gradients in one pass over the centers, and the
+// transposed pass that gives the gradients of centers, log weights and bandwidths. Neither writes anything of size n x
+// m.
+//
+// Arrays are row-major: query [batch, n, l], centers [batch, m, l]. Blocks of 16 x 16 threads work on tiles of 64 rows
+// times 64 columns (forward: queries times centers; backward: centers times queries). Thread (ty, tx) has the 16 pairs
+// of rows 4 ty + {0..3} and columns tx + {0, 16, 32, 48}, and goes through three steps per tile:
+//   1. squared distances, from differences of coordinates that pass through shared memory in chunks of 16 LC columns of
+//   l
+//   2. weights 2^x, which the whole block exchanges through shared memory
+//   3. weighted sums of the column points: rows 4 ty + {0..3}, coordinates LC tx + {0..LC-1} of up to kSlabs chunks
+// A tile is summed by itself before it is added to the running sums, so long sums have two levels.
+//
+// Points are stored as (point - shift) * scale. The scale is the power of two next to 1/h0, h0 the first bandwidth, so
+// it costs no digit; the shift is taken out of coordinates that are far from the origin compared with their spread,
+// where subtracting is exact too. Exponents are in powers of two and relative to h0:
+//   x[i, j] = offset[j] - gain[j] d2[i, j],  gain[j] = log2(e)/2 (h0/h[j])^2 / (scale h0)^2,
+//   offset[j] = log2(e) log_weights[j] + l log2(h0/h[j]).
+#include <type_traits>
+
+#include "cuda/launch.cuh"
+#include "kernels.h"
+#include "math/log_sum_exp.h"
+
+namespace kdejsd {
+namespace cuda {
+namespace {
+
+constexpr int kSide = 16;              // threads along each side of a block
+constexpr int kMicro = 4;              // rows and columns of a thread
+constexpr int kTile = kSide * kMicro;  // rows and columns of a tile
+constexpr int kThreads = kSide * kSide;
+constexpr int kWarp = 32;
+constexpr int kMergeThreads = 256;
+constexpr unsigned int kAllLanes = 0xffffffffu;
+
+// 16 bytes of T: the widest access to shared memory, and the padding that puts rows 4 banks apart.
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// Blocks that a multiprocessor's registers hold.
+template <typename T>
+constexpr int kBlocksPerMultiprocessor = sizeof(T) == 4 ? 2 : 1;
+
+// ----------------------------------------------------------------------------------------------------------------
+// Small helpers
+
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Vector {
+  T at[kCount];
+};
+
+template <int kCount, typename T>
+__device__ Vector<T, kCount> load_vector(const T* from) {
+  return *reinterpret_cast<const Vector<T, kCount>*>(from);
+}
+
+// Over the 16 threads that share the rows ty: lanes that differ in their lowest four bits.
+template <typename T>
+__device__ T max_over_columns(T x) {
+#pragma unroll
+  for (int lane = kSide / 2; lane > 0; lane /= 2) x = std::fmax(x, __shfl_xor_sync(kAllLanes, x, lane));
+  return x;
+}
+
+template <typename T>
+__device__ T sum_over_columns(T x) {
+#pragma unroll
+  for (int lane = kSide / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
+  return x;
+}
+
+template <typename T>
+__device__ T max_over_warp(T x) {
+  return std::fmax(max_over_columns(x), __shfl_xor_sync(kAllLanes, max_over_columns(x), kSide));
+}
+
+template <typename T>
+__device__ T sum_over_warp(T x) {
+  x = sum_over_columns(x);
+  return x + __shfl_xor_sync(kAllLanes, x, kSide);
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// One batch item and its frame of reference
+
+template <typename T>
+struct Item {
+  const T* query;          // [n, l]
+  const T* centers;        // [m, l]
+  const T* bandwidth;      // [m] or [1]
+  const T* log_weights;    // [m] or null
+  const int64_t* exclude;  // [n] or null
+  int64_t n, m, l;
+  bool per_center;
+  T h0;     // the first bandwidth, NaN where it is not positive and finite
+  T scale;  // a power of two, scale h0 is in [1, 2)
+  T gain;   // of a center with bandwidth h0
+};
+
+template <typename T>
+__device__ T power_of_two_near_inverse(T h) {
+  constexpr int kLargest = sizeof(T) == 4 ? 126 : 1022;  // beyond, the power itself would not be a normal number
+  const int exponent = h > T(0) ? -std::ilogb(h) : 0;
+  return std::ldexp(T(1), exponent < -kLargest ? -kLargest : exponent > kLargest ? kLargest : exponent);
+}
+
+template <typename T>
+__device__ Item<T> batch_item(const KdeMixture& mixture, int64_t batch) {
+  Item<T> item;
+  item.query = static_cast<const T*>(mixture.query) + batch * mixture.query_stride;
+  item.centers = static_cast<const T*>(mixture.centers) + batch * mixture.centers_stride;
+  item.bandwidth = static_cast<const T*>(mixture.bandwidth) + batch * mixture.bandwidth_stride;
+  item.log_weights = static_cast<const T*>(mixture.log_weights);
+  if (item.log_weights != nullptr) item.log_weights += batch * mixture.log_weights_stride;
+  item.exclude = mixture.exclude;
+  if (item.exclude != nullptr) item.exclude += batch * mixture.exclude_stride;
+  item.n = mixture.n;
+  item.m = mixture.m;
+  item.l = mixture.l;
+  item.per_center = mixture.per_center;
+  item.h0 = checked_bandwidth(item.bandwidth[0]);
+  item.scale = power_of_two_near_inverse(item.h0);
+  const double scaled = static_cast<double>(item.scale) * static_cast<double>(item.h0);
+  item.gain = static_cast<T>(0.5 * kLog2E / (scaled * scaled));
+  return item;
+}
+
+// What is subtracted from coordinate k of all points. Where four centers spread over the array agree in it within a
+// factor of two, the middle of their range: differences from it are exact. Elsewhere nothing would be gained, and it is
+// 0.
+template <typename T>
+__device__ T shift_of(const Item<T>& item, int64_t k) {
+  if (k >= item.l) return T(0);
+  T low = item.centers[k], high = low;
+#pragma unroll
+  for (int sample = 1; sample < 4; ++sample) {
+    const T coordinate = item.centers[(item.m - 1) * sample / 3 * item.l + k];
+    low = std::fmin(low, coordinate);
+    high = std::fmax(high, coordinate);
+  }
+  const bool far =
+      low > T(0) ? high <= 2 * low && high < T(INFINITY) : high < T(0) && low >= 2 * high && low > -T(INFINITY);
+  return far ? T(0.5) * low + T(0.5) * high : T(0);
+}
+
+// What the pairs of one center have in common.
+template <typename T>
+struct CenterTerms {
+  T offset;     // of the exponent; -inf beyond the last center
+  T gain;       // of the squared distance in the exponent
+  T precision;  // (h0/h)^2, the weight's factor in gradients
+};
+
+template <typename T>
+__device__ CenterTerms<T> center_terms(const Item<T>& item, int64_t j) {
+  if (j >= item.m) return {-T(INFINITY), T(1), T(1)};
+  CenterTerms<T> terms = {T(0), item.gain, T(1)};
+  if (item.log_weights != nullptr) terms.offset = T(kLog2E) * item.log_weights[j];
+  if (item.per_center) {
+    const T ratio = item.h0 / checked_bandwidth(item.bandwidth[j]);
+    terms.offset += static_cast<T>(item.l) * std::log2(ratio);
+    terms.precision = ratio * ratio;
+    terms.gain *= terms.precision;
+  }
+  return terms;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// A tile of pairs in shared memory
+
+template <typename T>
+struct Points {
+  const T* points;  // [count, l]
+  int64_t count;
+};
+
+template <typename T, int LC>
+struct Tile {
+  static constexpr int kChunk = kSide * LC;  // coordinates that are present at a time
+  using Chunk = T[kTile][kChunk + kVector<T>];
+  alignas(16) Chunk rows;
+  alignas(16) Chunk columns;
+  alignas(16) T pairs[kTile][kTile + kVector<T>];  // [column][row], weights or distances
+  Item<T> item;                                    // here rather than in registers, of which there are few
+  Points<T> row_points, column_points;
+  CenterTerms<T> centers[kTile];
+  int64_t exclude[kTile];  // of the queries
+  T grad[kTile];           // of the queries; backward only
+  T log2_prob[kTile];      // of the queries, in the units of x; backward only
+};
+
+template <typename T, int LC>
+__device__ Tile<T, LC>& shared_tile() {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  return *reinterpret_cast<Tile<T, LC>*>(shared_memory);
+}
+
+template <typename T, int LC>
+__device__ void start_tile(Tile<T, LC>& tile, const KdeMixture& mixture, int64_t batch, bool rows_are_queries) {
+  if (threadIdx.x == 0) {
+    const Item<T> item = batch_item<T>(mixture, batch);
+    const Points<T> queries = {item.query, item.n}, centers = {item.centers, item.m};
+    tile.item = item;
+    tile.row_points = rows_are_queries ? queries : centers;
+    tile.column_points = rows_are_queries ? centers : queries;
+  }
+  __syncthreads();
+}
+
+template <typename T, int LC>
+__device__ void load_centers(Tile<T, LC>& tile, int64_t first) {
+  if (threadIdx.x < kTile) tile.centers[threadIdx.x] = center_terms(tile.item, first + threadIdx.x);
+}
+
+// Brings chunks of the points of a tile's two sides into shared memory, and remembers what is there.
+template <typename T, int LC>
+struct Stage {
+  static constexpr int kChunk = Tile<T, LC>::kChunk;
+
+  Tile<T, LC>& tile;
+  int64_t first_row;
+  int64_t first_column = 0;
+  int present = -1;  // the chunk that was loaded last, -1 before the first
+  T shift = T(0);    // of this thread's coordinate in it
+
+  __device__ int chunks() const { return static_cast<int>(ceil_div(tile.item.l, kChunk)); }
+
+  // To be called between two barriers. Where l has one chunk only, the rows need loading but once.
+  __device__ void load(int chunk, bool with_rows) {
+    const bool first = present < 0;
+    if (chunk != present) shift = shift_of(tile.item, coordinate(chunk));
+    present = chunk;
+    if (with_rows && (first || chunks() > 1)) load_points(tile.rows, tile.row_points, first_row);
+    load_points(tile.columns, tile.column_points, first_column);
+  }
+
+  __device__ int64_t coordinate(int chunk) const { return static_cast<int64_t>(chunk) * kChunk + threadIdx.x % kChunk; }
+
+  __device__ void load_points(typename Tile<T, LC>::Chunk& to, const Points<T>& source, int64_t first) const {
+    constexpr int kStep = kThreads / kChunk;  // rows that the block loads at once
+    const int64_t l = tile.item.l, left = coordinate(present) < l ? source.count - first : 0;
+    const int start = threadIdx.x / kChunk, end = static_cast<int>(left < kTile ? left : kTile);
+    const T scale = tile.item.scale;
+    const T* from = source.points + (first + start) * l + coordinate(present);
+#pragma unroll
+    for (int step = 0; step < kTile / kStep; ++step) {
+      const int row = start + step * kStep;
+      to[row][threadIdx.x % kChunk] = row < end ? (*from - shift) * scale : T(0);
+      from += kStep * l;
+    }
+  }
+};
+
+// A thread's 16 pairs to and from the block's 64 x 64.
+template <typename T, int LC>
+__device__ void store_pairs(Tile<T, LC>& tile, const T (&pairs)[kMicro][kMicro]) {
+  const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
+#pragma unroll
+  for (int b = 0; b < kMicro; ++b) {
+    const Vector<T, kMicro> column = {{pairs[0][b], pairs[1][b], pairs[2][b], pairs[3][b]}};
+    *reinterpret_cast<Vector<T, kMicro>*>(&tile.pairs[tx + kSide * b][kMicro * ty]) = column;
+  }
+}
+
+template <typename T, int LC>
+__device__ void add_stored_pairs(const Tile<T, LC>& tile, T (&pairs)[kMicro][kMicro]) {
+  const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
+#pragma unroll
+  for (int b = 0; b < kMicro; ++b) {
+    const Vector<T, kMicro> column = load_vector<kMicro>(&tile.pairs[tx + kSide * b][kMicro * ty]);
+#pragma unroll
+    for (int a = 0; a < kMicro; ++a) pairs[a][b] += column.at[a];
+  }
+}
+
+// Adds to d2[a][b], row 4 ty + a and column tx + 16 b, the first `width` coordinates that are present.
+template <typename T, int LC>
+__device__ void add_squared_distances(const Tile<T, LC>& tile, int width, T (&d2)[kMicro][kMicro]) {
+  const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
+  for (int k = 0; k < width; k += kVector<T>) {  // the tile is 0 beyond l
+    Vector<T, kVector<T>> column[kMicro];
+#pragma unroll
+    for (int b = 0; b < kMicro; ++b) column[b] = load_vector<kVector<T>>(&tile.columns[tx + kSide * b][k]);
+#pragma unroll
+    for (int a = 0; a < kMicro; ++a) {
+      const Vector<T, kVector<T>> row = load_vector<kVector<T>>(&tile.rows[kMicro * ty + a][k]);
+#pragma unroll
+      for (int b = 0; b < kMicro; ++b) {
+#pragma unroll
+        for (int v = 0; v < kVector<T>; ++v) {
+          const T difference = row.at[v] - column[b].at[v];
+          d2[a][b] = std::fma(difference, difference, d2[a][b]);
+        }
+      }
+    }
+  }
+}
+
+// Chunks from the last to the first, so that the weighted sums find the first one still present. What else the tile
+// needs is loaded beside the first of them. Between chunks the sums wait in shared memory: so there are two levels of
+// them, and registers for what goes on.
+template <typename T, int LC, typename Load>
+__device__ void squared_distances(Stage<T, LC>& stage, T (&d2)[kMicro][kMicro], const Load& load_beside) {
+  constexpr int kChunk = Stage<T, LC>::kChunk;
+  const int last = stage.chunks() - 1;
+  for (int chunk = last; chunk >= 0; --chunk) {
+    const int64_t left = stage.tile.item.l - static_cast<int64_t>(chunk) * kChunk;
+    __syncthreads();
+    stage.load(chunk, true);
+    if (chunk == last) load_beside();
+    __syncthreads();
+#pragma unroll
+    for (int a = 0; a < kMicro; ++a) {
+#pragma unroll
+      for (int b = 0; b < kMicro; ++b) d2[a][b] = T(0);
+    }
+    add_squared_distances(stage.tile, static_cast<int>(left < kChunk ? left : kChunk), d2);
+    if (chunk < last) add_stored_pairs(stage.tile, d2);
+    if (chunk > 0) store_pairs(stage.tile, d2);
+  }
+}
+
+// sums[a][c] = sum over the tile's columns of weight[row 4 ty + a] * coordinate LC tx + c of the chunk that is present.
+template <typename T, int LC>
+__device__ void weighted_sums(const Tile<T, LC>& tile, T (&sums)[kMicro][LC]) {
+  const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
+#pragma unroll 4
+  for (int j = 0; j < kTile; ++j) {
+    const Vector<T, kMicro> weight = load_vector<kMicro>(&tile.pairs[j][kMicro * ty]);
+    const Vector<T, LC> point = load_vector<LC>(&tile.columns[j][LC * tx]);
+#pragma unroll
+    for (int a = 0; a < kMicro; ++a) {
+#pragma unroll
+      for (int c = 0; c < LC; ++c) sums[a][c] = std::fma(weight.at[a], point.at[c], sums[a][c]);
+    }
+  }
+}
+
+// total = total * factor + the tile's weighted sums, for the chunks first_chunk + {0..slabs-1}, slabs <= kSlabs.
+template <typename T, int LC, int kSlabs>
+__device__ void add_weighted_sums(Stage<T, LC>& stage, int first_chunk, int slabs, const T (&factor)[kMicro],
+                                  T (&total)[kSlabs][kMicro][LC]) {
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab) {
+    const int chunk = first_chunk + slab;
+    if (slab >= slabs || chunk >= stage.chunks()) break;
+    if (chunk != stage.present) {
+      __syncthreads();
+      stage.load(chunk, false);
+      __syncthreads();
+    }
+    T sums[kMicro][LC] = {};
+    weighted_sums(stage.tile, sums);
+#pragma unroll
+    for (int a = 0; a < kMicro; ++a) {
+#pragma unroll
+      for (int c = 0; c < LC; ++c) total[slab][a][c] = std::fma(total[slab][a][c], factor[a], sums[a][c]);
+    }
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Forward
+
+// What a split of the centers leaves per query; sums are relative to 2^exponent_base(max).
+template <typename T>
+struct Partials {
+  T* max;          // [splits, batch, n]
+  T* sum;          // [splits, batch, n], of the weights
+  T* moment;       // [splits, batch, n], of the weights times (h0/h)^2 with one h per center, times d2 else; or null
+  T* sum_centers;  // [splits, batch, n, l], of the weights times (h0/h)^2 times the center; or null
+};
+
+// How a forward call is cut into blocks, and where in the workspace the partial sums lie.
+struct ForwardPlan {
+  int lc, slabs;  // template arguments: coordinates per thread, chunks per block at most
+  int groups;     // blocks that share a tile of queries and differ in the chunks that they sum
+  int chunks;     // that each of them sums
+  int64_t query_tiles, center_tiles, splits, tiles_per_split;
+  int64_t max, sum, moment, sum_centers;  // offsets in elements
+  int64_t elements;
+
+  int64_t blocks(int64_t batch) const { return query_tiles * groups * splits * batch; }
+};
+
+// A thread's four rows: running sums over the columns that this thread has seen.
+template <typename T>
+struct RowSums {
+  T max[kMicro], sum[kMicro], moment[kMicro];
+};
+
+// Turns squared distances into weights relative to the rows' new maxima; factor brings the old sums there.
+template <typename T, int LC>
+__device__ void forward_weights(const Tile<T, LC>& tile, int64_t first_center, T (&pairs)[kMicro][kMicro],
+                                RowSums<T>& sums, T (&factor)[kMicro]) {
+  const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
+#pragma unroll
+  for (int a = 0; a < kMicro; ++a) {
+    const int64_t excluded = tile.exclude[kMicro * ty + a] - first_center;
+    T x[kMicro], top = -T(INFINITY);
+#pragma unroll
+    for (int b = 0; b < kMicro; ++b) {
+      const CenterTerms<T>& center = tile.centers[tx + kSide * b];
+      x[b] = excluded == tx + kSide * b ? -T(INFINITY) : std::fma(-center.gain, pairs[a][b], center.offset);
+      top = std::fmax(top, x[b]);
+    }
+    const T max = std::fmax(sums.max[a], max_over_columns(top));
+    factor[a] = rescale_factor(sums.max[a], max);
+    T sum = T(0), moment = T(0);
+#pragma unroll
+    for (int b = 0; b < kMicro; ++b) {
+      const T weight = std::exp2(x[b] - exponent_base(max));
+      sum += weight;
+      const T scaled = weight * tile.centers[tx + kSide * b].precision;
+      const T distance = weight == T(0) ? T(0) : weight * pairs[a][b];  // d2 may be infinite where the weight is 0
+      moment += tile.item.per_center ? scaled : distance;
+      pairs[a][b] = scaled;
+    }
+    sums.max[a] = max;
+    sums.sum[a] = std::fma(sums.sum[a], factor[a], sum);
+    sums.moment[a] = std::fma(sums.moment[a], factor[a], moment);
+  }
+}
+
+template <typename T>
+__device__ void write_row_sums(const RowSums<T>& sums, const Partials<T>& partials, int64_t first_row,
+                               int64_t end_row) {
+#pragma unroll
+  for (int a = 0; a < kMicro; ++a) {
+    const T sum = sum_over_columns(sums.sum[a]);
+    const T moment = sum_over_columns(sums.moment[a]);
+    const int64_t row = first_row + a;
+    if (threadIdx.x % kSide != 0 || row >= end_row) continue;
+    partials.max[row] = sums.max[a];
+    partials.sum[row] = sum;
+    if (partials.moment != nullptr) partials.moment[row] = moment;
+  }
+}
+
+template <typename T, int LC, int kSlabs>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
+    kde_forward_kernel(const KdeMixture mixture, const ForwardPlan plan, const Partials<T> partials) {
+  // Neighbouring blocks read the same centers at the same time.
+  int64_t block = blockIdx.x;
+  const int64_t query_tile = block % plan.query_tiles;
+  block /= plan.query_tiles;
+  const int group = static_cast<int>(block % plan.groups);
+  block /= plan.groups;
+  const int64_t split = block % plan.splits;
+  const int64_t batch = block / plan.splits;
+  const int64_t first_tile = split * plan.tiles_per_split;
+  const int64_t end_tile =
+      first_tile + plan.tiles_per_split < plan.center_tiles ? first_tile + plan.tiles_per_split : plan.center_tiles;
+  Tile<T, LC>& tile = shared_tile<T, LC>();
+  const Item<T>& item = tile.item;
+  start_tile(tile, mixture, batch, true);
+  const int64_t first_query = query_tile * kTile;
+  Stage<T, LC> stage{tile, first_query};
+  if (threadIdx.x < kTile) {
+    const int64_t i = first_query + threadIdx.x;
+    tile.exclude[threadIdx.x] = item.exclude != nullptr && i < item.n ? item.exclude[i] : -1;
+  }
+
+  RowSums<T> sums = {};
+  T centers[kSlabs][kMicro][LC] = {};
+#pragma unroll
+  for (int a = 0; a < kMicro; ++a) sums.max[a] = -T(INFINITY);
+  for (int64_t center_tile = first_tile; center_tile < end_tile; ++center_tile) {
+    stage.first_column = center_tile * kTile;
+    T pairs[kMicro][kMicro], factor[kMicro];
+    squared_distances(stage, pairs, [&] { load_centers(tile, stage.first_column); });
+    forward_weights(tile, stage.first_column, pairs, sums, factor);
+    if (partials.sum_centers == nullptr) continue;
+    store_pairs(tile, pairs);
+    __syncthreads();
+    add_weighted_sums<T, LC, kSlabs>(stage, group * plan.chunks, plan.chunks, factor, centers);
+  }
+
+  const int64_t rows = mixture.batch * item.n;
+  const int64_t first_row = (split * rows + batch * item.n) + first_query + kMicro * (threadIdx.x / kSide);
+  const int64_t end_row = split * rows + (batch + 1) * item.n;
+  if (group == 0) write_row_sums(sums, partials, first_row, end_row);
+  if (partials.sum_centers == nullptr) return;
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab) {
+    if (slab >= plan.chunks) break;
+#pragma unroll
+    for (int a = 0; a < kMicro; ++a) {
+#pragma unroll
+      for (int c = 0; c < LC; ++c) {
+        const int64_t k =
+            static_cast<int64_t>(group * plan.chunks + slab) * Tile<T, LC>::kChunk + LC * (threadIdx.x % kSide) + c;
+        if (first_row + a < end_row && k < item.l)
+          partials.sum_centers[(first_row + a) * item.l + k] = centers[slab][a][c];
+      }
+    }
+  }
+}
+
+// A query's sums over all splits.
+template <typename T>
+struct MergedRow {
+  LogSumExp2<T> exponents;
+  T moment;
+};
+
+template <typename T>
+__device__ MergedRow<T> merge_splits(const Partials<T>& partials, int64_t splits, int64_t row, int64_t rows) {
+  const int lane = threadIdx.x % kWarp;
+  T max = -T(INFINITY);
+  for (int64_t split = lane; split < splits; split += kWarp) max = std::fmax(max, partials.max[split * rows + row]);
+  max = max_over_warp(max);
+  T sum = T(0), moment = T(0);
+  for (int64_t split = lane; split < splits; split += kWarp) {
+    const int64_t at = split * rows + row;
+    const T factor = rescale_factor(partials.max[at], max);
+    sum += factor * partials.sum[at];
+    if (partials.moment != nullptr) moment += factor * partials.moment[at];
+  }
+  return {{max, sum_over_warp(sum)}, sum_over_warp(moment)};
+}
+
+template <typename T>
+__device__ double squared_norm(const T* query /* [l] */, int64_t l) {
+  double sum = 0;
+  for (int64_t k = threadIdx.x % kWarp; k < l; k += kWarp) {
+    sum = std::fma(static_cast<double>(query[k]), static_cast<double>(query[k]), sum);
+  }
+  return sum_over_warp(sum);
+}
+
+// dquery = weight (s_e + query * pull), s_e = (sum of centers - query sum of precisions) / (sum of weights) / h0^2,
+// both scaled. Lanes are coordinates, and where l is small what remains of the lanes are splits. dquery may be where
+// the only split has left its sums.
+template <typename T>
+__device__ void write_dquery(const Item<T>& item, const Partials<T>& partials, const MergedRow<T>& merged,
+                             int64_t splits, int64_t row, int64_t rows, const T* query /* [l] */, T weight, T pull,
+                             T* dquery /* [batch n, l] */) {
+  int width = 1;
+  while (width < item.l && width < kWarp) width *= 2;
+  const int lane = threadIdx.x % kWarp;
+  const T inverse = T(1) / (item.scale * item.h0 * item.h0);
+  const T precision = (item.per_center ? merged.moment : merged.exponents.sum) / merged.exponents.sum;
+  for (int64_t first = 0; first < item.l; first += width) {
+    const int64_t k = first + lane % width;
+    T sum = T(0);
+    for (int64_t split = lane / width; k < item.l && split < splits; split += kWarp / width) {
+      const int64_t at = split * rows + row;
+      sum += rescale_factor(partials.max[at], merged.exponents.max) * partials.sum_centers[at * item.l + k];
+    }
+    for (int other = width; other < kWarp; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
+    if (lane >= width || k >= item.l) continue;
+    const T scaled_query = (query[k] - shift_of(item, k)) * item.scale;
+    const T score = (sum / merged.exponents.sum - scaled_query * precision) * inverse;
+    dquery[row * item.l + k] = weight * (score + query[k] * pull);
+  }
+}
+
+// One warp per query: merges the splits and writes value and gradients.
+template <typename T>
+__global__ void __launch_bounds__(kMergeThreads)
+    kde_merge_kernel(const KdeForward args, const Partials<T> partials, int64_t splits) {
+  const KdeMixture& mixture = args.mixture;
+  const int64_t rows = mixture.batch * mixture.n;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kMergeThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= rows) return;
+  const int64_t i = row % mixture.n;
+  const Item<T> item = batch_item<T>(mixture, row / mixture.n);
+  const T* query = item.query + i * item.l;
+
+  const MergedRow<T> merged = merge_splits(partials, splits, row, rows);
+  const int64_t exclude = item.exclude != nullptr ? item.exclude[i] : -1;
+  const int64_t count = kde_count(item.m, item.log_weights == nullptr, exclude);
+  const double h0 = static_cast<double>(item.h0);
+  const double log_prob = kde_log_prob(merged.exponents, kde_log_constant(count, item.l, h0));
+  const bool plain = args.value_kind == KdeValue::kLogProb;
+  const double variance = args.target_variance;
+  const double log_target = plain ? 0.0 : normal_log_prob(squared_norm(query, item.l), item.l, variance);
+  const KdeTerm term = kde_term(args.value_kind, log_prob, log_target);
+
+  if (args.dquery != nullptr) {
+    write_dquery(item, partials, merged, splits, row, rows, query, static_cast<T>(term.weight),
+                 plain ? T(0) : static_cast<T>(1 / variance), static_cast<T*>(args.dquery));
+  }
+  if (threadIdx.x % kWarp != 0) return;
+  static_cast<T*>(args.value)[row] = static_cast<T>(term.value);
+  if (args.dbandwidth != nullptr) {  // sum pi d2 / h^3 - l / h
+    const double scaled = static_cast<double>(item.scale) * h0;
+    const double mean = static_cast<double>(merged.moment) / static_cast<double>(merged.exponents.sum);
+    static_cast<T*>(args.dbandwidth)[row] =
+        static_cast<T>((mean / (scaled * scaled) - static_cast<double>(item.l)) / h0);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Backward
+
+// How a backward call is cut into blocks, as in ForwardPlan; every block goes through all queries.
+struct BackwardPlan {
+  int lc, slabs, groups, chunks;
+  int64_t center_tiles;
+};
+
+// The queries' part of w[i, j] = grad[i] 2^(x[i, j] - log2_prob[i]).
+template <typename T, int LC>
+__device__ void load_queries(Tile<T, LC>& tile, const Item<T>& item, int64_t first, const T* grad /* [n] */,
+                             const T* log_prob /* [n] */) {
+  if (threadIdx.x >= kTile) return;
+  const int64_t i = first + threadIdx.x;
+  const bool inside = i < item.n;
+  const int64_t exclude = inside && item.exclude != nullptr ? item.exclude[i] : -1;
+  tile.exclude[threadIdx.x] = exclude;
+  tile.grad[threadIdx.x] = inside ? grad[i] : T(0);
+  const double constant =
+      kde_log_constant(kde_count(item.m, item.log_weights == nullptr, exclude), item.l, static_cast<double>(item.h0));
+  // Beyond the last query the weight is 2^-inf = 0.
+  tile.log2_prob[threadIdx.x] =
+      inside ? static_cast<T>(kLog2E * (static_cast<double>(log_prob[i]) - constant)) : T(INFINITY);
+}
+
+// Turns squared distances into weights, whose sums over the queries go to sum and, times d2, to distance.
+template <typename T, int LC>
+__device__ void backward_weights(const Tile<T, LC>& tile, int64_t first_center, T (&pairs)[kMicro][kMicro],
+                                 T (&sum)[kMicro], T (&distance)[kMicro]) {
+  const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
+#pragma unroll
+  for (int a = 0; a < kMicro; ++a) {
+    const CenterTerms<T>& center = tile.centers[kMicro * ty + a];
+    T tile_sum = T(0), tile_distance = T(0);
+#pragma unroll
+    for (int b = 0; b < kMicro; ++b) {
+      const int i = tx + kSide * b;
+      const bool excluded = tile.exclude[i] == first_center + kMicro * ty + a;
+      const T x = excluded ? -T(INFINITY) : std::fma(-center.gain, pairs[a][b], center.offset);
+      const T weight = tile.grad[i] * std::exp2(x - tile.log2_prob[i]);
+      tile_sum += weight;
+      tile_distance += weight == T(0) ? T(0) : weight * pairs[a][b];
+      pairs[a][b] = weight;
+    }
+    sum[a] += tile_sum;
+    distance[a] += tile_distance;
+  }
+}
+
+// dlog_weights[j] = sum w,  dbandwidth[j] = sum w (d2 / h^3 - l / h)
+template <typename T>
+__device__ void write_dcenter_scalars(const Item<T>& item, int64_t j, int64_t at, T sum, T distance,
+                                      T* dlog_weights /* [batch, m] or null */,
+                                      T* dbandwidth /* [batch, m] or null */) {
+  if (dlog_weights != nullptr) dlog_weights[at] = sum;
+  if (dbandwidth == nullptr) return;
+  const T h = checked_bandwidth(item.bandwidth[item.per_center ? j : 0]);
+  const T scaled = item.scale * h;
+  dbandwidth[at] = (distance / (scaled * scaled) - static_cast<T>(item.l) * sum) / h;
+}
+
+// dcenters[j] = sum w (query - center) / h^2
+template <typename T, int LC, int kSlabs>
+__device__ void write_dcenter(const Item<T>& item, int64_t j, int first_chunk, int chunks, int a, T sum,
+                              const T (&queries)[kSlabs][kMicro][LC], T* dcenter /* [l] */) {
+  const T h = checked_bandwidth(item.bandwidth[item.per_center ? j : 0]);
+  const T inverse = T(1) / (item.scale * h * h);
+#pragma unroll
+  for (int slab = 0; slab < kSlabs; ++slab) {
+    if (slab >= chunks) break;
+#pragma unroll
+    for (int c = 0; c < LC; ++c) {
+      const int64_t k = static_cast<int64_t>(first_chunk + slab) * Tile<T, LC>::kChunk + LC * (threadIdx.x % kSide) + c;
+      if (k >= item.l) continue;
+      const T center = (item.centers[j * item.l + k] - shift_of(item, k)) * item.scale;
+      dcenter[k] = (queries[slab][a][c] - center * sum) * inverse;
+    }
+  }
+}
+
+template <typename T, int LC, int kSlabs>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
+    kde_backward_kernel(const KdeBackward args, const BackwardPlan plan) {
+  int64_t block = blockIdx.x;
+  const int64_t center_tile = block % plan.center_tiles;
+  block /= plan.center_tiles;
+  const int group = static_cast<int>(block % plan.groups);
+  const int64_t batch = block / plan.groups;
+  Tile<T, LC>& tile = shared_tile<T, LC>();
+  const Item<T>& item = tile.item;
+  start_tile(tile, args.mixture, batch, false);
+  const int64_t first_center = center_tile * kTile;
+  const T* grad = static_cast<const T*>(args.grad) + batch * item.n;          // [n]
+  const T* log_prob = static_cast<const T*>(args.log_prob) + batch * item.n;  // [n]
+  T* dcenters = static_cast<T*>(args.dcenters);                               // [batch, m, l] or null
+  Stage<T, LC> stage{tile, first_center};
+  load_centers(tile, first_center);
+
+  T sum[kMicro] = {}, distance[kMicro] = {};
+  T queries[kSlabs][kMicro][LC] = {};
+  const T same[kMicro] = {T(1), T(1), T(1), T(1)};
+  for (int64_t first_query = 0; first_query < item.n; first_query += kTile) {
+    stage.first_column = first_query;
+    T pairs[kMicro][kMicro];
+    squared_distances(stage, pairs, [&] { load_queries(tile, item, first_query, grad, log_prob); });
+    backward_weights(tile, first_center, pairs, sum, distance);
+    if (dcenters == nullptr) continue;
+    store_pairs(tile, pairs);
+    __syncthreads();
+    add_weighted_sums<T, LC, kSlabs>(stage, group * plan.chunks, plan.chunks, same, queries);
+  }
+
+#pragma unroll
+  for (int a = 0; a < kMicro; ++a) {
+    const T row_sum = sum_over_columns(sum[a]), row_distance = sum_over_columns(distance[a]);
+    const int64_t j = first_center + kMicro * (threadIdx.x / kSide) + a;
+    const int64_t at = batch * item.m + j;
+    if (j >= item.m) continue;
+    if (group == 0 && threadIdx.x % kSide == 0) {
+      write_dcenter_scalars(item, j, at, row_sum, row_distance, static_cast<T*>(args.dlog_weights),
+                            static_cast<T*>(args.dbandwidth));
+    }
+    if (dcenters == nullptr) continue;
+    write_dcenter<T, LC, kSlabs>(item, j, group * plan.chunks, plan.chunks, a, row_sum, queries,
+                                 dcenters + at * item.l);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------------
+// Launchers
+
+// The chunks of l that the blocks sum: how wide they are, and how many blocks share them. Where nothing is summed over
+// coordinates, one block goes through all of them.
+template <typename T, typename Plan>
+void plan_chunks(int64_t l, bool with_sums, Plan* plan) {
+  const int64_t widest = kVector<T>;
+  const int64_t lc = l <= kSide ? 1 : l <= 2 * kSide ? 2 : widest;
+  const int64_t chunks = with_sums ? ceil_div(l, kSide * lc) : 1;
+  plan->lc = static_cast<int>(lc);
+  plan->slabs = chunks == 1 ? 1 : chunks == 2 ? 2 : 4;
+  plan->groups = static_cast<int>(ceil_div(chunks, plan->slabs));
+  plan->chunks = static_cast<int>(ceil_div(chunks, plan->groups));
+}
+
+// Splits the centers so that the last wave of blocks is as full as may be: as few steps as possible, where every block
+// takes one for each of its tiles and one more to start and end, and the fewest splits that reach this.
+void plan_splits(int64_t blocks, int64_t slots, ForwardPlan* plan) {
+  int64_t fewest = INT64_MAX;
+  for (int64_t splits = 1; splits <= plan->center_tiles && (splits == 1 || blocks * splits <= 2 * slots); ++splits) {
+    const int64_t tiles = ceil_div(plan->center_tiles, splits);
+    const int64_t steps = ceil_div(blocks * splits, slots) * (tiles + 1);
+    if (steps >= fewest) continue;
+    fewest = steps;
+    plan->tiles_per_split = tiles;
+  }
+  plan->splits = ceil_div(plan->center_tiles, plan->tiles_per_split);
+}
+
+template <typename T>
+ForwardPlan plan_forward(const KdeForward& args, int device) {
+  const KdeMixture& mixture = args.mixture;
+  ForwardPlan plan = {};
+  plan_chunks<T>(mixture.l, args.dquery != nullptr, &plan);
+  plan.query_tiles = ceil_div(mixture.n, kTile);
+  plan.center_tiles = ceil_div(mixture.m, kTile);
+  plan_splits(mixture.batch * plan.query_tiles * plan.groups,
+              kBlocksPerMultiprocessor<T> * multiprocessor_count(device), &plan);
+  const int64_t each = plan.splits * mixture.batch * mixture.n;
+  plan.sum = plan.max + each;
+  plan.moment = plan.sum + each;
+  plan.sum_centers = plan.moment + (mixture.per_center || args.dbandwidth != nullptr ? each : 0);
+  const bool in_dquery = args.dquery == nullptr || plan.splits == 1;  // the sums of a single split lie in dquery
+  plan.elements = plan.sum_centers + (in_dquery ? 0 : each * mixture.l);
+  return plan;
+}
+
+template <typename T>
+using ForwardKernel = void (*)(KdeMixture, ForwardPlan, Partials<T>);
+using BackwardKernel = void (*)(KdeBackward, BackwardPlan);
+
+template <typename T>
+ForwardKernel<T> forward_kernel(int lc, int slabs) {
+  constexpr int kWidest = kVector<T>;
+  if (lc == 1) return kde_forward_kernel<T, 1, 1>;
+  if (lc < kWidest) return kde_forward_kernel<T, 2, 1>;
+  if (slabs == 1) return kde_forward_kernel<T, kWidest, 1>;
+  return slabs == 2 ? kde_forward_kernel<T, kWidest, 2> : kde_forward_kernel<T, kWidest, 4>;
+}
+
+template <typename T>
+BackwardKernel backward_kernel(int lc, int slabs) {
+  constexpr int kWidest = kVector<T>;
+  if (lc == 1) return kde_backward_kernel<T, 1, 1>;
+  if (lc < kWidest) return kde_backward_kernel<T, 2, 1>;
+  if (slabs == 1) return kde_backward_kernel<T, kWidest, 1>;
+  return slabs == 2 ? kde_backward_kernel<T, kWidest, 2> : kde_backward_kernel<T, kWidest, 4>;
+}
+
+template <typename T>
+int shared_bytes(int lc) {
+  return static_cast<int>(lc == 1 ? sizeof(Tile<T, 1>) : lc == 2 ? sizeof(Tile<T, 2>) : sizeof(Tile<T, kVector<T>>));
+}
+
+template <typename T>
+void launch_forward(const KdeForward& args, void* workspace, int device, cudaStream_t stream) {
+  const KdeMixture& mixture = args.mixture;
+  const int64_t rows = mixture.batch * mixture.n;
+  const ForwardPlan plan = plan_forward<T>(args, device);
+  T* elements = static_cast<T*>(workspace);
+  Partials<T> partials = {elements + plan.max, elements + plan.sum, nullptr, nullptr};
+  if (mixture.per_center || args.dbandwidth != nullptr) partials.moment = elements + plan.moment;
+  if (args.dquery != nullptr) {
+    partials.sum_centers = plan.splits == 1 ? static_cast<T*>(args.dquery) : elements + plan.sum_centers;
+  }
+
+  const ForwardKernel<T> forward = forward_kernel<T>(plan.lc, plan.slabs);
+  const int shared = shared_bytes<T>(plan.lc);
+  allow_shared_memory(forward, shared, "kde_forward_kernel");
+  const unsigned int blocks = flat_grid(plan.blocks(mixture.batch), "kde_forward_kernel");
+  forward<<<blocks, kThreads, shared, stream>>>(mixture, plan, partials);
+  check_launch("kde_forward_kernel");
+
+  const unsigned int merge_blocks = flat_grid(ceil_div(rows, kMergeThreads / kWarp), "kde_merge_kernel");
+  kde_merge_kernel<T><<<merge_blocks, kMergeThreads, 0, stream>>>(args, partials, plan.splits);
+  check_launch("kde_merge_kernel");
+}
+
+template <typename T>
+void launch_backward(const KdeBackward& args, cudaStream_t stream) {
+  const KdeMixture& mixture = args.mixture;
+  BackwardPlan plan = {};
+  plan_chunks<T>(mixture.l, args.dcenters != nullptr, &plan);
+  plan.center_tiles = ceil_div(mixture.m, kTile);
+  const BackwardKernel backward = backward_kernel<T>(plan.lc, plan.slabs);
+  const int shared = shared_bytes<T>(plan.lc);
+  allow_shared_memory(backward, shared, "kde_backward_kernel");
+  const unsigned int blocks = flat_grid(plan.center_tiles * plan.groups * mixture.batch, "kde_backward_kernel");
+  backward<<<blocks, kThreads, shared, stream>>>(args, plan);
+  check_launch("kde_backward_kernel");
+}
+
+bool is_empty(const KdeMixture& mixture) { return mixture.batch == 0 || mixture.n == 0; }
+
+}  // namespace
+
+int64_t kde_forward_workspace(const KdeForward& args, int device) {
+  if (is_empty(args.mixture)) return 0;
+  if (args.mixture.dtype == DType::kFloat32) {
+    return plan_forward<float>(args, device).elements * static_cast<int64_t>(sizeof(float));
+  }
+  return plan_forward<double>(args, device).elements * static_cast<int64_t>(sizeof(double));
+}
+
+void kde_forward(const KdeForward& args, void* workspace, int device, uintptr_t stream) {
+  if (is_empty(args.mixture)) return;
+  const DeviceGuard guard(device);
+  if (args.mixture.dtype == DType::kFloat32) {
+    launch_forward<float>(args, workspace, device, reinterpret_cast<cudaStream_t>(stream));
+  } else {
+    launch_forward<double>(args, workspace, device, reinterpret_cast<cudaStream_t>(stream));
+  }
+}
+
+void kde_backward(const KdeBackward& args, int device, uintptr_t stream) {
+  if (args.mixture.batch == 0) return;
+  const DeviceGuard guard(device);
+  if (args.mixture.dtype == DType::kFloat32) {
+    launch_backward<float>(args, reinterpret_cast<cudaStream_t>(stream));
+  } else {
+    launch_backward<double>(args, reinterpret_cast<cudaStream_t>(stream));
+  }
+}
+
+}  // namespace cuda
+}  // namespace kdejsd

@@ -21,8 +21,8 @@ from kdejsd.bandwidth import OptimalBandwidth, optimal_bandwidth
 LATENT_DIMS = (2, 5, 10, 20, 40)
 NUM_CENTERS = (250, 500, 1000, 2000, 4000, 8000)
 QUICK_CENTERS = (250, 500, 1000)
-TRIALS = 30
-QUICK_TRIALS = 5
+TRIALS = 100
+QUICK_TRIALS = 10
 
 
 @dataclass(frozen=True)

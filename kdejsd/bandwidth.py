@@ -59,10 +59,11 @@ def optimal_bandwidth(
     Source: "GENs: Generative Encoding Networks" (Saha, Elhabian, Whitaker), equation 2 and Table 1;
     supplement, equations 2 and 3.
 
-    Cost: about 6 evaluations of h dJ/dh per trial, each one pass of `kde_log_prob` over 2 m queries and m centers with
-    its gradient for h; beyond that pass only the 3 m samples are held. Results are kept in memory for the life of the
-    process, under the samples and their densities: asking again costs no more than drawing the samples, and a target
-    whose parameters have changed is computed anew.
+    Cost: 6 to 8 evaluations of h dJ/dh per trial, each one pass of `kde_log_prob` over 2 m queries and m centers with
+    its gradient for h: about 3 s per trial on two cores for m = 20 000 and l = 40, milliseconds for m = 1000. Beyond
+    that pass only the 3 m samples are held. Results are kept in memory for the life of the process, under a digest of
+    the samples and of their densities: asking again costs no more than drawing the samples, and a target whose
+    parameters have changed is computed anew.
 
     Args:
         latent_dim: l, the number of dimensions of the codes.
@@ -173,10 +174,9 @@ def _trial(target: Any, num_centers: int, method: str, seed: int, trial: int) ->
     if not bool(log_target.isfinite().all()):
         raise ValueError("target must have a finite log_prob at its own samples, got NaN or infinity")
 
-    centers, query = centers.double(), query.double()
-    digest = hashlib.blake2b(str(tuple(centers.shape)).encode())
+    digest = hashlib.sha256(str(tuple(centers.shape)).encode())
     for data in (centers, query, log_target):
-        digest.update(data.contiguous().numpy().data)
+        digest.update(data.contiguous().view(torch.uint8).numpy().data)
     key = (method, digest.digest())
     if key not in _found:
         _found[key] = _best(centers, query, log_target, method)
@@ -186,6 +186,7 @@ def _trial(target: Any, num_centers: int, method: str, seed: int, trial: int) ->
 def _best(centers: Tensor, query: Tensor, log_target: Tensor, method: str) -> float:
     """The bandwidth that maximises J for these centers; query is z' followed by z''."""
     count, dim = centers.shape
+    centers, query = centers.double(), query.double()
     scale = float(query.std(0).square().mean().sqrt())
     if scale == 0:
         raise ValueError("target must have samples that differ, got the same one each time")

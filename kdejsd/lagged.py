@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .bandwidth import optimal_bandwidth
-from .divergence import jsd_loss
+from .divergence import jsd, jsd_loss
 from .ops.kde import kde_log_prob
 from .targets import GaussianMixture, IsotropicNormal, StandardNormal, Target, sample_target, target_dim
 
@@ -174,36 +174,29 @@ class LaggedKDE(nn.Module):
         )
 
     @torch.no_grad()
-    def jsd(self, z: Tensor, generator: torch.Generator, index: Tensor | None = None) -> Tensor:
-        """The Jensen-Shannon divergence between codes and target in nats (GENs eq. 2), estimated from z and as many
-        samples of the target, 0-dim. Codes that follow the target do not give 0 but a little more: m centers are
-        finite.
+    def jsd(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """The Jensen-Shannon divergence in nats (GENs eq. 2) between the kernel density of the codes z and what this
+        one is compared with, the target or the smoothed target: a measure of how well z follows the target.
+
+        It does not look at the lagged codes. Samples of the kernel density are the codes with the kernel's noise, so
+        the value lies between 0 and log 2 but for the noise of n samples. For codes that do follow the target it is
+        small, not 0, as n is finite: compare it with the value for n samples of the target.
 
         Args:
-            z: codes [n, l]. With `smoothed`, they too are convolved with the kernel, by noise from the generator.
+            z: codes [n, l].
             generator: draws the samples; on the device of z.
-            index: as in `loss`.
 
-        Raises:
-            RuntimeError: before the first refresh.
+        Returns:
+            The estimate, 0-dim.
         """
-        samples = self._query(z)
-        if self.smoothed:
-            noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=samples.dtype)
-            samples = samples + self.bandwidth * noise
-        target_samples = sample_target(self.law, len(z), generator).to(samples)
-        return 0.5 * jsd_loss(
-            samples,
-            self.codes,
-            self.bandwidth,
-            target=self.law,
-            target_samples=target_samples,
-            exclude_self=self._excluded(index),
-        )
+        z = z.to(self.codes.dtype)
+        noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
+        target_samples = sample_target(self.law, len(z), generator).to(z)
+        return jsd(z + self.bandwidth * noise, z, self.bandwidth, target_samples, target=self.law)
 
     def _query(self, z: Tensor) -> Tensor:
         if not self.refreshed:
-            raise RuntimeError("LaggedKDE holds no codes yet: call refresh(codes) before log_prob, loss or jsd")
+            raise RuntimeError("LaggedKDE holds no codes yet: call refresh(codes) before log_prob or loss")
         return z.to(self.codes.dtype)
 
     def _excluded(self, index: Tensor | None) -> bool | Tensor:

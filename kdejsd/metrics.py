@@ -10,16 +10,14 @@ from torch import Tensor
 
 from ._extras import train_extra
 from .entropy import kde_entropy
-from .lagged import LaggedKDE
 from .models import GEN
-from .models.gen import target_moments
+from .models.gen import JSD_SAMPLES, target_moments
 from .targets import sample_target
 
 with train_extra():
     from torchmetrics.functional import mean_squared_error
 
 _CHUNK = 1000  # images at a time
-_ENTROPY_SAMPLES = 10_000  # its cost grows with their square
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ def code_measures(model: GEN, encoded: Encoded, *, training: bool, seed: int = 0
     Returns:
         count: number of images.
         reconstruction_error: mean squared error per pixel.
-        jsd, jsd_of_target: `LaggedKDE.jsd` of the codes, in nats, and of as many samples of the target with as many of
-            them as centers: what codes that follow the target would give.
+        latent_term: the training loss's, `LaggedKDE.loss`, in nats.
+        jsd, jsd_of_target: `LaggedKDE.jsd` of at most 10 000 codes, in nats, and of as many samples of the target.
         gradient_weight: mean of 1 - r = p_t / (p_e + p_t); 0.5 where p_e = p_t, near 0 in the dead zone.
         entropy, entropy_of_normal: of the whitened codes and of as many samples of the standard normal, in nats, each
             from at most 10 000 (`kde_entropy`, which is biased alike for both); None for codes that cannot be whitened.
@@ -79,13 +77,15 @@ def code_measures(model: GEN, encoded: Encoded, *, training: bool, seed: int = 0
     lagged = model.lagged
     generator = torch.Generator(codes.device).manual_seed(seed)
     index = torch.arange(count, device=codes.device) if training else None
+    ideal = sample_target(lagged.target, min(count, JSD_SAMPLES), generator)
     with torch.no_grad():
         terms = lagged.loss(codes, index, reduction="none")
     return {
         "count": count,
         "reconstruction_error": encoded.reconstruction_error,
-        "jsd": float(lagged.jsd(codes, generator, index)),
-        "jsd_of_target": _jsd_of_target(model, count, seed),
+        "latent_term": float(terms.mean()),
+        "jsd": float(lagged.jsd(codes[:JSD_SAMPLES], generator)),
+        "jsd_of_target": float(lagged.jsd(ideal, generator)),
         "gradient_weight": float(model.gradient_weight(terms)),
         "entropy": _entropy(codes),
         "entropy_of_normal": _entropy(torch.randn(codes.shape, generator=generator, device=codes.device)),
@@ -96,18 +96,9 @@ def code_measures(model: GEN, encoded: Encoded, *, training: bool, seed: int = 0
     }
 
 
-def _jsd_of_target(model: GEN, count: int, seed: int) -> float:
-    lagged = model.lagged
-    num_centers, dim = lagged.codes.shape
-    ideal = LaggedKDE(num_centers, dim, lagged.bandwidth, lagged.target, smoothed=lagged.smoothed)
-    generator = torch.Generator().manual_seed(seed)
-    ideal.refresh(sample_target(lagged.target, num_centers, generator))
-    return float(ideal.jsd(sample_target(lagged.target, count, generator), generator))
-
-
 def _entropy(codes: Tensor) -> float | None:
     try:
-        return float(kde_entropy(codes[:_ENTROPY_SAMPLES]))
+        return float(kde_entropy(codes[:JSD_SAMPLES]))
     except ValueError:
         return None
 

@@ -179,7 +179,10 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--out", type=str | None, default=None, help="The run's folder; default: runs/DATA-N, N the first free number."
+            "--out",
+            type=str | None,
+            default=None,
+            help="The run's folder; default: runs/DATA-N, N the first free number.",
         )
         parser.add_argument(
             "--ckpt_path",
@@ -332,7 +335,8 @@ def _finite(value: Any) -> Any:
 
 
 def _quiet() -> None:
-    """Silences what tells a user nothing: Lightning's tips and device list, advice on workers, its use of old torch names."""
+    """Silences what tells a user nothing: Lightning's tips and device list, advice on workers, its use of old torch
+    names."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

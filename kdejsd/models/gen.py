@@ -21,6 +21,7 @@ with train_extra():
     import lightning.pytorch as pl
 
 _CHUNK = 1000  # images encoded at a time where no gradient is wanted
+JSD_SAMPLES = 10_000  # a measured divergence is of at most this many codes: its cost grows with their square
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -217,16 +218,20 @@ class GEN(pl.LightningModule):
     # Evaluation
 
     def on_validation_epoch_start(self) -> None:
-        self._generator = torch.Generator(self.device).manual_seed(0)  # the same samples every time
+        self._codes: list[Tensor] = []
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images = _checked(batch)[0]
         codes = self.encode(images)
         error = reconstruction_error(self.decode(codes), images)
         self.log("val_rec", error, prog_bar=True, batch_size=len(images))
-        if self.lagged.refreshed:
-            jsd = self.lagged.jsd(codes, self._generator)
-            self.log("val_jsd", jsd, prog_bar=True, batch_size=len(images))
+        self._codes.append(codes)
+
+    def on_validation_epoch_end(self) -> None:
+        codes = torch.cat(self._codes)[:JSD_SAMPLES]
+        generator = torch.Generator(self.device).manual_seed(0)  # the same samples every time
+        self.log("val_jsd", self.lagged.jsd(codes, generator), prog_bar=True)
+        self._codes.clear()
 
     # Checkpoints: lagged codes, their examples and the bandwidth are in the state_dict of `lagged`
 

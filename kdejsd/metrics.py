@@ -11,7 +11,7 @@ from torch import Tensor
 from ._extras import train_extra
 from .entropy import kde_entropy
 from .models import GEN
-from .models.gen import JSD_SAMPLES, target_moments
+from .models.gen import JSD_SAMPLES, evaluating, target_moments
 from .targets import sample_target
 
 with train_extra():
@@ -38,15 +38,15 @@ class Encoded:
 @torch.no_grad()
 def encode_set(model: GEN, images: Any) -> Encoded:
     """Codes, labels and reconstruction error of an image set (`kdejsd.data.ImageSet`)."""
-    model.eval()
     codes, labels, squared = [], [], 0.0
-    for index in torch.arange(len(images)).split(_CHUNK):
-        batch, batch_labels, _ = images[index]
-        batch = batch.to(model.device)
-        codes.append(model.encode(batch))
-        labels.append(batch_labels)
-        error = mean_squared_error(model.decode(codes[-1]).flatten(), batch.flatten())
-        squared += float(error) * len(batch)
+    with evaluating(model):
+        for index in torch.arange(len(images)).split(_CHUNK):
+            batch, batch_labels, _ = images[index]
+            batch = batch.to(model.device)
+            codes.append(model.encode(batch))
+            labels.append(batch_labels)
+            error = mean_squared_error(model.decode(codes[-1]).flatten(), batch.flatten())
+            squared += float(error) * len(batch)
     return Encoded(torch.cat(codes), torch.cat(labels), squared / len(images))
 
 
@@ -56,13 +56,13 @@ def code_measures(model: GEN, encoded: Encoded, *, training: bool, seed: int = 0
     Args:
         model: the trained model.
         encoded: the set.
-        training: whether it is the set that the lagged codes are from: a code's own lagged copy is then left out.
+        training: whether it is the set that the lagged codes are from.
         seed: of the samples that the codes are compared with.
 
     Returns:
         count: number of images.
         reconstruction_error: mean squared error per pixel.
-        latent_term: the training loss's, `LaggedKDE.loss`, in nats.
+        latent_term: the training loss's, in nats.
         jsd, jsd_of_target: `LaggedKDE.jsd` of at most 10 000 codes, in nats, and of as many samples of the target.
         gradient_weight: mean of 1 - r = p_t / (p_e + p_t); 0.5 where p_e = p_t, near 0 in the dead zone.
         entropy, entropy_of_normal: of the whitened codes and of as many samples of the standard normal, in nats, each
@@ -78,8 +78,9 @@ def code_measures(model: GEN, encoded: Encoded, *, training: bool, seed: int = 0
     generator = torch.Generator(codes.device).manual_seed(seed)
     index = torch.arange(count, device=codes.device) if training else None
     ideal = sample_target(lagged.target, min(count, JSD_SAMPLES), generator)
-    with torch.no_grad():
-        terms = lagged.loss(codes, index, reduction="none")
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        terms = model.latent_terms(codes, index)
     return {
         "count": count,
         "reconstruction_error": encoded.reconstruction_error,

@@ -8,7 +8,6 @@ import logging
 import math
 import platform
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from ._extras import train_extra
 from .data import ImageData
 from .metrics import Encoded, code_measures, encode_set
 from .models import GEN, ImageGEN
+from .models.gen import evaluating
 from .plots import plot_images, plot_latent, plot_reconstructions
 
 with train_extra():
@@ -122,6 +122,7 @@ def write_report(folder: Path, model: GEN, data: ImageData, run: Mapping[str, An
             "target": str(lagged.target),
             "smoothed": lagged.smoothed,
             "divergence": lagged.divergence,
+            "kernel_noise": model.kernel_noise,
             "weight": model.weight,
         },
         "run": {**run, "versions": _versions()},
@@ -269,7 +270,7 @@ class RunProgressBar(TQDMProgressBar):
 
 def _draw(folder: Path, model: GEN, data: ImageData, held_out: Encoded) -> None:
     images = data.held_out[torch.arange(min(30, len(data.held_out)))][0]
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         reconstructions = model.reconstruct(images.to(model.device)).cpu()
     plot_latent(folder / "latent.png", held_out.codes, held_out.labels, model.lagged.target)
     plot_images(folder / "samples.png", model.sample(100, torch.Generator().manual_seed(0)))

@@ -52,6 +52,12 @@ class GEN(pl.LightningModule):
         bandwidth: of the kernel; None is optimal for (l, m, target).
         smoothed: compare the kernel density with the target smoothed by the same kernel; False is the paper's loss.
         divergence: "js" (the paper's) or "kl", for 64 dimensions and more, where the gradient of "js" fades.
+        kernel_noise: add the kernel's noise to the codes before they are compared. They are then samples of p_e, over
+            which eq. 3 takes its mean, the code's own lagged copy is one of the centers they come from, and the
+            gradient is that of the divergence between the kernel density and what it is compared with. Without it
+            (False, as in the paper) codes are pushed away from each other's lagged copies, most of all in a small
+            training set, which is then matched to the target while held-out images are not; a code's own lagged copy is
+            left out.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
             Without it the codes soon leave the region where the loss has a gradient. At evaluation its running
             statistics are used.
@@ -74,6 +80,7 @@ class GEN(pl.LightningModule):
         bandwidth: float | None = None,
         smoothed: bool = True,
         divergence: Literal["js", "kl"] = "js",
+        kernel_noise: bool = True,
         normalize_codes: bool = True,
         learning_rate: float = 2e-4,
         betas: tuple[float, float] = (0.5, 0.999),
@@ -97,6 +104,7 @@ class GEN(pl.LightningModule):
         self.latent_dim = latent_dim
         self.refresh_every = refresh_every
         self.weight = weight
+        self.kernel_noise = kernel_noise
         self.learning_rate = learning_rate
         self.betas = betas
         self.stopwatch: Stopwatch | None = None
@@ -111,15 +119,18 @@ class GEN(pl.LightningModule):
         Raises:
             ValueError: an encoder whose output has another shape.
         """
+        codes: Tensor = self.norm(self._raw_codes(images))
+        return codes
+
+    forward = encode
+
+    def _raw_codes(self, images: Tensor) -> Tensor:
         codes: Tensor = self.encoder(images)
         if codes.shape != (len(images), self.latent_dim):
             raise ValueError(
                 f"encoder must return [{len(images)}, latent_dim = {self.latent_dim}], got {list(codes.shape)}"
             )
-        normalized: Tensor = self.norm(codes)
-        return normalized
-
-    forward = encode
+        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images [n, C, H, W] of codes [n, l]."""
@@ -137,7 +148,7 @@ class GEN(pl.LightningModule):
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         codes = sample_target(self.lagged.target, n, generator).to(self.device)
-        with _evaluating(self):
+        with evaluating(self):
             return torch.cat([self.decode(chunk) for chunk in codes.split(_CHUNK)])
 
     # Training
@@ -171,11 +182,14 @@ class GEN(pl.LightningModule):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Encodes the lagged examples by the encoder as it is, in evaluation mode."""
+        """Encodes the lagged examples by the encoder as it is, in evaluation mode. Their mean and variance become the
+        running statistics of the normalisation, which otherwise trail behind an encoder that changes quickly."""
         assert self._lagged_images is not None
-        with _evaluating(self.encoder, self.norm):
-            codes = torch.cat([self.encode(chunk) for chunk in self._lagged_images.split(_CHUNK)])
-        self.lagged.refresh(codes, self.lagged.indices.clone())
+        with evaluating(self.encoder, self.norm):
+            codes = torch.cat([self._raw_codes(chunk) for chunk in self._lagged_images.split(_CHUNK)])
+            if isinstance(self.norm, CodeNorm):
+                self.norm.calibrate(codes)
+            self.lagged.refresh(self.norm(codes), self.lagged.indices.clone())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None
@@ -194,7 +208,7 @@ class GEN(pl.LightningModule):
 
         # The forward of the latent term gives its gradient too; the backward is a scaling and is not counted.
         self.stopwatch.start("latent")
-        terms = self.lagged.loss(codes, index, reduction="none")
+        terms = self.latent_terms(codes, index)
         self.stopwatch.stop("latent")
         latent = terms.mean()
         self.log_dict({"rec": error, "latent": latent, "1-r": self.gradient_weight(terms)}, prog_bar=True)
@@ -207,6 +221,13 @@ class GEN(pl.LightningModule):
     def on_train_epoch_end(self) -> None:
         assert self.stopwatch is not None
         self.log("time", self.stopwatch.share("latent", "step"), prog_bar=True)
+
+    def latent_terms(self, codes: Tensor, index: Tensor | None) -> Tensor:
+        """The latent term of each code [n, l] in nats, as [n]; `index` [n] of the training examples, None for
+        others."""
+        if self.kernel_noise:
+            return self.lagged.loss(codes + self.lagged.bandwidth * torch.randn_like(codes), reduction="none")
+        return self.lagged.loss(codes, index, reduction="none")
 
     def gradient_weight(self, terms: Tensor) -> Tensor:
         """Mean of 1 - r = p_t / (p_e + p_t) from the terms [n] of `LaggedKDE.loss`, 0-dim."""
@@ -275,6 +296,12 @@ class CodeNorm(nn.BatchNorm1d):
         self.register_buffer("shift", mean.float(), persistent=False)
         self.register_buffer("scale", variance.sqrt().float(), persistent=False)
 
+    def calibrate(self, codes: Tensor) -> None:
+        """Makes the mean and variance of these codes [n, l] the running statistics."""
+        assert self.running_mean is not None and self.running_var is not None
+        self.running_mean.copy_(codes.mean(0))
+        self.running_var.copy_(codes.var(0))
+
     def forward(self, codes: Tensor) -> Tensor:
         return self.shift + self.scale * super().forward(codes)
 
@@ -312,7 +339,7 @@ def _checked(batch: Any) -> Batch:
     return images, labels, index
 
 
-class _evaluating:
+class evaluating:
     """Modules in evaluation mode; afterwards every submodule is in the mode it had."""
 
     def __init__(self, *modules: nn.Module) -> None:

@@ -1,0 +1,306 @@
+"""GEN: refresh, training, repeatability, checkpoints."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from kdejsd import GaussianMixture
+from kdejsd.data import Digits
+from kdejsd.metrics import code_measures, encode_set
+from kdejsd.models import FC, GEN, Conv, ImageGEN
+from kdejsd.models.stopwatch import Stopwatch
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*GPU available but not used"
+)
+
+
+def make(seed: int = 0, **options) -> ImageGEN:
+    pl.seed_everything(seed, verbose=False)
+    settings = dict(latent_dim=2, num_lagged=200, bandwidth=0.4, learning_rate=1e-3) | options
+    return ImageGEN(Digits.image_shape, **settings)
+
+
+def trainer(epochs: int, *callbacks: pl.Callback) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+    )
+
+
+def train(model: GEN, epochs: int, *callbacks: pl.Callback, ckpt_path=None, data=None) -> pl.Trainer:
+    run = trainer(epochs, *callbacks)
+    run.fit(model, datamodule=data or Digits(train_size=300), ckpt_path=ckpt_path)
+    return run
+
+
+def assert_same_state(model: nn.Module, other: nn.Module) -> None:
+    state, other_state = model.state_dict(), other.state_dict()
+    assert state.keys() == other_state.keys()
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other_state[name]), name
+        else:
+            assert value == other_state[name], name
+
+
+class Recorder(pl.Callback):
+    """The indices of every batch, and the numbers of the batches that refreshed."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.refreshed: list[int] = []
+
+    def on_train_start(self, trainer, model):
+        refresh = model.refresh
+
+        def recorded():
+            self.refreshed.append(len(self.batches) - 1)
+            refresh()
+
+        model.refresh = recorded
+
+    def on_train_batch_start(self, trainer, model, batch, batch_idx):
+        self.batches.append(batch[2].tolist())
+
+
+def test_refresh_is_in_evaluation_mode_and_leaves_the_modes_as_they_were():
+    seen = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            seen.append(self.training)
+            return x
+
+    networks = FC(Digits.image_shape, 2)
+    encoder = nn.Sequential(Spy(), nn.Dropout(0.5), networks.encoder)
+    model = GEN(encoder, networks.decoder, 2, num_lagged=200, bandwidth=0.4)
+    train(model, 1)
+    model.train()
+    encoder[1].eval()  # a part that the user has frozen stays so
+    seen.clear()
+    model.refresh()
+    assert seen and not any(seen)
+    assert encoder.training and encoder[0].training and not encoder[1].training and model.norm.training
+    model.eval()
+    expected = model.encode(Digits(train_size=300).training[model.lagged.indices][0])
+    torch.testing.assert_close(model.lagged.codes, expected.detach())
+    assert not model.lagged.codes.requires_grad
+
+
+def test_refresh_schedule_and_batches():
+    recorder = Recorder()
+    train(make(refresh_every=2), 2, recorder, data=Digits(train_size=500))
+    assert recorder.refreshed == [0, 2, 4, 5, 7, 9]  # the count starts anew with every epoch
+    first, second = (sorted(sum(recorder.batches[i : i + 5], [])) for i in (0, 5))
+    assert first == second == list(range(500))
+    assert recorder.batches[:5] != recorder.batches[5:]
+
+
+def test_lagged_examples_are_drawn_once_and_all_differ():
+    model = make()
+    train(model, 1)
+    indices = model.lagged.indices.clone()
+    assert len(indices.unique()) == 200 and 0 <= int(indices.min()) and int(indices.max()) < 300
+    train(model, 1)
+    assert torch.equal(model.lagged.indices, indices)
+
+
+def test_training_lowers_error_and_divergence_on_held_out_digits():
+    data = Digits()
+    model = make(latent_dim=2, num_lagged=1000, bandwidth=0.39)
+
+    def jsd(codes):
+        return float(model.lagged.jsd(codes, torch.Generator().manual_seed(0)))
+
+    before = encode_set(model, data.held_out)
+    train(model, 15, data=data)
+    after = encode_set(model, data.held_out)
+    measures = code_measures(model, after, training=False)
+    assert after.reconstruction_error < 0.4 * before.reconstruction_error
+    assert jsd(after.codes) < 0.25 * jsd(before.codes)
+    assert measures["jsd_of_target"] < measures["jsd"] < 0.15
+    assert 0.3 < measures["gradient_weight"] < 0.6
+
+
+def test_same_seed_same_weights_and_another_seed_others():
+    models = []
+    for seed in (0, 0, 1):
+        models.append(make(seed))
+        train(models[-1], 2)
+    assert_same_state(models[0], models[1])
+    assert not torch.equal(models[0].lagged.codes, models[2].lagged.codes)
+
+
+class DropoutFC(FC):
+    """Uses the random state in training."""
+
+    def __init__(self, image_shape, latent_dim):
+        super().__init__(image_shape, latent_dim, hidden=(32,))
+        self.encoder.insert(1, nn.Dropout(0.1))
+
+
+def test_resumed_at_an_epochs_end_equals_uninterrupted(tmp_path):
+    whole, half, resumed = (make(network=DropoutFC) for _ in range(3))
+    pl.seed_everything(5, verbose=False)
+    train(whole, 4)
+    pl.seed_everything(5, verbose=False)
+    train(half, 2).save_checkpoint(tmp_path / "half.ckpt")
+    pl.seed_everything(99, verbose=False)
+    train(resumed, 4, ckpt_path=tmp_path / "half.ckpt")
+    assert_same_state(resumed, whole)
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, model, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("step", [4, 5, 9, 10])  # within and at the end of an epoch of five batches
+def test_resumed_within_an_epoch_equals_uninterrupted(tmp_path, step):
+    def data():
+        return Digits(train_size=500)
+
+    whole, part, resumed = (make(refresh_every=3) for _ in range(3))
+    recorder, rest = Recorder(), Recorder()
+    pl.seed_everything(5, verbose=False)
+    train(whole, 3, recorder, data=data())
+    pl.seed_everything(5, verbose=False)
+    train(part, 3, StopAt(step, tmp_path / "part.ckpt"), data=data())
+    train(resumed, 3, rest, ckpt_path=tmp_path / "part.ckpt", data=data())
+    assert rest.batches == recorder.batches[step:]
+    assert_same_state(resumed, whole)
+
+
+def test_checkpoint_holds_plain_values_and_restores_the_model(tmp_path):
+    model = make()
+    train(model, 1).save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert checkpoint["state_dict"]["lagged.codes"].shape == (200, 2)
+    restored = ImageGEN.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert_same_state(restored, model)
+    own = GEN(*(getattr(FC(Digits.image_shape, 2), part) for part in ("encoder", "decoder")), latent_dim=2, bandwidth=0.4)
+    assert "encoder" not in own.hparams
+
+
+def test_codes_are_normalised_to_the_mean_and_variance_of_the_target():
+    target = GaussianMixture([[-3.0, 1.0], [5.0, 1.0]], 0.5, [0.75, 0.25])
+    model = make(target=target, bandwidth=0.2)
+    train(model, 1)
+    mean, variance = torch.tensor([-1.0, 1.0]), torch.tensor([12.25, 0.25])
+    model.train()
+    batch = model.encode(Digits().training[torch.arange(100)][0])
+    model.refresh()
+    for codes in (batch, model.lagged.codes):
+        torch.testing.assert_close(codes.mean(0), mean, rtol=0, atol=1e-3)
+        torch.testing.assert_close(codes.var(0), variance, rtol=0.02, atol=0)
+    assert model.sample(5).shape == (5, 1, 8, 8)
+
+
+def test_without_kernel_noise_a_codes_own_copy_is_left_out():
+    model = make(kernel_noise=False)
+    train(model, 1)
+    model.refresh()
+    codes, indices = model.lagged.codes[:20], model.lagged.indices[:20]
+    torch.testing.assert_close(model.latent_terms(codes, indices), model.lagged.loss(codes, indices, reduction="none"))
+    assert (model.latent_terms(codes, indices) < model.latent_terms(codes, None)).all()
+
+
+def test_kernel_noise_makes_the_latent_term_the_mean_over_the_kernel_density():
+    model = make()
+    model.lagged.refresh(torch.randn(200, 2, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(0)
+    terms = torch.stack([model.latent_terms(model.lagged.codes, None) for _ in range(100)])
+    # the same mean by quadrature over p_e on a grid
+    line = torch.linspace(-6, 6, 241)
+    grid = torch.cartesian_prod(line, line)
+    density = model.lagged.log_prob(grid).exp() * (line[1] - line[0]) ** 2
+    expected = (density * model.lagged.loss(grid, reduction="none")).sum()
+    assert density.sum().item() == pytest.approx(1, abs=1e-4)
+    assert terms.mean().item() == pytest.approx(expected.item(), abs=0.01)
+
+
+def test_encode_decode_sample_reconstruct():
+    model = make().eval()
+    images = torch.rand(7, 1, 8, 8)
+    codes = model(images)
+    assert codes.shape == (7, 2)
+    torch.testing.assert_close(model.reconstruct(images), model.decode(codes))
+    samples = model.train().sample(3, torch.Generator().manual_seed(1))
+    assert model.training and samples.shape == (3, 1, 8, 8) and 0 <= samples.min() and samples.max() <= 1
+    assert torch.equal(samples, model.sample(3, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32), (1, 64, 64), (3, 64, 64)])
+@pytest.mark.parametrize("network", [FC, Conv])
+def test_networks_fit_the_images(network, image_shape):
+    networks = network(image_shape, 5)
+    images = torch.rand(2, *image_shape)
+    assert networks.encoder(images).shape == (2, 5)
+    assert networks(images).shape == images.shape
+
+
+def test_a_convolutional_gen_learns():
+    model = ImageGEN((1, 28, 28), 2, Conv, num_lagged=100, bandwidth=0.5, learning_rate=1e-3)
+    images = torch.nn.functional.interpolate(Digits().training.images[:200], size=28)
+    items = [(image, -1, i) for i, image in enumerate(images)]  # any dataset and loader will do
+    loader = torch.utils.data.DataLoader(items, batch_size=50, shuffle=True)
+    before = torch.nn.functional.mse_loss(model.reconstruct(images), images)
+    trainer(8).fit(model, loader)
+    assert torch.nn.functional.mse_loss(model.eval().reconstruct(images), images) < 0.6 * before
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: make(refresh_every=0), "refresh_every must be at least 1, got 0"),
+        (lambda: make(weight=-1.0), r"weight must not be negative, got -1\.0"),
+        (lambda: make(num_lagged=301) and train(make(num_lagged=301), 1), "num_lagged must be at most 300, .* got 301"),
+        (lambda: FC((8, 8), 2), r"image_shape must be \(channels, height, width\), .* got \[8, 8\]"),
+        (lambda: FC((1, 8, 8), 2, hidden=()), "hidden and latent_dim must be at least 1"),
+        (lambda: Conv((1, 30, 30), 2), r"side 28, 32 or 64, got image_shape \[1, 30, 30\]; FC takes any"),
+        (lambda: GEN(nn.Flatten(), nn.Identity(), 2, bandwidth=1.0).encode(torch.zeros(3, 1, 8, 8)), r"got \[3, 64\]"),
+        (lambda: train(GEN(FC((1, 8, 8), 2).encoder, nn.Identity(), 2, 200, bandwidth=1.0), 1), "decoder must return"),
+    ],
+)
+def test_refusals(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_batches_without_indices_are_refused():
+    loader = torch.utils.data.DataLoader([(torch.zeros(1, 8, 8), 0)] * 300, batch_size=100)
+    with pytest.raises(TypeError, match=r"must be \(images, labels, indices in the training set\), got 2 parts"):
+        trainer(1).fit(make(), loader)
+
+
+def test_gradient_weight_from_the_terms():
+    z = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    for divergence in ("js", "kl"):
+        model = make(divergence=divergence)
+        model.lagged.refresh(torch.randn(200, 2))
+        log_ratio = model.lagged.log_prob(z) - model.lagged.law.log_prob(z)
+        expected = torch.sigmoid(-log_ratio).mean()  # p_t / (p_e + p_t)
+        torch.testing.assert_close(model.gradient_weight(model.lagged.loss(z, reduction="none")), expected)
+
+
+def test_stopwatch_shares():
+    watch = Stopwatch(torch.device("cpu"))
+    assert watch.share("part", "whole") == 0
+    watch.start("whole")
+    watch.start("part")
+    watch.stop("part")
+    watch.stop("whole")
+    assert 0 < watch.share("part", "whole") < 1

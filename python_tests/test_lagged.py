@@ -1,0 +1,143 @@
+"""LaggedKDE: refresh, a query's own copy, its losses, its state."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal
+
+from kdejsd import GaussianMixture, StandardNormal
+from kdejsd.bandwidth import optimal_bandwidth
+from kdejsd.lagged import LaggedKDE
+from kdejsd.reference import jsd_loss, kde_log_prob
+
+M, DIM, H = 40, 3, 0.7
+
+
+def make(seed: int = 0, **options) -> tuple[LaggedKDE, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lagged = LaggedKDE(M, DIM, H, **options)
+    codes = torch.randn(M, DIM, generator=generator)
+    indices = torch.randperm(1000, generator=generator)[:M]
+    lagged.refresh(codes, indices)
+    return lagged, codes, indices
+
+
+def test_own_copy_is_left_out_as_by_brute_force():
+    lagged, codes, indices = make(smoothed=False)
+    z = torch.randn(60, DIM, generator=torch.Generator().manual_seed(1))
+    index = torch.cat([indices[:25].flip(0), torch.arange(2000, 2030), torch.full((5,), -1)])
+    got = lagged.loss(z, index, reduction="none")
+    for i in range(60):
+        others = codes[indices != index[i]]
+        assert len(others) == (M - 1 if i < 25 else M)
+        expected = jsd_loss(z[i : i + 1].double(), others.double(), H)
+        assert got[i].item() == pytest.approx(expected.item(), abs=2e-6)
+    torch.testing.assert_close(lagged.loss(z, index), got.mean())
+
+
+def test_without_index_nothing_is_left_out():
+    lagged, codes, indices = make()
+    z = codes[:10]
+    torch.testing.assert_close(lagged.log_prob(z), kde_log_prob(z, codes, H))
+    assert (lagged.log_prob(z, indices[:10]) < lagged.log_prob(z)).all()
+    lagged.refresh(codes)  # without indices no query has a copy, whatever index it has
+    torch.testing.assert_close(lagged.log_prob(z, indices[:10]), kde_log_prob(z, codes, H))
+
+
+@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("target", [None, GaussianMixture([[-2.0, 0, 0], [2.0, 0, 0]], 0.5, [0.3, 0.7])])
+def test_loss_and_gradient_agree_with_the_reference(divergence, smoothed, target):
+    lagged, codes, indices = make(divergence=divergence, smoothed=smoothed, target=target)
+    law = StandardNormal(DIM) if target is None else target
+    z = torch.randn(30, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    expected = jsd_loss(z, codes.double(), H, target=law.smoothed(H) if smoothed else law, divergence=divergence)
+    (expected_gradient,) = torch.autograd.grad(expected, z)
+    query = z.detach().float().requires_grad_()
+    loss = lagged.loss(query, torch.full((30,), -1))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    torch.testing.assert_close(query.grad.double(), expected_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_torch_distribution_is_a_target():
+    target = Independent(Normal(torch.zeros(DIM), torch.ones(DIM)), 1)
+    lagged, codes, _ = make(target=target, smoothed=False)
+    ours, _, _ = make(smoothed=False)
+    torch.testing.assert_close(lagged.loss(codes), ours.loss(codes))
+    with pytest.raises(ValueError, match="smoothed=True needs a target that can be convolved.*got Independent"):
+        LaggedKDE(M, DIM, H, target, smoothed=True)
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_jsd_is_small_at_the_target_and_grows_towards_log_2(smoothed):
+    lagged = LaggedKDE(M, 2, 0.25, smoothed=smoothed)
+    z = torch.randn(4000, 2, generator=torch.Generator().manual_seed(1))
+    values = [lagged.jsd(z + shift, torch.Generator().manual_seed(2)).item() for shift in (0.0, 0.5, 1.0, 3.0, 30.0)]
+    assert 0 < values[0] < 0.02
+    assert values == sorted(values)
+    assert values[-1] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_default_bandwidth_is_the_optimal_one():
+    assert LaggedKDE(50, 2).bandwidth == optimal_bandwidth(2, 50).value
+    mixture = GaussianMixture([[-4.0, 0.0], [4.0, 0.0]], 0.3)
+    assert LaggedKDE(50, 2, target=mixture).bandwidth == optimal_bandwidth(2, 50, target=mixture).value
+
+
+def test_state_is_restored_whole():
+    lagged, codes, indices = make(smoothed=True)
+    other = LaggedKDE(M, DIM, 0.1, smoothed=True)
+    assert not other.refreshed
+    other.load_state_dict(lagged.state_dict())
+    assert (other.bandwidth, other.refreshed) == (H, True)
+    assert torch.equal(other.loss(codes, indices), lagged.loss(codes, indices))
+
+
+def test_half_precision_codes_are_taken():
+    lagged, codes, _ = make()
+    assert lagged.loss(codes.bfloat16()).dtype == torch.float32
+    lagged.refresh(codes.bfloat16())
+    assert lagged.codes.dtype == torch.float32
+
+
+def test_before_the_first_refresh():
+    lagged = LaggedKDE(M, DIM, H)
+    for use in (lagged.loss, lagged.log_prob):
+        with pytest.raises(RuntimeError, match="holds no codes yet: call refresh"):
+            use(torch.zeros(2, DIM))
+
+
+@pytest.mark.parametrize(
+    ("codes", "indices", "error", "text"),
+    [
+        (torch.zeros(M, DIM + 1), None, ValueError, r"codes must have shape \[40, 3\], got \[40, 4\]"),
+        (torch.zeros(M - 1, DIM), None, ValueError, r"codes must have shape \[40, 3\], got \[39, 3\]"),
+        (torch.zeros(M, DIM, dtype=torch.int64), None, TypeError, "codes must be floating-point, got torch.int64"),
+        (torch.zeros(M, DIM).fill_(math.nan), None, ValueError, "codes must be finite, got NaN or infinity in 40 of 40"),
+        (torch.zeros(M, DIM), torch.arange(M - 1), ValueError, r"indices must have shape \[40\], got \[39\]"),
+        (torch.zeros(M, DIM), torch.arange(M).float(), TypeError, "indices must be int64, got torch.float32"),
+    ],
+)
+def test_refresh_refuses(codes, indices, error, text):
+    lagged, before, _ = make()
+    kept = lagged.codes.clone()
+    with pytest.raises(error, match=text):
+        lagged.refresh(codes, indices)
+    assert torch.equal(lagged.codes, kept)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (dict(num_centers=0, latent_dim=2, bandwidth=1.0), "num_centers must be at least 1, got 0"),
+        (dict(num_centers=5, latent_dim=0, bandwidth=1.0), "latent_dim must be at least 1, got 0"),
+        (dict(num_centers=5, latent_dim=2, bandwidth=-0.3), r"bandwidth must be positive and finite, got -0\.3"),
+        (dict(num_centers=5, latent_dim=2, bandwidth=1.0, divergence="tv"), "divergence must be .* got 'tv'"),
+        (dict(num_centers=5, latent_dim=2, bandwidth=1.0, target=StandardNormal(3)), "latent_dim = 2 dimensions, got 3"),
+    ],
+)
+def test_constructor_refuses(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        LaggedKDE(**arguments)

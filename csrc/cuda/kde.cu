@@ -175,6 +175,12 @@ struct Points {
   int64_t count;
 };
 
+// A thread's four rows: running sums over the columns that this thread has seen.
+template <typename T>
+struct alignas(16) RowSums {
+  T max[kMicro], sum[kMicro], moment[kMicro];
+};
+
 template <typename T, int LC>
 struct Tile {
   static constexpr int kChunk = kSide * LC;  // coordinates that are present at a time
@@ -182,12 +188,16 @@ struct Tile {
   alignas(16) Chunk rows;
   alignas(16) Chunk columns;
   alignas(16) T pairs[kTile][kTile + kVector<T>];  // [column][row], weights or distances
-  Item<T> item;                                    // here rather than in registers, of which there are few
+  RowSums<T> row_sums[kThreads];                   // here rather than in registers, of which there are few
+  Item<T> item;
   Points<T> row_points, column_points;
   CenterTerms<T> centers[kTile];
-  int64_t exclude[kTile];  // of the queries
-  T grad[kTile];           // of the queries; backward only
-  T log2_prob[kTile];      // of the queries, in the units of x; backward only
+  int64_t exclude[kTile];   // of the queries; forward only
+  int excluded_row[kTile];  // of the queries, the row of this tile that is left out; backward only
+  T grad[kTile];            // of the queries; backward only
+  T log2_prob[kTile];       // of the queries, in the units of x; backward only
+  double log_constant[2];   // of log_prob: for a query that counts all centers, and for one that excludes one; backward
+                            // only
 };
 
 template <typename T, int LC>
@@ -214,9 +224,10 @@ __device__ void load_centers(Tile<T, LC>& tile, int64_t first) {
 }
 
 // Brings chunks of the points of a tile's two sides into shared memory, and remembers what is there.
-template <typename T, int LC>
+template <typename T, int LC, int kSlabs>
 struct Stage {
   static constexpr int kChunk = Tile<T, LC>::kChunk;
+  static constexpr int kLoads = kSlabs == 1 ? 8 : 4;  // in flight per thread, as many as the registers have room for
 
   Tile<T, LC>& tile;
   int64_t first_row;
@@ -243,7 +254,7 @@ struct Stage {
     const int start = threadIdx.x / kChunk, end = static_cast<int>(left < kTile ? left : kTile);
     const T scale = tile.item.scale;
     const T* from = source.points + (first + start) * l + coordinate(present);
-#pragma unroll
+#pragma unroll kLoads
     for (int step = 0; step < kTile / kStep; ++step) {
       const int row = start + step * kStep;
       to[row][threadIdx.x % kChunk] = row < end ? (*from - shift) * scale : T(0);
@@ -300,15 +311,15 @@ __device__ void add_squared_distances(const Tile<T, LC>& tile, int width, T (&d2
 // Chunks from the last to the first, so that the weighted sums find the first one still present. What else the tile
 // needs is loaded beside the first of them. Between chunks the sums wait in shared memory: so there are two levels of
 // them, and registers for what goes on.
-template <typename T, int LC, typename Load>
-__device__ void squared_distances(Stage<T, LC>& stage, T (&d2)[kMicro][kMicro], const Load& load_beside) {
-  constexpr int kChunk = Stage<T, LC>::kChunk;
+template <typename T, int LC, int kSlabs, typename Load>
+__device__ void squared_distances(Stage<T, LC, kSlabs>& stage, T (&d2)[kMicro][kMicro], const Load& load_beside) {
+  constexpr int kChunk = Tile<T, LC>::kChunk;
   const int last = stage.chunks() - 1;
   for (int chunk = last; chunk >= 0; --chunk) {
     const int64_t left = stage.tile.item.l - static_cast<int64_t>(chunk) * kChunk;
     __syncthreads();
-    stage.load(chunk, true);
     if (chunk == last) load_beside();
+    stage.load(chunk, true);
     __syncthreads();
 #pragma unroll
     for (int a = 0; a < kMicro; ++a) {
@@ -339,7 +350,7 @@ __device__ void weighted_sums(const Tile<T, LC>& tile, T (&sums)[kMicro][LC]) {
 
 // total = total * factor + the tile's weighted sums, for the chunks first_chunk + {0..slabs-1}, slabs <= kSlabs.
 template <typename T, int LC, int kSlabs>
-__device__ void add_weighted_sums(Stage<T, LC>& stage, int first_chunk, int slabs, const T (&factor)[kMicro],
+__device__ void add_weighted_sums(Stage<T, LC, kSlabs>& stage, int first_chunk, int slabs, const T (&factor)[kMicro],
                                   T (&total)[kSlabs][kMicro][LC]) {
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
@@ -384,17 +395,12 @@ struct ForwardPlan {
   int64_t blocks(int64_t batch) const { return query_tiles * groups * splits * batch; }
 };
 
-// A thread's four rows: running sums over the columns that this thread has seen.
-template <typename T>
-struct RowSums {
-  T max[kMicro], sum[kMicro], moment[kMicro];
-};
-
 // Turns squared distances into weights relative to the rows' new maxima; factor brings the old sums there.
 template <typename T, int LC>
-__device__ void forward_weights(const Tile<T, LC>& tile, int64_t first_center, T (&pairs)[kMicro][kMicro],
-                                RowSums<T>& sums, T (&factor)[kMicro]) {
+__device__ void forward_weights(Tile<T, LC>& tile, int64_t first_center, T (&pairs)[kMicro][kMicro],
+                                T (&factor)[kMicro]) {
   const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
+  RowSums<T> sums = tile.row_sums[threadIdx.x];
 #pragma unroll
   for (int a = 0; a < kMicro; ++a) {
     const int64_t excluded = tile.exclude[kMicro * ty + a] - first_center;
@@ -421,6 +427,7 @@ __device__ void forward_weights(const Tile<T, LC>& tile, int64_t first_center, T
     sums.sum[a] = std::fma(sums.sum[a], factor[a], sum);
     sums.moment[a] = std::fma(sums.moment[a], factor[a], moment);
   }
+  tile.row_sums[threadIdx.x] = sums;
 }
 
 template <typename T>
@@ -456,31 +463,30 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   const Item<T>& item = tile.item;
   start_tile(tile, mixture, batch, true);
   const int64_t first_query = query_tile * kTile;
-  Stage<T, LC> stage{tile, first_query};
+  Stage<T, LC, kSlabs> stage{tile, first_query};
   if (threadIdx.x < kTile) {
     const int64_t i = first_query + threadIdx.x;
     tile.exclude[threadIdx.x] = item.exclude != nullptr && i < item.n ? item.exclude[i] : -1;
   }
 
-  RowSums<T> sums = {};
   T centers[kSlabs][kMicro][LC] = {};
-#pragma unroll
-  for (int a = 0; a < kMicro; ++a) sums.max[a] = -T(INFINITY);
+  const T none = -T(INFINITY);
+  tile.row_sums[threadIdx.x] = {{none, none, none, none}, {}, {}};
   for (int64_t center_tile = first_tile; center_tile < end_tile; ++center_tile) {
     stage.first_column = center_tile * kTile;
     T pairs[kMicro][kMicro], factor[kMicro];
     squared_distances(stage, pairs, [&] { load_centers(tile, stage.first_column); });
-    forward_weights(tile, stage.first_column, pairs, sums, factor);
+    forward_weights(tile, stage.first_column, pairs, factor);
     if (partials.sum_centers == nullptr) continue;
     store_pairs(tile, pairs);
     __syncthreads();
-    add_weighted_sums<T, LC, kSlabs>(stage, group * plan.chunks, plan.chunks, factor, centers);
+    add_weighted_sums(stage, group * plan.chunks, plan.chunks, factor, centers);
   }
 
   const int64_t rows = mixture.batch * item.n;
   const int64_t first_row = (split * rows + batch * item.n) + first_query + kMicro * (threadIdx.x / kSide);
   const int64_t end_row = split * rows + (batch + 1) * item.n;
-  if (group == 0) write_row_sums(sums, partials, first_row, end_row);
+  if (group == 0) write_row_sums(tile.row_sums[threadIdx.x], partials, first_row, end_row);
   if (partials.sum_centers == nullptr) return;
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
@@ -540,7 +546,7 @@ __device__ void write_dquery(const Item<T>& item, const Partials<T>& partials, c
   int width = 1;
   while (width < item.l && width < kWarp) width *= 2;
   const int lane = threadIdx.x % kWarp;
-  const T inverse = T(1) / (item.scale * item.h0 * item.h0);
+  const T inverse = T(1) / (item.scale * item.h0) / item.h0;
   const T precision = (item.per_center ? merged.moment : merged.exponents.sum) / merged.exponents.sum;
   for (int64_t first = 0; first < item.l; first += width) {
     const int64_t k = first + lane % width;
@@ -604,55 +610,56 @@ struct BackwardPlan {
 
 // The queries' part of w[i, j] = grad[i] 2^(x[i, j] - log2_prob[i]).
 template <typename T, int LC>
-__device__ void load_queries(Tile<T, LC>& tile, const Item<T>& item, int64_t first, const T* grad /* [n] */,
-                             const T* log_prob /* [n] */) {
+__device__ void load_queries(Tile<T, LC>& tile, const Item<T>& item, int64_t first_center, int64_t first,
+                             const T* grad /* [n] */, const T* log_prob /* [n] */) {
   if (threadIdx.x >= kTile) return;
   const int64_t i = first + threadIdx.x;
   const bool inside = i < item.n;
   const int64_t exclude = inside && item.exclude != nullptr ? item.exclude[i] : -1;
-  tile.exclude[threadIdx.x] = exclude;
+  const bool in_tile = exclude >= first_center && exclude < first_center + kTile;
+  tile.excluded_row[threadIdx.x] = in_tile ? static_cast<int>(exclude - first_center) : -1;
   tile.grad[threadIdx.x] = inside ? grad[i] : T(0);
-  const double constant =
-      kde_log_constant(kde_count(item.m, item.log_weights == nullptr, exclude), item.l, static_cast<double>(item.h0));
+  const bool one_less = exclude >= 0 && exclude < item.m;
   // Beyond the last query the weight is 2^-inf = 0.
   tile.log2_prob[threadIdx.x] =
-      inside ? static_cast<T>(kLog2E * (static_cast<double>(log_prob[i]) - constant)) : T(INFINITY);
+      inside ? static_cast<T>(kLog2E * (static_cast<double>(log_prob[i]) - tile.log_constant[one_less])) : T(INFINITY);
 }
 
-// Turns squared distances into weights, whose sums over the queries go to sum and, times d2, to distance.
+// Turns squared distances into weights, and adds them to the rows' sums, times d2 to the moments.
 template <typename T, int LC>
-__device__ void backward_weights(const Tile<T, LC>& tile, int64_t first_center, T (&pairs)[kMicro][kMicro],
-                                 T (&sum)[kMicro], T (&distance)[kMicro]) {
+__device__ void backward_weights(Tile<T, LC>& tile, T (&pairs)[kMicro][kMicro]) {
   const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
+  RowSums<T> sums = tile.row_sums[threadIdx.x];
 #pragma unroll
   for (int a = 0; a < kMicro; ++a) {
     const CenterTerms<T>& center = tile.centers[kMicro * ty + a];
-    T tile_sum = T(0), tile_distance = T(0);
+    T sum = T(0), moment = T(0);
 #pragma unroll
     for (int b = 0; b < kMicro; ++b) {
       const int i = tx + kSide * b;
-      const bool excluded = tile.exclude[i] == first_center + kMicro * ty + a;
+      const bool excluded = tile.excluded_row[i] == kMicro * ty + a;
       const T x = excluded ? -T(INFINITY) : std::fma(-center.gain, pairs[a][b], center.offset);
       const T weight = tile.grad[i] * std::exp2(x - tile.log2_prob[i]);
-      tile_sum += weight;
-      tile_distance += weight == T(0) ? T(0) : weight * pairs[a][b];
+      sum += weight;
+      moment += weight == T(0) ? T(0) : weight * pairs[a][b];
       pairs[a][b] = weight;
     }
-    sum[a] += tile_sum;
-    distance[a] += tile_distance;
+    sums.sum[a] += sum;
+    sums.moment[a] += moment;
   }
+  tile.row_sums[threadIdx.x] = sums;
 }
 
 // dlog_weights[j] = sum w,  dbandwidth[j] = sum w (d2 / h^3 - l / h)
 template <typename T>
-__device__ void write_dcenter_scalars(const Item<T>& item, int64_t j, int64_t at, T sum, T distance,
+__device__ void write_dcenter_scalars(const Item<T>& item, int64_t j, int64_t at, T sum, T moment,
                                       T* dlog_weights /* [batch, m] or null */,
                                       T* dbandwidth /* [batch, m] or null */) {
   if (dlog_weights != nullptr) dlog_weights[at] = sum;
   if (dbandwidth == nullptr) return;
   const T h = checked_bandwidth(item.bandwidth[item.per_center ? j : 0]);
   const T scaled = item.scale * h;
-  dbandwidth[at] = (distance / (scaled * scaled) - static_cast<T>(item.l) * sum) / h;
+  dbandwidth[at] = (moment / (scaled * scaled) - static_cast<T>(item.l) * sum) / h;
 }
 
 // dcenters[j] = sum w (query - center) / h^2
@@ -660,7 +667,7 @@ template <typename T, int LC, int kSlabs>
 __device__ void write_dcenter(const Item<T>& item, int64_t j, int first_chunk, int chunks, int a, T sum,
                               const T (&queries)[kSlabs][kMicro][LC], T* dcenter /* [l] */) {
   const T h = checked_bandwidth(item.bandwidth[item.per_center ? j : 0]);
-  const T inverse = T(1) / (item.scale * h * h);
+  const T inverse = T(1) / (item.scale * h) / h;
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
     if (slab >= chunks) break;
@@ -675,7 +682,7 @@ __device__ void write_dcenter(const Item<T>& item, int64_t j, int first_chunk, i
 }
 
 template <typename T, int LC, int kSlabs>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
+__global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocessor<T> : 1)
     kde_backward_kernel(const KdeBackward args, const BackwardPlan plan) {
   int64_t block = blockIdx.x;
   const int64_t center_tile = block % plan.center_tiles;
@@ -689,36 +696,40 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   const T* grad = static_cast<const T*>(args.grad) + batch * item.n;          // [n]
   const T* log_prob = static_cast<const T*>(args.log_prob) + batch * item.n;  // [n]
   T* dcenters = static_cast<T*>(args.dcenters);                               // [batch, m, l] or null
-  Stage<T, LC> stage{tile, first_center};
+  Stage<T, LC, kSlabs> stage{tile, first_center};
   load_centers(tile, first_center);
+  if (threadIdx.x < 2) {
+    const int64_t count = kde_count(item.m, item.log_weights == nullptr, static_cast<int>(threadIdx.x) - 1);
+    tile.log_constant[threadIdx.x] = kde_log_constant(count, item.l, static_cast<double>(item.h0));
+  }
 
-  T sum[kMicro] = {}, distance[kMicro] = {};
+  tile.row_sums[threadIdx.x] = {};
   T queries[kSlabs][kMicro][LC] = {};
   const T same[kMicro] = {T(1), T(1), T(1), T(1)};
   for (int64_t first_query = 0; first_query < item.n; first_query += kTile) {
     stage.first_column = first_query;
     T pairs[kMicro][kMicro];
-    squared_distances(stage, pairs, [&] { load_queries(tile, item, first_query, grad, log_prob); });
-    backward_weights(tile, first_center, pairs, sum, distance);
+    squared_distances(stage, pairs, [&] { load_queries(tile, item, first_center, first_query, grad, log_prob); });
+    backward_weights(tile, pairs);
     if (dcenters == nullptr) continue;
     store_pairs(tile, pairs);
     __syncthreads();
-    add_weighted_sums<T, LC, kSlabs>(stage, group * plan.chunks, plan.chunks, same, queries);
+    add_weighted_sums(stage, group * plan.chunks, plan.chunks, same, queries);
   }
 
 #pragma unroll
   for (int a = 0; a < kMicro; ++a) {
-    const T row_sum = sum_over_columns(sum[a]), row_distance = sum_over_columns(distance[a]);
+    const T sum = sum_over_columns(tile.row_sums[threadIdx.x].sum[a]);
+    const T moment = sum_over_columns(tile.row_sums[threadIdx.x].moment[a]);
     const int64_t j = first_center + kMicro * (threadIdx.x / kSide) + a;
     const int64_t at = batch * item.m + j;
     if (j >= item.m) continue;
     if (group == 0 && threadIdx.x % kSide == 0) {
-      write_dcenter_scalars(item, j, at, row_sum, row_distance, static_cast<T*>(args.dlog_weights),
+      write_dcenter_scalars(item, j, at, sum, moment, static_cast<T*>(args.dlog_weights),
                             static_cast<T*>(args.dbandwidth));
     }
     if (dcenters == nullptr) continue;
-    write_dcenter<T, LC, kSlabs>(item, j, group * plan.chunks, plan.chunks, a, row_sum, queries,
-                                 dcenters + at * item.l);
+    write_dcenter<T, LC, kSlabs>(item, j, group * plan.chunks, plan.chunks, a, sum, queries, dcenters + at * item.l);
   }
 }
 
@@ -821,9 +832,20 @@ void launch_forward(const KdeForward& args, void* workspace, int device, cudaStr
   check_launch("kde_merge_kernel");
 }
 
+void write_zeros(void* to, int64_t bytes, cudaStream_t stream) {
+  if (to != nullptr) check(cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");
+}
+
 template <typename T>
 void launch_backward(const KdeBackward& args, cudaStream_t stream) {
   const KdeMixture& mixture = args.mixture;
+  if (mixture.n == 0) {  // sums of nothing, whatever the centers hold
+    const int64_t bytes = mixture.batch * mixture.m * static_cast<int64_t>(sizeof(T));
+    write_zeros(args.dcenters, bytes * mixture.l, stream);
+    write_zeros(args.dlog_weights, bytes, stream);
+    write_zeros(args.dbandwidth, bytes, stream);
+    return;
+  }
   BackwardPlan plan = {};
   plan_chunks<T>(mixture.l, args.dcenters != nullptr, &plan);
   plan.center_tiles = ceil_div(mixture.m, kTile);

@@ -1,13 +1,11 @@
 // The kde op on CUDA devices: log p_e at every query with its gradients in one pass over the centers, and the
-// transposed pass that gives the gradients of centers, log weights and bandwidths. Neither writes anything of size n x
-// m.
+// transposed pass that gives the gradients of centers, log weights and bandwidths. Nothing of size n x m is stored.
 //
 // Arrays are row-major: query [batch, n, l], centers [batch, m, l]. Blocks of 16 x 16 threads work on tiles of 64 rows
 // times 64 columns (forward: queries times centers; backward: centers times queries). Thread (ty, tx) has the 16 pairs
 // of rows 4 ty + {0..3} and columns tx + {0, 16, 32, 48}, and goes through three steps per tile:
-//   1. squared distances, from differences of coordinates that pass through shared memory in chunks of 16 LC columns of
-//   l
-//   2. weights 2^x, which the whole block exchanges through shared memory
+//   1. squared distances, from differences of coordinates; these pass through shared memory in chunks of 16 LC
+//   2. weights 2^x, which the block exchanges through shared memory
 //   3. weighted sums of the column points: rows 4 ty + {0..3}, coordinates LC tx + {0..LC-1} of up to kSlabs chunks
 // A tile is summed by itself before it is added to the running sums, so long sums have two levels.
 //
@@ -16,7 +14,7 @@
 // where subtracting is exact too. Exponents are in powers of two and relative to h0:
 //   x[i, j] = offset[j] - gain[j] d2[i, j],  gain[j] = log2(e)/2 (h0/h[j])^2 / (scale h0)^2,
 //   offset[j] = log2(e) log_weights[j] + l log2(h0/h[j]).
-#include <type_traits>
+#include <algorithm>
 
 #include "cuda/launch.cuh"
 #include "kernels.h"
@@ -72,7 +70,8 @@ __device__ T sum_over_columns(T x) {
 
 template <typename T>
 __device__ T max_over_warp(T x) {
-  return std::fmax(max_over_columns(x), __shfl_xor_sync(kAllLanes, max_over_columns(x), kSide));
+  x = max_over_columns(x);
+  return std::fmax(x, __shfl_xor_sync(kAllLanes, x, kSide));
 }
 
 template <typename T>
@@ -127,8 +126,7 @@ __device__ Item<T> batch_item(const KdeMixture& mixture, int64_t batch) {
 }
 
 // What is subtracted from coordinate k of all points. Where four centers spread over the array agree in it within a
-// factor of two, the middle of their range: differences from it are exact. Elsewhere nothing would be gained, and it is
-// 0.
+// factor of two it is the middle of their range, and differences from it are exact. Elsewhere nothing would be gained.
 template <typename T>
 __device__ T shift_of(const Item<T>& item, int64_t k) {
   if (k >= item.l) return T(0);
@@ -196,12 +194,12 @@ struct Tile {
   int excluded_row[kTile];  // of the queries, the row of this tile that is left out; backward only
   T grad[kTile];            // of the queries; backward only
   T log2_prob[kTile];       // of the queries, in the units of x; backward only
-  double log_constant[2];   // of log_prob: for a query that counts all centers, and for one that excludes one; backward
-                            // only
+  double log_constant[2];   // of a query that counts all centers, and of one that excludes one; backward only
 };
 
 template <typename T, int LC>
 __device__ Tile<T, LC>& shared_tile() {
+  static_assert(sizeof(Tile<T, LC>) <= 99 * 1024, "what a block may have at most, from compute capability 8.0 on");
   extern __shared__ __align__(16) unsigned char shared_memory[];
   return *reinterpret_cast<Tile<T, LC>*>(shared_memory);
 }
@@ -749,18 +747,19 @@ void plan_chunks(int64_t l, bool with_sums, Plan* plan) {
   plan->chunks = static_cast<int>(ceil_div(chunks, plan->groups));
 }
 
-// Splits the centers so that the last wave of blocks is as full as may be: as few steps as possible, where every block
-// takes one for each of its tiles and one more to start and end, and the fewest splits that reach this.
+// Splits the centers so that the device is full, in one wave of blocks or in up to four where that leaves less of the
+// last one empty. A block takes a step for each of its tiles and about one more to start and end.
 void plan_splits(int64_t blocks, int64_t slots, ForwardPlan* plan) {
   int64_t fewest = INT64_MAX;
-  for (int64_t splits = 1; splits <= plan->center_tiles && (splits == 1 || blocks * splits <= 2 * slots); ++splits) {
-    const int64_t tiles = ceil_div(plan->center_tiles, splits);
+  for (int64_t waves = 1; waves <= 4; ++waves) {
+    const int64_t most = std::max<int64_t>(1, std::min(plan->center_tiles, waves * slots / blocks));
+    const int64_t tiles = ceil_div(plan->center_tiles, most), splits = ceil_div(plan->center_tiles, tiles);
     const int64_t steps = ceil_div(blocks * splits, slots) * (tiles + 1);
     if (steps >= fewest) continue;
     fewest = steps;
     plan->tiles_per_split = tiles;
+    plan->splits = splits;
   }
-  plan->splits = ceil_div(plan->center_tiles, plan->tiles_per_split);
 }
 
 template <typename T>

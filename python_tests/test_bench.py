@@ -1,0 +1,131 @@
+"""The benchmarks run, compare with the truth before they time anything, and write down what they found."""
+
+import csv
+import dataclasses
+import importlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdejsd
+from kdejsd import reference
+from kdejsd._native import cuda_problem
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def bench_kde(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("bench_kde")
+
+
+def run(*arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, str(BENCH / "bench_kde.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=50)
+
+
+def test_csv_of_a_quick_run(tmp_path):
+    table = tmp_path / "kde.csv"
+    # The limits are measured with the system's compiler; without one they are given.
+    limits = [] if shutil.which("g++") else ["--fma-gflops", "100", "--gexp", "10"]
+    done = run(
+        *("--quick", "--sizes", "7,50,3", "33,300,40", "--threads", "1", "--budget", "0.5", "--csv", str(table)),
+        *("--providers", "gemm", "attention", "differences", *limits),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "n = 33, m = 300, l = 40" in done.stdout
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["provider"] for row in rows} == {"kdejsd", "gemm", "attention", "differences"}
+    for size in (("7", "50", "3"), ("33", "300", "40")):
+        ours = [r for r in rows if r["provider"] == "kdejsd" and (r["n"], r["m"], r["l"]) == size]
+        found = {(r["metric"], r["mode"]): float(r["value"]) for r in ours}
+        assert found["value error", "value+gradient"] < 2e-5
+        assert found["gradient error", "value+gradient"] < 1e-5
+        for mode in ("value+gradient", "value"):
+            (time,) = (r for r in ours if (r["metric"], r["mode"]) == ("time", mode))
+            assert 0 < float(time["p20"]) <= float(time["value"]) <= float(time["p80"])
+            assert int(time["repeats"]) >= 3
+            assert found["share of limit", mode] > 0
+    for row in rows:
+        assert row["kernel"] == "jsd_loss"
+        assert (row["dtype"], row["device"], row["threads"]) == ("float32", "cpu", "1")
+        assert row["level"] == kdejsd.build_info()["cpu_level"]
+        assert f"kdejsd {kdejsd.__version__}" in row["versions"]
+        assert row["machine"] and row["commit"] and row["date"]
+
+
+def test_what_cannot_be_run_is_said():
+    done = run("--quick", "--levels", "v5")
+    assert done.returncode != 0
+    assert "base, v3, v4, got v5" in done.stderr
+    if cuda_problem():
+        done = run("--device", "cuda")
+        assert done.returncode != 0
+        assert cuda_problem() in done.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize("size", [(5, 40, 3), (20, 1000, 30)])
+def test_truth_is_the_reference(bench_kde, monkeypatch, size):
+    problem = bench_kde.Problem.make(size, torch.float32, "cpu")
+    codes = problem.codes.detach().double().requires_grad_()
+    lagged = problem.lagged.double()
+    terms = reference.kde.jsd_loss(codes, lagged, problem.bandwidth, reduction="none")
+    (gradient,) = torch.autograd.grad(terms.sum(), codes)
+    # Small chunks of centers, so that there are several to merge.
+    split = torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda t, _: split(t, 7))
+    found = bench_kde.truth(problem.codes, problem.lagged, problem.bandwidth)
+    torch.testing.assert_close(found[0], terms.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[1], gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_a_wrong_provider_is_not_timed(bench_kde):
+    peers = sys.modules["peers"]
+
+    def off_in_value(*arguments):
+        return kdejsd.jsd_loss(*arguments[:3], reduction=arguments[3]) + 0.01
+
+    def off_in_gradient(codes, *arguments):
+        return kdejsd.jsd_loss(codes, *arguments[:2], reduction=arguments[2]) + 0.01 * (codes - codes.detach()).sum()
+
+    def broken(*_):
+        raise RuntimeError("no such kernel\nand more")
+
+    problem = bench_kde.Problem.make((6, 200, 4), torch.float32, "cpu")
+    (ours,) = (p for p in peers.providers("cpu", ["base"]).values() if not isinstance(p, str) and p.name == "kdejsd")
+    candidates = {"kdejsd": dataclasses.replace(ours, level=None), "absent": "not installed"}
+    candidates |= {f.__name__: peers.Provider(f.__name__, f) for f in (off_in_value, off_in_gradient, broken)}
+    right, absent, value, gradient, error = bench_kde.run_size(problem, candidates, "cpu", 0.01, {})
+    assert not right.note and right.times.keys() == {"value", "value+gradient"}
+    assert absent.note == "not installed"
+    assert error.note == "RuntimeError: no such kernel"
+    assert value.note == gradient.note == "wrong: not timed"
+    assert not value.times and not gradient.times
+    assert value.value_error == pytest.approx(0.01, rel=1e-3) and value.gradient_error < 1e-5
+    assert gradient.gradient_error > 1e-2
+
+
+def test_limit_counts_the_work(bench_kde):
+    peaks = sys.modules["machine"].Peaks
+    cpu = peaks(multiply_adds=1e9, exponentials=1e8, bytes=math.inf, source="", one_unit=True)
+    n, m, dim = 10, 1000, 20
+    assert cpu.limit_ms(n, m, dim, 4, gradient=True) == pytest.approx(2 * n * m * dim * 1e-6 + n * m * 1e-5)
+    assert cpu.limit_ms(n, m, dim, 4, gradient=False) == pytest.approx(n * m * dim * 1e-6 + n * m * 1e-5)
+    gpu = dataclasses.replace(cpu, one_unit=False)
+    assert gpu.limit_ms(n, m, dim, 4, gradient=True) == pytest.approx(2 * n * m * dim * 1e-6)
+    slow = dataclasses.replace(cpu, bytes=1e3)
+    assert slow.limit_ms(n, m, dim, 4, gradient=False) == pytest.approx(4 * (m * dim + n * dim + n))
+
+
+def test_gpu_suite_is_a_script():
+    subprocess.run(["bash", "-n", str(BENCH / "gpu_suite.sh")], check=True)
+    assert os.access(BENCH / "gpu_suite.sh", os.X_OK)

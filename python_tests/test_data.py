@@ -1,0 +1,193 @@
+"""The data modules: what they give out, in which order, and what they say about files that are missing or damaged."""
+
+import gzip
+import os
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdejsd.data import MNIST, Digits, FashionMNIST, ImageFolder
+
+FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">{1 + array.ndim}I", 2048 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(folder, compressed: bool, counts=(30, 12)) -> dict[str, np.ndarray]:
+    """Small idx files; returns what they hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    arrays = {}
+    for part, count in zip(("train", "t10k"), counts, strict=True):
+        arrays[f"{part}-images-idx3-ubyte"] = random.integers(0, 256, (count, 28, 28))
+        arrays[f"{part}-labels-idx1-ubyte"] = random.integers(0, 10, count)
+    for name, array in arrays.items():
+        if compressed:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+        else:
+            (folder / name).write_bytes(idx(array))
+    return arrays
+
+
+def whole(loader) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return tuple(torch.cat(parts) for parts in zip(*loader, strict=True))
+
+
+def test_digits():
+    data = Digits()
+    assert len(data.training) == 1438 and len(data.held_out) == 359
+    images, labels, index = whole(data.val_dataloader())
+    assert images.shape == (359, 1, 8, 8) and images.dtype == torch.float32
+    assert (images.min(), images.max()) == (0, 1)
+    assert labels.unique().tolist() == list(range(10))
+    assert index.tolist() == list(range(359))
+    both = torch.cat([data.training.images, data.held_out.images]).flatten(1)
+    assert len(both.unique(dim=0)) == 1797  # no digit is in both parts
+    other = Digits(seed=1)
+    assert not torch.equal(other.held_out.images, data.held_out.images)
+
+
+def test_batches_are_shuffled_by_seed_and_epoch():
+    def order(seed, epoch):
+        loader = Digits(train_size=300, seed=seed).train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        return whole(loader)[2].tolist()
+
+    assert order(0, 0) == order(0, 0)
+    assert sorted(order(0, 0)) == sorted(order(3, 1)) == list(range(300))
+    orders = [order(seed, epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    assert len({tuple(o) for o in orders}) == 9
+
+
+def test_the_last_batch_of_training_is_whole_and_of_validation_is_not():
+    data = Digits(batch_size=64)
+    assert [len(batch[0]) for batch in data.train_dataloader()] == [64] * (1438 // 64)
+    assert len(data.train_dataloader()) == 22 and len(data.val_dataloader()) == 1
+
+
+def test_train_size_is_a_subset_drawn_by_the_seed():
+    def images(seed):
+        return {image.numpy().tobytes() for image in Digits(train_size=200, seed=seed).training.images}
+
+    assert len(images(0)) > 190 and images(0) == images(0)
+    assert images(0) != images(1)
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize(("kind", "below"), [(MNIST, ""), (MNIST, "mnist"), (FashionMNIST, "fashion-mnist")])
+def test_idx_files(tmp_path, compressed, kind, below):
+    arrays = write_mnist(tmp_path / below, compressed)
+    data = kind(str(tmp_path), batch_size=10)
+    images, labels, index = data.training[torch.tensor([3, 7])]
+    expected = torch.from_numpy(arrays["train-images-idx3-ubyte"])[[3, 7], None].float() / 255
+    assert torch.equal(images, expected)
+    assert labels.tolist() == arrays["train-labels-idx1-ubyte"][[3, 7]].tolist()
+    assert index.tolist() == [3, 7]
+    assert torch.equal(whole(data.val_dataloader())[1], torch.from_numpy(arrays["t10k-labels-idx1-ubyte"]))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_file(tmp_path, name):
+    write_mnist(tmp_path, compressed=True)
+    (tmp_path / f"{name}.gz").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        MNIST(str(tmp_path)).setup()
+    text = str(error.value)
+    assert f"{name}.gz" in text and str(tmp_path) in text and "--data.root" in text and "curl -O https://" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "text"),
+    [
+        (FILES[0], lambda b: struct.pack(">I", 2049) + b[4:], "expected the magic number 2051, found 2049"),
+        (FILES[1], lambda b: b"<html>" + b[6:], "expected the magic number 2049, found 1013478509"),
+        (FILES[0], lambda b: b[:-1], r"expected 23536 bytes for sizes \[30, 28, 28\], found 23535 bytes"),
+        (FILES[2], lambda b: b + b"0", r"expected 9424 bytes for sizes \[12, 28, 28\], found 9425 bytes"),
+        (FILES[3], lambda b: b"", "expected at least the 8 bytes of an idx header, found 0 bytes"),
+        (FILES[1], lambda b: idx(np.zeros(29)), "expected 30 labels, one per image of train-images.*, found 29"),
+        (FILES[0], lambda b: idx(np.zeros((30, 14, 14))), "expected images of 28 x 28 pixels, found 14 x 14"),
+    ],
+)
+def test_damaged_file(tmp_path, name, damage, text):
+    write_mnist(tmp_path, compressed=False)
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name} is damaged: {text}; to get it: curl -O"):
+        MNIST(str(tmp_path)).setup()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"not gzip", lambda b: b[:20] + b"x" * 40])
+def test_damaged_gzip(tmp_path, damage):
+    write_mnist(tmp_path, compressed=True)
+    path = tmp_path / f"{FILES[0]}.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged: expected a whole gzip file, found"):
+        MNIST(str(tmp_path)).setup()
+
+
+def test_image_folder(tmp_path):
+    for place, (name, color) in enumerate(
+        [("b/red.png", (255, 0, 0)), ("a/blue.JPG", (0, 0, 255)), ("green.bmp", (0, 255, 0))]
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (20 + 10 * place, 30), color).save(path)
+    (tmp_path / "notes.txt").write_text("no picture")
+    data = ImageFolder(str(tmp_path), size=16, held_out=0.3, batch_size=2)
+    assert data.image_shape == (3, 16, 16)
+    assert len(data.training) == 2 and len(data.held_out) == 1
+    images = torch.cat([data.training[torch.arange(2)][0], data.held_out[torch.arange(1)][0]])
+    labels = torch.cat([data.training.labels, data.held_out.labels])
+    means = images.mean((2, 3))
+    for label, channel in ((0, 2), (1, 0), (-1, 1)):  # subfolder a is class 0, b is 1; no subfolder is no class
+        mean = means[labels == label][0]
+        assert mean.argmax() == channel and mean.max() > 0.95
+    again = ImageFolder(str(tmp_path), size=16, held_out=0.3, batch_size=2)
+    assert torch.equal(again.held_out.images, data.held_out.images)
+    grey = ImageFolder(str(tmp_path), size=8, channels=1, batch_size=1)
+    assert grey.training.images.shape == (2, 1, 8, 8)
+
+
+def test_image_folder_refusals(tmp_path):
+    with pytest.raises(FileNotFoundError, match="needs a folder of pictures, and .*nowhere is none"):
+        ImageFolder(str(tmp_path / "nowhere")).setup()
+    with pytest.raises(FileNotFoundError, match="needs at least two pictures .* found 0"):
+        ImageFolder(str(tmp_path)).setup()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"b\.png is damaged: expected a picture"):
+        ImageFolder(str(tmp_path), batch_size=1).setup()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: Digits(batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda: Digits(train_size=50), "train_size must be at least batch_size = 100, got 50"),
+        (lambda: Digits(seed=-1), "seed must not be negative, got -1"),
+        (lambda: Digits(train_size=1439).setup(), "train_size must be at most 1438, .* got 1439"),
+        (lambda: Digits(batch_size=1439).setup(), "batch_size must be at most 1438, .* got 1439"),
+        (lambda: ImageFolder("x", size=0), "size must be at least 1, got 0"),
+        (lambda: ImageFolder("x", channels=4), r"channels must be 1 \(grey\) or 3 \(colour\), got 4"),
+        (lambda: ImageFolder("x", held_out=1.0), r"held_out must be between 0 and 1, got 1\.0"),
+    ],
+)
+def test_refusals(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_real_mnist():
+    root = os.environ.get("KDEJSD_DATA")
+    if root is None:
+        pytest.skip("set KDEJSD_DATA to the folder that holds mnist/ to test with the real files")
+    data = MNIST(root, train_size=10_000)
+    assert len(data.training) == 10_000 and len(data.held_out) == 10_000
+    assert data.held_out.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    images, _, _ = data.held_out[torch.arange(10_000)]
+    assert images.mean().item() == pytest.approx(0.1325, abs=1e-4)

@@ -38,11 +38,11 @@ def providers(device: str, levels: list[str]) -> dict[str, Provider | str]:
     """All of them by name, or why one is not there."""
     found: dict[str, Provider | str] = {}
     if device == "cuda":
-        found["kdejsd"] = Provider("kdejsd", _ours(None))
+        found["kdejsd"] = Provider("kdejsd", _ours)
     else:
         for level in levels:
             name = "kdejsd" if level == levels[0] else f"kdejsd {level}"
-            found[name] = Provider(name, _ours(level), level=level)
+            found[name] = Provider(name, _ours, level=level)
     for name, log_prob, held, compiles in (
         ("gemm", gemm_log_prob, lambda n, m, dim: 4 * n * m, False),
         ("cdist", cdist_log_prob, lambda n, m, dim: 4 * n * m, False),
@@ -63,11 +63,8 @@ def providers(device: str, levels: list[str]) -> dict[str, Provider | str]:
     return found
 
 
-def _ours(level: str | None) -> Callable[[Tensor, Tensor, float, str], Tensor]:
-    def loss(codes: Tensor, lagged: Tensor, bandwidth: float, reduction: str) -> Tensor:
-        return kdejsd.jsd_loss(codes, lagged, bandwidth, reduction=reduction)
-
-    return loss
+def _ours(codes: Tensor, lagged: Tensor, bandwidth: float, reduction: str) -> Tensor:
+    return kdejsd.jsd_loss(codes, lagged, bandwidth, reduction=reduction)
 
 
 def use_level(level: str) -> None:

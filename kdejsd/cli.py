@@ -9,6 +9,8 @@ from pathlib import Path
 
 import kdejsd
 
+from .bandwidth import optimal_bandwidth
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
@@ -53,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bandwidth(args: argparse.Namespace) -> int:
-    found = kdejsd.optimal_bandwidth(
+    found = optimal_bandwidth(
         args.latent_dim, args.num_centers, method=args.method, trials=args.trials, seed=args.seed
     )
     print(f"bandwidth           {found.value:.6g}")

@@ -188,8 +188,7 @@ class ImageData(pl.LightningDataModule):
 
 
 class Digits(ImageData):
-    """The 1797 handwritten digits of 8x8 pixels that come with scikit-learn; one in five is held out, drawn by the
-    seed.
+    """scikit-learn's 1797 handwritten digits, 8x8; one in five is held out, drawn by the seed.
 
     Args:
         batch_size: images per training step.

@@ -202,19 +202,20 @@ class FitCLI(LightningCLI):
         self.ckpt_path = config.ckpt_path
         name = config.data.class_path.rpartition(".")[2].lower()
         self.folder = _fresh_folder(config.out, Path("runs") / name)
-        limits = self.config_init.trainer
-        if limits.max_epochs is None and limits.max_time is None and limits.max_steps == -1:
+        given = self.config_init.trainer
+        if given.max_epochs is None and given.max_time is None and given.max_steps == -1:
             config.trainer.max_steps = kwargs["max_steps"] = _DEFAULT_STEPS
         # The saved configuration is for the next run, which has a folder of its own and starts where it is told to.
         config.out = config.ckpt_path = None
-        if limits.logger in (None, True):
+        if given.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(save_dir=self.folder, name="", version="")
         checkpoints = self.folder / "checkpoints"
         self.trainer_defaults["callbacks"] = [
             ModelCheckpoint(checkpoints, "last", save_top_k=1, enable_version_counter=False),
             InterruptCheckpoint(checkpoints / _INTERRUPTED),
-            RunProgressBar(),
         ]
+        if given.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(RunProgressBar())
         return super().instantiate_trainer(**kwargs)
 
 
@@ -341,4 +342,5 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")  # a resumed run has a folder of its own
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

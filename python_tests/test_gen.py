@@ -191,7 +191,9 @@ def test_checkpoint_holds_plain_values_and_restores_the_model(tmp_path):
     assert checkpoint["state_dict"]["lagged.codes"].shape == (200, 2)
     restored = ImageGEN.load_from_checkpoint(tmp_path / "a.ckpt")
     assert_same_state(restored, model)
-    own = GEN(*(getattr(FC(Digits.image_shape, 2), part) for part in ("encoder", "decoder")), latent_dim=2, bandwidth=0.4)
+    own = GEN(
+        *(getattr(FC(Digits.image_shape, 2), part) for part in ("encoder", "decoder")), latent_dim=2, bandwidth=0.4
+    )
     assert "encoder" not in own.hparams
 
 

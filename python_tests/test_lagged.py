@@ -115,7 +115,12 @@ def test_before_the_first_refresh():
         (torch.zeros(M, DIM + 1), None, ValueError, r"codes must have shape \[40, 3\], got \[40, 4\]"),
         (torch.zeros(M - 1, DIM), None, ValueError, r"codes must have shape \[40, 3\], got \[39, 3\]"),
         (torch.zeros(M, DIM, dtype=torch.int64), None, TypeError, "codes must be floating-point, got torch.int64"),
-        (torch.zeros(M, DIM).fill_(math.nan), None, ValueError, "codes must be finite, got NaN or infinity in 40 of 40"),
+        (
+            torch.zeros(M, DIM).fill_(math.nan),
+            None,
+            ValueError,
+            "codes must be finite, got NaN or infinity in 40 of 40",
+        ),
         (torch.zeros(M, DIM), torch.arange(M - 1), ValueError, r"indices must have shape \[40\], got \[39\]"),
         (torch.zeros(M, DIM), torch.arange(M).float(), TypeError, "indices must be int64, got torch.float32"),
     ],
@@ -135,7 +140,10 @@ def test_refresh_refuses(codes, indices, error, text):
         (dict(num_centers=5, latent_dim=0, bandwidth=1.0), "latent_dim must be at least 1, got 0"),
         (dict(num_centers=5, latent_dim=2, bandwidth=-0.3), r"bandwidth must be positive and finite, got -0\.3"),
         (dict(num_centers=5, latent_dim=2, bandwidth=1.0, divergence="tv"), "divergence must be .* got 'tv'"),
-        (dict(num_centers=5, latent_dim=2, bandwidth=1.0, target=StandardNormal(3)), "latent_dim = 2 dimensions, got 3"),
+        (
+            dict(num_centers=5, latent_dim=2, bandwidth=1.0, target=StandardNormal(3)),
+            "latent_dim = 2 dimensions, got 3",
+        ),
     ],
 )
 def test_constructor_refuses(arguments, text):

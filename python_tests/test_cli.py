@@ -1,0 +1,251 @@
+"""The command, as a user runs it."""
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from test_data import write_mnist
+
+from kdejsd.cli import main
+
+SMALL = [
+    "--data.train_size=300",
+    "--model.latent_dim=2",
+    "--model.num_lagged=200",
+    "--model.bandwidth=0.4",
+    "--trainer.accelerator=cpu",
+]
+REPORT = {"metrics.json", "latent.png", "samples.png", "reconstructions.png", "config.yaml"}
+
+
+class Done(NamedTuple):
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., Done]:
+    """Runs the command in this process, in the folder `cwd`, and expects the exit code `status`."""
+
+    def run(*args: object, cwd: Path, status: int = 0) -> Done:
+        monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        try:
+            code = main([str(arg) for arg in args])
+        except SystemExit as exit:
+            code = exit.code
+        done = Done(*capsys.readouterr())
+        assert code == status, done
+        return done
+
+    return run
+
+
+def command(*args: object, code: str = "from kdejsd.cli import main; raise SystemExit(main())") -> list[str]:
+    """The command line for a process of its own."""
+    return [sys.executable, "-c", code, *map(str, args)]
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def last(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Done]:
+    """The folder in which `kdejsd fit` ran for two epochs, and what it said."""
+    folder = tmp_path_factory.mktemp("fit")
+    args = command("fit", *SMALL, "--trainer.max_epochs=2")
+    done = subprocess.run(args, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, Done(done.stdout, done.stderr)
+
+
+def test_fit_leaves_a_report(trained):
+    folder, done = trained
+    out = folder / "runs" / "digits-1"
+    assert REPORT <= {path.name for path in out.iterdir()}
+    assert list(out.glob("events.out.tfevents*"))
+    assert "report: runs/digits-1" in done.out
+    for name in ("rec=", "latent=", "1-r=", "val_rec=", "val_jsd=", "time="):
+        assert name in done.out
+    assert "Tip" not in done.err + done.out
+    for picture in out.glob("*.png"):
+        assert picture.stat().st_size > 5000
+    report = metrics(out)
+    for part, count in (("held_out", 359), ("training", 300)):
+        numbers = report[part]
+        assert numbers["count"] == count
+        assert 0 < numbers["reconstruction_error"] < 0.25
+        assert 0 < numbers["jsd_of_target"] < numbers["jsd"] < math.log(2)
+        assert numbers["entropy"] < numbers["entropy_of_normal"] + 0.2
+        assert 2.5 < numbers["entropy_of_normal"] < 3.3
+        assert numbers["expected_variance"] == [1.0, 1.0] and len(numbers["variance"]) == 2
+        assert sum(numbers["covariance_eigenvalues"]) == pytest.approx(sum(numbers["variance"]), rel=1e-4)
+        assert 0 < numbers["gradient_weight"] < 1
+    assert report["model"]["bandwidth"] == 0.4
+    assert report["run"]["epochs"] == 2 and report["run"]["steps"] == 6 and report["run"]["seed"] == 0
+    assert 0 < report["run"]["latent_time_share"] < 1 and report["run"]["wall_time_s"] > 0
+    assert f"{report['held_out']['reconstruction_error']:.4g}" in done.out
+
+
+def test_a_second_run_has_a_folder_of_its_own_and_the_same_weights(run, trained):
+    folder, _ = trained
+    before = (folder / "runs/digits-1/metrics.json").read_bytes()
+    run("fit", "--config", "runs/digits-1/config.yaml", cwd=folder)
+    assert (folder / "runs/digits-1/metrics.json").read_bytes() == before
+    first, second = last(folder / "runs/digits-1"), last(folder / "runs/digits-2")
+    for name, value in first["state_dict"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second["state_dict"][name]), name
+    used = run("fit", *SMALL, "--out=runs/digits-1", cwd=folder, status=1)
+    assert "kdejsd fit: error: out must be a new or empty folder, and runs/digits-1 is not" in used.err
+
+
+def test_evaluate_writes_the_same_numbers_from_the_checkpoint_alone(run, trained, tmp_path):
+    folder, _ = trained
+    checkpoint = tmp_path / "moved.ckpt"
+    checkpoint.write_bytes((folder / "runs/digits-1/checkpoints/last.ckpt").read_bytes())
+    done = run("evaluate", checkpoint, cwd=tmp_path)
+    out = tmp_path / "evaluation-1"
+    assert f"report: {out}" in done.out
+    assert REPORT <= {path.name for path in out.iterdir()}
+    expected, got = metrics(folder / "runs/digits-1"), metrics(out)
+    assert got["held_out"] == expected["held_out"] and got["training"] == expected["training"]
+    assert got["model"] == expected["model"]
+    other = run("evaluate", checkpoint, "--data.seed=1", "--out=other", cwd=tmp_path)
+    assert "report: other" in other.out
+    assert metrics(tmp_path / "other")["held_out"]["variance"] != expected["held_out"]["variance"]
+
+
+def test_evaluate_refuses(run, trained, tmp_path):
+    folder, _ = trained
+    write_mnist(tmp_path, compressed=True)
+    checkpoint = folder / "runs/digits-1/checkpoints/last.ckpt"
+    done = run("evaluate", checkpoint, "--data=MNIST", f"--data.root={tmp_path}", cwd=tmp_path, status=1)
+    assert "--data must have images of shape (1, 8, 8), as the checkpoint's model, got (1, 28, 28)" in done.err
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    done = run("evaluate", "other.ckpt", cwd=tmp_path, status=1)
+    assert "other.ckpt was not written by kdejsd fit" in done.err
+
+
+def test_resume_goes_on_with_the_settings_of_the_run(run, trained):
+    folder, _ = trained
+    checkpoint = "runs/digits-1/checkpoints/last.ckpt"
+    run("fit", f"--ckpt_path={checkpoint}", "--trainer.max_epochs=3", "--out=resumed", cwd=folder)
+    run("fit", *SMALL, "--trainer.max_epochs=3", "--out=whole", cwd=folder)
+    resumed, whole = last(folder / "resumed"), last(folder / "whole")
+    assert (resumed["epoch"], resumed["global_step"]) == (whole["epoch"], whole["global_step"])
+    for name, value in whole["state_dict"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, resumed["state_dict"][name]), name
+
+
+def test_yaml_network_mixture_and_mnist(run, tmp_path):
+    write_mnist(tmp_path / "files" / "mnist", compressed=True, counts=(60, 30))
+    (tmp_path / "settings.yaml").write_text(
+        """
+        seed_everything: 3
+        data: {class_path: MNIST, init_args: {root: files, batch_size: 20}}
+        model:
+          latent_dim: 2
+          num_lagged: 50
+          bandwidth: 0.3
+          network: {class_path: Conv, init_args: {channels: 4}}
+          target: {class_path: GaussianMixture, init_args: {means: [[-2, 0], [2, 0]], scales: 0.5}}
+        trainer: {max_epochs: 1, accelerator: cpu, enable_progress_bar: false}
+        """
+    )
+    run("fit", "--config", "settings.yaml", "--model.divergence=kl", cwd=tmp_path)
+    out = tmp_path / "runs" / "mnist-1"
+    report = metrics(out)
+    assert report["run"]["seed"] == 3 and report["run"]["steps"] == 3
+    assert report["model"]["divergence"] == "kl" and "GaussianMixture" in report["model"]["target"]
+    assert report["held_out"]["expected_variance"] == [4.25, 0.25]
+    assert last(out)["state_dict"]["encoder.0.weight"].shape == (4, 1, 4, 4)
+    run("evaluate", out / "checkpoints/last.ckpt", cwd=tmp_path)
+    assert metrics(out / "evaluation-1")["held_out"] == report["held_out"]
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run, tmp_path):
+    args = [*SMALL, "--trainer.max_epochs=100000", "--out=run"]
+    process = subprocess.Popen(
+        command("fit", *args), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "run/checkpoints/last.ckpt").exists():
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, out
+    assert "to go on: kdejsd fit --ckpt_path run/checkpoints/interrupted.ckpt" in out
+    assert "Traceback" not in out
+    interrupted = torch.load(tmp_path / "run/checkpoints/interrupted.ckpt", weights_only=True)
+    steps = interrupted["global_step"]
+    assert str(steps) in out and interrupted["state_dict"]["lagged.codes"].shape == (200, 2)
+    limits = ["--trainer.max_epochs=-1", f"--trainer.max_steps={steps + 4}"]
+    run("fit", "--ckpt_path=run/checkpoints/interrupted.ckpt", *limits, "--out=resumed", cwd=tmp_path)
+    assert metrics(tmp_path / "resumed")["run"]["steps"] == steps + 4
+
+
+def test_errors_of_a_user_are_one_line(run, tmp_path):
+    done = run("fit", "--data=MNIST", "--data.root=nowhere", cwd=tmp_path, status=1)
+    assert done.err.startswith("kdejsd fit: error: MNIST needs the file train-images-idx3-ubyte.gz")
+    done = run("fit", *SMALL[:1], "--model.num_lagged=301", "--model.bandwidth=1", cwd=tmp_path, status=1)
+    assert "kdejsd fit: error: num_lagged must be at most 300, the size of the training set, got 301" in done.err
+
+
+def test_bandwidth(run, tmp_path):
+    out = run("bandwidth", "--latent_dim=2", "--num_centers=250", "--trials=4", cwd=tmp_path).out
+    value, spread = (float(x) for x in re.findall(r"\d+\.\d+", out))
+    assert 0.3 < value < 0.7 and 0 < spread < 0.2
+    assert "4 trials" in out
+
+
+def test_info(run, tmp_path):
+    lines = run("info", cwd=tmp_path).out.splitlines()
+    assert len(lines) > 3 and lines[0].startswith("version")
+    assert len({len(line) - len(line.split(maxsplit=1)[1]) for line in lines if " " in line}) == 1  # aligned
+
+
+def test_help_names_the_settings(run, tmp_path):
+    assert all(name in run("--help", cwd=tmp_path).out for name in ("fit", "evaluate", "bandwidth", "info"))
+    text = run("fit", "--help", cwd=tmp_path).out
+    for flag in ("--ckpt_path", "--out", "--data", "--model.latent_dim", "--model.num_lagged", "--model.network"):
+        assert flag in text
+    assert "--data.train_size" in run("fit", "--data.help", "Digits", cwd=tmp_path).out
+
+
+@pytest.mark.parametrize("package", ["lightning", "matplotlib", "sklearn"])
+def test_missing_extra(package, tmp_path):
+    code = (
+        f"import sys; sys.modules['{package}'] = None\n"
+        "import kdejsd, kdejsd.lagged; from kdejsd.cli import main; raise SystemExit(main())"
+    )
+    done = subprocess.run(command("fit", code=code), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    missing = rf'kdejsd fit: error: kdejsd needs the package "{package}[\w.]*" for this, and it is not installed: '
+    assert re.fullmatch(missing + r'pip install "kdejsd\[train\]"\n', done.stderr)
+
+
+def test_import_takes_nothing_of_the_extra():
+    code = "import sys, kdejsd, kdejsd.lagged; print(*sys.modules)"
+    modules = subprocess.run(command(code=code), capture_output=True, text=True, check=True).stdout.split()
+    assert "kdejsd.lagged" in modules
+    assert not {"lightning", "torchmetrics", "matplotlib", "sklearn", "jsonargparse", "PIL"} & set(modules)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from .bandwidth import optimal_bandwidth
 from .divergence import jsd, jsd_loss
@@ -145,16 +146,27 @@ class LaggedKDE(nn.Module):
         return kde_log_prob(self._query(z), self.codes, self.bandwidth, exclude_self=self._excluded(index))
 
     def loss(
-        self, z: Tensor, index: Tensor | None = None, *, reduction: Literal["mean", "sum", "none"] = "mean"
+        self,
+        z: Tensor,
+        index: Tensor | None = None,
+        *,
+        noise: Tensor | None = None,
+        reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
-        """The latent term of the training loss at the codes of a minibatch: GENs eq. 3 for "js", E[log p_e - log p_t]
-        for "kl".
+        """The latent term of the training loss at the codes of a minibatch: GENs eq. 3 for "js", the mean of
+        log p_e - log p_t for "kl".
+
+        Eq. 3 is a mean over p_e. Codes as they are (no noise) stand for it in the paper; they lie where p_e of the
+        other codes is low by chance, more so the fewer there are, and are pushed apart without bound. Codes with the
+        kernel's noise, each with its own kernel among those of p_e, are samples of p_e: the term is then at least 0 in
+        the mean, and its gradient is that of the divergence between p_e and what it is compared with.
 
         Args:
             z: codes [n, l].
-            index: [n] int64, the training example of each code, -1 where there is none. A code whose example is among
-                the lagged ones would otherwise count its own copy, at distance almost zero, and see a density that is
-                not there; that copy is left out. None leaves nothing out.
+            index: [n] int64, the training example of each code, -1 where there is none. The lagged copy of the same
+                example is left out: it would be at distance almost zero. None leaves nothing out.
+            noise: [n, l], samples of the standard normal: the term is taken at z + bandwidth noise, and p_e has for
+                each code a kernel at z as it is now, in place of its lagged copy. None takes the codes as they are.
             reduction: "mean", "sum" or "none".
 
         Returns:
@@ -163,15 +175,28 @@ class LaggedKDE(nn.Module):
         Raises:
             RuntimeError: before the first refresh.
         """
-        return jsd_loss(
-            self._query(z),
-            self.codes,
-            self.bandwidth,
-            target=self.law,
-            exclude_self=self._excluded(index),
-            divergence=self.divergence,
-            reduction=reduction,
-        )
+        z = self._query(z)
+        if noise is None:
+            return jsd_loss(
+                z,
+                self.codes,
+                self.bandwidth,
+                target=self.law,
+                exclude_self=self._excluded(index),
+                divergence=self.divergence,
+                reduction=reduction,
+            )
+        h, (m, dim) = self.bandwidth, self.codes.shape
+        own = torch.full((len(z),), -1, device=z.device) if index is None else self.own_copy(index)
+        query = z + h * noise.to(z)
+        others = (m - (own >= 0).to(z)).log() + kde_log_prob(query, self.codes, h, exclude_self=own)
+        kernel = -(query - z.detach()).square().sum(-1) / (2 * h * h) - dim * math.log(h * math.sqrt(2 * math.pi))
+        log_density = torch.logaddexp(others, kernel) - (m + 1 - (own >= 0).to(z)).log()
+        log_ratio = log_density.double() - self.law.log_prob(query).double()
+        terms = (log_ratio if self.divergence == "kl" else math.log(2) + logsigmoid(log_ratio)).to(z)
+        if reduction == "none":
+            return terms
+        return terms.mean() if reduction == "mean" else terms.sum()
 
     @torch.no_grad()
     def jsd(self, z: Tensor, generator: torch.Generator) -> Tensor:

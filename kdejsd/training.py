@@ -11,6 +11,7 @@ import signal
 import time
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def write_report(folder: Path, model: GEN, data: ImageData, run: Mapping[str, An
         },
         "run": {**run, "versions": _versions()},
     }
-    report = _finite(report)
+    report = {key: _finite(part) for key, part in report.items()}
     (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     _draw(folder, model, data, held_out)
     return report
@@ -249,7 +250,7 @@ class InterruptCheckpoint(pl.Callback):
 class RunProgressBar(TQDMProgressBar):
     """One bar for the whole run: an epoch of a small set is over before a bar of its own could be read."""
 
-    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         super().on_train_start(trainer)
         bar = self.train_progress_bar
         total = trainer.estimated_stepping_batches
@@ -259,7 +260,7 @@ class RunProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}", refresh=False)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         bar, step = self.train_progress_bar, trainer.global_step
         if self._should_update(step, bar.total or 0):
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
@@ -322,7 +323,7 @@ def _versions() -> dict[str, str]:
     return {
         "kdejsd": __version__,
         "torch": torch.__version__,
-        "lightning": pl.__version__,
+        "lightning": version("lightning"),
         "python": platform.python_version(),
     }
 

@@ -154,9 +154,9 @@ def test_image_folder(tmp_path):
 
 
 def test_image_folder_refusals(tmp_path):
-    with pytest.raises(FileNotFoundError, match="needs a folder of pictures, and .*nowhere is none"):
+    with pytest.raises(FileNotFoundError, match=r"needs a folder of pictures, and .*nowhere is none"):
         ImageFolder(str(tmp_path / "nowhere")).setup()
-    with pytest.raises(FileNotFoundError, match="needs at least two pictures .* found 0"):
+    with pytest.raises(FileNotFoundError, match=r"needs at least two pictures .* found 0"):
         ImageFolder(str(tmp_path)).setup()
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no picture")

@@ -49,7 +49,7 @@ def test_without_index_nothing_is_left_out():
 @pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize("target", [None, GaussianMixture([[-2.0, 0, 0], [2.0, 0, 0]], 0.5, [0.3, 0.7])])
 def test_loss_and_gradient_agree_with_the_reference(divergence, smoothed, target):
-    lagged, codes, indices = make(divergence=divergence, smoothed=smoothed, target=target)
+    lagged, codes, _indices = make(divergence=divergence, smoothed=smoothed, target=target)
     law = StandardNormal(DIM) if target is None else target
     z = torch.randn(30, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     expected = jsd_loss(z, codes.double(), H, target=law.smoothed(H) if smoothed else law, divergence=divergence)
@@ -61,12 +61,58 @@ def test_loss_and_gradient_agree_with_the_reference(divergence, smoothed, target
     torch.testing.assert_close(query.grad.double(), expected_gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("divergence", ["js", "kl"])
+def test_noise_puts_the_current_kernel_in_place_of_the_lagged_copy(divergence):
+    lagged, codes, indices = make(divergence=divergence, target=GaussianMixture([[0.0, 0, 0]], 1.2))
+    generator = torch.Generator().manual_seed(1)
+    z, noise = torch.randn(2, 12, DIM, generator=generator, dtype=torch.float64)
+    index = torch.cat([indices[:6], torch.full((6,), -1)])
+    z.requires_grad_()
+    terms = []
+    for i in range(12):
+        centers = torch.cat([codes[indices != index[i]].double(), z[i : i + 1].detach()])
+        query = z[i : i + 1] + H * noise[i : i + 1]
+        terms.append(jsd_loss(query, centers, H, target=lagged.law, divergence=divergence))
+    expected = torch.stack(terms)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), z)
+    z = z.detach().float().requires_grad_()
+    got = lagged.loss(z, index, noise=noise, reduction="none")
+    (gradient,) = torch.autograd.grad(got.sum(), z)
+    torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5)
+    assert lagged.loss(z, index, noise=noise).item() == pytest.approx(got.mean().item())
+
+
+def test_with_noise_the_term_is_the_mean_over_the_kernel_density():
+    lagged, codes, indices = make()
+    generator = torch.Generator().manual_seed(1)
+    draws = [torch.randn(M, DIM, generator=generator) for _ in range(2000)]
+    terms = torch.stack([lagged.loss(codes, indices, noise=noise) for noise in draws])
+    line = torch.linspace(-6, 6, 81)
+    grid = torch.cartesian_prod(line, line, line)
+    density = lagged.log_prob(grid).exp() * (line[1] - line[0]) ** 3
+    expected = (density * lagged.loss(grid, reduction="none")).sum()
+    assert density.sum().item() == pytest.approx(1, abs=1e-4)
+    assert terms.mean().item() == pytest.approx(expected.item(), abs=4 * terms.std().item() / math.sqrt(2000))
+    assert expected > 0
+
+
+def test_without_noise_codes_are_pushed_apart_without_bound_and_with_it_they_are_not():
+    lagged, codes, indices = make()
+    noise = torch.randn(M, DIM, generator=torch.Generator().manual_seed(1))
+    terms = [
+        [lagged.loss(scale * codes, indices, noise=n).item() for scale in (1.0, 10.0, 100.0)] for n in (None, noise)
+    ]
+    assert terms[0][2] < terms[0][1] < terms[0][0] and terms[0][2] < -1000
+    assert terms[1][0] < terms[1][1] <= terms[1][2] and terms[1][2] == pytest.approx(math.log(2), abs=1e-3)
+
+
 def test_a_torch_distribution_is_a_target():
     target = Independent(Normal(torch.zeros(DIM), torch.ones(DIM)), 1)
     lagged, codes, _ = make(target=target, smoothed=False)
     ours, _, _ = make(smoothed=False)
     torch.testing.assert_close(lagged.loss(codes), ours.loss(codes))
-    with pytest.raises(ValueError, match="smoothed=True needs a target that can be convolved.*got Independent"):
+    with pytest.raises(ValueError, match=r"smoothed=True needs a target that can be convolved.*got Independent"):
         LaggedKDE(M, DIM, H, target, smoothed=True)
 
 
@@ -126,7 +172,7 @@ def test_before_the_first_refresh():
     ],
 )
 def test_refresh_refuses(codes, indices, error, text):
-    lagged, before, _ = make()
+    lagged, _before, _ = make()
     kept = lagged.codes.clone()
     with pytest.raises(error, match=text):
         lagged.refresh(codes, indices)
@@ -136,12 +182,12 @@ def test_refresh_refuses(codes, indices, error, text):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (dict(num_centers=0, latent_dim=2, bandwidth=1.0), "num_centers must be at least 1, got 0"),
-        (dict(num_centers=5, latent_dim=0, bandwidth=1.0), "latent_dim must be at least 1, got 0"),
-        (dict(num_centers=5, latent_dim=2, bandwidth=-0.3), r"bandwidth must be positive and finite, got -0\.3"),
-        (dict(num_centers=5, latent_dim=2, bandwidth=1.0, divergence="tv"), "divergence must be .* got 'tv'"),
+        ({"num_centers": 0, "latent_dim": 2, "bandwidth": 1.0}, "num_centers must be at least 1, got 0"),
+        ({"num_centers": 5, "latent_dim": 0, "bandwidth": 1.0}, "latent_dim must be at least 1, got 0"),
+        ({"num_centers": 5, "latent_dim": 2, "bandwidth": -0.3}, r"bandwidth must be positive and finite, got -0\.3"),
+        ({"num_centers": 5, "latent_dim": 2, "bandwidth": 1.0, "divergence": "tv"}, "divergence must be .* got 'tv'"),
         (
-            dict(num_centers=5, latent_dim=2, bandwidth=1.0, target=StandardNormal(3)),
+            {"num_centers": 5, "latent_dim": 2, "bandwidth": 1.0, "target": StandardNormal(3)},
             "latent_dim = 2 dimensions, got 3",
         ),
     ],

@@ -52,12 +52,9 @@ class GEN(pl.LightningModule):
         bandwidth: of the kernel; None is optimal for (l, m, target).
         smoothed: compare the kernel density with the target smoothed by the same kernel; False is the paper's loss.
         divergence: "js" (the paper's) or "kl", for 64 dimensions and more, where the gradient of "js" fades.
-        kernel_noise: add the kernel's noise to the codes before they are compared. They are then samples of p_e, over
-            which eq. 3 takes its mean, the code's own lagged copy is one of the centers they come from, and the
-            gradient is that of the divergence between the kernel density and what it is compared with. Without it
-            (False, as in the paper) codes are pushed away from each other's lagged copies, most of all in a small
-            training set, which is then matched to the target while held-out images are not; a code's own lagged copy is
-            left out.
+        kernel_noise: compare the codes with the kernel's noise, which are samples of p_e (`LaggedKDE.loss`). Without it
+            (False, as in the paper) the codes of a small training set are pushed apart without bound, and those of
+            held-out images do not follow.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
             Without it the codes soon leave the region where the loss has a gradient. At evaluation its running
             statistics are used.
@@ -225,9 +222,8 @@ class GEN(pl.LightningModule):
     def latent_terms(self, codes: Tensor, index: Tensor | None) -> Tensor:
         """The latent term of each code [n, l] in nats, as [n]; `index` [n] of the training examples, None for
         others."""
-        if self.kernel_noise:
-            return self.lagged.loss(codes + self.lagged.bandwidth * torch.randn_like(codes), reduction="none")
-        return self.lagged.loss(codes, index, reduction="none")
+        noise = torch.randn_like(codes) if self.kernel_noise else None
+        return self.lagged.loss(codes, index, noise=noise, reduction="none")
 
     def gradient_weight(self, terms: Tensor) -> Tensor:
         """Mean of 1 - r = p_t / (p_e + p_t) from the terms [n] of `LaggedKDE.loss`, 0-dim."""

@@ -616,11 +616,18 @@ __device__ void load_queries(Tile<T, LC>& tile, const Item<T>& item, int64_t fir
   const int64_t exclude = inside && item.exclude != nullptr ? item.exclude[i] : -1;
   const bool in_tile = exclude >= first_center && exclude < first_center + kTile;
   tile.excluded_row[threadIdx.x] = in_tile ? static_cast<int>(exclude - first_center) : -1;
-  tile.grad[threadIdx.x] = inside ? grad[i] : T(0);
+  if (!inside) {  // weight 0 2^-inf
+    tile.grad[threadIdx.x] = T(0);
+    tile.log2_prob[threadIdx.x] = T(INFINITY);
+    return;
+  }
   const bool one_less = exclude >= 0 && exclude < item.m;
-  // Beyond the last query the weight is 2^-inf = 0.
-  tile.log2_prob[threadIdx.x] =
-      inside ? static_cast<T>(kLog2E * (static_cast<double>(log_prob[i]) - tile.log_constant[one_less])) : T(INFINITY);
+  const double log2_prob = kLog2E * (static_cast<double>(log_prob[i]) - tile.log_constant[one_less]);
+  const T rounded = static_cast<T>(log2_prob);
+  // What rounding took from the exponent is given back to the factor: 2^r = 1 + r ln 2 for so small an r.
+  const double correction = 1 + kLn2 * (static_cast<double>(rounded) - log2_prob);
+  tile.log2_prob[threadIdx.x] = rounded;
+  tile.grad[threadIdx.x] = static_cast<T>(static_cast<double>(grad[i]) * correction);
 }
 
 // Turns squared distances into weights, and adds them to the rows' sums, times d2 to the moments.

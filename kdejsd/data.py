@@ -109,7 +109,7 @@ class BatchLoader(DataLoader[Batch]):
 
 
 class ImageData(pl.LightningDataModule):
-    """What the data modules have in common: a training set, a held-out set, and batches of them.
+    """Images to train on: a training set, a held-out set, and batches of them.
 
     Args:
         batch_size: images per training step.

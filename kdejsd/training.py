@@ -170,30 +170,35 @@ class FitCLI(LightningCLI):
             auto_configure_optimizers=False,
             run=False,
             args=args,
-            parser_kwargs={"prog": "kdejsd fit", "description": "Trains a Generative Encoding Network on images."},
-            trainer_defaults={
-                "devices": 1,
-                "log_every_n_steps": 10,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
+            parser_kwargs={
+                "prog": "kdejsd fit",
+                "usage": "kdejsd fit [--config FILE] [--data NAME] [--data.SETTING ...] [--model.SETTING ...] "
+                "[--trainer.SETTING ...] [--out DIR]",
+                "description": "Trains a Generative Encoding Network on images and writes a report; without settings, "
+                "on scikit-learn's digits in about a minute.",
             },
         )
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--out",
-            type=str | None,
-            default=None,
-            help="The run's folder; default: runs/DATA-N, N the first free number.",
-        )
-        parser.add_argument(
-            "--ckpt_path",
-            type=str | None,
-            default=None,
-            help="Go on from this checkpoint, with the config.yaml of its run unless --config names another.",
-        )
-        parser.set_defaults({"data": {"class_path": "kdejsd.data.Digits"}})
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ImageData, "data", subclass_mode=True)
+        parser.add_lightning_class_args(ImageGEN, "model")
+        parser.add_lightning_class_args(pl.Trainer, "trainer")
         parser.link_arguments("data.image_shape", "model.image_shape", apply_on="instantiate")
+        parser.set_defaults(
+            {
+                "data": {"class_path": "kdejsd.data.Digits"},
+                "trainer.devices": 1,
+                "trainer.log_every_n_steps": 10,
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.enable_model_summary": False,
+            }
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", help="The run's folder; default: runs/DATA-N, N the first free number.")
+        parser.add_argument(
+            "--ckpt_path", help="Go on from this checkpoint, with the config.yaml of its run unless --config is given."
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)

@@ -100,7 +100,7 @@ def test_refresh_is_in_evaluation_mode_and_leaves_the_modes_as_they_were():
 def test_refresh_schedule_and_batches():
     recorder = Recorder()
     train(make(refresh_every=2), 2, recorder, data=Digits(train_size=500))
-    assert recorder.refreshed == [0, 2, 4, 5, 7, 9]  # the count starts anew with every epoch
+    assert recorder.refreshed == [0, 2, 4, 4, 5, 7, 9, 9]  # anew in every epoch, and before it is measured
     first, second = (sorted(chain(*recorder.batches[i : i + 5])) for i in (0, 5))
     assert first == second == list(range(500))
     assert recorder.batches[:5] != recorder.batches[5:]

@@ -44,12 +44,13 @@ class GEN(pl.LightningModule):
     Args:
         encoder: images [n, C, H, W] -> codes [n, l].
         decoder: codes [n, l] -> images [n, C, H, W].
-        latent_dim: l.
-        num_lagged: m, at most the size of the training set.
-        refresh_every: k_b; the lagged codes are computed anew when the minibatch's number in its epoch mod k_b is 0.
-        weight: lambda, of the latent term beside the error per pixel.
+        latent_dim: l, the dimension of the codes.
+        num_lagged: m, the number of lagged codes, at most the size of the training set.
+        refresh_every: k_b; the lagged codes are computed anew in every k_b-th minibatch, counted from each epoch's
+            first.
+        weight: lambda, the weight of the latent term beside the error per pixel.
         target: law of the codes; None is the standard normal.
-        bandwidth: of the kernel; None is optimal for (l, m, target).
+        bandwidth: h, of the kernel; None is the optimal one for (l, m, target).
         smoothed: compare the kernel density with the target smoothed by the same kernel; False is the paper's loss.
         divergence: "js" (the paper's) or "kl", for 64 dimensions and more, where the gradient of "js" fades.
         kernel_noise: compare the codes with the kernel's noise, which are samples of p_e (`LaggedKDE.loss`). Without it
@@ -236,6 +237,8 @@ class GEN(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._codes: list[Tensor] = []
+        if self._lagged_images is not None:
+            self.refresh()  # measured and saved with the lagged codes and the statistics of this very encoder
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images = _checked(batch)[0]
@@ -264,7 +267,7 @@ class ImageGEN(GEN):
 
     Args:
         image_shape: (C, H, W).
-        latent_dim: l.
+        latent_dim: l, the dimension of the codes.
         network: builds encoder and decoder from (image_shape, latent_dim): `FC`, `Conv` or another class.
         kwargs: as in `GEN`.
     """

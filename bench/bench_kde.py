@@ -36,7 +36,7 @@ from kdejsd._native import cuda_problem, native
 Size = tuple[int, int, int]
 
 # The first is there for what a call costs beside its work.
-QUICK: list[Size] = [(8, 8, 8), (100, 10_000, 8), (300, 10_000, 8), (4096, 4096, 2), (256, 20_000, 40)]
+QUICK: list[Size] = [(8, 16, 4), (100, 10_000, 8), (300, 10_000, 8), (4096, 4096, 2), (256, 20_000, 40)]
 CPU: list[Size] = [*QUICK, (512, 100_000, 40), (512, 100_000, 256), (512, 1_000_000, 64)]
 CUDA: list[Size] = [*CPU[:-1], (100, 100_000, 40), (100, 1_000_000, 64), CPU[-1], (1024, 1_000_000, 64)]
 
@@ -59,6 +59,7 @@ class Result:
     value_error: float = math.nan  # nats, the largest among the codes that were compared
     gradient_error: float = math.nan  # |g - truth| / |truth| over the same codes
     mib: float = math.nan
+    others: float = math.nan  # cores that other processes kept busy while the times were taken
     times: dict[str, list[float]] = field(default_factory=dict)  # milliseconds by mode
 
 
@@ -212,6 +213,7 @@ def run_size(
             fit.append((provider, result))
     gc.collect()
     gc.disable()
+    load = machine.OthersLoad()
     for _ in range(ROUNDS):
         for provider, result in fit:
             for mode in (GRADIENT, VALUE):
@@ -224,6 +226,8 @@ def run_size(
                         problem.call(provider, mode)  # its data and code back into the caches
                     times += timed(lambda p=provider, k=mode: problem.call(p, k), -(-repeats // ROUNDS), device)
     gc.enable()
+    for _, result in fit:
+        result.others = load.cores()
     return results
 
 
@@ -248,7 +252,8 @@ def print_size(problem: Problem, results: list[Result], limits: Callable[[str, s
     ours = {mode: statistics.median(results[0].times[mode]) for mode in results[0].times}
     print(
         f"\nn = {n}, m = {m}, l = {dim}, h = {problem.bandwidth:.3f}: limit {digits(limits('', GRADIENT))} ms "
-        f"for value and gradient, {digits(limits('', VALUE))} ms for the value alone"
+        f"for value and gradient, {digits(limits('', VALUE))} ms for the value alone; "
+        f"other processes kept {results[0].others:.2f} cores busy"
     )
     print(
         f"  {'':16}{'value+gradient, ms':>24}{'limit':>7}{'ratio':>7}{'value, ms':>24}{'limit':>7}{'ratio':>7}"
@@ -277,7 +282,7 @@ def print_size(problem: Problem, results: list[Result], limits: Callable[[str, s
 
 FIELDS = (
     *("kernel", "provider", "mode", "metric", "unit", "n", "m", "l", "bandwidth", "value", "p20", "p80", "repeats"),
-    *("note", "dtype", "device", "level", "threads", "machine", "versions", "commit", "date"),
+    *("others", "note", "dtype", "device", "level", "threads", "machine", "versions", "commit", "date"),
 )
 
 
@@ -290,6 +295,7 @@ def csv_rows(
             "provider": result.provider,
             "note": result.note,
             "bandwidth": problem.bandwidth,
+            "others": result.others,
             **dict(zip("nml", problem.size, strict=True)),
         }
         if result.note:

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,28 @@ def available_bytes(device: str) -> float:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return 1024.0 * _proc("/proc/meminfo", "MemAvailable")
+
+
+class OthersLoad:
+    """Cores that other processes kept busy since this was made; NaN where the system does not tell (Linux does)."""
+
+    def __init__(self) -> None:
+        self._start = self._seconds()
+
+    def cores(self) -> float:
+        wall, busy, own = (now - then for now, then in zip(self._seconds(), self._start, strict=True))
+        return max(0.0, (busy - own) / wall)
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        busy = math.nan
+        with contextlib.suppress(OSError):
+            user, nice, system, _idle, _wait, irq, softirq, steal = map(
+                float, Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+            )
+            busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.monotonic(), busy, own.user + own.system + own.children_user + own.children_system
 
 
 class PeakMemory:

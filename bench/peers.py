@@ -95,19 +95,24 @@ def _constant(lagged: Tensor, bandwidth: float) -> float:
 # Plain PyTorch: an n x m array, autograd does the rest
 
 
+def _gemm_log_sum(codes: Tensor, lagged: Tensor, exponent: Tensor) -> Tensor:
+    squared_distance = codes.square().sum(-1, keepdim=True) + lagged.square().sum(-1) - 2 * codes @ lagged.T
+    return torch.logsumexp(squared_distance * exponent, -1)
+
+
 def gemm_log_prob(codes: Tensor, lagged: Tensor, bandwidth: float) -> Tensor:
     """Squared distances from |z'|^2 + |z_i|^2 - 2 z'.z_i: how one writes it first."""
-    squared_distance = codes.square().sum(-1, keepdim=True) + lagged.square().sum(-1) - 2 * codes @ lagged.T
-    return torch.logsumexp(squared_distance * (-0.5 / bandwidth**2), -1) + _constant(lagged, bandwidth)
+    return _gemm_log_sum(codes, lagged, codes.new_tensor(-0.5 / bandwidth**2)) + _constant(lagged, bandwidth)
+
+
+def gemm_compiled_log_prob(codes: Tensor, lagged: Tensor, bandwidth: float) -> Tensor:
+    log_sum = _compiled(_gemm_log_sum)(codes, lagged, codes.new_tensor(-0.5 / bandwidth**2))
+    return log_sum + _constant(lagged, bandwidth)  # type: ignore[no-any-return]
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True)
-
-
-def gemm_compiled_log_prob(codes: Tensor, lagged: Tensor, bandwidth: float) -> Tensor:
-    return _compiled(gemm_log_prob)(codes, lagged, bandwidth)  # type: ignore[no-any-return]
 
 
 def cdist_log_prob(codes: Tensor, lagged: Tensor, bandwidth: float) -> Tensor:

@@ -32,7 +32,7 @@ with train_extra():
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
 
-_DEFAULT_STEPS = 6000  # when neither steps, epochs nor a time are given
+_DEFAULT_STEPS = 5000  # when neither steps, epochs nor a time are given
 _INTERRUPTED = "interrupted.ckpt"
 
 
@@ -145,7 +145,7 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             " " * 44 + f"{'held-out':>20}{'training':>20}",
-            row("images", "count"),
+            f"{'images':44}" + "".join(f"{part['count']:>20}" for part in parts),
             row("reconstruction error per pixel", "reconstruction_error"),
             row("JSD, nats / of the target's own samples", "jsd", "jsd_of_target"),
             row("entropy of whitened codes / normal samples", "entropy", "entropy_of_normal"),

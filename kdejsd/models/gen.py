@@ -275,7 +275,7 @@ class ImageGEN(GEN):
     def __init__(
         self,
         image_shape: Sequence[int],
-        latent_dim: int = 8,
+        latent_dim: int = 2,
         network: Callable[[Sequence[int], int], AutoencoderNetworks] = FC,
         **kwargs: Any,
     ) -> None:

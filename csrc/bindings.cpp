@@ -23,8 +23,8 @@ T* pointer(uintptr_t address) {
 }
 
 KdeMixture mixture(bool is_double, int64_t batch, int64_t n, int64_t m, int64_t l, uintptr_t query, uintptr_t centers,
-                   uintptr_t bandwidth, uintptr_t log_weights, uintptr_t exclude, bool per_center,
-                   int64_t query_stride, int64_t centers_stride, int64_t bandwidth_stride, int64_t log_weights_stride,
+                   uintptr_t bandwidth, uintptr_t log_weights, uintptr_t exclude, bool per_center, int64_t query_stride,
+                   int64_t centers_stride, int64_t bandwidth_stride, int64_t log_weights_stride,
                    int64_t exclude_stride) {
   return {is_double ? DType::kFloat64 : DType::kFloat32,
           batch,
@@ -46,13 +46,22 @@ KdeMixture mixture(bool is_double, int64_t batch, int64_t n, int64_t m, int64_t 
 
 KdeForward forward(const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value, uintptr_t dquery,
                    uintptr_t dbandwidth) {
-  return {mix, static_cast<KdeValue>(value_kind), target_variance, pointer(value), pointer(dquery),
+  return {mix,
+          static_cast<KdeValue>(value_kind),
+          target_variance,
+          pointer<double>(value),
+          pointer(dquery),
           pointer(dbandwidth)};
 }
 
 KdeBackward backward(const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters,
                      uintptr_t dlog_weights, uintptr_t dbandwidth) {
-  return {mix, pointer(grad), pointer(log_prob), pointer(dcenters), pointer(dlog_weights), pointer(dbandwidth)};
+  return {mix,
+          pointer(grad),
+          pointer<const double>(log_prob),
+          pointer(dcenters),
+          pointer(dlog_weights),
+          pointer(dbandwidth)};
 }
 
 }  // namespace
@@ -84,12 +93,11 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef KDEJSD_CUDA
   m.attr("has_cuda") = true;
-  m.def("kde_forward_workspace_cuda",
-        [](const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value, uintptr_t dquery,
-           uintptr_t dbandwidth, int device) {
-          return kdejsd::cuda::kde_forward_workspace(
-              forward(mix, value_kind, target_variance, value, dquery, dbandwidth), device);
-        });
+  m.def("kde_forward_workspace_cuda", [](const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value,
+                                         uintptr_t dquery, uintptr_t dbandwidth, int device) {
+    return kdejsd::cuda::kde_forward_workspace(forward(mix, value_kind, target_variance, value, dquery, dbandwidth),
+                                               device);
+  });
   m.def("kde_forward_cuda",
         [](const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value, uintptr_t dquery,
            uintptr_t dbandwidth, uintptr_t workspace, int device, uintptr_t stream) {
@@ -97,13 +105,12 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           kdejsd::cuda::kde_forward(args, pointer(workspace), device, stream);
         });
-  m.def("kde_backward_cuda",
-        [](const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters, uintptr_t dlog_weights,
-           uintptr_t dbandwidth, int device, uintptr_t stream) {
-          const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
-          py::gil_scoped_release release;
-          kdejsd::cuda::kde_backward(args, device, stream);
-        });
+  m.def("kde_backward_cuda", [](const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters,
+                                uintptr_t dlog_weights, uintptr_t dbandwidth, int device, uintptr_t stream) {
+    const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
+    py::gil_scoped_release release;
+    kdejsd::cuda::kde_backward(args, device, stream);
+  });
   m.def("cuda_device_count", [] {
     std::string error;
     const int count = kdejsd::cuda::device_count(&error);

@@ -1,8 +1,8 @@
 // What bindings.cpp sees of the kernels: one struct of arguments per op, and one function per op and device.
 //
-// All arrays are contiguous over their last dimensions as the shape in each comment says; a batch stride counts elements
-// from one batch item to the next and is 0 where all items share the array. `T` is float or double, as `dtype` says.
-// Pointers marked "or null" switch the thing they stand for off.
+// All arrays are contiguous over their last dimensions as the shape in each comment says; a batch stride counts
+// elements from one batch item to the next and is 0 where all items share the array. `T` is float or double, as `dtype`
+// says. Pointers marked "or null" switch the thing they stand for off.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +14,9 @@ enum class DType { kFloat32, kFloat64 };
 
 // What kde_forward writes per query, from e = log p_e and, for the two divergences, t = log N(query; 0, variance I).
 enum class KdeValue {
-  kLogProb,       // e
-  kJensenShannon, // log 2 - softplus(t - e)
-  kLogRatio,      // e - t
+  kLogProb,        // e
+  kJensenShannon,  // log 2 - softplus(t - e)
+  kLogRatio,       // e - t
 };
 
 // The mixture itself. Bandwidths that are not positive and finite count as NaN.
@@ -25,12 +25,12 @@ enum class KdeValue {
 // Without log_weights every center has weight 1/m, or 1/(m - 1) for a query that excludes one.
 struct KdeMixture {
   DType dtype;
-  int64_t batch, n, m, l;  // m, l >= 1
-  const void* query;       // [batch, n, l]
-  const void* centers;     // [batch, m, l]
-  const void* bandwidth;   // [batch, m], or [batch, 1] where per_center is false
-  const void* log_weights; // [batch, m], or null: equal weights
-  const int64_t* exclude;  // [batch, n], the center that is left out, or -1; or null: none is
+  int64_t batch, n, m, l;   // m, l >= 1
+  const void* query;        // [batch, n, l]
+  const void* centers;      // [batch, m, l]
+  const void* bandwidth;    // [batch, m], or [batch, 1] where per_center is false
+  const void* log_weights;  // [batch, m], or null: equal weights
+  const int64_t* exclude;   // [batch, n], the center that is left out, or -1; or null: none is
   bool per_center;
   int64_t query_stride, centers_stride, bandwidth_stride, log_weights_stride, exclude_stride;  // between batch items
 };
@@ -40,19 +40,19 @@ struct KdeForward {
   KdeMixture mixture;
   KdeValue value_kind;
   double target_variance;  // of t above; not read for kLogProb
-  void* value;             // [batch, n]
+  double* value;           // [batch, n]
   void* dquery;            // [batch, n, l], d value / d query; or null
-  void* dbandwidth;        // [batch, n], d log p_e / d h with kLogProb and one h for all centers; or null
+  void* dbandwidth;  // [batch, n], d log p_e / d h; or null, as it must be unless kLogProb and one h for all centers
 };
 
 // The transposed pass: gradients of sum_i grad[i] log p_e(query[i]), each summed over the queries in a fixed order.
 struct KdeBackward {
   KdeMixture mixture;
-  const void* grad;      // [batch, n]
-  const void* log_prob;  // [batch, n], log p_e as kde_forward gave it
-  void* dcenters;        // [batch, m, l]; or null
-  void* dlog_weights;    // [batch, m]; or null
-  void* dbandwidth;      // [batch, m], with one h per center; or null
+  const void* grad;        // [batch, n]
+  const double* log_prob;  // [batch, n], log p_e as kde_forward gave it: rounded to float it would spoil the weights
+  void* dcenters;          // [batch, m, l]; or null
+  void* dlog_weights;      // [batch, m]; or null
+  void* dbandwidth;        // [batch, m], with one h per center; or null
 };
 
 namespace cpu {

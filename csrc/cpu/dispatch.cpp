@@ -3,14 +3,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#include "../kernels.h"
+#include "kernels.h"
 
 namespace kdejsd::cpu {
 
-#define KDEJSD_DECLARE_LEVEL(level)               \
-  namespace level {                               \
-  void kde_forward(const KdeForward&, int);       \
-  void kde_backward(const KdeBackward&, int);     \
+#define KDEJSD_DECLARE_LEVEL(level)           \
+  namespace level {                           \
+  void kde_forward(const KdeForward&, int);   \
+  void kde_backward(const KdeBackward&, int); \
   }
 KDEJSD_DECLARE_LEVEL(base)
 #ifdef KDEJSD_X86_LEVELS

@@ -10,16 +10,15 @@
 // what is squared and summed is of order one. Distances come from differences, never from the expanded square.
 // Sums over many points run in two levels: in registers over a tile, then over the tiles.
 
-#include "../kernels.h"
-
 #include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <new>
 
-#include "../math/log_sum_exp.h"
-#include "parallel.h"
-#include "simd.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+#include "kernels.h"
+#include "math/log_sum_exp.h"
 
 namespace {
 
@@ -31,9 +30,9 @@ constexpr int kQV = kRegisters == 32 ? 4 : 2;  // vectors of lanes in a full blo
 constexpr int kRows = 6;                       // tile points whose distances are in registers at once
 constexpr int kTile = 10 * kRows;              // tile points; pairs and tile stay in the first-level cache for small l
 constexpr int kColumns = 4;                    // dimensions whose sums are in registers at once
-constexpr int64_t kStateBytes = 1 << 18;       // packed lanes of one chunk, and again its sums: half a second-level cache
-constexpr int64_t kSerialPairs = 1 << 14;      // n m (l + 8) below which a second thread costs more than it brings
-constexpr int64_t kShiftSample = 256;          // centers whose mean is the shift
+constexpr int64_t kStateBytes = 1 << 18;   // packed lanes of one chunk, and again its sums: half a second-level cache
+constexpr int64_t kSerialPairs = 1 << 14;  // n m (l + 8) below which a second thread costs more than it brings
+constexpr int64_t kShiftSample = 256;      // centers whose mean is the shift
 
 // An excluded pair is this far apart: the weight is 0, and 0 times it is 0.
 template <class T>
@@ -62,9 +61,8 @@ struct Item {
   const T* log_weights;    // [m] or null
   const int64_t* exclude;  // [n] or null
   bool per_center;
-  double h0;    // the first bandwidth: the unit of length
-  double unit;  // log(weight and normalising constant) that all kernels share without an exclusion, nats
-  T scale;      // 1 / h0
+  double h0;  // the first bandwidth: the unit of length
+  T scale;    // 1 / h0
 
   Item(const KdeMixture& mix, int64_t b)
       : n(mix.n),
@@ -76,12 +74,11 @@ struct Item {
         log_weights(mix.log_weights ? static_cast<const T*>(mix.log_weights) + b * mix.log_weights_stride : nullptr),
         exclude(mix.exclude ? mix.exclude + b * mix.exclude_stride : nullptr),
         per_center(mix.per_center) {
-    h0 = kdejsd::valid_bandwidth(bandwidth[0]);
+    h0 = static_cast<double>(kdejsd::checked_bandwidth(bandwidth[0]));
     scale = static_cast<T>(1.0 / h0);
-    unit = -static_cast<double>(l) * (std::log(h0) + 0.5 * kdejsd::kLog2Pi);
   }
 
-  double h(int64_t j) const { return per_center ? kdejsd::valid_bandwidth(bandwidth[j]) : h0; }
+  double h(int64_t j) const { return per_center ? static_cast<double>(kdejsd::checked_bandwidth(bandwidth[j])) : h0; }
 
   // Center j's exponent is offset(j) - slope(j) * (squared distance / h0^2), in log2 units, apart from `constant`.
   double slope(int64_t j) const { return 0.5 * kdejsd::kLog2E * precision(j); }
@@ -91,11 +88,9 @@ struct Item {
     return per_center ? weight - static_cast<double>(l) * std::log2(h(j) / h0) : weight;
   }
 
-  bool excludes(int64_t i) const { return exclude && exclude[i] >= 0 && exclude[i] < m; }
-
   // What the log-sum-exp of query i lacks to log p_e, nats.
   double constant(int64_t i) const {
-    return log_weights ? unit : unit - std::log(static_cast<double>(m - (excludes(i) ? 1 : 0)));
+    return kdejsd::kde_log_constant(kdejsd::kde_count(m, !log_weights, exclude ? exclude[i] : -1), l, h0);
   }
 
   // A point amid the centers, the mean of some of them; 0 where that is not finite.
@@ -179,8 +174,7 @@ void add_columns(const T* rows, int count, int64_t l, const Vec<T>* weights, Vec
 template <class T, int QV>
 void add_weighted_rows(const T* rows, int count, int64_t l, const Vec<T>* weights, Vec<T>* sums) {
   int64_t k = 0;
-  for (; k + kColumns <= l; k += kColumns)
-    add_columns<T, QV, kColumns>(rows + k, count, l, weights, sums + k * QV);
+  for (; k + kColumns <= l; k += kColumns) add_columns<T, QV, kColumns>(rows + k, count, l, weights, sums + k * QV);
   switch (l - k) {
     case 3:
       return add_columns<T, QV, 3>(rows + k, count, l, weights, sums + k * QV);
@@ -191,7 +185,8 @@ void add_weighted_rows(const T* rows, int count, int64_t l, const Vec<T>* weight
   }
 }
 
-// The pairs of a tile [first, first + count) with lanes that one index array (per lane: a tile point, or none) excludes.
+// The pairs of a tile [first, first + count) with lanes that one index array (per lane: a tile point, or none)
+// excludes.
 template <class T, int QV>
 void mark_excluded(const int64_t* exclude, int64_t first_lane, int64_t lanes_end, int64_t first, int count,
                    Vec<T>* pairs) {
@@ -278,7 +273,8 @@ struct State {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// How the work is cut: lanes into chunks of vectors, a chunk into blocks of at most kQV, the streamed points into splits
+// How the work is cut: lanes into chunks of vectors, a chunk into blocks of at most kQV, the streamed points into
+// splits
 
 struct Plan {
   int64_t vectors, chunks, splits, tiles, chunk_vectors;
@@ -405,9 +401,9 @@ struct Forward {
   const KdeForward& args;
   Item<T> item;
   Plan plan;
-  T* value;       // [n]
-  T* dquery;      // [n, l] or null
-  T* dbandwidth;  // [n] or null
+  double* value;   // [n]
+  T* dquery;       // [n, l] or null
+  T* dbandwidth;   // [n] or null
   const T* shift;  // [l]
 
   // Streams split `split` of the centers past chunk `chunk` of the queries, whose packed lanes are at `lanes`.
@@ -458,18 +454,24 @@ struct Forward {
       const auto at = [&](const Vec<T>* vectors) {
         return static_cast<double>(reinterpret_cast<const T*>(vectors + vector)[lane]);
       };
-      kdejsd::LogSumExp total = {at(splits[0].reference), at(splits[0].weight)};
-      for (int64_t s = 1; s < plan.splits; s++) total.merge({at(splits[s].reference), at(splits[s].weight)});
+      kdejsd::LogSumExp2<double> total = {at(splits[0].reference), at(splits[0].weight)};
+      for (int64_t s = 1; s < plan.splits; s++)
+        total = kdejsd::merge<double>(total, {at(splits[s].reference), at(splits[s].weight)});
+      const auto share = [&](int64_t s) { return kdejsd::rescale_factor(at(splits[s].reference), total.max); };
       double moment = 0;
-      for (int64_t s = 0; s < plan.splits; s++) moment += at(splits[s].moment) * total.share(at(splits[s].reference));
+      for (int64_t s = 0; s < plan.splits; s++) moment += at(splits[s].moment) * share(s);
 
       const T* query = item.query + i * item.l;
-      double square = 0;
-      if (args.value_kind != kdejsd::KdeValue::kLogProb)
+      const bool has_target = args.value_kind != kdejsd::KdeValue::kLogProb;
+      double log_target = 0;
+      if (has_target) {
+        double square = 0;
         for (int64_t k = 0; k < item.l; k++) square += static_cast<double>(query[k]) * query[k];
-      const kdejsd::KdeEpilogue end(args.value_kind, total.nats() + item.constant(i), square, item.l,
-                                    args.target_variance);
-      value[i] = static_cast<T>(end.value);
+        log_target = kdejsd::normal_log_prob(square, item.l, args.target_variance);
+      }
+      const double log_prob = kdejsd::kde_log_prob(total, item.constant(i));
+      const kdejsd::KdeTerm term = kdejsd::kde_term(args.value_kind, log_prob, log_target);
+      value[i] = term.value;
       if (dbandwidth) dbandwidth[i] = static_cast<T>((moment / total.sum - static_cast<double>(item.l)) / item.h0);
       if (!dquery) continue;
       const double mass = item.per_center ? moment : total.sum;  // sum of weight * precision
@@ -477,11 +479,12 @@ struct Forward {
         double sum = 0;
         for (int64_t s = 0; s < plan.splits; s++) {
           const T* sums = reinterpret_cast<const T*>(splits[s].sums + vector * item.l);
-          sum += static_cast<double>(sums[k * lanes + lane]) * total.share(at(splits[s].reference));
+          sum += static_cast<double>(sums[k * lanes + lane]) * share(s);
         }
         const double packed = static_cast<double>((query[k] - shift[k]) * item.scale);
-        const double score = (sum - packed * mass) / (total.sum * item.h0);
-        dquery[i * item.l + k] = static_cast<T>(end.gradient(score, static_cast<double>(query[k])));
+        double direction = (sum - packed * mass) / (total.sum * item.h0);  // the score of p_e, less the target's
+        if (has_target) direction += static_cast<double>(query[k]) / args.target_variance;
+        dquery[i * item.l + k] = static_cast<T>(term.weight * direction);
       }
     }
   }
@@ -503,7 +506,7 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
   char* tiles = arena.take<char>(plan.threads * tile_bytes);
   const int64_t lane_vectors = lane_bytes / static_cast<int64_t>(sizeof(Vec<T>));
 
-  Forward<T> pass{args, Item<T>(mix, b), plan, static_cast<T*>(args.value) + b * mix.n, nullptr, nullptr, shift};
+  Forward<T> pass{args, Item<T>(mix, b), plan, args.value + b * mix.n, nullptr, nullptr, shift};
   if (args.dquery) pass.dquery = static_cast<T*>(args.dquery) + b * mix.n * mix.l;
   if (args.dbandwidth) pass.dbandwidth = static_cast<T*>(args.dbandwidth) + b * mix.n;
   pass.item.find_shift(shift);
@@ -529,8 +532,7 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
 #pragma omp single
         pass.pack(chunk, lanes);
 #pragma omp for schedule(static)
-        for (int64_t split = 0; split < plan.splits; split++)
-          pass.stream(chunk, split, lanes, splits[split], tile);
+        for (int64_t split = 0; split < plan.splits; split++) pass.stream(chunk, split, lanes, splits[split], tile);
         const int64_t vectors = plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk);
         const int64_t blocks = ceil_div(vectors, kQV);
 #pragma omp for schedule(static)
@@ -592,8 +594,7 @@ struct BackwardBlock {
       }
     }
     backward_weights<T, QV>(tile, count, offset, slope, state.weight + first_vector, state.moment + first_vector);
-    if (want_sums)
-      add_weighted_rows<T, QV>(tile.rows, count, item.l, tile.pairs, state.sums + first_vector * item.l);
+    if (want_sums) add_weighted_rows<T, QV>(tile.rows, count, item.l, tile.pairs, state.sums + first_vector * item.l);
   }
 };
 
@@ -601,12 +602,12 @@ template <class T>
 struct Backward {
   Item<T> item;
   Plan plan;
-  const T* grad;      // [n]
-  const T* log_prob;  // [n]
-  T* dcenters;        // [m, l] or null
-  T* dlog_weights;    // [m] or null
-  T* dbandwidth;      // [m] or null
-  const T* shift;     // [l]
+  const T* grad;           // [n]
+  const double* log_prob;  // [n]
+  T* dcenters;             // [m, l] or null
+  T* dlog_weights;         // [m] or null
+  T* dbandwidth;           // [m] or null
+  const T* shift;          // [l]
 
   void stream(int64_t chunk, Vec<T>* lanes, Vec<T>* offset, Vec<T>* slope, State<T>& state, const Tile<T>& tile) const {
     const int64_t begin = plan.chunk_begin(chunk), vectors = plan.chunk_begin(chunk + 1) - begin;
@@ -626,8 +627,11 @@ struct Backward {
       pack_tile(item.query, first, count, item.l, shift, item.scale, tile.rows);
       for (int j = 0; j < count; j++) {
         const int64_t i = first + j;
-        tile.offset[j] = static_cast<T>(kdejsd::kLog2E * (static_cast<double>(log_prob[i]) - item.constant(i)));
-        tile.slope[j] = grad[i];
+        // What rounding takes from the exponent is given back to the factor.
+        const double exponent = kdejsd::kLog2E * (log_prob[i] - item.constant(i));
+        tile.offset[j] = static_cast<T>(exponent);
+        const double correction = std::exp2(static_cast<double>(tile.offset[j]) - exponent);
+        tile.slope[j] = static_cast<T>(static_cast<double>(grad[i]) * correction);
       }
       for_blocks(vectors, [&](int width, int64_t vector) {
         with_width(width,
@@ -675,14 +679,9 @@ void backward_item(const KdeBackward& args, int64_t b, int requested_threads) {
   Arena arena{memory.base};
   T* shift = arena.take<T>(mix.l);
 
-  Backward<T> pass{Item<T>(mix, b),
-                   plan,
-                   static_cast<const T*>(args.grad) + b * mix.n,
-                   static_cast<const T*>(args.log_prob) + b * mix.n,
-                   nullptr,
-                   nullptr,
-                   nullptr,
-                   shift};
+  Backward<T> pass{
+      Item<T>(mix, b), plan, static_cast<const T*>(args.grad) + b * mix.n, args.log_prob + b * mix.n, nullptr, nullptr,
+      nullptr,         shift};
   if (args.dcenters) pass.dcenters = static_cast<T*>(args.dcenters) + b * mix.m * mix.l;
   if (args.dlog_weights) pass.dlog_weights = static_cast<T*>(args.dlog_weights) + b * mix.m;
   if (args.dbandwidth) pass.dbandwidth = static_cast<T*>(args.dbandwidth) + b * mix.m;

@@ -588,7 +588,7 @@ __global__ void __launch_bounds__(kMergeThreads)
                  plain ? T(0) : static_cast<T>(1 / variance), static_cast<T*>(args.dquery));
   }
   if (threadIdx.x % kWarp != 0) return;
-  static_cast<T*>(args.value)[row] = static_cast<T>(term.value);
+  args.value[row] = term.value;
   if (args.dbandwidth != nullptr) {  // sum pi d2 / h^3 - l / h
     const double scaled = static_cast<double>(item.scale) * h0;
     const double mean = static_cast<double>(merged.moment) / static_cast<double>(merged.exponents.sum);
@@ -609,7 +609,7 @@ struct BackwardPlan {
 // The queries' part of w[i, j] = grad[i] 2^(x[i, j] - log2_prob[i]).
 template <typename T, int LC>
 __device__ void load_queries(Tile<T, LC>& tile, const Item<T>& item, int64_t first_center, int64_t first,
-                             const T* grad /* [n] */, const T* log_prob /* [n] */) {
+                             const T* grad /* [n] */, const double* log_prob /* [n] */) {
   if (threadIdx.x >= kTile) return;
   const int64_t i = first + threadIdx.x;
   const bool inside = i < item.n;
@@ -622,7 +622,7 @@ __device__ void load_queries(Tile<T, LC>& tile, const Item<T>& item, int64_t fir
     return;
   }
   const bool one_less = exclude >= 0 && exclude < item.m;
-  const double log2_prob = kLog2E * (static_cast<double>(log_prob[i]) - tile.log_constant[one_less]);
+  const double log2_prob = kLog2E * (log_prob[i] - tile.log_constant[one_less]);
   const T rounded = static_cast<T>(log2_prob);
   // What rounding took from the exponent is given back to the factor: 2^r = 1 + r ln 2 for so small an r.
   const double correction = 1 + kLn2 * (static_cast<double>(rounded) - log2_prob);
@@ -698,9 +698,9 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocess
   const Item<T>& item = tile.item;
   start_tile(tile, args.mixture, batch, false);
   const int64_t first_center = center_tile * kTile;
-  const T* grad = static_cast<const T*>(args.grad) + batch * item.n;          // [n]
-  const T* log_prob = static_cast<const T*>(args.log_prob) + batch * item.n;  // [n]
-  T* dcenters = static_cast<T*>(args.dcenters);                               // [batch, m, l] or null
+  const T* grad = static_cast<const T*>(args.grad) + batch * item.n;  // [n]
+  const double* log_prob = args.log_prob + batch * item.n;            // [n]
+  T* dcenters = static_cast<T*>(args.dcenters);                       // [batch, m, l] or null
   Stage<T, LC, kSlabs> stage{tile, first_center};
   load_centers(tile, first_center);
   if (threadIdx.x < 2) {

@@ -71,13 +71,18 @@ def kde_log_prob(
         RuntimeError: mixed devices; a CUDA tensor where CUDA cannot be used; no compiled module.
     """
     problem = _problem(query, centers, bandwidth, log_weights, exclude_self)
-    if _torch.transforms_active() or _torch.forward_mode_active() or query.device.type not in _KERNEL_DEVICES:
-        return _reference(problem).reshape(problem.shape)
+    return _log_prob(problem).reshape(problem.shape).to(problem.query.dtype)
+
+
+def _log_prob(problem: _Problem) -> Tensor:
+    """[B, n], in float64 from the kernels."""
+    if _torch.transforms_active() or _torch.forward_mode_active() or problem.query.device.type not in _KERNEL_DEVICES:
+        return _reference(problem)
     if _is_traced(problem):
-        return _operator(*problem.inputs)[0].reshape(problem.shape)
+        return _operator(*problem.inputs)[0]  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in problem.inputs):
-        return _EagerKde.apply(*problem.inputs).reshape(problem.shape)  # type: ignore[no-untyped-call, no-any-return]
-    return _launch_forward(*problem.inputs)[0].reshape(problem.shape)
+        return _EagerKde.apply(*problem.inputs)  # type: ignore[no-untyped-call, no-any-return]
+    return _launch_forward(*problem.inputs)[0]
 
 
 def normal_divergence_terms(
@@ -97,7 +102,7 @@ def normal_divergence_terms(
             `kde_log_prob`.
 
     Returns:
-        [..., n], or None where the pass cannot be fused: when something but the codes needs a gradient, and wherever
+        [..., n] in float64, or None where the pass cannot be fused: when something but the codes needs a gradient, and wherever
         the kde itself does not take the eager path. The caller then composes the terms from `kde_log_prob`.
     """
     if _torch.transforms_active() or _torch.forward_mode_active() or codes.device.type not in _KERNEL_DEVICES:
@@ -314,9 +319,9 @@ def _launch_forward(
     value_kind: int = _LOG_PROB,
     variance: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """value [B, n], and dquery [B, n, l] and dbandwidth [B, n], each empty if not wanted."""
+    """value [B, n] in float64, and dquery [B, n, l] and dbandwidth [B, n], each empty if not wanted."""
     mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
-    value = query.new_empty(query.shape[:-1])
+    value = query.new_empty(query.shape[:-1], dtype=torch.float64)
     dquery = query.new_empty(query.shape if want_dquery else 0)
     dbandwidth = query.new_empty(query.shape[:-1] if want_dbandwidth else 0)
     if value.numel() == 0:
@@ -347,7 +352,7 @@ def _launch_backward(
     """dcenters [B, m, l], dlog_weights [B, m] and the bandwidths' [B, m] for all B batch items, empty if not wanted."""
     mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
     batch, m = query.shape[0], centers.shape[-2]
-    grad, log_prob = grad.contiguous(), log_prob.contiguous()
+    grad, log_prob = grad.to(query.dtype).contiguous(), log_prob.contiguous()
     dcenters = query.new_empty((batch, m, query.shape[-1]) if want_dcenters else 0)
     dlog_weights = query.new_empty((batch, m) if want_dlog_weights else 0)
     dbandwidth = query.new_empty((batch, m) if want_dbandwidth else 0)
@@ -367,6 +372,7 @@ def _launch_backward(
 def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
     """Gradients for the five inputs from what the forward pass saved."""
     query, centers, bandwidth, log_weights, exclude, log_prob, dquery, dbandwidth = ctx.saved_tensors
+    grad = grad.to(query.dtype)
     need_query, need_centers, need_bandwidth, need_weights = ctx.needs_input_grad[:4]
     per_center = bandwidth.shape[-1] > 1
 
@@ -432,7 +438,7 @@ class _NormalTerms(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         *inputs, dquery = ctx.saved_tensors
         if not torch.is_grad_enabled():
-            return (grad.unsqueeze(-1) * dquery, *[None] * 6)
+            return (grad.to(dquery.dtype).unsqueeze(-1) * dquery, *[None] * 6)
         query, centers, bandwidth, log_weights, exclude = inputs
         target = torch.distributions.Independent(
             torch.distributions.Normal(torch.zeros_like(query[0, 0]), math.sqrt(ctx.variance), validate_args=False), 1
@@ -447,7 +453,7 @@ class _NormalTerms(torch.autograd.Function):
             divergence=ctx.divergence,
             reduction="none",
         )
-        return (*torch.autograd.grad(terms, query, grad, create_graph=True), *[None] * 6)
+        return (*torch.autograd.grad(terms, query, grad.to(terms.dtype), create_graph=True), *[None] * 6)
 
 
 def _plain_gradients(
@@ -459,7 +465,7 @@ def _plain_gradients(
     with torch.enable_grad():
         log_prob = _reference(_Problem(query, centers, bandwidth, log_weights, exclude, ()))
         wanted = [t for t, need in zip(inputs[:4], needed, strict=False) if need]
-        found = iter(torch.autograd.grad(log_prob, wanted, grad, create_graph=True))  # type: ignore[arg-type]
+        found = iter(torch.autograd.grad(log_prob, wanted, grad.to(log_prob.dtype), create_graph=True))  # type: ignore[arg-type]
     return (*(next(found) if need else None for need in needed[:4]), None)
 
 
@@ -493,7 +499,7 @@ def _fake_forward(
     want_dbandwidth: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        query.new_empty(query.shape[:-1]),
+        query.new_empty(query.shape[:-1], dtype=torch.float64),
         query.new_empty(query.shape if want_dquery else 0),
         query.new_empty(query.shape[:-1] if want_dbandwidth else 0),
     )

@@ -55,9 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bandwidth(args: argparse.Namespace) -> int:
-    found = optimal_bandwidth(
-        args.latent_dim, args.num_centers, method=args.method, trials=args.trials, seed=args.seed
-    )
+    found = optimal_bandwidth(args.latent_dim, args.num_centers, method=args.method, trials=args.trials, seed=args.seed)
     print(f"bandwidth           {found.value:.6g}")
     print(f"standard deviation  {found.std:.2g} between {len(found.trials)} trials")
     return 0

@@ -402,6 +402,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         writer = None
         if arguments.csv:
+            arguments.csv.parent.mkdir(parents=True, exist_ok=True)
             writer = csv.DictWriter(stack.enter_context(arguments.csv.open("w", newline="")), FIELDS)
             writer.writeheader()
         for size in sizes:

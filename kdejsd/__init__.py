@@ -5,18 +5,25 @@ import pkgutil
 # Python started in the source folder imports the files there; the compiled module of an installed copy is found too.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
-from ._native import build_info  # noqa: E402
-from ._version import __version__  # noqa: E402
-from .divergence import jsd, jsd_loss  # noqa: E402
-from .ops.kde import kde_log_prob  # noqa: E402
-from .targets import GaussianMixture, StandardNormal  # noqa: E402
+from ._native import build_info
+from ._version import __version__
+from .bandwidth import entropy_bandwidth, optimal_bandwidth
+from .divergence import jsd, jsd_loss
+from .entropy import kde_entropy
+from .lagged import LaggedKDE
+from .ops.kde import kde_log_prob
+from .targets import GaussianMixture, StandardNormal
 
 __all__ = [
     "GaussianMixture",
+    "LaggedKDE",
     "StandardNormal",
     "__version__",
     "build_info",
+    "entropy_bandwidth",
     "jsd",
     "jsd_loss",
+    "kde_entropy",
     "kde_log_prob",
+    "optimal_bandwidth",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from types import ModuleType
 
@@ -9,19 +10,17 @@ import torch  # before the compiled module, which then shares torch's OpenMP run
 
 from ._version import __version__
 
-_INSTALL = 'pip install . in the source folder (or pip install -e . -C editable.rebuild=true) builds it'
+_INSTALL = "pip install . in the source folder (or pip install -e . -C editable.rebuild=true) builds it"
 
-_C: ModuleType | None
+_C: ModuleType | None = None
 _problem = ""
 try:
-    from . import _C  # type: ignore[attr-defined, no-redef]
-except ImportError as error:
-    _C = None
-    _problem = f"it could not be imported: {error}"
-else:
+    _C = importlib.import_module(f"{__package__}._C")
     if _C.version != __version__:
         _problem = f"it is of version {_C.version}, the Python files are of {__version__}"
         _C = None
+except ImportError as error:
+    _problem = f"it could not be imported: {error}"
 
 if _C is not None and (_forced := os.environ.get("KDEJSD_CPU_LEVEL")) and not _C.set_level(_forced):
     raise RuntimeError(
@@ -61,7 +60,7 @@ def build_info() -> dict[str, str | int | bool]:
     """What was built, and what of it can be used here.
 
     Returns:
-        A flat dict: versions, the compiler, the CPU instruction set in use and those built ("v4" is AVX-512, "v3" AVX2),
+        A flat dict: versions, the compiler, the CPU instruction set in use and those built ("v4": AVX-512, "v3": AVX2),
         threads, and whether CUDA was built (for which architectures), is usable, and if not, why.
     """
     info: dict[str, str | int | bool] = {"version": __version__, "torch": torch.__version__, "compiled": _C is not None}

@@ -1,4 +1,4 @@
-"""Known laws that codes are matched to: isotropic normals and mixtures of them, each with its kernel-smoothed version."""
+"""Known laws that codes are matched to: isotropic normals and mixtures of them, and each smoothed by the kernel."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def target_dim(target: Target) -> int:
     if isinstance(target, Distribution):
         if len(target.event_shape) != 1 or len(target.batch_shape) != 0:
             raise ValueError(
-                "target must be one distribution over vectors, with event_shape [l] and batch_shape []; got event_shape "
-                f"{list(target.event_shape)} and batch_shape {list(target.batch_shape)} "
+                "target must be one distribution over vectors, with event_shape [l] and batch_shape []; "
+                f"got event_shape {list(target.event_shape)} and batch_shape {list(target.batch_shape)} "
                 "(torch.distributions.Independent(target, 1) turns a batch of scalars into a vector)"
             )
         return target.event_shape[0]

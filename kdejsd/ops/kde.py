@@ -1,8 +1,8 @@
 """The kde op: log-density of a Gaussian mixture of m centers at n queries, streamed, with its gradients.
 
-There are three ways into the compiled kernels. Eager calls take the short one, an autograd Function around the raw call.
+There are three ways in. Eager calls take the short one, an autograd Function around the raw call of the kernels.
 Tracing (torch.compile, export, fake tensors) goes through the torch operators `kdejsd::kde` and `kdejsd::kde_backward`.
-Function transforms, forward-mode AD and devices without a kernel go to the plain reference, which composes with anything.
+Function transforms, forward-mode AD and devices without a kernel go to the plain reference: it composes with anything.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def normal_divergence_terms(
             `kde_log_prob`.
 
     Returns:
-        [..., n] in float64, or None where the pass cannot be fused: when something but the codes needs a gradient, and wherever
-        the kde itself does not take the eager path. The caller then composes the terms from `kde_log_prob`.
+        [..., n] in float64, or None where the pass cannot be fused: when something but the codes needs a
+        gradient, and wherever the kde itself does not take the eager path. The caller then composes the terms from
+        `kde_log_prob`.
     """
     if _torch.transforms_active() or _torch.forward_mode_active() or codes.device.type not in _KERNEL_DEVICES:
         return None
@@ -199,15 +200,21 @@ def _problem(
     if exclude is not None and m == 1 and log_weights is None:
         raise ValueError("exclude_self needs at least 2 centers, got 1")
 
-    for name, value in (("centers", centers), ("bandwidth", h), ("log_weights", log_weights), ("exclude_self", exclude)):
-        if value is None:
+    allowed = (query.dtype, dtype)  # half-precision queries may come with a float32 bandwidth and weights
+    for name, companion, dtypes in (
+        ("centers", centers, allowed[:1]),
+        ("bandwidth", h, allowed),
+        ("log_weights", log_weights, allowed),
+        ("exclude_self", exclude, (torch.int64,)),
+    ):
+        if companion is None:
             continue
-        if value.device != query.device:
+        if companion.device != query.device:
             raise RuntimeError(
-                f"{name} must be on the query's device, got {name} on {value.device} and query on {query.device}"
+                f"{name} must be on the query's device, got {name} on {companion.device} and query on {query.device}"
             )
-        if value is not exclude and value.dtype != query.dtype and (value is centers or value.dtype != dtype):
-            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {value.dtype}")
+        if companion.dtype not in dtypes:
+            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {companion.dtype}")
     if query.dtype != dtype:
         query, centers, h = query.to(dtype), centers.to(dtype), h.to(dtype)
         log_weights = None if log_weights is None else log_weights.to(dtype)
@@ -215,8 +222,10 @@ def _problem(
         _check_values(query, centers, h, log_weights, exclude)
 
     lone = (query, 2), (centers, 2), (h, 1), (log_weights, 1), (exclude, 1)
-    if all(t is None or t.ndim == own for t, own in lone):  # no batch: the usual call, kept short
-        return _Problem(*(None if t is None else t.unsqueeze(0) for t, _ in lone), (n,))  # type: ignore[arg-type]
+    if all(t is None or t.ndim == ndim for t, ndim in lone):  # no batch: the usual call, kept short
+        weights = None if log_weights is None else log_weights.unsqueeze(0)
+        own = None if exclude is None else exclude.unsqueeze(0)
+        return _Problem(query.unsqueeze(0), centers.unsqueeze(0), h.unsqueeze(0), weights, own, (n,))
 
     # The batch of the mixture: dimensions before those that every argument has anyway.
     batches = [centers.shape[:-2], h.shape[:-1]]
@@ -257,10 +266,16 @@ def _check_values(
         if bad := int((~value.isfinite()).sum()):
             raise ValueError(f"{name} must be finite, got {bad} values that are NaN or infinite")
     if not bool(((bandwidth > 0) & bandwidth.isfinite()).all()):
-        raise ValueError(f"bandwidth must be positive and finite, got {float(bandwidth.min())} to {float(bandwidth.max())}")
+        raise ValueError(
+            f"bandwidth must be positive and finite, got {float(bandwidth.min())} to {float(bandwidth.max())}"
+        )
     if log_weights is not None and not bool((log_weights < math.inf).all()):
         raise ValueError("log_weights must be below infinity and not NaN")
-    if exclude is not None and exclude.numel() and not (-1 <= int(exclude.min()) <= int(exclude.max()) < centers.shape[-2]):
+    if (
+        exclude is not None
+        and exclude.numel()
+        and not (-1 <= int(exclude.min()) <= int(exclude.max()) < centers.shape[-2])
+    ):
         raise ValueError(
             f"exclude_self must hold -1 or the index of a center, 0 to {centers.shape[-2] - 1}; "
             f"got {int(exclude.min())} to {int(exclude.max())}"
@@ -412,13 +427,13 @@ def _wanted(ctx: Any, bandwidth: Tensor) -> tuple[bool, bool]:
 
 class _EagerKde(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
-        log_prob, dquery, dbandwidth = _launch_forward(*inputs, *_wanted(ctx, inputs[2]))  # type: ignore[arg-type]
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        log_prob, dquery, dbandwidth = _launch_forward(*inputs, *_wanted(ctx, inputs[2]))  # type: ignore[call-arg]
         ctx.save_for_backward(*inputs, log_prob, dquery, dbandwidth)
         return log_prob
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
             return _plain_gradients(grad, ctx.saved_tensors[:5], ctx.needs_input_grad)
         return _gradients(ctx, grad, _launch_backward)
@@ -427,15 +442,14 @@ class _EagerKde(torch.autograd.Function):
 class _NormalTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *inputs, variance, divergence = arguments
-        kind = _DIVERGENCES[divergence]
-        terms, dquery, _ = _launch_forward(*inputs, want_dquery=True, value_kind=kind, variance=variance)
+        inputs, (variance, divergence) = arguments[:5], arguments[5:]
+        terms, dquery, _ = _launch_forward(*inputs, True, False, _DIVERGENCES[divergence], variance)  # type: ignore[call-arg]
         ctx.save_for_backward(*inputs, dquery)
         ctx.variance, ctx.divergence = variance, divergence
         return terms
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, dquery = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return (grad.to(dquery.dtype).unsqueeze(-1) * dquery, *[None] * 6)
@@ -537,7 +551,7 @@ class _TracedKde(torch.autograd.Function):
         return log_prob, dquery, dbandwidth
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         return (*_gradients(ctx, grad, _backward_operator), None, None)
 
 

@@ -1,6 +1,6 @@
-"""The kde op and the divergences built on it in plain PyTorch: truth in float64, and what the kernels are compared with.
+"""The kde op and the divergences built on it in plain PyTorch: the truth, in float64, for the kernels' tests.
 
-Everything here runs on any device torch has and composes with every torch transform, at the price of n x m (x l) memory.
+Everything here runs on any device torch has and composes with every torch transform, for n x m x l memory.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def jsd_loss(
     if target_samples is not None:
         at_target = _log_ratio(target_samples, lagged, bandwidth, target, log_weights=log_weights)
         terms = terms.mean() + math.log(2) - softplus(at_target).mean()
-    dtype = torch.float64 if codes.dtype == torch.float64 else torch.float32
-    reduced = {"mean": terms.mean, "sum": terms.sum, "none": terms.clone}[reduction]()
-    return reduced.to(dtype)
+    if reduction != "none":
+        terms = terms.mean() if reduction == "mean" else terms.sum()
+    return terms if codes.dtype == torch.float64 else terms.float()
 
 
 def jsd(

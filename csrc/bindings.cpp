@@ -51,7 +51,7 @@ KdeForward forward(const KdeMixture& mix, int value_kind, double target_variance
           target_variance,
           pointer<double>(value),
           pointer(dquery),
-          pointer(dbandwidth)};
+          pointer<double>(dbandwidth)};
 }
 
 KdeBackward backward(const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters,

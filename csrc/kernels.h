@@ -42,7 +42,7 @@ struct KdeForward {
   double target_variance;  // of t above; not read for kLogProb
   double* value;           // [batch, n]
   void* dquery;            // [batch, n, l], d value / d query; or null
-  void* dbandwidth;  // [batch, n], d log p_e / d h; or null, as it must be unless kLogProb and one h for all centers
+  double* dbandwidth;  // [batch, n], d log p_e / d h; or null, as it must be unless kLogProb and one h for all centers
 };
 
 // The transposed pass: gradients of sum_i grad[i] log p_e(query[i]), each summed over the queries in a fixed order.

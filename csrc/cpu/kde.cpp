@@ -61,8 +61,9 @@ struct Item {
   const T* log_weights;    // [m] or null
   const int64_t* exclude;  // [n] or null
   bool per_center;
-  double h0;  // the first bandwidth: the unit of length
-  T scale;    // 1 / h0
+  double h0;    // the first bandwidth
+  T scale;      // of the packed points: 1 / h0, rounded
+  double unit;  // h0 * scale, which is not quite 1: the bandwidth in packed units
 
   Item(const KdeMixture& mix, int64_t b)
       : n(mix.n),
@@ -76,12 +77,13 @@ struct Item {
         per_center(mix.per_center) {
     h0 = static_cast<double>(kdejsd::checked_bandwidth(bandwidth[0]));
     scale = static_cast<T>(1.0 / h0);
+    unit = h0 * static_cast<double>(scale);
   }
 
   double h(int64_t j) const { return per_center ? static_cast<double>(kdejsd::checked_bandwidth(bandwidth[j])) : h0; }
 
-  // Center j's exponent is offset(j) - slope(j) * (squared distance / h0^2), in log2 units, apart from `constant`.
-  double slope(int64_t j) const { return 0.5 * kdejsd::kLog2E * precision(j); }
+  // Center j's exponent is offset(j) - slope(j) * (packed squared distance), in log2 units, apart from `constant`.
+  double slope(int64_t j) const { return 0.5 * kdejsd::kLog2E * precision(j) / (unit * unit); }
   double precision(int64_t j) const { return per_center ? (h0 / h(j)) * (h0 / h(j)) : 1.0; }
   double offset(int64_t j) const {
     const double weight = log_weights ? kdejsd::kLog2E * static_cast<double>(log_weights[j]) : 0.0;
@@ -359,7 +361,8 @@ void forward_weights(const Tile<T>& tile, int count, int64_t sum_vectors, Vec<T>
 #pragma GCC unroll 4
     for (int v = 0; v < QV; v++) {
       const Vec<T> distance = pairs[j * QV + v];
-      Vec<T> w = exp2((offset - base[v]) - slope * distance);
+      // The exponent as it was rounded for the maximum: a far query's must not differ from its reference by an ulp.
+      Vec<T> w = exp2((offset - slope * distance) - base[v]);
       tile_weight[v] += w;
       if (M == Moment::kDistance) tile_moment[v] += w * distance;
       if (M == Moment::kPrecision) {
@@ -401,10 +404,10 @@ struct Forward {
   const KdeForward& args;
   Item<T> item;
   Plan plan;
-  double* value;   // [n]
-  T* dquery;       // [n, l] or null
-  T* dbandwidth;   // [n] or null
-  const T* shift;  // [l]
+  double* value;       // [n]
+  T* dquery;           // [n, l] or null
+  double* dbandwidth;  // [n] or null
+  const T* shift;      // [l]
 
   // Streams split `split` of the centers past chunk `chunk` of the queries, whose packed lanes are at `lanes`.
   template <Moment M>
@@ -472,7 +475,8 @@ struct Forward {
       const double log_prob = kdejsd::kde_log_prob(total, item.constant(i));
       const kdejsd::KdeTerm term = kdejsd::kde_term(args.value_kind, log_prob, log_target);
       value[i] = term.value;
-      if (dbandwidth) dbandwidth[i] = static_cast<T>((moment / total.sum - static_cast<double>(item.l)) / item.h0);
+      if (dbandwidth)
+        dbandwidth[i] = (moment / (total.sum * item.unit * item.unit) - static_cast<double>(item.l)) / item.h0;
       if (!dquery) continue;
       const double mass = item.per_center ? moment : total.sum;  // sum of weight * precision
       for (int64_t k = 0; k < item.l; k++) {
@@ -482,7 +486,8 @@ struct Forward {
           sum += static_cast<double>(sums[k * lanes + lane]) * share(s);
         }
         const double packed = static_cast<double>((query[k] - shift[k]) * item.scale);
-        double direction = (sum - packed * mass) / (total.sum * item.h0);  // the score of p_e, less the target's
+        double direction =
+            (sum - packed * mass) / (total.sum * item.unit * item.h0);  // the score of p_e, less the target's
         if (has_target) direction += static_cast<double>(query[k]) / args.target_variance;
         dquery[i * item.l + k] = static_cast<T>(term.weight * direction);
       }
@@ -508,7 +513,7 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
 
   Forward<T> pass{args, Item<T>(mix, b), plan, args.value + b * mix.n, nullptr, nullptr, shift};
   if (args.dquery) pass.dquery = static_cast<T*>(args.dquery) + b * mix.n * mix.l;
-  if (args.dbandwidth) pass.dbandwidth = static_cast<T*>(args.dbandwidth) + b * mix.n;
+  if (args.dbandwidth) pass.dbandwidth = args.dbandwidth + b * mix.n;
   pass.item.find_shift(shift);
   State<T>* splits = arena.take<State<T>>(plan.threads);
   for (int s = 0; s < plan.threads; s++)
@@ -649,14 +654,15 @@ struct Backward {
       const int64_t j = first + lane;
       const double weight = static_cast<double>(reinterpret_cast<const T*>(state.weight + vector)[lane]);
       const double moment = static_cast<double>(reinterpret_cast<const T*>(state.moment + vector)[lane]);
-      const double h = item.h(j), precision = item.precision(j);
+      const double h = item.h(j), precision = item.precision(j), square = item.unit * item.unit;
       if (dlog_weights) dlog_weights[j] = static_cast<T>(weight);
-      if (dbandwidth) dbandwidth[j] = static_cast<T>((moment * precision - static_cast<double>(item.l) * weight) / h);
+      if (dbandwidth)
+        dbandwidth[j] = static_cast<T>((moment * precision / square - static_cast<double>(item.l) * weight) / h);
       if (!dcenters) continue;
       for (int64_t k = 0; k < item.l; k++) {
         const double packed = static_cast<double>((item.centers[j * item.l + k] - shift[k]) * item.scale);
         const double sum = static_cast<double>(sums[k * lanes + lane]);
-        dcenters[j * item.l + k] = static_cast<T>((sum - weight * packed) * precision / item.h0);
+        dcenters[j * item.l + k] = static_cast<T>((sum - weight * packed) * precision / (item.unit * item.h0));
       }
     }
   }

@@ -592,8 +592,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (args.dbandwidth != nullptr) {  // sum pi d2 / h^3 - l / h
     const double scaled = static_cast<double>(item.scale) * h0;
     const double mean = static_cast<double>(merged.moment) / static_cast<double>(merged.exponents.sum);
-    static_cast<T*>(args.dbandwidth)[row] =
-        static_cast<T>((mean / (scaled * scaled) - static_cast<double>(item.l)) / h0);
+    args.dbandwidth[row] = (mean / (scaled * scaled) - static_cast<double>(item.l)) / h0;
   }
 }
 

@@ -234,11 +234,12 @@ def _problem(
     mixture_batch = torch.broadcast_shapes(*batches)
     batch = torch.broadcast_shapes(query.shape[:-2], mixture_batch, *([] if exclude is None else [exclude.shape[:-1]]))
     shape = (*batch, n)
+    items = math.prod(batch)
     if math.prod(mixture_batch) == 1:
         # One mixture for all: every query of the batch is one more query of it.
-        flat = query.expand(*batch, n, dim).reshape(1, -1, dim)
+        flat = query.expand(*batch, n, dim).reshape(1, items * n, dim)
         if exclude is not None:
-            exclude = exclude.expand(*batch, n).reshape(1, -1)
+            exclude = exclude.expand(*batch, n).reshape(1, items * n)
         centers, h = centers.reshape(1, m, dim), h.reshape(1, -1)
         log_weights = None if log_weights is None else log_weights.reshape(1, m)
         return _Problem(flat, centers, h, log_weights, exclude, shape)
@@ -246,10 +247,10 @@ def _problem(
     def flatten(t: Tensor, own: int) -> Tensor:
         if math.prod(t.shape[:-own]) == 1:
             return t.reshape(1, *t.shape[-own:])
-        return t.expand(*batch, *t.shape[-own:]).reshape(-1, *t.shape[-own:])
+        return t.expand(*batch, *t.shape[-own:]).reshape(items, *t.shape[-own:])
 
     return _Problem(
-        query.expand(*batch, n, dim).reshape(-1, n, dim),
+        query.expand(*batch, n, dim).reshape(items, n, dim),
         flatten(centers, 2),
         flatten(h, 1),
         None if log_weights is None else flatten(log_weights, 1),
@@ -334,11 +335,11 @@ def _launch_forward(
     value_kind: int = _LOG_PROB,
     variance: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """value [B, n] in float64, and dquery [B, n, l] and dbandwidth [B, n], each empty if not wanted."""
+    """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two empty if not wanted."""
     mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
     value = query.new_empty(query.shape[:-1], dtype=torch.float64)
     dquery = query.new_empty(query.shape if want_dquery else 0)
-    dbandwidth = query.new_empty(query.shape[:-1] if want_dbandwidth else 0)
+    dbandwidth = query.new_empty(query.shape[:-1] if want_dbandwidth else 0, dtype=torch.float64)
     if value.numel() == 0:
         return value, dquery, dbandwidth
     arguments = (mixture, value_kind, variance, value.data_ptr(), dquery.data_ptr(), dbandwidth.data_ptr())
@@ -387,7 +388,6 @@ def _launch_backward(
 def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
     """Gradients for the five inputs from what the forward pass saved."""
     query, centers, bandwidth, log_weights, exclude, log_prob, dquery, dbandwidth = ctx.saved_tensors
-    grad = grad.to(query.dtype)
     need_query, need_centers, need_bandwidth, need_weights = ctx.needs_input_grad[:4]
     per_center = bandwidth.shape[-1] > 1
 
@@ -396,9 +396,9 @@ def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ..
 
     gradients: list[Tensor | None] = [None] * 5
     if need_query:
-        gradients[0] = grad.unsqueeze(-1) * dquery
+        gradients[0] = grad.to(query.dtype).unsqueeze(-1) * dquery
     if need_bandwidth and not per_center:
-        gradients[2] = shared((grad * dbandwidth).sum(-1, keepdim=True), bandwidth)
+        gradients[2] = shared((grad * dbandwidth).sum(-1, keepdim=True), bandwidth).to(bandwidth.dtype)
     if need_centers or need_weights or (need_bandwidth and per_center):
         dcenters, dlog_weights, dbandwidths = backward(
             grad,
@@ -515,7 +515,7 @@ def _fake_forward(
     return (
         query.new_empty(query.shape[:-1], dtype=torch.float64),
         query.new_empty(query.shape if want_dquery else 0),
-        query.new_empty(query.shape[:-1] if want_dbandwidth else 0),
+        query.new_empty(query.shape[:-1] if want_dbandwidth else 0, dtype=torch.float64),
     )
 
 

@@ -1,0 +1,574 @@
+"""The kde op: values and every gradient against float64, on shapes and values that break streamed sums."""
+
+from __future__ import annotations
+
+import gc
+import math
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import DEVICES, DTYPES, generator, points, worst
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+import kdejsd
+from kdejsd import reference
+from kdejsd._native import native
+from kdejsd.ops.kde import _operator
+
+KDES = ["number", "scalar tensor", "per center", "per center, weights", "weights", "excluded", "excluded, weights"]
+SIZES = [
+    (1, 1, 1),
+    (1, 2, 1),
+    (2, 61, 3),
+    (7, 5, 2),
+    (17, 97, 4),
+    (64, 60, 8),
+    (65, 121, 7),
+    (130, 59, 17),
+    (100, 1025, 8),
+    (1000, 33, 5),
+    (33, 300, 40),
+    (9, 70, 111),
+    (5, 6, 1000),
+]
+
+
+def arguments(kind: str, n: int, m: int, dim: int, dtype: torch.dtype, device: str, spread: float = 1.0) -> dict:
+    """query, centers, bandwidth and keywords of one call; what can have a gradient requires it."""
+    h = spread * (0.5 + 0.15 * math.sqrt(dim))
+    query = (spread * points(n, dim, seed=1)).to(device, dtype).requires_grad_()
+    centers = (spread * points(m, dim, seed=2)).to(device, dtype).requires_grad_()
+    bandwidth: float | torch.Tensor = h
+    if kind == "scalar tensor":
+        bandwidth = torch.tensor(h, dtype=dtype, device=device, requires_grad=True)
+    if "per center" in kind:
+        ratios = 0.7 + 0.6 * torch.rand(m, generator=generator(3), dtype=torch.float64)
+        bandwidth = (h * ratios).to(device, dtype).requires_grad_()
+    keywords = {}
+    if "weights" in kind:
+        keywords["log_weights"] = points(m, seed=4).log_softmax(0).to(device, dtype).requires_grad_()
+    if "excluded" in kind:
+        keywords["exclude_self"] = torch.randint(-1, m, (n,), generator=generator(5)).to(device)
+    return {"query": query, "centers": centers, "bandwidth": bandwidth, **keywords}
+
+
+def in_dtype(call: dict, dtype: torch.dtype) -> dict:
+    """The same call from leaves of another dtype."""
+    return {
+        k: v.detach().to(dtype).requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
+    }
+
+
+def differentiable(call: dict) -> list[torch.Tensor]:
+    return [v for v in call.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+
+
+def value_and_gradients(function, call: dict) -> list[torch.Tensor]:
+    value = function(**call)
+    upstream = torch.randn(value.shape, generator=generator(6), dtype=torch.float64).to(value.device, value.dtype)
+    return [value.detach(), *torch.autograd.grad(value, differentiable(call), upstream)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KDES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_float64_is_the_reference(size, kind, device):
+    n, m, dim = size
+    if "excluded" in kind and m == 1:
+        pytest.skip("nothing is left when the only center is excluded")
+    call = arguments(kind, n, m, dim, torch.float64, device)
+    for got, expected in zip(
+        value_and_gradients(kdejsd.kde_log_prob, call),
+        value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64)),
+        strict=True,
+    ):
+        assert got.dtype == torch.float64 and got.shape == expected.shape
+        assert worst(got, expected) < 1e-13 * dim**0.5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KDES)
+@pytest.mark.parametrize("size", [(100, 1025, 8), (65, 121, 7), (33, 300, 40), (200, 400, 2), (40, 70, 256)], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_float32_error_is_at_most_that_of_plain_torch(size, kind, offset, device):
+    """Twice plain PyTorch's own error for values and three times for gradients, plus a few units in the last place."""
+    call = arguments(kind, *size, torch.float32, device)
+    with torch.no_grad():
+        call["query"] += offset
+        call["centers"] += offset
+    truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
+    plain = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float32))
+    ours = value_and_gradients(kdejsd.kde_log_prob, call)
+    for i, (got, yardstick, expected) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert got.dtype == torch.float32
+        assert worst(got, expected) <= (2 if i == 0 else 3) * worst(yardstick, expected) + 1.2e-6
+
+
+def test_against_scipy():
+    """An independent truth: SciPy's normal density and its logsumexp."""
+    z, c = points(5, 3, seed=1).numpy(), points(7, 3, seed=2).numpy()
+    h = np.linspace(0.4, 1.2, 7)
+    w = np.linspace(1, 2, 7)
+    w /= w.sum()
+    expected = logsumexp(
+        [np.log(w[i]) + multivariate_normal(c[i], h[i] ** 2).logpdf(z) for i in range(7)],
+        axis=0,
+    )
+    got = kdejsd.kde_log_prob(
+        torch.from_numpy(z), torch.from_numpy(c), torch.from_numpy(h), log_weights=torch.from_numpy(w).log()
+    )
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_leave_one_out(device):
+    z = points(50, 4, device=device)
+    got = kdejsd.kde_log_prob(z, z, 0.6, exclude_self=True)
+    for i in range(50):
+        others = torch.cat([z[:i], z[i + 1 :]])
+        assert got[i].item() == pytest.approx(kdejsd.kde_log_prob(z[i : i + 1], others, 0.6).item(), rel=1e-13)
+    # Query and centers are one tensor: both sides' gradients add up.
+    a, b = points(50, 4, device=device).requires_grad_(), points(50, 4, device=device).requires_grad_()
+    kdejsd.kde_log_prob(a, a, 0.6, exclude_self=True).sum().backward()
+    reference.kde_log_prob(b, b, 0.6, exclude_self=True).sum().backward()
+    assert worst(a.grad, b.grad) < 1e-13
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_far_queries_and_large_dimension(dtype, device):
+    dim = 1000
+    centers = points(70, dim, dtype=dtype, device=device)
+    query = points(9, dim, dtype=dtype, device=device, seed=1)
+    query[0] = centers[3]  # distance 0
+    query[1] = 60 / math.sqrt(dim) + centers.mean(0)  # about 60 from all centers
+    query[2] *= 1e4
+    call = {"query": query.requires_grad_(), "centers": centers, "bandwidth": 1.0}
+    ours = value_and_gradients(kdejsd.kde_log_prob, call)
+    truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64) | {"centers": centers.double()})
+    for got, expected in zip(ours, truth, strict=True):
+        assert got.isfinite().all()
+        assert worst(got, expected) < (2e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_beyond_the_range_of_exponentials(dtype, device):
+    """Weights of 1e-10000: the nearest center alone counts, and the gradient points straight at it."""
+    query = torch.tensor([[300.0, 0.0]], dtype=dtype, device=device, requires_grad=True)
+    centers = torch.tensor([[0.0, 0.0], [0.0, 200.0], [-1.0, -1.0]], dtype=dtype, device=device)
+    value = kdejsd.kde_log_prob(query, centers, 1.0)
+    assert value.item() == pytest.approx(-0.5 * 300**2 - math.log(3) - math.log(2 * math.pi), rel=1e-6)
+    (gradient,) = torch.autograd.grad(value, query)
+    torch.testing.assert_close(gradient.cpu(), torch.tensor([[-300.0, 0.0]], dtype=dtype))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_duplicates_count_twice(device):
+    z, c = points(20, 3, device=device), points(10, 3, device=device, seed=1)
+    assert worst(kdejsd.kde_log_prob(z, torch.cat([c, c]), 0.5), kdejsd.kde_log_prob(z, c, 0.5)) < 1e-14
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_zero_weight_is_no_center(device):
+    z, c = points(40, 3, device=device), points(90, 3, device=device, seed=1)
+    log_weights = torch.full((90,), -math.inf, dtype=torch.float64, device=device)
+    log_weights[70:] = -math.log(20)
+    call = {"query": z.requires_grad_(), "centers": c.requires_grad_(), "bandwidth": 0.7, "log_weights": log_weights}
+    value, dz, dc = value_and_gradients(kdejsd.kde_log_prob, call)
+    assert worst(value, kdejsd.kde_log_prob(z, c[70:], 0.7)) < 1e-14
+    assert dz.isfinite().all() and (dc[:70] == 0).all() and (dc[70:] != 0).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_in_nan_out(dtype, device):
+    def nan_rows(query, centers, bandwidth):
+        value, gradient = value_and_gradients(
+            kdejsd.kde_log_prob, {"query": query.requires_grad_(), "centers": centers, "bandwidth": bandwidth}
+        )
+        assert torch.equal(value.isnan(), gradient.isnan().any(-1))
+        return value.isnan().tolist()
+
+    def fresh():
+        return points(70, 3, dtype=dtype, device=device), points(130, 3, dtype=dtype, device=device, seed=1)
+
+    query, centers = fresh()
+    query[5, 1] = math.nan
+    assert nan_rows(query, centers, 0.5) == [i == 5 for i in range(70)]
+    query, centers = fresh()
+    centers[128, 0] = math.nan
+    assert all(nan_rows(query, centers, 0.5))
+    for bad in (math.nan, 0.0, -1.0, math.inf):
+        query, centers = fresh()
+        assert all(nan_rows(query, centers, torch.tensor(bad, dtype=dtype, device=device)))
+        bandwidth = torch.ones(130, dtype=dtype, device=device)
+        bandwidth[77] = bad
+        assert all(nan_rows(query, centers, bandwidth))
+        bandwidth = torch.ones(130, dtype=dtype, device=device)
+        bandwidth[0] = bad
+        assert all(nan_rows(query, centers, bandwidth))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_infinite_query_has_density_zero(device):
+    query = points(3, 2, device=device)
+    query[1, 0] = math.inf
+    assert kdejsd.kde_log_prob(query, points(9, 2, device=device), 0.5).isneginf().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty_queries(device):
+    query = torch.empty(0, 3, device=device, requires_grad=True)
+    centers = torch.randn(5, 3, device=device, requires_grad=True)
+    value = kdejsd.kde_log_prob(query, centers, 0.5)
+    assert value.shape == (0,)
+    value.sum().backward()
+    assert query.grad.shape == (0, 3) and (centers.grad == 0).all()
+    assert kdejsd.kde_log_prob(torch.empty(4, 0, 3, device=device), centers, 0.5).shape == (4, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_contiguous(dtype, device):
+    wide = points(8, 60, dtype=dtype, device=device)
+    query, centers = wide[:, ::2].T, wide[:, 1::2].T[::2]
+    assert not query.is_contiguous() and not centers.is_contiguous()
+    bandwidth = (0.5 + torch.rand(30, generator=generator()).to(device, dtype))[::2]
+    upstream = torch.ones(1, dtype=dtype, device=device).expand(30)  # stride 0
+    plain, ours = query.contiguous().requires_grad_(), query.detach().requires_grad_()
+    value = kdejsd.kde_log_prob(ours, centers, bandwidth)
+    expected = kdejsd.kde_log_prob(plain, centers.contiguous(), bandwidth.contiguous())
+    assert torch.equal(value, expected)
+    assert torch.equal(
+        torch.autograd.grad(value, ours, upstream)[0], torch.autograd.grad(expected, plain, upstream.contiguous())[0]
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("query", "centers", "bandwidth", "result"),
+    [
+        ((3, 11, 2), (7, 2), (), (3, 11)),
+        ((11, 2), (3, 7, 2), (), (3, 11)),
+        ((3, 11, 2), (3, 7, 2), (3, 1), (3, 11)),
+        ((3, 11, 2), (3, 7, 2), (3, 7), (3, 11)),
+        ((3, 11, 2), (3, 7, 2), (7,), (3, 11)),
+        ((4, 1, 11, 2), (3, 7, 2), (4, 1, 7), (4, 3, 11)),
+        ((1, 11, 2), (1, 7, 2), (1, 7), (1, 11)),
+        ((2, 3, 0, 2), (3, 7, 2), (), (2, 3, 0)),
+    ],
+)
+def test_batches_broadcast(query, centers, bandwidth, result, weighted, device):
+    call = {
+        "query": points(*query, device=device, seed=1).requires_grad_(),
+        "centers": points(*centers, device=device, seed=2).requires_grad_(),
+        "bandwidth": (0.6 + points(*bandwidth, seed=3).sigmoid()).to(device).requires_grad_(),
+    }
+    if weighted:
+        call["log_weights"] = points(*centers[:-1], device=device, seed=4).requires_grad_()
+    ours, plain = (
+        value_and_gradients(f, in_dtype(call, torch.float64)) for f in (kdejsd.kde_log_prob, reference.kde_log_prob)
+    )
+    assert ours[0].shape == result
+    for got, expected in zip(ours, plain, strict=True):
+        assert got.shape == expected.shape and worst(got, expected) < 1e-13
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_computed_in_float32(dtype, device):
+    query = points(20, 3, dtype=dtype, device=device).requires_grad_()
+    centers = points(30, 3, dtype=dtype, device=device, seed=1)
+    value = kdejsd.kde_log_prob(query, centers, 0.5)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, kdejsd.kde_log_prob(query.float(), centers.float(), 0.5))
+    value.sum().backward()
+    assert query.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KDES)
+def test_gradcheck_and_gradgradcheck(kind, device):
+    call = arguments(kind, 5, 4, 3, torch.float64, device)
+    names = [k for k, v in call.items() if isinstance(v, torch.Tensor) and v.requires_grad]
+
+    def function(*tensors):
+        return kdejsd.kde_log_prob(**{**call, **dict(zip(names, tensors, strict=True))})
+
+    inputs = tuple(call[k] for k in names)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("kind", ["scalar tensor", "per center, weights", "excluded"])
+def test_opcheck(kind, requires_grad, device):
+    call = arguments(kind, 5, 4, 3, torch.float64, device)
+    bandwidth = torch.as_tensor(call["bandwidth"], dtype=torch.float64, device=device)
+    tensors = [call["query"], call["centers"], bandwidth.reshape(-1), call.get("log_weights"), call.get("exclude_self")]
+    tensors = [None if t is None else t.detach().unsqueeze(0) for t in tensors]
+    if requires_grad:
+        tensors = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
+    torch.library.opcheck(_operator, tensors)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_whole_graph(dynamic, device):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda **call: kdejsd.kde_log_prob(**call).tanh().sum(), fullgraph=True, dynamic=dynamic)
+    for n in (10, 13):
+        call = arguments("per center, weights", n, 9, 3, torch.float64, device)
+        eager = torch.autograd.grad(kdejsd.kde_log_prob(**call).tanh().sum(), differentiable(call))
+        for got, expected in zip(torch.autograd.grad(compiled(**call), differentiable(call)), eager, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_export(device):
+    class Density(torch.nn.Module):
+        def forward(self, query, centers):
+            return kdejsd.kde_log_prob(query, centers, 0.5)
+
+    inputs = (points(6, 3, device=device), points(5, 3, device=device, seed=1))
+    exported = torch.export.export(Density(), inputs).module()
+    torch.testing.assert_close(exported(*inputs), kdejsd.kde_log_prob(*inputs, 0.5))
+
+
+TRANSFORMS = {
+    "func.grad": lambda f, x: torch.func.grad(lambda u: f(u).sum())(x),
+    "func.jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "func.jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "func.hessian": lambda f, x: torch.func.hessian(lambda u: f(u).sum())(x),
+    "func.jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "vmap": lambda f, x: torch.func.vmap(lambda row: f(row.unsqueeze(0)))(x),
+    "compiled func.grad": lambda f, x: torch.compile(torch.func.grad(lambda u: f(u).sum()), fullgraph=True)(x),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_function_transforms(name, device):
+    x, centers = points(6, 3, device=device), points(5, 3, device=device, seed=1)
+    bandwidth = torch.linspace(0.5, 1.0, 5, dtype=torch.float64, device=device)
+    got, expected = (
+        TRANSFORMS[name](lambda u, f=f: f(u, centers, bandwidth), x)
+        for f in (kdejsd.kde_log_prob, reference.kde_log_prob)
+    )
+    torch.testing.assert_close(got, expected)
+    assert (got != 0).any()
+
+
+def test_forward_mode_is_not_dropped():
+    x, centers = points(6, 3), points(5, 3, seed=1)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = forward_ad.unpack_dual(kdejsd.kde_log_prob(dual, centers, 0.5)).tangent
+        expected = forward_ad.unpack_dual(reference.kde_log_prob(dual, centers, 0.5)).tangent
+        torch.testing.assert_close(tangent, expected)
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            torch.ops.kdejsd.kde(dual[None], centers[None], torch.full((1, 1), 0.5).double(), None, None)
+
+
+def test_meta_and_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    meta = kdejsd.kde_log_prob(torch.empty(4, 7, 3, device="meta"), torch.empty(5, 3, device="meta"), 0.5)
+    assert meta.shape == (4, 7) and meta.device.type == "meta"
+    with FakeTensorMode():
+        query = torch.randn(7, 3, requires_grad=True)
+        kdejsd.kde_log_prob(query, torch.randn(5, 3), 0.5).sum().backward()
+        assert query.grad.shape == (7, 3)
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        assert kdejsd.kde_log_prob(points(4, 2), points(5, 2), 0.5).shape == (4,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine: instruction sets, threads, memory
+
+
+@pytest.mark.parametrize("level", native().built_levels().split(","))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set(level, dtype):
+    before = native().level()
+    if not native().set_level(level):
+        pytest.skip(f"this processor does not run {level}")
+    try:
+        for kind in KDES:
+            call = arguments(kind, 77, 130, 5, dtype, "cpu")
+            truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
+            for got, expected in zip(value_and_gradients(kdejsd.kde_log_prob, call), truth, strict=True):
+                assert worst(got, expected) < (5e-6 if dtype == torch.float32 else 1e-13)
+        query = points(3, 2, dtype=dtype)
+        query[0, 0], query[1, 0] = math.nan, math.inf
+        value = kdejsd.kde_log_prob(query, points(100, 2, dtype=dtype), 0.5)
+        assert value[0].isnan() and value[1].isneginf() and value[2].isfinite()
+    finally:
+        native().set_level(before)
+
+
+@pytest.mark.parametrize("size", [(3, 20000, 4), (20000, 3, 4), (700, 900, 8), (5000, 64, 2)], ids=str)
+def test_threads(size):
+    """Any number of threads is right, and a number gives the same bits every time."""
+    call = arguments("per center, weights", *size, torch.float32, "cpu")
+    truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            first, again = (value_and_gradients(kdejsd.kde_log_prob, call) for _ in range(2))
+            for a, b, expected in zip(first, again, truth, strict=True):
+                assert torch.equal(a, b) and worst(a, expected) < 5e-6
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_calls_from_several_python_threads():
+    query, centers = points(300, 5, dtype=torch.float32), points(2000, 5, dtype=torch.float32, seed=1)
+    expected = kdejsd.kde_log_prob(query, centers, 0.5)
+    found = [torch.empty(0)] * 4
+
+    def work(i):
+        for _ in range(5):
+            found[i] = kdejsd.kde_log_prob(query, centers, 0.5)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(value, expected) for value in found)
+
+
+def test_memory_does_not_grow_with_n_times_m():
+    """A pass over 2000 x 50 000 pairs, 400 MB as one float array, in a few MiB (peak of the process, by the kernel)."""
+    status = "/proc/self/clear_refs"
+    try:
+        query = points(2000, 4, dtype=torch.float32).requires_grad_()
+        centers = points(50_000, 4, dtype=torch.float32, seed=1).requires_grad_()
+        kdejsd.kde_log_prob(query[:10], centers[:10], 0.5).sum().backward()
+        gc.collect()
+        with open(status, "w") as file:
+            file.write("5")  # sets the peak back to what is in use now
+        before = _peak_kib()
+    except OSError:
+        pytest.skip(f"{status} cannot be written here")
+    kdejsd.kde_log_prob(query, centers, 0.5).sum().backward()
+    assert (_peak_kib() - before) < 4096 * torch.get_num_threads() + 4096
+
+
+def _peak_kib() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def test_one_openmp_runtime():
+    kdejsd.kde_log_prob(points(500, 3), points(500, 3), 0.5)
+    with open("/proc/self/maps") as file:
+        libraries = {line.split()[-1] for line in file if "libgomp" in line or "libiomp" in line}
+    if not native().has_openmp():
+        pytest.skip("built without OpenMP")
+    assert len(libraries) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors: the argument's name, what was expected, what came
+
+Z, C = torch.zeros(4, 3), torch.zeros(5, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "arguments", "keywords"),
+    [
+        (TypeError, "query must be a tensor, got list", ([[0.0]], C, 0.5), {}),
+        (TypeError, "centers must be a tensor, got ndarray", (Z, np.zeros((5, 3)), 0.5), {}),
+        (TypeError, "query must be float32.*got torch.int64", (Z.long(), C, 0.5), {}),
+        (TypeError, "centers must have the query's dtype torch.float32, got torch.float64", (Z, C.double(), 0.5), {}),
+        (TypeError, "bandwidth must have the query's dtype", (Z, C, torch.tensor(0.5).double()), {}),
+        (TypeError, "bandwidth must be a number or a tensor, got str", (Z, C, "0.5"), {}),
+        (TypeError, "bandwidth must be a number or a tensor, got bool", (Z, C, True), {}),
+        (ValueError, r"query must have shape \[..., points, l\], got \[3\]", (Z[0], C, 0.5), {}),
+        (ValueError, r"centers must have shape .*got \[3\]", (Z, C[0], 0.5), {}),
+        (ValueError, r"same number of dimensions l.*\[4, 3\] and centers \[5, 2\]", (Z, C[:, :2], 0.5), {}),
+        (ValueError, "same number of dimensions l, at least 1", (Z[:, :0], C[:, :0], 0.5), {}),
+        (ValueError, r"centers must hold at least one point, got shape \[0, 3\]", (Z, C[:0], 0.5), {}),
+        (ValueError, "bandwidth must be positive and finite, got -0.3", (Z, C, -0.3), {}),
+        (ValueError, "bandwidth must be positive and finite, got 0", (Z, C, 0), {}),
+        (ValueError, "bandwidth must be positive and finite, got nan", (Z, C, math.nan), {}),
+        (ValueError, "bandwidth must be positive and finite, got inf", (Z, C, math.inf), {}),
+        (ValueError, r"bandwidth must be a number.*\[..., 5\].*got \[4\]", (Z, C, torch.ones(4)), {}),
+        (ValueError, r"log_weights must have shape \[..., 5\].*got \[4\]", (Z, C, 0.5), {"log_weights": torch.ones(4)}),
+        (TypeError, "log_weights must be None or a tensor, got list", (Z, C, 0.5), {"log_weights": [0.0] * 5}),
+        (TypeError, "log_weights must have the query's dtype", (Z, C, 0.5), {"log_weights": torch.ones(5).double()}),
+        (
+            ValueError,
+            "exclude_self=True needs one query per center, got 4 queries",
+            (Z, C, 0.5),
+            {"exclude_self": True},
+        ),
+        (ValueError, "exclude_self needs at least 2 centers", (Z[:1], C[:1], 0.5), {"exclude_self": True}),
+        (TypeError, "exclude_self must be a bool or an int64 tensor, got int", (Z, C, 0.5), {"exclude_self": 1}),
+        (TypeError, "exclude_self must be.*torch.int32", (Z, C, 0.5), {"exclude_self": torch.zeros(4).int()}),
+        (ValueError, r"exclude_self must have shape \[..., 4\]", (Z, C, 0.5), {"exclude_self": torch.zeros(5).long()}),
+        (RuntimeError, "centers must be on the query's device, got centers on meta", (Z, C.to("meta"), 0.5), {}),
+    ],
+)
+def test_errors(error, text, arguments, keywords):
+    with pytest.raises(error, match=text):
+        kdejsd.kde_log_prob(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("text", "change"),
+    [
+        ("query must be finite, got 1 values", {"query": torch.tensor([[math.nan, 0.0]])}),
+        ("centers must be finite, got 2 values", {"centers": torch.tensor([[math.inf, math.nan]])}),
+        ("bandwidth must be positive and finite, got -1.0", {"bandwidth": torch.tensor(-1.0)}),
+        ("log_weights must be below infinity", {"log_weights": torch.tensor([math.nan, 0.0, 0.0])}),
+        ("exclude_self must hold -1 or the index of a center, 0 to 2; got 3 to 3", {"exclude_self": torch.tensor([3])}),
+    ],
+)
+def test_values_are_checked_on_request(text, change, monkeypatch):
+    call = {"query": torch.zeros(1, 2), "centers": torch.zeros(3, 2), "bandwidth": 0.5} | change
+    kdejsd.kde_log_prob(**call)
+    monkeypatch.setenv("KDEJSD_CHECK", "1")
+    with pytest.raises(ValueError, match=text):
+        kdejsd.kde_log_prob(**call)
+
+
+def test_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kdejsd.kde_log_prob(points(4, 2).requires_grad_(), points(5, 2), 0.5).sum().backward()
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_cuda_graph(device):
+    """Capturable: no synchronisation, no allocation outside of torch's pool."""
+    query, centers = (
+        points(100, 8, dtype=torch.float32, device=device),
+        points(3000, 8, dtype=torch.float32, device=device),
+    )
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        kdejsd.kde_log_prob(query, centers, 0.5)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        value = kdejsd.kde_log_prob(query, centers, 0.5)
+    query.copy_(points(100, 8, device=device, seed=9))
+    graph.replay()
+    assert worst(value, reference.kde_log_prob(query.double(), centers.double(), 0.5)) < 2e-6

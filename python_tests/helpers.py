@@ -26,4 +26,5 @@ def worst(a: Tensor, b: Tensor) -> float:
     """The largest difference, relative to the largest entry of b (to 1 where that is smaller than 1)."""
     if b.numel() == 0:
         return 0.0
-    return float((a.double().cpu() - b.double().cpu()).abs().max() / b.double().abs().max().cpu().clamp_min(1.0))
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1.0))

@@ -30,9 +30,9 @@ constexpr int kQV = kRegisters == 32 ? 4 : 2;  // vectors of lanes in a full blo
 constexpr int kRows = 6;                       // tile points whose distances are in registers at once
 constexpr int kTile = 10 * kRows;              // tile points; pairs and tile stay in the first-level cache for small l
 constexpr int kColumns = 4;                    // dimensions whose sums are in registers at once
-constexpr int64_t kStateBytes = 1 << 18;   // packed lanes of one chunk, and again its sums: half a second-level cache
-constexpr int64_t kSerialPairs = 1 << 14;  // n m (l + 8) below which a second thread costs more than it brings
-constexpr int64_t kShiftSample = 256;      // centers whose mean is the shift
+constexpr int64_t kStateBytes = 1 << 18;  // packed lanes of one chunk, and again its sums: half a second-level cache
+constexpr int64_t kSerialWork = 1 << 14;  // n m (l + 8) below which a second thread costs more than it brings
+constexpr int64_t kShiftSample = 256;     // centers whose mean is the shift
 
 // An excluded pair is this far apart: the weight is 0, and 0 times it is 0.
 template <class T>
@@ -283,7 +283,7 @@ struct Plan {
   int threads;
 
   Plan(int64_t lanes, int width, int64_t streamed, int64_t l, int64_t item_bytes, int requested_threads) {
-    threads = lanes * streamed * (l + 8) < kSerialPairs ? 1 : requested_threads;
+    threads = lanes * streamed * (l + 8) < kSerialWork ? 1 : requested_threads;
     vectors = ceil_div(lanes, width);
     tiles = ceil_div(streamed, kTile);
     const int64_t fitting = smaller(16, larger(1, kStateBytes / (l * item_bytes * width * kQV))) * kQV;
@@ -413,14 +413,17 @@ struct Forward {
   template <Moment M>
   void stream(int64_t chunk, int64_t split, const Vec<T>* lanes, const State<T>& state, const Tile<T>& tile) const {
     const int64_t begin = plan.chunk_begin(chunk), vectors = plan.chunk_begin(chunk + 1) - begin;
+    const bool same_terms = !item.per_center && !item.log_weights;  // then they are written once
     for (int64_t t = plan.tile_begin(split); t < plan.tile_begin(split + 1); t++) {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(smaller(kTile, item.m - first));
       pack_tile(item.centers, first, count, item.l, shift, item.scale, tile.rows);
-      for (int j = 0; j < count; j++) {
-        tile.offset[j] = static_cast<T>(item.offset(first + j));
-        tile.slope[j] = static_cast<T>(item.slope(first + j));
-        tile.precision[j] = static_cast<T>(item.precision(first + j));
+      if (t == plan.tile_begin(split) || !same_terms) {
+        for (int j = 0; j < (same_terms ? kTile : count); j++) {
+          tile.offset[j] = static_cast<T>(item.offset(first + j));
+          tile.slope[j] = static_cast<T>(item.slope(first + j));
+          tile.precision[j] = static_cast<T>(item.precision(first + j));
+        }
       }
       for_blocks(vectors, [&](int width, int64_t vector) {
         with_width(width, ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,

@@ -53,10 +53,16 @@ inline Vec<T> broadcast(T x) {
 
 template <class T>
 inline bool any(Mask<T> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(reinterpret_cast<__m256i>(mask), reinterpret_cast<__m256i>(mask));
+#else
   int64_t words[kVectorBytes / 8], all = 0;
   std::memcpy(words, &mask, sizeof words);
   for (int64_t word : words) all |= word;
   return all != 0;
+#endif
 }
 
 // 2^x to float or double accuracy (relative error 1e-7, 2e-16): x = n + r with |r| <= 1/2, the polynomials in r are

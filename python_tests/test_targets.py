@@ -1,0 +1,317 @@
+"""The targets: densities against SciPy, smoothing against the convolution, samples against their moments."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import DEVICES, DTYPES, generator, points, worst
+from scipy.integrate import quad
+from scipy.special import logsumexp
+from scipy.stats import chisquare, multivariate_normal
+from torch.autograd import gradcheck
+from torch.distributions import Independent, MultivariateNormal, Normal
+
+from kdejsd import GaussianMixture, StandardNormal
+from kdejsd.targets import IsotropicNormal, Target, sample_target, target_dim
+
+MEANS = [[0.0, 0.0, 1.0], [2.0, -1.0, 0.0], [-3.0, 0.5, 0.5]]
+SCALES = [0.5, 1.0, 1.7]
+WEIGHTS = [0.2, 0.5, 0.3]
+
+
+def mixture() -> GaussianMixture:
+    return GaussianMixture(MEANS, SCALES, WEIGHTS)
+
+
+def known_laws() -> dict[str, tuple[Target, list, list, list]]:
+    """Each of our targets with its means, standard deviations and weights."""
+    return {
+        "standard normal": (StandardNormal(3), [[0.0] * 3], [1.0], [1.0]),
+        "normal": (IsotropicNormal(3, 2.5), [[0.0] * 3], [math.sqrt(2.5)], [1.0]),
+        "mixture": (mixture(), MEANS, SCALES, WEIGHTS),
+        "mixture, one scale": (GaussianMixture(MEANS, 0.8), MEANS, [0.8] * 3, [1 / 3] * 3),
+        "one component": (GaussianMixture(MEANS[1:2], 0.3), MEANS[1:2], [0.3], [1.0]),
+    }
+
+
+def all_targets() -> dict[str, Target]:
+    return {name: law[0] for name, law in known_laws().items()} | {
+        "multivariate normal": MultivariateNormal(
+            torch.tensor([1.0, 0.0, -1.0]), torch.diag(torch.tensor([1.0, 2, 3]))
+        ),
+        "independent normal": Independent(Normal(torch.tensor([1.0, 0.0, -1.0]), 2.0), 1),
+    }
+
+
+LAWS, ALL = list(known_laws()), list(all_targets())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Densities
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LAWS)
+def test_log_prob_is_scipy(name, device):
+    law, means, scales, weights = known_laws()[name]
+    z = 3 * points(200, 3)
+    each = [np.log(w) + multivariate_normal(m, s * s).logpdf(z) for m, s, w in zip(means, scales, weights, strict=True)]
+    got = law.log_prob(z.to(device))
+    assert got.dtype == torch.float64
+    np.testing.assert_allclose(got.cpu().numpy(), logsumexp(each, axis=0), rtol=1e-13, atol=1e-13)
+    single = law.log_prob(z.to(device).float())
+    assert single.dtype == torch.float32 and worst(single, got) < 1e-6
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_log_prob_keeps_the_leading_shape(name):
+    law = known_laws()[name][0]
+    z = points(2, 5, 3)
+    values = law.log_prob(z)
+    assert values.shape == (2, 5)
+    assert law.log_prob(z[1, 2]).shape == () and law.log_prob(z[1, 2]).item() == pytest.approx(values[1, 2].item())
+    assert law.log_prob(z[:0]).shape == (0, 5)
+    assert worst(law.log_prob(z.transpose(0, 1)), values.T) < 1e-15
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_log_prob_gradient(name):
+    assert gradcheck(known_laws()[name][0].log_prob, points(6, 3).requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types(dtype):
+    z = points(9, 3).to(dtype)
+    assert StandardNormal(3).log_prob(z).dtype == dtype
+    value = mixture().log_prob(z)
+    assert value.dtype == torch.float32 and worst(value, mixture().log_prob(z.double())) < 2e-2
+
+
+def test_weights_are_scaled_to_sum_to_1():
+    z = points(20, 3)
+    assert worst(GaussianMixture(MEANS, SCALES, [2, 5, 3]).log_prob(z), mixture().log_prob(z)) < 1e-15
+    assert mixture().log_weights.exp().sum().item() == pytest.approx(1.0, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_smoothed_is_the_convolution(name):
+    """One dimension, by quadrature: the integral of p(x - u) N(u; 0, h^2)."""
+    _, means, scales, weights = known_laws()[name]
+    law: Target
+    if "normal" in name:
+        law = IsotropicNormal(1, scales[0] ** 2)
+    else:
+        law = GaussianMixture([[m[0]] for m in means], scales, weights)
+    h = 0.7
+
+    def density(x, law):
+        return law.log_prob(torch.tensor([x], dtype=torch.float64)).exp().item()
+
+    for x in (-4.0, 0.0, 0.3, 2.5):
+        exact = quad(lambda u, x=x: density(x - u, law) * density(u, IsotropicNormal(1, h * h)), -6, 6, limit=200)[0]
+        assert density(x, law.smoothed(h)) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_smoothing_twice_adds_variances(name):
+    law, z = known_laws()[name][0], points(20, 3)
+    assert worst(law.smoothed(0.3).smoothed(0.4).log_prob(z), law.smoothed(0.5).log_prob(z)) < 1e-15
+    assert target_dim(law.smoothed(0.3)) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_moments(name):
+    """Mean and covariance of 100 000 samples, to 5 standard errors."""
+    n, law = 100_000, all_targets()[name]
+    if name in LAWS:
+        _, means, scales, weights = known_laws()[name]
+        w, mu = np.array(weights), np.array(means)
+        mean = w @ mu
+        second = sum(w[i] * (scales[i] ** 2 * np.eye(3) + np.outer(mu[i], mu[i])) for i in range(len(w)))
+        covariance = second - np.outer(mean, mean)
+    else:
+        mean = law.mean.numpy()
+        covariance = np.diag(law.variance.numpy())
+    samples = sample_target(law, n, generator(3)).double().numpy()
+    assert samples.shape == (n, 3)
+    centered = samples - mean
+    assert (abs(centered.mean(0)) < 5 * samples.std(0) / math.sqrt(n)).all()
+    products = centered[:, :, None] * centered[:, None, :]
+    assert (abs(products.mean(0) - covariance) < 5 * products.std(0) / math.sqrt(n)).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LAWS)
+def test_sample_is_the_generators_alone(name, device):
+    law = known_laws()[name][0]
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = law.sample(10, torch.Generator(device).manual_seed(7))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    source = torch.Generator(device).manual_seed(7)
+    assert torch.equal(law.sample(10, source), first)
+    assert not torch.equal(law.sample(10, source), first)
+    assert first.shape == (10, 3) and first.dtype == torch.float32 and first.device.type == device
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_sample_without_a_generator_follows_the_global_seed(name):
+    law = known_laws()[name][0]
+    torch.manual_seed(5)
+    first = law.sample(10)
+    torch.manual_seed(5)
+    assert torch.equal(law.sample(10), first) and first.device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sample_with_component(device):
+    """Components as often as their weights, and samples spread around the component they are said to be from."""
+    n = 60_000
+    samples, component = mixture().sample_with_component(n, torch.Generator(device).manual_seed(4))
+    samples, component = samples.cpu().double(), component.cpu()
+    assert samples.shape == (n, 3) and component.shape == (n,) and component.dtype == torch.int64
+    counts = torch.bincount(component, minlength=3)
+    assert chisquare(counts.numpy(), n * np.array(WEIGHTS)).pvalue > 1e-6
+    for i in range(3):
+        own = (samples[component == i] - torch.tensor(MEANS[i], dtype=torch.float64)) / SCALES[i]
+        error = 5 / math.sqrt(len(own))
+        assert own.mean(0).abs().max() < error and (own.square().mean(0) - 1).abs().max() < error * math.sqrt(2)
+    again = mixture().sample(n, torch.Generator(device).manual_seed(4))
+    assert worst(again, samples) == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ALL)
+def test_sample_target_leaves_the_global_random_state(name, device):
+    law = all_targets()[name]
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    source = torch.Generator(device).manual_seed(7)
+    first, second = sample_target(law, 10, source), sample_target(law, 10, source)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert torch.equal(sample_target(law, 10, torch.Generator(device).manual_seed(7)), first)
+    assert not torch.equal(first, second)
+    assert first.shape == (10, 3) and first.device.type == device
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modules
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_to_dtype(dtype):
+    law, z = mixture().to(dtype), points(20, 3)
+    assert {b.dtype for b in law.buffers()} == {dtype}
+    value = law.log_prob(z)
+    assert value.dtype == torch.float64
+    assert worst(value, mixture().log_prob(z)) < (1e-6 if dtype == torch.float32 else 1e-15)
+    assert law.sample(4, generator()).dtype == torch.float32
+
+
+def test_to_meta():
+    assert {b.device.type for b in mixture().to("meta").buffers()} == {"meta"}
+    value = mixture().to("meta").log_prob(torch.empty(4, 3, device="meta"))
+    assert value.shape == (4,) and value.device.type == "meta"
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_buffers_follow_the_points(device):
+    """A target left on the CPU and one moved to the device give the same there."""
+    z = points(20, 3, device=device)
+    assert torch.equal(mixture().log_prob(z), mixture().to(device).log_prob(z))
+    assert mixture().to(device).smoothed(0.5).log_prob(z).device.type == device
+
+
+def test_state_dict_round_trip():
+    file = io.BytesIO()
+    torch.save(mixture().state_dict(), file)
+    file.seek(0)
+    loaded = GaussianMixture(torch.ones(3, 3), 1.0)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    z = points(20, 3)
+    assert torch.equal(loaded.log_prob(z), mixture().log_prob(z))
+    assert torch.equal(loaded.sample(5, generator()), mixture().sample(5, generator()))
+    assert StandardNormal(3).state_dict() == {}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_no_parameters_to_train_and_copies(name):
+    law, z = known_laws()[name][0], points(5, 3)
+    assert list(law.parameters()) == []
+    assert torch.equal(copy.deepcopy(law).log_prob(z), law.log_prob(z))
+
+
+def test_representations():
+    assert repr(StandardNormal(3).smoothed(0.5)) == "IsotropicNormal(dim=3, variance=1.25)"
+    assert repr(StandardNormal(3)) == "StandardNormal(dim=3, variance=1)"
+    assert repr(mixture()) == "GaussianMixture(components=3, dim=3)"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_target_dim(name):
+    assert target_dim(all_targets()[name]) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "make"),
+    [
+        (ValueError, "dim must be at least 1, got 0", lambda: StandardNormal(0)),
+        (ValueError, "variance must be positive and finite, got -1", lambda: IsotropicNormal(2, -1)),
+        (ValueError, "variance must be positive and finite, got nan", lambda: IsotropicNormal(2, math.nan)),
+        (ValueError, "variance must be positive and finite, got inf", lambda: IsotropicNormal(2, math.inf)),
+        (ValueError, r"means must have shape \[K, dim\].*got \[2\]", lambda: GaussianMixture([0.0, 1.0])),
+        (ValueError, r"means must have shape \[K, dim\].*got \[0, 2\]", lambda: GaussianMixture(torch.empty(0, 2))),
+        (ValueError, "means must be finite", lambda: GaussianMixture([[math.nan, 0.0]])),
+        (
+            ValueError,
+            r"scales must have shape \[3\], one per mean, got \[2\]",
+            lambda: GaussianMixture(MEANS, [1.0, 2.0]),
+        ),
+        (ValueError, "scales must be positive and finite, got", lambda: GaussianMixture(MEANS, 0.0)),
+        (ValueError, "scales must be positive and finite, got", lambda: GaussianMixture(MEANS, [1.0, math.inf, 1.0])),
+        (ValueError, r"weights must have shape \[3\]", lambda: GaussianMixture(MEANS, 1.0, [1.0])),
+        (ValueError, "weights must be positive and finite, got", lambda: GaussianMixture(MEANS, 1.0, [1.0, 0.0, 1.0])),
+        (
+            ValueError,
+            "weights must be positive and finite, got",
+            lambda: GaussianMixture(MEANS, 1.0, [1.0, math.nan, 1.0]),
+        ),
+        (ValueError, "bandwidth must be positive and finite, got 0", lambda: StandardNormal(2).smoothed(0)),
+        (ValueError, "bandwidth must be positive and finite, got -0.3", lambda: mixture().smoothed(-0.3)),
+        (
+            ValueError,
+            r"z must have shape \[..., 3\], got \[4, 2\]",
+            lambda: StandardNormal(3).log_prob(torch.ones(4, 2)),
+        ),
+        (ValueError, r"z must have shape \[..., 3\], got \[\]", lambda: mixture().log_prob(torch.tensor(0.0))),
+        (
+            ValueError,
+            r"got event_shape \[\] and batch_shape \[2\] \(torch.distributions.Independent",
+            lambda: target_dim(Normal(torch.zeros(2), 1.0)),
+        ),
+        (
+            ValueError,
+            r"got event_shape \[2\] and batch_shape \[5\]",
+            lambda: target_dim(Independent(Normal(torch.zeros(5, 2), 1.0), 1)),
+        ),
+        (TypeError, "target must be None, StandardNormal.*got type", lambda: target_dim(StandardNormal)),
+    ],
+)
+def test_errors(error, text, make):
+    with pytest.raises(error, match=text):
+        make()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import math
 import os
@@ -108,6 +110,13 @@ class Peaks:
         work = products + exponentials if self.one_unit else max(products, exponentials)
         return 1e3 * max(work, transfers)
 
+    def or_higher(self, other: Peaks) -> Peaks:
+        """The higher of each peak: a disturbed measurement is too low, never too high."""
+        higher = {
+            name: max(getattr(self, name), getattr(other, name)) for name in ("multiply_adds", "exponentials", "bytes")
+        }
+        return dataclasses.replace(self, **higher)
+
     def __str__(self) -> str:
         return (
             f"{2e-9 * self.multiply_adds:.0f} GFLOP/s, {1e-9 * self.exponentials:.1f} G exp/s, "
@@ -128,29 +137,28 @@ def cpu_peaks(level: str, dtype: torch.dtype, given: tuple[float, float] | None)
     """
     if given is not None:
         return Peaks(given[0] * 1e9 / 2, given[1] * 1e9, math.inf, "given by flags", one_unit=True)
-    architecture = ARCHITECTURES[level] if platform.machine() in ("x86_64", "AMD64") else "native"
-    with tempfile.TemporaryDirectory() as folder:
-        program = f"{folder}/peaks"
-        flags = f"-std=c++17 -O3 -march={architecture} -fno-math-errno -fno-trapping-math -ffp-contract=fast -pthread"
-        real = "double" if dtype == torch.float64 else "float"
-        try:
-            subprocess.run(
-                ["g++", *flags.split(), f"-DREAL={real}", str(BENCH / "peaks.cpp"), "-o", program],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            printed = subprocess.run(
-                [program, str(torch.get_num_threads())], capture_output=True, text=True, check=True
-            ).stdout
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
-            raise RuntimeError(
-                f"the limits of {level} could not be measured ({reason}): "
-                "install g++, or give them with --fma-gflops and --gexp"
-            ) from error
+    folder = _peaks_program(level, "double" if dtype == torch.float64 else "float")
+    command = [f"{folder.name}/peaks", str(torch.get_num_threads())]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     multiply_adds, exponentials, read = map(float, printed.split())
     return Peaks(multiply_adds, exponentials, read, f"measured, {level}", one_unit=True)
+
+
+@functools.cache
+def _peaks_program(level: str, real: str) -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory()
+    architecture = ARCHITECTURES[level] if platform.machine() in ("x86_64", "AMD64") else "native"
+    flags = f"-std=c++17 -O3 -march={architecture} -fno-math-errno -fno-trapping-math -ffp-contract=fast -pthread"
+    command = ["g++", *flags.split(), f"-DREAL={real}", str(BENCH / "peaks.cpp"), "-o", f"{folder.name}/peaks"]
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[0]
+        raise RuntimeError(
+            f"the limits of {level} could not be measured ({reason}): "
+            "install g++, or give them with --fma-gflops and --gexp"
+        ) from error
+    return folder
 
 
 def cuda_peaks(dtype: torch.dtype, given: tuple[float, float] | None) -> Peaks:

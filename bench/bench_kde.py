@@ -253,13 +253,13 @@ def digits(x: float) -> str:
     return "" if math.isnan(x) else f"{x:.3g}" if x < 100 else f"{x:.0f}"
 
 
-def print_size(problem: Problem, results: list[Result], limits: Callable[[str, str], float]) -> None:
+def print_size(problem: Problem, results: list[Result], limits: Callable[[str, str], float], peaks: Peaks) -> None:
     n, m, dim = problem.size
     ours = {mode: statistics.median(results[0].times[mode]) for mode in results[0].times}
     print(
         f"\nn = {n}, m = {m}, l = {dim}, h = {problem.bandwidth:.3f}: limit {digits(limits('', GRADIENT))} ms "
-        f"for value and gradient, {digits(limits('', VALUE))} ms for the value alone; "
-        f"other processes kept {results[0].others:.2f} cores busy"
+        f"for value and gradient, {digits(limits('', VALUE))} ms for the value alone\n"
+        f"  at {peaks}; other processes kept {results[0].others:.2f} cores busy"
     )
     print(
         f"  {'':16}{'value+gradient, ms':>24}{'limit':>7}{'ratio':>7}{'value, ms':>24}{'limit':>7}{'ratio':>7}"
@@ -381,19 +381,21 @@ def main() -> int:
         candidates = {k: v for k, v in candidates.items() if isinstance(v, str) or not v.compiles}
 
     facts = machine.facts(device)
-    peaks: dict[str, Peaks] = {}
 
-    def measure_peaks() -> None:
+    def measure_peaks() -> dict[str, Peaks]:
+        found = {}
         for level in levels:
             peers.use_level(level)
-            found = machine.cpu_peaks(level, dtype, given) if device == "cpu" else machine.cuda_peaks(dtype, given)
-            peaks[level] = found.or_higher(peaks.get(level, found))
+            found[level] = (
+                machine.cpu_peaks(level, dtype, given) if device == "cpu" else machine.cuda_peaks(dtype, given)
+            )
+        return found
 
     try:
-        measure_peaks()
+        before = measure_peaks()
     except (RuntimeError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    facts["limits"] = "; ".join(map(str, peaks.values()))
+    facts["limits"] = "; ".join(map(str, before.values()))
     if device == "cuda":
         facts["products"] = machine.cuda_products()
     for key, value in facts.items():
@@ -417,19 +419,20 @@ def main() -> int:
         for size in sizes:
             problem = Problem.make(size, dtype, device)
             results = run_size(problem, candidates, device, seconds, pace)
-            measure_peaks()  # again, near these times
+            after = measure_peaks()
+            peaks = {level: after[level].or_higher(before[level]) for level in levels}
+            before = after
 
-            def limit_of(name: str, mode: str, size: Size = size) -> float:
+            def limit_of(name: str, mode: str, size: Size = size, peaks: dict[str, Peaks] = peaks) -> float:
                 provider = candidates.get(name)
                 level = provider.level if isinstance(provider, Provider) and provider.level else levels[0]
                 return peaks[level].limit_ms(*size, dtype.itemsize, mode == GRADIENT)
 
-            print_size(problem, results, limit_of)
+            print_size(problem, results, limit_of, peaks[levels[0]])
             if writer:
                 for row in csv_rows(problem, results, limit_of):
                     writer.writerow({**shared, **row, "level": levels[0]})
             wrong |= any(r.provider.startswith("kdejsd") and r.note for r in results)
-    print(f"\nlimits, the highest measured: {'; '.join(map(str, peaks.values()))}")
     return int(wrong)
 
 

@@ -1,7 +1,7 @@
 """Times jsd_loss, value and gradient, against other ways to compute it; checks each of them first.
 
-    python bench/bench_kde.py                                     # the whole CPU table, about 8 minutes
-    python bench/bench_kde.py --quick                             # small sizes, nothing that compiles first
+    python bench/bench_kde.py                                     # the whole CPU table, about 6 minutes
+    python bench/bench_kde.py --quick                             # small sizes, under 40 seconds
     python bench/bench_kde.py --device cuda --csv results.csv
     python bench/bench_kde.py --sizes 256,20000,40 --levels v4,v3 --threads 1
 
@@ -167,12 +167,18 @@ def timed(call: Callable[[], None], repeats: int, device: str) -> list[float]:
 
 
 def run_size(
-    problem: Problem, candidates: dict[str, Provider | str], device: str, seconds: float, pace: dict[str, float]
+    problem: Problem,
+    candidates: dict[str, Provider | str],
+    device: str,
+    seconds: float,
+    most_memory: float,
+    pace: dict[str, float],
 ) -> list[Result]:
     """Checks every candidate, then times those that are right, interleaved.
 
     Args:
         seconds: to spend on one candidate in one mode.
+        most_memory: bytes that a candidate may hold, if there are as many.
         pace: seconds per n m (l + 8) of each candidate, for what a call will take; brought up to date.
     """
     n, m, dim = problem.size
@@ -196,8 +202,9 @@ def run_size(
             result.note = provider
             continue
         held = itemsize * provider.held(n, m, dim)
-        if held > 0.8 * machine.available_bytes(device):
-            result.note = f"does not fit: {held / 2**30:.0f} GiB"
+        room = min(0.8 * machine.available_bytes(device), most_memory)
+        if held > room:
+            result.note = f"does not fit: needs {held / 2**30:.1f} GiB, has {room / 2**30:.1f}"
             continue
         if pace.get(name, 0) * work > MAX_CALL_SECONDS:
             result.note = f"left out: about {pace[name] * work:.0f} s a call"
@@ -342,7 +349,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--sizes", type=size, nargs="+", metavar="n,m,l", help="instead of the usual ones")
-    parser.add_argument("--quick", action="store_true", help="small sizes, and no provider that compiles first")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, no provider that compiles first or holds over 1 GiB"
+    )
     parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these, and kdejsd")
     parser.add_argument("--levels", type=lambda text: text.split(","), help="kdejsd's instruction sets: base,v3,v4")
     parser.add_argument("--threads", type=int, help="as torch.set_num_threads")
@@ -408,6 +417,7 @@ def main() -> int:
     }
     budget = arguments.budget or (8 if arguments.quick else 150)
     seconds = budget / (2 * len(sizes) * len(candidates))
+    most_memory = 2.0**30 if arguments.quick else math.inf
     pace: dict[str, float] = {}
     wrong = False
     with contextlib.ExitStack() as stack:
@@ -418,7 +428,7 @@ def main() -> int:
             writer.writeheader()
         for size in sizes:
             problem = Problem.make(size, dtype, device)
-            results = run_size(problem, candidates, device, seconds, pace)
+            results = run_size(problem, candidates, device, seconds, most_memory, pace)
             after = measure_peaks()
             peaks = {level: after[level].or_higher(before[level]) for level in levels}
             before = after

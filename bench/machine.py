@@ -54,7 +54,8 @@ def facts(device: str) -> dict[str, str]:
     found["versions"] = ", ".join(versions)
     found["commit"] = commit()
     found["date"] = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    found["command"] = shlex.join(["python", *sys.argv])
+    level = os.environ.get("KDEJSD_CPU_LEVEL")
+    found["command"] = (f"KDEJSD_CPU_LEVEL={level} " if level else "") + shlex.join(["python", *sys.argv])
     return found
 
 

@@ -6,7 +6,9 @@ gradient for the codes through autograd. Peers differ in how they get log p_e; w
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import math
 import os
 from collections.abc import Callable
@@ -225,8 +227,9 @@ def _pykeops() -> LogProb:
         "CXXFLAGS",
         "-O3 -march=native -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -freciprocal-math",
     )
-    import pykeops
-    from pykeops.torch import LazyTensor
+    with contextlib.redirect_stdout(io.StringIO()):  # it says there that it found no CUDA
+        import pykeops
+        from pykeops.torch import LazyTensor
 
     pykeops.set_verbose(False)
 

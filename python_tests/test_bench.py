@@ -104,7 +104,7 @@ def test_a_wrong_provider_is_not_timed(bench_kde):
     (ours,) = (p for p in peers.providers("cpu", ["base"]).values() if not isinstance(p, str) and p.name == "kdejsd")
     candidates = {"kdejsd": dataclasses.replace(ours, level=None), "absent": "not installed"}
     candidates |= {f.__name__: peers.Provider(f.__name__, f) for f in (off_in_value, off_in_gradient, broken)}
-    right, absent, value, gradient, error = bench_kde.run_size(problem, candidates, "cpu", 0.01, {})
+    right, absent, value, gradient, error = bench_kde.run_size(problem, candidates, "cpu", 0.01, math.inf, {})
     assert not right.note and right.times.keys() == {"value", "value+gradient"}
     assert absent.note == "not installed"
     assert error.note == "RuntimeError: no such kernel"

@@ -55,10 +55,15 @@ struct KdeBackward {
   void* dbandwidth;        // [batch, m], with one h per center; or null
 };
 
+// Every op of the CPU with its arguments: void name(const Args& args, int threads). Each is compiled once per
+// instruction set, and dispatch.cpp calls the copy that is in use.
+#define KDEJSD_CPU_OPS(op) op(kde_forward, KdeForward) op(kde_backward, KdeBackward)
+
 namespace cpu {
 
-void kde_forward(const KdeForward& args, int threads);
-void kde_backward(const KdeBackward& args, int threads);
+#define KDEJSD_DECLARE_OP(name, Args) void name(const Args& args, int threads);
+KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+#undef KDEJSD_DECLARE_OP
 
 // Instruction sets: "v4" (AVX-512), "v3" (AVX2 with FMA), "base"; built_levels lists them, best last.
 const char* level();

@@ -63,7 +63,11 @@ def build_info() -> dict[str, str | int | bool]:
         A flat dict: versions, the compiler, the CPU instruction set in use and those built ("v4": AVX-512, "v3": AVX2),
         threads, and whether CUDA was built (for which architectures), is usable, and if not, why.
     """
-    info: dict[str, str | int | bool] = {"version": __version__, "torch": torch.__version__, "compiled": _C is not None}
+    info: dict[str, str | int | bool] = {
+        "version": __version__,
+        "torch": str(torch.__version__),
+        "compiled": _C is not None,
+    }
     if _C is None:
         info["problem"] = _problem
         return info

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from .ops.kde import kde_log_prob, normal_divergence_terms
-from .targets import IsotropicNormal, StandardNormal, Target, target_dim
+from .ops.kde import named_log_prob, normal_divergence_terms
+from .reference.kde import normal_log_prob
+from .targets import IsotropicNormal, Target, target_dim
 
 _LOG2 = math.log(2)
 
@@ -61,34 +60,22 @@ def jsd_loss(
 
     Raises:
         ValueError: an unknown divergence or reduction, shapes that do not match, and as in `kde_log_prob`.
+            Codes that are NaN raise it too where a torch Distribution checks its arguments (validate_args).
         TypeError, RuntimeError: as in `kde_log_prob`.
     """
     if divergence not in ("js", "kl"):
         raise ValueError(f"divergence must be 'js' or 'kl', got {divergence!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"codes must be a tensor, got {type(codes).__name__}")
-    if codes.ndim < 2:
-        raise ValueError(f"codes must have shape [..., n, l], got {list(codes.shape)}")
-    target = _standard_normal(codes.shape[-1]) if target is None else target
-    if target_dim(target) != codes.shape[-1]:
-        raise ValueError(f"target must have the codes' {codes.shape[-1]} dimensions, got {target_dim(target)}")
     if target_samples is not None and (divergence, reduction) != ("js", "mean"):
         raise ValueError(
             "target_samples needs divergence='js' and reduction='mean', "
             f"got divergence={divergence!r} and reduction={reduction!r}"
         )
-    kde: dict[str, Any] = {"log_weights": log_weights, "exclude_self": exclude_self}
-    terms = None
-    if isinstance(target, IsotropicNormal):
-        terms = normal_divergence_terms(codes, lagged, bandwidth, target.variance, divergence, **kde)
-    if terms is None:
-        gap = _log_target(target, codes) - _wide(kde_log_prob(codes, lagged, bandwidth, **kde))
-        terms = -gap if divergence == "kl" else _LOG2 - softplus(gap)
+    kde = (lagged, bandwidth, log_weights, exclude_self)
+    terms = _terms_at_codes(("codes", "lagged"), codes, *kde, target, divergence)
     if target_samples is not None:
-        log_prob = _wide(kde_log_prob(target_samples, lagged, bandwidth, log_weights=log_weights))
-        terms = terms.mean() + _LOG2 - softplus(log_prob - _log_target(target, target_samples)).mean()
+        terms = terms.mean() + _term_at_target("lagged", target_samples, lagged, bandwidth, log_weights, target)
     if reduction == "mean":
         terms = terms.mean()
     elif reduction == "sum":
@@ -124,16 +111,56 @@ def jsd(
     Raises:
         ValueError, TypeError, RuntimeError: as in `jsd_loss`.
     """
-    return 0.5 * jsd_loss(samples, centers, bandwidth, target=target, target_samples=target_samples)
+    at_samples = _terms_at_codes(("samples", "centers"), samples, centers, bandwidth, None, False, target, "js").mean()
+    divergence = 0.5 * (at_samples + _term_at_target("centers", target_samples, centers, bandwidth, None, target))
+    return divergence if samples.dtype == torch.float64 else divergence.float()
 
 
-@functools.cache
-def _standard_normal(dim: int) -> StandardNormal:
-    return StandardNormal(dim)
+def _terms_at_codes(
+    names: tuple[str, str],
+    codes: Tensor,
+    centers: Tensor,
+    bandwidth: float | Tensor,
+    log_weights: Tensor | None,
+    exclude_self: bool | Tensor,
+    target: Target | None,
+    divergence: str,
+) -> Tensor:
+    """Per code log 2 + log p_e / (p_e + p_t), or log p_e - log p_t; in float64."""
+    kde = (names, codes, centers, bandwidth, log_weights, exclude_self)
+    if target is None or isinstance(target, IsotropicNormal):
+        terms = normal_divergence_terms(*kde, 1.0 if target is None else target.variance, divergence)
+        if terms is not None:
+            _check_target(target, names[0], codes)
+            return terms
+    log_prob = named_log_prob(*kde)
+    gap = _log_target(target, names[0], codes) - _wide(log_prob)
+    return -gap if divergence == "kl" else _LOG2 - softplus(gap)
 
 
-def _log_target(target: Target, z: Tensor) -> Tensor:
+def _term_at_target(
+    name: str,
+    target_samples: Tensor,
+    centers: Tensor,
+    bandwidth: float | Tensor,
+    log_weights: Tensor | None,
+    target: Target | None,
+) -> Tensor:
+    """log 2 + mean of log p_t / (p_e + p_t) over samples of the target; in float64."""
+    log_prob = named_log_prob(("target_samples", name), target_samples, centers, bandwidth, log_weights)
+    return _LOG2 - softplus(_wide(log_prob) - _log_target(target, "target_samples", target_samples)).mean()
+
+
+def _check_target(target: Target | None, name: str, z: Tensor) -> None:
+    if target is not None and target_dim(target) != z.shape[-1]:
+        raise ValueError(f"target must have the {z.shape[-1]} dimensions of {name}, got {target_dim(target)}")
+
+
+def _log_target(target: Target | None, name: str, z: Tensor) -> Tensor:
     """log p_t in float64: of float64 points where the target's own parameters allow it."""
+    _check_target(target, name, z)
+    if target is None:
+        return normal_log_prob(_wide(z), 1.0)
     if isinstance(target, torch.distributions.Distribution):
         return _wide(target.log_prob(z))
     return target.log_prob(_wide(z))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from .ops.kde import kde_log_prob
+from .reference.kde import normal_log_prob
 
 
 class IsotropicNormal(nn.Module):
@@ -18,21 +20,23 @@ class IsotropicNormal(nn.Module):
 
     Raises:
         ValueError: `dim` below 1, or a variance that is not positive and finite.
+        TypeError: `dim` that is no integer.
     """
 
     def __init__(self, dim: int, variance: float = 1.0) -> None:
         super().__init__()
+        dim = operator.index(dim)
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
         if not 0 < variance < math.inf:
             raise ValueError(f"variance must be positive and finite, got {variance}")
-        self.dim = int(dim)
+        self.dim = dim
         self.variance = float(variance)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats at z [..., dim], as [...] in the dtype of z."""
         _check_dim(z, self.dim)
-        return -0.5 * (z.square().sum(-1) / self.variance + self.dim * math.log(2 * math.pi * self.variance))
+        return normal_log_prob(z, self.variance)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n samples as [n, dim] float32, on the generator's device (default: the CPU)."""
@@ -85,7 +89,7 @@ class GaussianMixture(nn.Module):
         weights = torch.ones(count) if weights is None else weights
         weights = torch.as_tensor(weights, dtype=torch.float64)
         if scales.ndim == 0:
-            scales = scales.expand(count).clone()
+            scales = scales.expand(count)
         for name, value in (("scales", scales), ("weights", weights)):
             if value.shape != (count,):
                 raise ValueError(f"{name} must have shape [{count}], one per mean, got {list(value.shape)}")
@@ -94,9 +98,9 @@ class GaussianMixture(nn.Module):
         if not bool(means.isfinite().all()):
             raise ValueError("means must be finite, got NaN or infinity among them")
         self.dim = means.shape[1]
-        self.register_buffer("means", means)
-        self.register_buffer("scales", scales)
-        self.register_buffer("log_weights", (weights / weights.sum()).log())
+        self.register_buffer("means", means.detach().clone())
+        self.register_buffer("scales", scales.detach().clone())
+        self.register_buffer("log_weights", (weights / weights.sum()).log().detach())
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats at z [..., dim], as [...] in the dtype of z (float32 for half types)."""
@@ -113,7 +117,10 @@ class GaussianMixture(nn.Module):
         """n samples as [n, dim] float32 and the component [n] each was drawn from."""
         device = torch.device("cpu") if generator is None else generator.device
         weights = self.log_weights.exp().to(device)
-        component = torch.multinomial(weights, n, replacement=True, generator=generator)
+        if n == 0:  # which multinomial refuses
+            component = torch.zeros(0, dtype=torch.int64, device=device)
+        else:
+            component = torch.multinomial(weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.dim, generator=generator, device=device)
         means, scales = self.means.float().to(device), self.scales.float().to(device)
         return means[component] + scales[component, None] * noise, component

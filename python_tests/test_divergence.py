@@ -172,11 +172,11 @@ def test_fused_is_composed(dtype, name, divergence, exclusion, device):
     composed = fresh(fused, dtype, ("codes", "lagged"))
     terms = [
         normal_divergence_terms(
-            *(call[k] for k in ("codes", "lagged", "bandwidth")),
+            ("codes", "lagged"),
+            *(call[k] for k in ("codes", "lagged", "bandwidth", "log_weights")),
+            call.get("exclude_self", False),
             1.0,
             divergence,
-            log_weights=call["log_weights"],
-            exclude_self=call.get("exclude_self", False),
         )
         for call in (fused, composed)
     ]
@@ -217,6 +217,13 @@ def test_gradient_penalty(name, divergence, exclusion, device):
         found.append((first.detach(), torch.autograd.grad(first.square().sum(), call["codes"])[0]))
     for got, expected in zip(*found, strict=True):
         assert worst(got / expected.abs().max(), expected / expected.abs().max()) < 1e-12
+
+
+def test_gradient_penalty_of_no_codes():
+    codes = torch.zeros(0, DIM, requires_grad=True)
+    value = kdejsd.jsd_loss(codes, torch.zeros(5, DIM), 0.5, reduction="sum")
+    (gradient,) = torch.autograd.grad(value, codes, create_graph=True)
+    assert value == 0 and gradient.shape == (0, DIM)
 
 
 @pytest.mark.parametrize("name", ["none", "mixture"])
@@ -571,9 +578,9 @@ Z, C = torch.zeros(4, DIM), torch.zeros(5, DIM)
         (ValueError, "divergence must be 'js' or 'kl', got 'jsd'", (Z, C, 0.5), {"divergence": "jsd"}),
         (ValueError, "reduction must be 'mean', 'sum' or 'none', got None", (Z, C, 0.5), {"reduction": None}),
         (TypeError, "codes must be a tensor, got list", ([[0.0] * DIM], C, 0.5), {}),
-        (ValueError, r"codes must have shape \[..., n, l\], got \[3\]", (Z[0], C, 0.5), {}),
-        (ValueError, "target must have the codes' 3 dimensions, got 2", (Z, C, 0.5), {"target": StandardNormal(2)}),
-        (ValueError, "target must have the codes' 3 dimensions, got 2", (Z, C, 0.5), {"target": normal(2)}),
+        (ValueError, r"codes must have shape \[..., points, l\], got \[3\]", (Z[0], C, 0.5), {}),
+        (ValueError, "target must have the 3 dimensions of codes, got 2", (Z, C, 0.5), {"target": StandardNormal(2)}),
+        (ValueError, "target must have the 3 dimensions of codes, got 2", (Z, C, 0.5), {"target": normal(2)}),
         (
             ValueError,
             r"one distribution over vectors.*got event_shape \[\] and batch_shape \[3\].*Independent",
@@ -596,12 +603,17 @@ Z, C = torch.zeros(4, DIM), torch.zeros(5, DIM)
         (TypeError, "must be float32, float64, float16 or bfloat16, got torch.int64", (Z.long(), C, 0.5), {}),
         (ValueError, r"same number of dimensions.*\[4, 3\].*\[5, 2\]", (Z, C[:, :2], 0.5), {}),
         (ValueError, "must hold at least one point", (Z, C[:0], 0.5), {}),
-        (TypeError, "must have the query's dtype torch.float32, got torch.float64", (Z, C.double(), 0.5), {}),
+        (TypeError, "lagged must have the dtype of codes, torch.float32; got torch.float64", (Z, C.double(), 0.5), {}),
         (ValueError, "bandwidth must be positive and finite, got -0.3", (Z, C, -0.3), {}),
         (ValueError, r"log_weights must have shape \[..., 5\]", (Z, C, 0.5), {"log_weights": torch.zeros(4)}),
-        (ValueError, "exclude_self=True needs one query per center", (Z, C, 0.5), {"exclude_self": True}),
+        (
+            ValueError,
+            "exclude_self=True needs as many codes as lagged, got 4 and 5",
+            (Z, C, 0.5),
+            {"exclude_self": True},
+        ),
         (ValueError, "same number of dimensions", (Z, C, 0.5), {"target_samples": Z[:, :2]}),
-        (RuntimeError, "centers must be on the query's device", (Z, C.to("meta"), 0.5), {}),
+        (RuntimeError, "lagged must be on the device of codes", (Z, C.to("meta"), 0.5), {}),
     ],
 )
 @pytest.mark.parametrize("target_name", ["none", "mixture"])
@@ -614,10 +626,11 @@ def test_errors(error, text, arguments, keywords, target_name):
 @pytest.mark.parametrize(
     ("error", "text", "arguments"),
     [
-        (ValueError, r"codes must have shape", (Z[0], C, 0.5, Z)),
+        (ValueError, r"samples must have shape", (Z[0], C, 0.5, Z)),
         (ValueError, "bandwidth must be positive and finite, got 0", (Z, C, 0, Z)),
         (ValueError, "same number of dimensions", (Z, C, 0.5, Z[:, :2])),
-        (TypeError, "must be a tensor, got ndarray", (Z, C, 0.5, np.zeros((4, DIM)))),
+        (TypeError, "target_samples must be a tensor, got ndarray", (Z, C, 0.5, np.zeros((4, DIM)))),
+        (TypeError, "target_samples must be a tensor, got NoneType", (Z, C, 0.5, None)),
     ],
 )
 def test_errors_of_jsd(error, text, arguments):

@@ -161,6 +161,22 @@ def test_far_queries_and_large_dimension(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("distance", [30.0, 200.0, 3000.0])
+def test_the_weights_of_a_far_query_sum_to_1(distance, device):
+    """The transposed pass must round a large exponent as the forward pass did, or the weights lose whole digits."""
+    query, centers = (
+        points(9, 3, dtype=torch.float32, device=device),
+        points(130, 3, dtype=torch.float32, device=device),
+    )
+    query[:, 1] += distance
+    log_weights = torch.full((130,), -math.log(130), device=device, requires_grad=True)
+    value = kdejsd.kde_log_prob(query, centers, 1.0, log_weights=log_weights)
+    for row in value:
+        (weights,) = torch.autograd.grad(row, log_weights, retain_graph=True)
+        assert weights.sum().item() == pytest.approx(1, abs=2e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_beyond_the_range_of_exponentials(dtype, device):
     """Weights of 1e-10000: the nearest center alone counts, and the gradient points straight at it."""
@@ -503,8 +519,8 @@ Z, C = torch.zeros(4, 3), torch.zeros(5, 3)
         (TypeError, "query must be a tensor, got list", ([[0.0]], C, 0.5), {}),
         (TypeError, "centers must be a tensor, got ndarray", (Z, np.zeros((5, 3)), 0.5), {}),
         (TypeError, "query must be float32.*got torch.int64", (Z.long(), C, 0.5), {}),
-        (TypeError, "centers must have the query's dtype torch.float32, got torch.float64", (Z, C.double(), 0.5), {}),
-        (TypeError, "bandwidth must have the query's dtype", (Z, C, torch.tensor(0.5).double()), {}),
+        (TypeError, "centers must have the dtype of query, torch.float32; got torch.float64", (Z, C.double(), 0.5), {}),
+        (TypeError, "bandwidth must have the dtype of query", (Z, C, torch.tensor(0.5).double()), {}),
         (TypeError, "bandwidth must be a number or a tensor, got str", (Z, C, "0.5"), {}),
         (TypeError, "bandwidth must be a number or a tensor, got bool", (Z, C, True), {}),
         (ValueError, r"query must have shape \[..., points, l\], got \[3\]", (Z[0], C, 0.5), {}),
@@ -518,11 +534,11 @@ Z, C = torch.zeros(4, 3), torch.zeros(5, 3)
         (ValueError, "bandwidth must be positive and finite, got inf", (Z, C, math.inf), {}),
         (ValueError, r"bandwidth must be a number.*\[..., 5\].*got \[4\]", (Z, C, torch.ones(4)), {}),
         (ValueError, r"log_weights must have shape \[..., 5\].*got \[4\]", (Z, C, 0.5), {"log_weights": torch.ones(4)}),
-        (TypeError, "log_weights must be None or a tensor, got list", (Z, C, 0.5), {"log_weights": [0.0] * 5}),
-        (TypeError, "log_weights must have the query's dtype", (Z, C, 0.5), {"log_weights": torch.ones(5).double()}),
+        (TypeError, "log_weights must be a tensor, got list", (Z, C, 0.5), {"log_weights": [0.0] * 5}),
+        (TypeError, "log_weights must have the dtype of query", (Z, C, 0.5), {"log_weights": torch.ones(5).double()}),
         (
             ValueError,
-            "exclude_self=True needs one query per center, got 4 queries",
+            "exclude_self=True needs as many query as centers, got 4 and 5",
             (Z, C, 0.5),
             {"exclude_self": True},
         ),
@@ -530,7 +546,7 @@ Z, C = torch.zeros(4, 3), torch.zeros(5, 3)
         (TypeError, "exclude_self must be a bool or an int64 tensor, got int", (Z, C, 0.5), {"exclude_self": 1}),
         (TypeError, "exclude_self must be.*torch.int32", (Z, C, 0.5), {"exclude_self": torch.zeros(4).int()}),
         (ValueError, r"exclude_self must have shape \[..., 4\]", (Z, C, 0.5), {"exclude_self": torch.zeros(5).long()}),
-        (RuntimeError, "centers must be on the query's device, got centers on meta", (Z, C.to("meta"), 0.5), {}),
+        (RuntimeError, "centers must be on the device of query, got centers on meta", (Z, C.to("meta"), 0.5), {}),
     ],
 )
 def test_errors(error, text, arguments, keywords):

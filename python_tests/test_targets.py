@@ -245,6 +245,23 @@ def test_state_dict_round_trip():
     assert StandardNormal(3).state_dict() == {}
 
 
+def test_a_mixture_owns_its_numbers():
+    means, scales, weights = torch.zeros(2, 3).double(), torch.ones(2).double(), torch.ones(2).double()
+    mixture = GaussianMixture(means, scales, weights)
+    smoothed = mixture.smoothed(0.5)
+    before = mixture.log_prob(torch.ones(1, 3)), smoothed.log_prob(torch.ones(1, 3))
+    for given in (means, scales, weights):
+        given[0] = 7.0
+    assert (mixture.log_prob(torch.ones(1, 3)), smoothed.log_prob(torch.ones(1, 3))) == before
+    mixture.means[0] = 7.0
+    assert smoothed.log_prob(torch.ones(1, 3)) == before[1]
+
+
+def test_no_samples():
+    for target in (StandardNormal(3), GaussianMixture(torch.zeros(2, 3))):
+        assert target.sample(0).shape == (0, 3)
+
+
 @pytest.mark.parametrize("name", LAWS)
 def test_no_parameters_to_train_and_copies(name):
     law, z = known_laws()[name][0], points(5, 3)
@@ -309,6 +326,7 @@ def test_target_dim(name):
             r"got event_shape \[2\] and batch_shape \[5\]",
             lambda: target_dim(Independent(Normal(torch.zeros(5, 2), 1.0), 1)),
         ),
+        (TypeError, "integer", lambda: StandardNormal(2.5)),
         (TypeError, "target must be None, StandardNormal.*got type", lambda: target_dim(StandardNormal)),
     ],
 )

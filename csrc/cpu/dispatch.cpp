@@ -7,31 +7,37 @@
 
 namespace kdejsd::cpu {
 
-#define KDEJSD_DECLARE_LEVEL(level)           \
-  namespace level {                           \
-  void kde_forward(const KdeForward&, int);   \
-  void kde_backward(const KdeBackward&, int); \
-  }
-KDEJSD_DECLARE_LEVEL(base)
+#define KDEJSD_DECLARE_OP(name, Args) void name(const Args&, int);
+namespace base {
+KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+}
 #ifdef KDEJSD_X86_LEVELS
-KDEJSD_DECLARE_LEVEL(v3)
-KDEJSD_DECLARE_LEVEL(v4)
+namespace v3 {
+KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+}
+namespace v4 {
+KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+}
 #endif
-#undef KDEJSD_DECLARE_LEVEL
+#undef KDEJSD_DECLARE_OP
 
 namespace {
 
 struct Level {
-  const char* name;
-  void (*kde_forward)(const KdeForward&, int);
-  void (*kde_backward)(const KdeBackward&, int);
+  const char* level;
+#define KDEJSD_OP_POINTER(name, Args) void (*name)(const Args&, int);
+  KDEJSD_CPU_OPS(KDEJSD_OP_POINTER)
+#undef KDEJSD_OP_POINTER
 };
 
 constexpr Level kLevels[] = {
-    {"base", base::kde_forward, base::kde_backward},
+#define KDEJSD_BASE_OP(name, Args) base::name,
+    {"base", KDEJSD_CPU_OPS(KDEJSD_BASE_OP)},
 #ifdef KDEJSD_X86_LEVELS
-    {"v3", v3::kde_forward, v3::kde_backward},
-    {"v4", v4::kde_forward, v4::kde_backward},
+#define KDEJSD_V3_OP(name, Args) v3::name,
+#define KDEJSD_V4_OP(name, Args) v4::name,
+    {"v3", KDEJSD_CPU_OPS(KDEJSD_V3_OP)},
+    {"v4", KDEJSD_CPU_OPS(KDEJSD_V4_OP)},
 #endif
 };
 
@@ -52,7 +58,7 @@ bool runs_here(const std::string& name) {
 
 const Level* find(const std::string& name) {
   for (const Level& candidate : kLevels) {
-    if (name == candidate.name && runs_here(name)) return &candidate;
+    if (name == candidate.level && runs_here(name)) return &candidate;
   }
   return nullptr;
 }
@@ -60,7 +66,7 @@ const Level* find(const std::string& name) {
 const Level* best() {
   const Level* chosen = kLevels;
   for (const Level& candidate : kLevels) {
-    if (runs_here(candidate.name)) chosen = &candidate;
+    if (runs_here(candidate.level)) chosen = &candidate;
   }
   return chosen;
 }
@@ -69,14 +75,15 @@ const Level* current = best();
 
 }  // namespace
 
-void kde_forward(const KdeForward& args, int threads) { current->kde_forward(args, threads); }
-void kde_backward(const KdeBackward& args, int threads) { current->kde_backward(args, threads); }
+#define KDEJSD_CALL_OP(name, Args) \
+  void name(const Args& args, int threads) { current->name(args, threads); }
+KDEJSD_CPU_OPS(KDEJSD_CALL_OP)
 
-const char* level() { return current->name; }
+const char* level() { return current->level; }
 
 std::string built_levels() {
   std::string names;
-  for (const Level& built : kLevels) names += (names.empty() ? "" : ",") + std::string(built.name);
+  for (const Level& built : kLevels) names += (names.empty() ? "" : ",") + std::string(built.level);
   return names;
 }
 

@@ -11,12 +11,12 @@
 // Sums over many points run in two levels: in registers over a tile, then over the tiles.
 
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <new>
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
+#include "cpu/tiles.h"
 #include "kernels.h"
 #include "math/log_sum_exp.h"
 
@@ -26,10 +26,6 @@ using kdejsd::KdeBackward;
 using kdejsd::KdeForward;
 using kdejsd::KdeMixture;
 
-constexpr int kQV = kRegisters == 32 ? 4 : 2;  // vectors of lanes in a full block
-constexpr int kRows = 6;                       // tile points whose distances are in registers at once
-constexpr int kTile = 10 * kRows;              // tile points; pairs and tile stay in the first-level cache for small l
-constexpr int kColumns = 4;                    // dimensions whose sums are in registers at once
 constexpr int64_t kStateBytes = 1 << 18;  // packed lanes of one chunk, and again its sums: half a second-level cache
 constexpr int64_t kSerialWork = 1 << 14;  // n m (l + 8) below which a second thread costs more than it brings
 constexpr int64_t kShiftSample = 256;     // centers whose mean is the shift
@@ -44,10 +40,6 @@ constexpr T kNoReference = -std::numeric_limits<T>::max() / 2;
 
 // A reference is raised only where a weight would pass 2^kHeadroom: almost always once, at the first tile.
 constexpr int kHeadroom = 40;
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // One batch item, and its points as the kernels see them
@@ -108,85 +100,6 @@ struct Item {
   }
 };
 
-// `vectors` vectors of lanes [first lane ...), as [l][vectors]; the lanes after the last point repeat it.
-template <class T>
-void pack_lanes(const T* points, int64_t first, int64_t count, int64_t l, const T* shift, T scale, int vectors,
-                Vec<T>* packed) {
-  T* out = reinterpret_cast<T*>(packed);
-  const int lanes = vectors * kLanes<T>;
-  for (int lane = 0; lane < lanes; lane++) {
-    const T* point = points + smaller(first + lane, count - 1) * l;
-    for (int64_t k = 0; k < l; k++) out[k * lanes + lane] = (point[k] - shift[k]) * scale;
-  }
-}
-
-// Points first ... first + count as rows [kTile][l]; rows after the last are 0 and take part in nothing but step 1.
-template <class T>
-void pack_tile(const T* points, int64_t first, int64_t count, int64_t l, const T* shift, T scale, T* rows) {
-  for (int64_t j = 0; j < count; j++) {
-    const T* point = points + (first + j) * l;
-    for (int64_t k = 0; k < l; k++) rows[j * l + k] = (point[k] - shift[k]) * scale;
-  }
-  for (int64_t i = count * l; i < ceil_div(count, kRows) * kRows * l; i++) rows[i] = 0;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Steps 1 and 3, the same in both passes
-
-template <class T, int QV>
-void squared_distances(const T* rows, int count, int64_t l, const Vec<T>* lanes, Vec<T>* pairs) {
-  for (int j = 0; j < count; j += kRows) {
-    Vec<T> sums[kRows][QV] = {};
-    const T* tile = rows + j * l;
-    for (int64_t k = 0; k < l; k++) {
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; r++) {
-        const Vec<T> x = broadcast(tile[r * l + k]);
-#pragma GCC unroll 4
-        for (int v = 0; v < QV; v++) {
-          const Vec<T> difference = lanes[k * QV + v] - x;
-          sums[r][v] += difference * difference;
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++)
-#pragma GCC unroll 4
-      for (int v = 0; v < QV; v++) pairs[(j + r) * QV + v] = sums[r][v];
-  }
-}
-
-template <class T, int QV, int Columns>
-void add_columns(const T* rows, int count, int64_t l, const Vec<T>* weights, Vec<T>* sums) {
-  Vec<T> tile_sums[Columns][QV] = {};
-  for (int j = 0; j < count; j++) {
-#pragma GCC unroll 4
-    for (int c = 0; c < Columns; c++) {
-      const Vec<T> x = broadcast(rows[j * l + c]);
-#pragma GCC unroll 4
-      for (int v = 0; v < QV; v++) tile_sums[c][v] += weights[j * QV + v] * x;
-    }
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < Columns; c++)
-#pragma GCC unroll 4
-    for (int v = 0; v < QV; v++) sums[c * QV + v] += tile_sums[c][v];
-}
-
-template <class T, int QV>
-void add_weighted_rows(const T* rows, int count, int64_t l, const Vec<T>* weights, Vec<T>* sums) {
-  int64_t k = 0;
-  for (; k + kColumns <= l; k += kColumns) add_columns<T, QV, kColumns>(rows + k, count, l, weights, sums + k * QV);
-  switch (l - k) {
-    case 3:
-      return add_columns<T, QV, 3>(rows + k, count, l, weights, sums + k * QV);
-    case 2:
-      return add_columns<T, QV, 2>(rows + k, count, l, weights, sums + k * QV);
-    case 1:
-      return add_columns<T, QV, 1>(rows + k, count, l, weights, sums + k * QV);
-  }
-}
-
 // The pairs of a tile [first, first + count) with lanes that one index array (per lane: a tile point, or none)
 // excludes.
 template <class T, int QV>
@@ -198,34 +111,6 @@ void mark_excluded(const int64_t* exclude, int64_t first_lane, int64_t lanes_end
     if (row >= 0 && row < count) reinterpret_cast<T*>(pairs)[row * QV * kLanes<T> + lane] = kExcluded<T>;
   }
 }
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Memory: one allocation per call, cut into pieces that are whole vectors
-
-struct Arena {
-  char* next;
-
-  template <class U>
-  U* take(int64_t count) {
-    U* piece = reinterpret_cast<U*>(next);
-    next += bytes<U>(count);
-    return piece;
-  }
-  template <class U>
-  static int64_t bytes(int64_t count) {
-    return ceil_div(count * static_cast<int64_t>(sizeof(U)), 64) * 64;
-  }
-};
-
-struct Memory {
-  char* base;
-  explicit Memory(int64_t bytes) : base(static_cast<char*>(std::aligned_alloc(64, ceil_div(bytes, 64) * 64))) {
-    if (!base) throw std::bad_alloc();
-  }
-  ~Memory() { std::free(base); }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-};
 
 // The tile that one thread is working on.
 template <class T>
@@ -297,31 +182,6 @@ struct Plan {
   int64_t chunk_begin(int64_t chunk) const { return vectors * chunk / chunks; }
   int64_t tile_begin(int64_t split) const { return tiles * split / splits; }
 };
-
-// f(width, first vector) over the blocks of a chunk, the widths as even as they can be.
-template <class F>
-void for_blocks(int64_t vectors, F f) {
-  const int64_t blocks = ceil_div(vectors, kQV);
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t first = vectors * b / blocks;
-    f(static_cast<int>(vectors * (b + 1) / blocks - first), first);
-  }
-}
-
-// Calls f.run<width>() with the width as a compile-time constant.
-template <class F>
-void with_width(int width, F f) {
-  switch (width) {
-    case 1:
-      return f.template run<1>();
-    case 2:
-      return f.template run<2>();
-    case 3:
-      return f.template run<kQV >= 3 ? 3 : 1>();
-    case 4:
-      return f.template run<kQV >= 4 ? 4 : 1>();
-  }
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward
@@ -567,7 +427,8 @@ void backward_weights(const Tile<T>& tile, int count, const Vec<T>* offset, cons
 #pragma GCC unroll 4
     for (int v = 0; v < QV; v++) {
       const Vec<T> distance = pairs[j * QV + v];
-      const Vec<T> w = grad * exp2((offset[v] - log_prob) - slope[v] * distance);
+      // The exponent as the forward pass rounded it: for a far query the difference is worth whole digits.
+      const Vec<T> w = grad * exp2((offset[v] - slope[v] * distance) - log_prob);
       tile_weight[v] += w;
       tile_moment[v] += w * distance;
       pairs[j * QV + v] = w;

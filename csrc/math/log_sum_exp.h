@@ -8,12 +8,7 @@
 #include <cmath>
 
 #include "kernels.h"
-
-#ifdef __CUDACC__
-#define KDEJSD_HD __host__ __device__
-#else
-#define KDEJSD_HD
-#endif
+#include "math/host_device.h"
 
 namespace kdejsd {
 // Unnamed: files that include this are compiled for several instruction sets, and the linker must not mix their copies.

@@ -1,9 +1,4 @@
-"""The kde op: log-density of a Gaussian mixture of m centers at n queries, streamed, with its gradients.
-
-There are three ways in. Eager calls take the short one, an autograd Function around the raw call of the kernels.
-Tracing (torch.compile, export, fake tensors) goes through the torch operators `kdejsd::kde` and `kdejsd::kde_backward`.
-Function transforms, forward-mode AD and devices without a kernel go to the plain reference: it composes with anything.
-"""
+"""The kde op: log-density of a Gaussian mixture of m centers at n queries, streamed, with its gradients."""
 
 from __future__ import annotations
 
@@ -15,17 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._native import cuda_problem, native
+from .._native import native
 from ..reference import kde as reference
-
-_COMPUTE_DTYPE = {
-    torch.float32: torch.float32,
-    torch.float64: torch.float64,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-}
-_KERNEL_DEVICES = ("cpu", "cuda")
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+from . import _common
 
 # KdeValue of csrc/kernels.h
 _LOG_PROB = 0
@@ -70,30 +57,42 @@ def kde_log_prob(
         TypeError: an argument of another type, mixed or unsupported dtypes.
         RuntimeError: mixed devices; a CUDA tensor where CUDA cannot be used; no compiled module.
     """
-    problem = _problem(query, centers, bandwidth, log_weights, exclude_self)
+    return named_log_prob(("query", "centers"), query, centers, bandwidth, log_weights, exclude_self)
+
+
+def named_log_prob(
+    names: tuple[str, str],
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: float | Tensor,
+    log_weights: Tensor | None = None,
+    exclude_self: bool | Tensor = False,
+) -> Tensor:
+    """`kde_log_prob` for callers whose arguments have other names, which the errors are to use."""
+    problem = _problem(names, query, centers, bandwidth, log_weights, exclude_self)
     return _log_prob(problem).reshape(problem.shape).to(problem.query.dtype)
 
 
 def _log_prob(problem: _Problem) -> Tensor:
     """[B, n], in float64 from the kernels."""
-    if _torch.transforms_active() or _torch.forward_mode_active() or problem.query.device.type not in _KERNEL_DEVICES:
+    if _common.needs_reference(problem.query):
         return _reference(problem)
-    if _is_traced(problem):
+    if _common.is_traced(problem.inputs):
         return _operator(*problem.inputs)[0]  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in problem.inputs):
+    if _common.needs_grad(problem.inputs):
         return _EagerKde.apply(*problem.inputs)  # type: ignore[no-untyped-call, no-any-return]
     return _launch_forward(*problem.inputs)[0]
 
 
 def normal_divergence_terms(
+    names: tuple[str, str],
     codes: Tensor,
     centers: Tensor,
     bandwidth: float | Tensor,
+    log_weights: Tensor | None,
+    exclude_self: bool | Tensor,
     variance: float,
     divergence: str,
-    *,
-    log_weights: Tensor | None = None,
-    exclude_self: bool | Tensor = False,
 ) -> Tensor | None:
     """Terms of the divergence from N(0, variance I), value and gradient in the one pass of the kde.
 
@@ -106,18 +105,13 @@ def normal_divergence_terms(
         gradient, and wherever the kde itself does not take the eager path. The caller then composes the terms from
         `kde_log_prob`.
     """
-    if _torch.transforms_active() or _torch.forward_mode_active() or codes.device.type not in _KERNEL_DEVICES:
-        return None
-    problem = _problem(codes, centers, bandwidth, log_weights, exclude_self)
-    if _is_traced(problem):
-        return None
+    problem = _problem(names, codes, centers, bandwidth, log_weights, exclude_self)
     query, *others = problem.inputs
-    if torch.is_grad_enabled():
-        if any(t is not None and t.requires_grad for t in others):
-            return None
-        if query.requires_grad:
-            terms = _NormalTerms.apply(*problem.inputs, variance, divergence)  # type: ignore[no-untyped-call]
-            return terms.reshape(problem.shape)  # type: ignore[no-any-return]
+    if _common.needs_reference(query) or _common.is_traced(problem.inputs) or _common.needs_grad(others):
+        return None
+    if _common.needs_grad((query,)):
+        terms = _NormalTerms.apply(*problem.inputs, variance, divergence)  # type: ignore[no-untyped-call]
+        return terms.reshape(problem.shape)  # type: ignore[no-any-return]
     return _launch_forward(*problem.inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0].reshape(
         problem.shape
     )
@@ -143,28 +137,26 @@ class _Problem(NamedTuple):
 
 
 def _problem(
+    names: tuple[str, str],
     query: Tensor,
     centers: Tensor,
     bandwidth: float | Tensor,
     log_weights: Tensor | None,
     exclude_self: bool | Tensor,
 ) -> _Problem:
-    for name, value in (("query", query), ("centers", centers)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.ndim < 2:
+    query_name, centers_name = names
+    for name, value in zip(names, (query, centers), strict=True):
+        if _common.check_tensor(name, value).ndim < 2:
             raise ValueError(f"{name} must have shape [..., points, l], got {list(value.shape)}")
     n, dim, m = query.shape[-2], query.shape[-1], centers.shape[-2]
-    if query.dtype not in _COMPUTE_DTYPE:
-        raise TypeError(f"query must be float32, float64, float16 or bfloat16, got {query.dtype}")
+    dtype = _common.compute_dtype(query_name, query)
     if centers.shape[-1] != dim or dim == 0:
         raise ValueError(
-            "query and centers must have the same number of dimensions l, at least 1; got query "
-            f"{list(query.shape)} and centers {list(centers.shape)}"
+            f"{query_name} and {centers_name} must have the same number of dimensions l, at least 1; got {query_name} "
+            f"{list(query.shape)} and {centers_name} {list(centers.shape)}"
         )
     if m == 0:
-        raise ValueError(f"centers must hold at least one point, got shape {list(centers.shape)}")
-    dtype = _COMPUTE_DTYPE[query.dtype]
+        raise ValueError(f"{centers_name} must hold at least one point, got shape {list(centers.shape)}")
 
     if isinstance(bandwidth, Tensor):
         if bandwidth.ndim > 0 and bandwidth.shape[-1] not in (1, m):
@@ -178,11 +170,8 @@ def _problem(
         h = torch.full((1,), float(bandwidth), dtype=dtype, device=query.device)
     else:
         raise TypeError(f"bandwidth must be a number or a tensor, got {type(bandwidth).__name__}")
-    if log_weights is not None:
-        if not isinstance(log_weights, Tensor):
-            raise TypeError(f"log_weights must be None or a tensor, got {type(log_weights).__name__}")
-        if log_weights.ndim == 0 or log_weights.shape[-1] != m:
-            raise ValueError(f"log_weights must have shape [..., {m}], one per center; got {list(log_weights.shape)}")
+    if log_weights is not None and _common.check_tensor("log_weights", log_weights).shape[-1:] != (m,):
+        raise ValueError(f"log_weights must have shape [..., {m}], one per center; got {list(log_weights.shape)}")
 
     exclude: Tensor | None = None
     if isinstance(exclude_self, Tensor):
@@ -195,31 +184,25 @@ def _problem(
         raise TypeError(f"exclude_self must be a bool or an int64 tensor, got {type(exclude_self).__name__}")
     elif exclude_self:
         if n != m:
-            raise ValueError(f"exclude_self=True needs one query per center, got {n} queries and {m} centers")
+            raise ValueError(f"exclude_self=True needs as many {query_name} as {centers_name}, got {n} and {m}")
         exclude = torch.arange(n, device=query.device)
     if exclude is not None and m == 1 and log_weights is None:
-        raise ValueError("exclude_self needs at least 2 centers, got 1")
+        raise ValueError(f"exclude_self needs at least 2 {centers_name}, got 1")
 
     allowed = (query.dtype, dtype)  # half-precision queries may come with a float32 bandwidth and weights
     for name, companion, dtypes in (
-        ("centers", centers, allowed[:1]),
+        (centers_name, centers, allowed[:1]),
         ("bandwidth", h, allowed),
         ("log_weights", log_weights, allowed),
         ("exclude_self", exclude, (torch.int64,)),
     ):
-        if companion is None:
-            continue
-        if companion.device != query.device:
-            raise RuntimeError(
-                f"{name} must be on the query's device, got {name} on {companion.device} and query on {query.device}"
-            )
-        if companion.dtype not in dtypes:
-            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {companion.dtype}")
+        if companion is not None:
+            _common.check_companion(name, companion, query_name, query, dtypes)
     if query.dtype != dtype:
         query, centers, h = query.to(dtype), centers.to(dtype), h.to(dtype)
         log_weights = None if log_weights is None else log_weights.to(dtype)
     if os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling():
-        _check_values(query, centers, h, log_weights, exclude)
+        _check_values(names, query, centers, h, log_weights, exclude)
 
     lone = (query, 2), (centers, 2), (h, 1), (log_weights, 1), (exclude, 1)
     if all(t is None or t.ndim == ndim for t, ndim in lone):  # no batch: the usual call, kept short
@@ -260,10 +243,15 @@ def _problem(
 
 
 def _check_values(
-    query: Tensor, centers: Tensor, bandwidth: Tensor, log_weights: Tensor | None, exclude: Tensor | None
+    names: tuple[str, str],
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: Tensor,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
 ) -> None:
     """What only the data can tell, as errors (KDEJSD_CHECK=1)."""
-    for name, value in (("query", query), ("centers", centers)):
+    for name, value in zip(names, (query, centers), strict=True):
         if bad := int((~value.isfinite()).sum()):
             raise ValueError(f"{name} must be finite, got {bad} values that are NaN or infinite")
     if not bool(((bandwidth > 0) & bandwidth.isfinite()).all()):
@@ -283,14 +271,6 @@ def _check_values(
         )
 
 
-def _is_traced(problem: _Problem) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or _torch.dispatch_modes() > 0
-        or any(t is not None and type(t) not in _PLAIN_TENSORS for t in problem.inputs)
-    )
-
-
 def _reference(problem: _Problem) -> Tensor:
     query, centers, bandwidth, log_weights, exclude = problem.inputs
     return reference.kde_log_prob(
@@ -306,8 +286,7 @@ def _mixture(
     query: Tensor, centers: Tensor, bandwidth: Tensor, log_weights: Tensor | None, exclude: Tensor | None
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The kernels' arguments, and the contiguous tensors they point into, which must outlive the call."""
-    if query.is_cuda and (problem := cuda_problem()):
-        raise RuntimeError(f"query is on {query.device}, but {problem}")
+    _common.check_cuda("query", query)
     batch, n, dim = query.shape
     m = centers.shape[-2]
     tensors = tuple(None if t is None else t.contiguous() for t in (query, centers, bandwidth, log_weights, exclude))
@@ -455,7 +434,8 @@ class _NormalTerms(torch.autograd.Function):
             return (grad.to(dquery.dtype).unsqueeze(-1) * dquery, *[None] * 6)
         query, centers, bandwidth, log_weights, exclude = inputs
         target = torch.distributions.Independent(
-            torch.distributions.Normal(torch.zeros_like(query[0, 0]), math.sqrt(ctx.variance), validate_args=False), 1
+            torch.distributions.Normal(query.new_zeros(query.shape[-1]), math.sqrt(ctx.variance), validate_args=False),
+            1,
         )
         terms = reference.jsd_loss(
             query,
@@ -483,26 +463,24 @@ def _plain_gradients(
     return (*(next(found) if need else None for need in needed[:4]), None)
 
 
-_library = torch.library.Library("kdejsd", "DEF")  # registrations end with this object
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_library.define(
+_common.library.define(
     "kde(Tensor query, Tensor centers, Tensor bandwidth, Tensor? log_weights, Tensor? exclude, "
     "bool want_dquery=False, bool want_dbandwidth=False) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=_common.TAGS,
 )
-_library.define(
+_common.library.define(
     "kde_backward(Tensor grad, Tensor query, Tensor centers, Tensor bandwidth, Tensor? log_weights, Tensor? exclude, "
     "Tensor log_prob, bool want_dcenters, bool want_dlog_weights, bool want_dbandwidth) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=_common.TAGS,
 )
 for _key in ("CPU", "CUDA"):
-    _library.impl("kde", _launch_forward, _key)
-    _library.impl("kde_backward", _launch_backward, _key)
+    _common.library.impl("kde", _launch_forward, _key)
+    _common.library.impl("kde_backward", _launch_backward, _key)
 _operator = torch.ops.kdejsd.kde.default
 _backward_operator = torch.ops.kdejsd.kde_backward.default
 
 
-@torch.library.register_fake("kdejsd::kde", lib=_library)
+@torch.library.register_fake("kdejsd::kde", lib=_common.library)
 def _fake_forward(
     query: Tensor,
     centers: Tensor,
@@ -519,7 +497,7 @@ def _fake_forward(
     )
 
 
-@torch.library.register_fake("kdejsd::kde_backward", lib=_library)
+@torch.library.register_fake("kdejsd::kde_backward", lib=_common.library)
 def _fake_backward(
     grad: Tensor,
     query: Tensor,
@@ -556,7 +534,7 @@ class _TracedKde(torch.autograd.Function):
 
 
 def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _refuse_forward_mode("kde")
+    _common.refuse_forward_mode("kde", "kde_log_prob")
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
         return _TracedKde.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
     with _torch.below_autograd():
@@ -564,16 +542,10 @@ def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _autograd_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _refuse_forward_mode("kde_backward")
+    _common.refuse_forward_mode("kde_backward", "kde_log_prob")
     with _torch.below_autograd():
         return _backward_operator(*arguments)  # type: ignore[no-any-return]
 
 
-def _refuse_forward_mode(name: str) -> None:
-    # Without this the tangent would be dropped without a word.
-    if _torch.forward_mode_active():
-        raise RuntimeError(f"torch.ops.kdejsd.{name} has no forward-mode derivative; call kdejsd.kde_log_prob")
-
-
-_library.impl("kde", _autograd_forward, "Autograd")
-_library.impl("kde_backward", _autograd_backward, "Autograd")
+_common.library.impl("kde", _autograd_forward, "Autograd")
+_common.library.impl("kde_backward", _autograd_backward, "Autograd")

@@ -44,13 +44,26 @@ def kde_log_prob(
     return logits.logsumexp(-1) - log_count - 0.5 * dim * math.log(2 * math.pi)
 
 
+def normal_log_prob(z: Tensor, variance: float) -> Tensor:
+    """Log-density of N(0, variance I) at z [..., l], as [...]."""
+    return -0.5 * (z.square().sum(-1) / variance + z.shape[-1] * math.log(2 * math.pi * variance))
+
+
+def normal_divergence_terms(
+    codes: Tensor, centers: Tensor, bandwidth: float | Tensor, variance: float, divergence: str, **kde: Any
+) -> Tensor:
+    """The terms of `jsd_loss` with reduction="none", in float64, for the target N(0, variance I)."""
+    log_prob = kde_log_prob(codes, centers, bandwidth, **kde).double()
+    return _terms(log_prob - normal_log_prob(codes.double(), variance), divergence)
+
+
+def _terms(log_ratio: Tensor, divergence: str) -> Tensor:
+    return log_ratio if divergence == "kl" else math.log(2) - softplus(-log_ratio)
+
+
 def _log_ratio(query: Tensor, centers: Tensor, bandwidth: float | Tensor, target: Any, **kde: Any) -> Tensor:
     """log p_e - log p_t at the queries, the subtraction in float64."""
-    if target is None:
-        wide = query.double()
-        log_target = -0.5 * wide.square().sum(-1) - 0.5 * query.shape[-1] * math.log(2 * math.pi)
-    else:
-        log_target = target.log_prob(query).double()
+    log_target = normal_log_prob(query.double(), 1.0) if target is None else target.log_prob(query).double()
     return kde_log_prob(query, centers, bandwidth, **kde).double() - log_target
 
 
@@ -68,7 +81,7 @@ def jsd_loss(
 ) -> Tensor:
     """Same contract as `kdejsd.jsd_loss`."""
     log_ratio = _log_ratio(codes, lagged, bandwidth, target, log_weights=log_weights, exclude_self=exclude_self)
-    terms = log_ratio if divergence == "kl" else math.log(2) - softplus(-log_ratio)
+    terms = _terms(log_ratio, divergence)
     if target_samples is not None:
         at_target = _log_ratio(target_samples, lagged, bandwidth, target, log_weights=log_weights)
         terms = terms.mean() + math.log(2) - softplus(at_target).mean()

@@ -1,0 +1,80 @@
+"""What every op asks before it calls its kernel, and the library that holds the operators.
+
+An op has three ways in. Eager calls take the short one, an autograd Function around the raw call of the kernels.
+Tracing (torch.compile, export, fake tensors) goes through the operators of the library `kdejsd`. Function transforms,
+forward-mode AD and devices without a kernel go to the plain reference: it composes with anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from .._native import cuda_problem
+
+COMPUTE_DTYPE = {
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+_KERNEL_DEVICES = ("cpu", "cuda")
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+library = torch.library.Library("kdejsd", "DEF")  # registrations end with this object
+TAGS = (torch.Tag.pt2_compliant_tag,)
+
+
+def needs_reference(tensor: Tensor) -> bool:
+    """Whether a call with this tensor goes to the plain reference; to be asked before anything else."""
+    return _torch.transforms_active() or _torch.forward_mode_active() or tensor.device.type not in _KERNEL_DEVICES
+
+
+def is_traced(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a call with these tensors goes through the library's operator."""
+    return (
+        torch.compiler.is_compiling()
+        or _torch.dispatch_modes() > 0
+        or any(t is not None and type(t) not in _PLAIN_TENSORS for t in tensors)
+    )
+
+
+def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def compute_dtype(name: str, tensor: Tensor) -> torch.dtype:
+    """The dtype that the kernels compute in for this tensor."""
+    if tensor.dtype not in COMPUTE_DTYPE:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+    return COMPUTE_DTYPE[tensor.dtype]
+
+
+def check_companion(name: str, value: Tensor, first: str, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """That a further argument lies on the first one's device and has a dtype that goes with it."""
+    if value.device != like.device:
+        raise RuntimeError(
+            f"{name} must be on the device of {first}, got {name} on {value.device} and {first} on {like.device}"
+        )
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must have the dtype of {first}, {like.dtype}; got {value.dtype}")
+
+
+def check_cuda(name: str, tensor: Tensor) -> None:
+    if tensor.is_cuda and (problem := cuda_problem()):
+        raise RuntimeError(f"{name} is on {tensor.device}, but {problem}")
+
+
+def refuse_forward_mode(operator: str, function: str) -> None:
+    """For an operator called by itself: without this the tangent would be dropped without a word."""
+    if _torch.forward_mode_active():
+        raise RuntimeError(f"torch.ops.kdejsd.{operator} has no forward-mode derivative; call kdejsd.{function}")

@@ -433,19 +433,14 @@ class _NormalTerms(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return (grad.to(dquery.dtype).unsqueeze(-1) * dquery, *[None] * 6)
         query, centers, bandwidth, log_weights, exclude = inputs
-        target = torch.distributions.Independent(
-            torch.distributions.Normal(query.new_zeros(query.shape[-1]), math.sqrt(ctx.variance), validate_args=False),
-            1,
-        )
-        terms = reference.jsd_loss(
+        terms = reference.normal_divergence_terms(
             query,
             centers,
             bandwidth,
-            target=target,
+            ctx.variance,
+            ctx.divergence,
             log_weights=log_weights,
             exclude_self=False if exclude is None else exclude,
-            divergence=ctx.divergence,
-            reduction="none",
         )
         return (*torch.autograd.grad(terms, query, grad.to(terms.dtype), create_graph=True), *[None] * 6)
 

@@ -73,14 +73,10 @@ def jsd_loss(
             f"got divergence={divergence!r} and reduction={reduction!r}"
         )
     kde = (lagged, bandwidth, log_weights, exclude_self)
-    terms = _terms_at_codes(("codes", "lagged"), codes, *kde, target, divergence)
+    loss = _at_codes(("codes", "lagged"), codes, *kde, target, divergence, reduction)
     if target_samples is not None:
-        terms = terms.mean() + _term_at_target("lagged", target_samples, lagged, bandwidth, log_weights, target)
-    if reduction == "mean":
-        terms = terms.mean()
-    elif reduction == "sum":
-        terms = terms.sum()
-    return terms if codes.dtype == torch.float64 else terms.float()
+        loss = loss + _at_target("lagged", target_samples, lagged, bandwidth, log_weights, target)
+    return loss if codes.dtype == torch.float64 else loss.float()
 
 
 def jsd(
@@ -111,12 +107,13 @@ def jsd(
     Raises:
         ValueError, TypeError, RuntimeError: as in `jsd_loss`.
     """
-    at_samples = _terms_at_codes(("samples", "centers"), samples, centers, bandwidth, None, False, target, "js").mean()
-    divergence = 0.5 * (at_samples + _term_at_target("centers", target_samples, centers, bandwidth, None, target))
+    names = ("samples", "centers")
+    at_samples = _at_codes(names, samples, centers, bandwidth, None, False, target, "js", "mean")
+    divergence = 0.5 * (at_samples + _at_target("centers", target_samples, centers, bandwidth, None, target))
     return divergence if samples.dtype == torch.float64 else divergence.float()
 
 
-def _terms_at_codes(
+def _at_codes(
     names: tuple[str, str],
     codes: Tensor,
     centers: Tensor,
@@ -125,20 +122,23 @@ def _terms_at_codes(
     exclude_self: bool | Tensor,
     target: Target | None,
     divergence: str,
+    reduction: str,
 ) -> Tensor:
-    """Per code log 2 + log p_e / (p_e + p_t), or log p_e - log p_t; in float64."""
+    """log 2 + log p_e / (p_e + p_t), or log p_e - log p_t, of the codes; in float64."""
     kde = (names, codes, centers, bandwidth, log_weights, exclude_self)
     if target is None or isinstance(target, IsotropicNormal):
-        terms = normal_divergence_terms(*kde, 1.0 if target is None else target.variance, divergence)
-        if terms is not None:
+        variance = 1.0 if target is None else target.variance
+        fused = normal_divergence_terms(*kde, variance, divergence, reduction)
+        if fused is not None:
             _check_target(target, names[0], codes)
-            return terms
+            return fused
     log_prob = named_log_prob(*kde)
     gap = _log_target(target, names[0], codes) - _wide(log_prob)
-    return -gap if divergence == "kl" else _LOG2 - softplus(gap)
+    terms = -gap if divergence == "kl" else _LOG2 - softplus(gap)
+    return terms.mean() if reduction == "mean" else terms.sum() if reduction == "sum" else terms
 
 
-def _term_at_target(
+def _at_target(
     name: str,
     target_samples: Tensor,
     centers: Tensor,

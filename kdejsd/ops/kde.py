@@ -93,28 +93,31 @@ def normal_divergence_terms(
     exclude_self: bool | Tensor,
     variance: float,
     divergence: str,
+    reduction: str,
 ) -> Tensor | None:
     """Terms of the divergence from N(0, variance I), value and gradient in the one pass of the kde.
 
     Args:
-        divergence: "js" for log 2 - softplus(log p_t - log p_e), "kl" for log p_e - log p_t; the rest as in
-            `kde_log_prob`.
+        divergence: "js" for log 2 - softplus(log p_t - log p_e), "kl" for log p_e - log p_t.
+        reduction: "none" for the terms, "mean" or "sum" of them; the rest as in `kde_log_prob`.
 
     Returns:
-        [..., n] in float64, or None where the pass cannot be fused: when something but the codes needs a
-        gradient, and wherever the kde itself does not take the eager path. The caller then composes the terms from
-        `kde_log_prob`.
+        [..., n] or a 0-dim tensor, in float64; or None where the pass cannot be fused: when something but the codes
+        needs a gradient, and wherever the kde itself does not take the eager path. The caller then composes the terms
+        from `kde_log_prob`.
     """
     problem = _problem(names, codes, centers, bandwidth, log_weights, exclude_self)
     query, *others = problem.inputs
     if _common.needs_reference(query) or _common.is_traced(problem.inputs) or _common.needs_grad(others):
         return None
     if _common.needs_grad((query,)):
-        terms = _NormalTerms.apply(*problem.inputs, variance, divergence)  # type: ignore[no-untyped-call]
-        return terms.reshape(problem.shape)  # type: ignore[no-any-return]
-    return _launch_forward(*problem.inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0].reshape(
-        problem.shape
-    )
+        return _NormalTerms.apply(*problem.inputs, problem.shape, variance, divergence, reduction)  # type: ignore[no-untyped-call, no-any-return]
+    terms = _launch_forward(*problem.inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0]
+    return _reduced(terms.reshape(problem.shape), reduction)
+
+
+def _reduced(terms: Tensor, reduction: str) -> Tensor:
+    return terms.mean() if reduction == "mean" else terms.sum() if reduction == "sum" else terms
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -316,17 +319,18 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two empty if not wanted."""
     mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
-    value = query.new_empty(query.shape[:-1], dtype=torch.float64)
-    dquery = query.new_empty(query.shape if want_dquery else 0)
-    dbandwidth = query.new_empty(query.shape[:-1] if want_dbandwidth else 0, dtype=torch.float64)
+    shape, device = query.shape, query.device
+    value = torch.empty(shape[:-1], dtype=torch.float64, device=device)
+    dquery = torch.empty(shape if want_dquery else 0, dtype=query.dtype, device=device)
+    dbandwidth = torch.empty(shape[:-1] if want_dbandwidth else 0, dtype=torch.float64, device=device)
     if value.numel() == 0:
         return value, dquery, dbandwidth
     arguments = (mixture, value_kind, variance, value.data_ptr(), dquery.data_ptr(), dbandwidth.data_ptr())
     if query.is_cuda:
-        device = query.device.index
-        size = native().kde_forward_workspace_cuda(*arguments, device)
-        workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
-        native().kde_forward_cuda(*arguments, workspace.data_ptr(), device, _torch.cuda_stream(device))
+        index = device.index
+        size = native().kde_forward_workspace_cuda(*arguments, index)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        native().kde_forward_cuda(*arguments, workspace.data_ptr(), index, _torch.cuda_stream(index))
     else:
         native().kde_forward_cpu(*arguments, torch.get_num_threads())
     return value, dquery, dbandwidth
@@ -419,30 +423,38 @@ class _EagerKde(torch.autograd.Function):
 
 
 class _NormalTerms(torch.autograd.Function):
+    """The reduction is in here too: as nodes of the graph its steps would cost more than a small kernel."""
+
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        inputs, (variance, divergence) = arguments[:5], arguments[5:]
+        inputs, (shape, variance, divergence, reduction) = arguments[:5], arguments[5:]
         terms, dquery, _ = _launch_forward(*inputs, True, False, _DIVERGENCES[divergence], variance)  # type: ignore[call-arg]
         ctx.save_for_backward(*inputs, dquery)
-        ctx.variance, ctx.divergence = variance, divergence
-        return terms
+        ctx.settings = shape, variance, divergence, reduction
+        return _reduced(terms.reshape(shape), reduction)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, dquery = ctx.saved_tensors
+        shape, variance, divergence, reduction = ctx.settings
         if not torch.is_grad_enabled():
-            return (grad.to(dquery.dtype).unsqueeze(-1) * dquery, *[None] * 6)
+            if reduction == "none":
+                factor = grad.reshape(dquery.shape[:-1]).unsqueeze(-1).to(dquery.dtype)
+            else:
+                factor = (grad / math.prod(shape) if reduction == "mean" else grad).to(dquery.dtype)
+            return (factor * dquery, *[None] * 8)
         query, centers, bandwidth, log_weights, exclude = inputs
         terms = reference.normal_divergence_terms(
             query,
             centers,
             bandwidth,
-            ctx.variance,
-            ctx.divergence,
+            variance,
+            divergence,
             log_weights=log_weights,
             exclude_self=False if exclude is None else exclude,
         )
-        return (*torch.autograd.grad(terms, query, grad.to(terms.dtype), create_graph=True), *[None] * 6)
+        value = _reduced(terms.reshape(shape), reduction)
+        return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), *[None] * 8)
 
 
 def _plain_gradients(

@@ -161,6 +161,20 @@ def test_far_queries_and_large_dimension(dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["number", "excluded"])
+def test_near_centers_come_last(kind, dtype, device):
+    """What was added up relative to far centers is rescaled, more than once, when nearer ones come."""
+    call = arguments(kind, 150, 400, 3, dtype, device)
+    with torch.no_grad():
+        call["centers"] += torch.linspace(60, 0, 400, device=device)[:, None].to(dtype)
+    ours = value_and_gradients(kdejsd.kde_log_prob, call)
+    truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
+    for got, expected in zip(ours, truth, strict=True):
+        assert worst(got, expected) < (5e-6 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("distance", [30.0, 200.0, 3000.0])
 def test_the_weights_of_a_far_query_sum_to_1(distance, device):
     """The transposed pass must round a large exponent as the forward pass did, or the weights lose whole digits."""

@@ -38,8 +38,9 @@ constexpr T kExcluded = std::numeric_limits<T>::max();
 template <class T>
 constexpr T kNoReference = -std::numeric_limits<T>::max() / 2;
 
-// A reference is raised only where a weight would pass 2^kHeadroom: almost always once, at the first tile.
-constexpr int kHeadroom = 40;
+// A reference is raised only where the weights of a tile sum to more than this: almost always once, at the first tile.
+template <class T>
+constexpr T kLargestSum = T(1ll << 40);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // One batch item, and its points as the kernels see them
@@ -189,30 +190,34 @@ struct Plan {
 // What rides along with the log-sum-exp.
 enum class Moment { kNone, kDistance, kPrecision };
 
-// Step 2: the exponents' maximum, the reference, then the weights in place of the squared distances.
-template <class T, int QV, Moment M>
-void forward_weights(const Tile<T>& tile, int count, int64_t sum_vectors, Vec<T>* reference, Vec<T>* weight,
-                     Vec<T>* moment, Vec<T>* sums) {
-  Vec<T>* pairs = tile.pairs;
+// Step 2 for a tile whose weights may sum to more than kLargestSum: raises the references to the exponents' maxima.
+template <class T, int QV>
+void raise_references(const Tile<T>& tile, int count, int64_t sum_vectors, Vec<T>* reference, Vec<T>* weight,
+                      Vec<T>* moment, Vec<T>* sums) {
   Vec<T> top[QV];
-  for (int v = 0; v < QV; v++) top[v] = broadcast(-std::numeric_limits<T>::infinity());
+  for (int v = 0; v < QV; v++) top[v] = reference[v];
   for (int j = 0; j < count; j++) {
     const Vec<T> offset = broadcast(tile.offset[j]), slope = broadcast(tile.slope[j]);
 #pragma GCC unroll 4
     for (int v = 0; v < QV; v++) {
-      const Vec<T> x = offset - slope * pairs[j * QV + v];
+      const Vec<T> x = offset - slope * tile.pairs[j * QV + v];
       top[v] = x > top[v] ? x : top[v];
     }
   }
   for (int v = 0; v < QV; v++) {
-    if (__builtin_expect(!any<T>(top[v] > reference[v] + T(kHeadroom)), 1)) continue;
-    const Vec<T> raised = top[v] > reference[v] ? top[v] : reference[v];
-    const Vec<T> shrink = exp2(reference[v] - raised);
-    reference[v] = raised;
+    const Vec<T> shrink = exp2(reference[v] - top[v]);
+    reference[v] = top[v];
     weight[v] *= shrink;
     moment[v] *= shrink;
     for (int64_t k = 0; k < sum_vectors; k++) sums[k * QV + v] *= shrink;
   }
+}
+
+// Step 2: the weights in place of the squared distances, added up; false, and nothing added, where the tile's sum
+// passes kLargestSum.
+template <class T, int QV, Moment M>
+bool forward_weights(const Tile<T>& tile, int count, const Vec<T>* reference, Vec<T>* weight, Vec<T>* moment) {
+  Vec<T>* pairs = tile.pairs;
   Vec<T> base[QV], tile_weight[QV] = {}, tile_moment[QV] = {};
   for (int v = 0; v < QV; v++) base[v] = reference[v];
   for (int j = 0; j < count; j++) {
@@ -232,10 +237,14 @@ void forward_weights(const Tile<T>& tile, int count, int64_t sum_vectors, Vec<T>
       pairs[j * QV + v] = w;
     }
   }
+  Mask<T> over = {};
+  for (int v = 0; v < QV; v++) over |= tile_weight[v] > kLargestSum<T>;
+  if (__builtin_expect(any<T>(over), 0)) return false;
   for (int v = 0; v < QV; v++) {
     weight[v] += tile_weight[v];
     moment[v] += tile_moment[v];
   }
+  return true;
 }
 
 template <class T, Moment M>
@@ -244,18 +253,30 @@ struct ForwardBlock {
   const Tile<T>& tile;
   int64_t tile_first, first_lane, first_vector;
   int count;
-  bool want_sums;
+  bool first_tile, want_sums;
   const Vec<T>* lanes;
   const State<T>& state;
 
   template <int QV>
   void run() {
     Vec<T>* sums = state.sums + first_vector * item.l;
+    Vec<T>*reference = state.reference + first_vector, *weight = state.weight + first_vector;
+    Vec<T>* moment = state.moment + first_vector;
+    distances<QV>();
+    // The first tile finds the references; it is rare that one has to be raised after it.
+    if (first_tile) raise_references<T, QV>(tile, count, 0, reference, weight, moment, sums);
+    if (!forward_weights<T, QV, M>(tile, count, reference, weight, moment)) {
+      distances<QV>();
+      raise_references<T, QV>(tile, count, want_sums ? item.l : 0, reference, weight, moment, sums);
+      forward_weights<T, QV, M>(tile, count, reference, weight, moment);
+    }
+    if (want_sums) add_weighted_rows<T, QV>(tile.rows, count, item.l, tile.pairs, sums);
+  }
+
+  template <int QV>
+  void distances() const {
     squared_distances<T, QV>(tile.rows, count, item.l, lanes, tile.pairs);
     if (item.exclude) mark_excluded<T, QV>(item.exclude, first_lane, item.n, tile_first, count, tile.pairs);
-    forward_weights<T, QV, M>(tile, count, want_sums ? item.l : 0, state.reference + first_vector,
-                              state.weight + first_vector, state.moment + first_vector, sums);
-    if (want_sums) add_weighted_rows<T, QV>(tile.rows, count, item.l, tile.pairs, sums);
   }
 };
 
@@ -286,8 +307,9 @@ struct Forward {
         }
       }
       for_blocks(vectors, [&](int width, int64_t vector) {
-        with_width(width, ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
-                                             dquery != nullptr, lanes + vector * item.l, state});
+        with_width(width,
+                   ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
+                                      t == plan.tile_begin(split), dquery != nullptr, lanes + vector * item.l, state});
       });
     }
   }

@@ -70,11 +70,11 @@ def named_log_prob(
 ) -> Tensor:
     """`kde_log_prob` for callers whose arguments have other names, which the errors are to use."""
     problem = _problem(names, query, centers, bandwidth, log_weights, exclude_self)
-    return _log_prob(problem).reshape(problem.shape).to(problem.query.dtype)
+    return _shaped(_log_prob(problem), problem.shape).to(problem.query.dtype)
 
 
 def _log_prob(problem: _Problem) -> Tensor:
-    """[B, n], in float64 from the kernels."""
+    """[n] or [B, n], in float64 from the kernels."""
     if _common.needs_reference(problem.query):
         return _reference(problem)
     if _common.is_traced(problem.inputs):
@@ -113,7 +113,11 @@ def normal_divergence_terms(
     if _common.needs_grad((query,)):
         return _NormalTerms.apply(*problem.inputs, problem.shape, variance, divergence, reduction)  # type: ignore[no-untyped-call, no-any-return]
     terms = _launch_forward(*problem.inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0]
-    return _reduced(terms.reshape(problem.shape), reduction)
+    return _reduced(_shaped(terms, problem.shape), reduction)
+
+
+def _shaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return t if t.shape == shape else t.reshape(shape)
 
 
 def _reduced(terms: Tensor, reduction: str) -> Tensor:
@@ -125,7 +129,8 @@ def _reduced(terms: Tensor, reduction: str) -> Tensor:
 
 
 class _Problem(NamedTuple):
-    """Checked inputs in the shapes that the kernels take: [B, ...], or [1, ...] for what all batch items share."""
+    """Checked inputs in the shapes that the kernels take: without B for one mixture; else [1, ...] for what all batch
+    items share."""
 
     query: Tensor  # [B, n, l]
     centers: Tensor  # [B, m, l]
@@ -209,9 +214,7 @@ def _problem(
 
     lone = (query, 2), (centers, 2), (h, 1), (log_weights, 1), (exclude, 1)
     if all(t is None or t.ndim == ndim for t, ndim in lone):  # no batch: the usual call, kept short
-        weights = None if log_weights is None else log_weights.unsqueeze(0)
-        own = None if exclude is None else exclude.unsqueeze(0)
-        return _Problem(query.unsqueeze(0), centers.unsqueeze(0), h.unsqueeze(0), weights, own, (n,))
+        return _Problem(query, centers, h, log_weights, exclude, (n,))
 
     # The batch of the mixture: dimensions before those that every argument has anyway.
     batches = [centers.shape[:-2], h.shape[:-1]]
@@ -223,11 +226,11 @@ def _problem(
     items = math.prod(batch)
     if math.prod(mixture_batch) == 1:
         # One mixture for all: every query of the batch is one more query of it.
-        flat = query.expand(*batch, n, dim).reshape(1, items * n, dim)
+        flat = query.expand(*batch, n, dim).reshape(items * n, dim)
         if exclude is not None:
-            exclude = exclude.expand(*batch, n).reshape(1, items * n)
-        centers, h = centers.reshape(1, m, dim), h.reshape(1, -1)
-        log_weights = None if log_weights is None else log_weights.reshape(1, m)
+            exclude = exclude.expand(*batch, n).reshape(items * n)
+        centers, h = centers.reshape(m, dim), h.reshape(-1)
+        log_weights = None if log_weights is None else log_weights.reshape(m)
         return _Problem(flat, centers, h, log_weights, exclude, shape)
 
     def flatten(t: Tensor, own: int) -> Tensor:
@@ -290,18 +293,18 @@ def _mixture(
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The kernels' arguments, and the contiguous tensors they point into, which must outlive the call."""
     _common.check_cuda("query", query)
-    batch, n, dim = query.shape
-    m = centers.shape[-2]
+    n, dim, m = query.shape[-2], query.shape[-1], centers.shape[-2]
+    batched = query.ndim == 3
     tensors = tuple(None if t is None else t.contiguous() for t in (query, centers, bandwidth, log_weights, exclude))
     mixture = native().KdeMixture(
         query.dtype == torch.float64,
-        batch,
+        query.shape[0] if batched else 1,
         n,
         m,
         dim,
         *(0 if t is None else t.data_ptr() for t in tensors),
         bandwidth.shape[-1] == m and m > 1,
-        *(0 if t is None or t.shape[0] == 1 else t.stride(0) for t in tensors),
+        *(t.stride(0) if batched and t is not None and t.shape[0] > 1 else 0 for t in tensors),
     )
     return mixture, tensors
 
@@ -350,11 +353,11 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dcenters [B, m, l], dlog_weights [B, m] and the bandwidths' [B, m] for all B batch items, empty if not wanted."""
     mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
-    batch, m = query.shape[0], centers.shape[-2]
+    per_center = (*query.shape[:-2], centers.shape[-2])
     grad, log_prob = grad.to(query.dtype).contiguous(), log_prob.contiguous()
-    dcenters = query.new_empty((batch, m, query.shape[-1]) if want_dcenters else 0)
-    dlog_weights = query.new_empty((batch, m) if want_dlog_weights else 0)
-    dbandwidth = query.new_empty((batch, m) if want_dbandwidth else 0)
+    dcenters = query.new_empty((*per_center, query.shape[-1]) if want_dcenters else 0)
+    dlog_weights = query.new_empty(per_center if want_dlog_weights else 0)
+    dbandwidth = query.new_empty(per_center if want_dbandwidth else 0)
     outputs = (dcenters, dlog_weights, dbandwidth)
     arguments = (mixture, grad.data_ptr(), log_prob.data_ptr(), *(t.data_ptr() for t in outputs))
     if query.is_cuda:
@@ -431,7 +434,7 @@ class _NormalTerms(torch.autograd.Function):
         terms, dquery, _ = _launch_forward(*inputs, True, False, _DIVERGENCES[divergence], variance)  # type: ignore[call-arg]
         ctx.save_for_backward(*inputs, dquery)
         ctx.settings = shape, variance, divergence, reduction
-        return _reduced(terms.reshape(shape), reduction)
+        return _reduced(_shaped(terms, shape), reduction)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -453,7 +456,7 @@ class _NormalTerms(torch.autograd.Function):
             log_weights=log_weights,
             exclude_self=False if exclude is None else exclude,
         )
-        value = _reduced(terms.reshape(shape), reduction)
+        value = _reduced(_shaped(terms, shape), reduction)
         return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), *[None] * 8)
 
 
@@ -517,9 +520,9 @@ def _fake_backward(
     want_dlog_weights: bool,
     want_dbandwidth: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    per_center = (query.shape[0], centers.shape[1])
+    per_center = (*query.shape[:-2], centers.shape[-2])
     return (
-        query.new_empty((*per_center, query.shape[2]) if want_dcenters else 0),
+        query.new_empty((*per_center, query.shape[-1]) if want_dcenters else 0),
         query.new_empty(per_center if want_dlog_weights else 0),
         query.new_empty(per_center if want_dbandwidth else 0),
     )

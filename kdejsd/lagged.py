@@ -21,7 +21,8 @@ class LaggedKDE(nn.Module):
 
     GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283), section 3 and Algorithm 1: the codes of m training examples serve
     as the centers of a kernel density estimate and are constants of the loss; every few minibatches the caller computes
-    them anew and hands them to `refresh`.
+    them anew and hands them to `refresh`, or a part of them to `update`; or `push` lets the codes of the minibatches
+    themselves take the place of the oldest.
 
     The state_dict carries the lagged codes, the examples they belong to and the bandwidth: a module that is loaded goes
     on where the saved one stood.
@@ -38,8 +39,8 @@ class LaggedKDE(nn.Module):
         divergence: "js", the paper's loss, or "kl", the log-ratio, whose gradient does not vanish where p_e >> p_t.
 
     Attributes:
-        codes: [m, l] float32, the lagged codes, in the order of `indices`.
-        indices: [m] int64, ascending: the training example of each code; -1 where it is not known.
+        codes: [m, l] float32, the lagged codes.
+        indices: [m] int64, the training example of each code; -1 where it is not known.
         bandwidth: h as a float.
         law: what p_e is compared with: the target, or the smoothed target.
 
@@ -50,6 +51,7 @@ class LaggedKDE(nn.Module):
 
     codes: Tensor
     indices: Tensor
+    places: Tensor
 
     def __init__(
         self,
@@ -86,6 +88,11 @@ class LaggedKDE(nn.Module):
         self._set_bandwidth(bandwidth)
         self.register_buffer("codes", torch.zeros(num_centers, latent_dim))
         self.register_buffer("indices", torch.full((num_centers,), -1))
+        # The place of each example's newest code, one entry more for codes whose example is not known, and the place
+        # of the oldest code.
+        self.register_buffer("places", torch.full((1,), -1), persistent=False)
+        self.oldest = 0
+        self._reserved = False
 
     def _set_bandwidth(self, bandwidth: float) -> None:
         self.bandwidth = float(bandwidth)
@@ -108,8 +115,88 @@ class LaggedKDE(nn.Module):
                 NaN codes give a NaN loss, and KDEJSD_CHECK=1 in the environment makes it an error).
             TypeError: codes that are not floating, indices that are not int64.
         """
-        if codes.shape != self.codes.shape:
-            raise ValueError(f"codes must have shape {list(self.codes.shape)}, got {list(codes.shape)}")
+        self._check(codes, indices, len(self.codes))
+        self.codes.copy_(codes)
+        if indices is None:
+            self.indices.fill_(-1)
+        else:
+            self.indices.copy_(indices)
+        self.oldest = 0
+        self.refreshed = True
+        self._remember(self.indices, torch.arange(len(self.indices), device=self.indices.device))
+
+    @torch.no_grad()
+    def update(self, codes: Tensor, start: int) -> None:
+        """Replaces the lagged codes from place `start` on by newer ones of the same examples.
+
+        Args:
+            codes: [k, l], start + k at most m; otherwise as in `refresh`.
+            start: at least 0.
+
+        Raises:
+            ValueError, TypeError: as in `refresh`, and for places that do not exist.
+            RuntimeError: before the first refresh.
+        """
+        if not 0 <= start <= len(self.codes) - len(codes):
+            raise ValueError(
+                f"start must be between 0 and {len(self.codes) - len(codes)} for {len(codes)} codes, got {start}"
+            )
+        self._check(codes, None, len(codes))
+        self._check_refreshed("update")
+        self.codes[start : start + len(codes)] = codes.to(self.codes)
+
+    @torch.no_grad()
+    def push(self, codes: Tensor, indices: Tensor) -> None:
+        """Puts codes in the places of the oldest ones.
+
+        An example may come again while its last code is still there; the newest is its own copy. That leaves a code
+        without an older copy of itself as long as each epoch goes through the training set once and m is at most its
+        size.
+
+        Args:
+            codes: [k, l], otherwise as in `refresh`; only the last m are kept.
+            indices: [k] int64, the training examples.
+
+        Raises:
+            ValueError, TypeError: as in `refresh`.
+            RuntimeError: before the first refresh.
+        """
+        self._check(codes, indices, len(codes))
+        self._check_refreshed("push")
+        m = len(self.codes)
+        codes, indices = codes[-m:], indices[-m:].to(self.indices)
+        places = (self.oldest + torch.arange(len(codes), device=self.codes.device)) % m
+        self.codes[places] = codes.to(self.codes)
+        self.indices[places] = indices
+        self._remember(indices, places)
+        self.oldest = (self.oldest + len(codes)) % m
+
+    def reserve(self, num_examples: int) -> None:
+        """Makes room to remember the places of examples 0 to num_examples - 1. Without it room is made as indices come,
+        which makes a GPU wait for them; after it an index beyond is out of bounds."""
+        self._make_room(num_examples)
+        self._reserved = True
+
+    def own_copy(self, index: Tensor) -> Tensor:
+        """Where the newest lagged code of each example stands: index [n] int64 -> places [n] int64, -1 for none."""
+        place = self.places[index.clamp(-1, len(self.places) - 1)]
+        return place.where((index >= 0) & (place >= 0) & (self.indices[place] == index), -1)
+
+    def _remember(self, indices: Tensor, places: Tensor) -> None:
+        if not self._reserved and len(indices) and (room := int(indices.max()) + 1) >= len(self.places):
+            self._make_room(2 * room)
+        self.places[indices.where(indices >= 0, len(self.places) - 1)] = places
+
+    def _make_room(self, num_examples: int) -> None:
+        places = self.places.new_full((num_examples + 1,), -1)
+        kept = min(num_examples, len(self.places) - 1)
+        places[:kept] = self.places[:kept]
+        self.places = places
+
+    def _check(self, codes: Tensor, indices: Tensor | None, count: int) -> None:
+        expected = [count, self.codes.shape[1]]
+        if list(codes.shape) != expected:
+            raise ValueError(f"codes must have shape {expected}, got {list(codes.shape)}")
         if not codes.is_floating_point():
             raise TypeError(f"codes must be floating-point, got {codes.dtype}")
         check_values = codes.device.type == "cpu" or os.environ.get("KDEJSD_CHECK") == "1"
@@ -117,25 +204,15 @@ class LaggedKDE(nn.Module):
             bad = int((~codes.isfinite()).any(-1).sum())
             raise ValueError(f"codes must be finite, got NaN or infinity in {bad} of {len(codes)} codes")
         if indices is None:
-            self.indices.fill_(-1)
-        else:
-            if indices.shape != self.indices.shape:
-                raise ValueError(f"indices must have shape {list(self.indices.shape)}, got {list(indices.shape)}")
-            if indices.dtype != torch.int64:
-                raise TypeError(f"indices must be int64, got {indices.dtype}")
-            indices, order = indices.to(
-                codes.device
-            ).sort()  # ascending, so that a query's own copy is found by bisection
-            codes = codes[order]
-            self.indices.copy_(indices)
-        self.codes.copy_(codes)
-        self.refreshed = True
+            return
+        if list(indices.shape) != [count]:
+            raise ValueError(f"indices must have shape [{count}], got {list(indices.shape)}")
+        if indices.dtype != torch.int64:
+            raise TypeError(f"indices must be int64, got {indices.dtype}")
 
-    def own_copy(self, index: Tensor) -> Tensor:
-        """Where the lagged code of each example stands: index [n] int64 -> positions [n] int64, -1 for none."""
-        position = torch.searchsorted(self.indices, index).clamp_(max=len(self.indices) - 1)
-        found = (self.indices[position] == index) & (index >= 0)
-        return position.where(found, -1)
+    def _check_refreshed(self, name: str) -> None:
+        if not self.refreshed:
+            raise RuntimeError(f"LaggedKDE holds no codes yet: call refresh(codes) before {name}")
 
     def log_prob(self, z: Tensor, index: Tensor | None = None) -> Tensor:
         """log p_e in nats at z [n, l], as [n]; `index` as in `loss`.
@@ -220,19 +297,21 @@ class LaggedKDE(nn.Module):
         return jsd(z + self.bandwidth * noise, z, self.bandwidth, target_samples, target=self.law)
 
     def _query(self, z: Tensor) -> Tensor:
-        if not self.refreshed:
-            raise RuntimeError("LaggedKDE holds no codes yet: call refresh(codes) before log_prob or loss")
+        self._check_refreshed("log_prob or loss")
         return z.to(self.codes.dtype)
 
     def _excluded(self, index: Tensor | None) -> bool | Tensor:
         return False if index is None else self.own_copy(index)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"bandwidth": self.bandwidth, "refreshed": self.refreshed}
+        return {"bandwidth": self.bandwidth, "refreshed": self.refreshed, "oldest": self.oldest}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self._set_bandwidth(state["bandwidth"])
         self.refreshed = state["refreshed"]
+        self.oldest = state["oldest"]
+        order = (self.oldest + torch.arange(len(self.indices), device=self.indices.device)) % len(self.indices)
+        self._remember(self.indices[order], order)
 
     def extra_repr(self) -> str:
         m, dim = self.codes.shape

@@ -106,6 +106,38 @@ def test_refresh_schedule_and_batches():
     assert recorder.batches[:5] != recorder.batches[5:]
 
 
+def test_rolling_refresh_leaves_no_code_older_than_its_period():
+    class Recorded(pl.Callback):
+        def on_train_start(self, trainer, model):
+            self.parts, update = [], model.lagged.update
+
+            def recorded(codes, start):
+                self.parts.append((trainer.global_step, start, start + len(codes)))
+                update(codes, start)
+
+            model.lagged.update = recorded
+
+    recorded = Recorded()
+    model = make(refresh="rolling", refresh_every=3)
+    train(model, 4, recorded)  # 12 steps
+    for first in range(10):
+        codes = torch.zeros(200)
+        for step, start, end in recorded.parts:
+            if first <= step < first + 3:
+                codes[start:end] += 1
+        assert (codes == 1).all()
+
+
+def test_the_queue_holds_the_last_examples_and_encodes_nothing_twice():
+    recorder = Recorder()
+    model = make(refresh="queue")
+    train(model, 4, recorder)
+    assert recorder.refreshed == [-1]  # to begin with
+    seen = list(chain(*recorder.batches))
+    assert sorted(model.lagged.indices.tolist()) == sorted(seen[-200:])
+    assert model._lagged_images is None
+
+
 def test_lagged_examples_are_drawn_once_and_all_differ():
     model = make()
     train(model, 1)
@@ -170,12 +202,15 @@ class StopAt(pl.Callback):
             trainer.should_stop = True
 
 
-@pytest.mark.parametrize("step", [4, 5, 9, 10])  # within and at the end of an epoch of five batches
-def test_resumed_within_an_epoch_equals_uninterrupted(tmp_path, step):
+@pytest.mark.parametrize(
+    ("step", "refresh"),  # within and at the end of an epoch of five batches
+    [(4, "full"), (5, "full"), (9, "full"), (10, "full"), (7, "rolling"), (7, "queue"), (10, "queue")],
+)
+def test_resumed_within_an_epoch_equals_uninterrupted(tmp_path, step, refresh):
     def data():
         return Digits(train_size=500)
 
-    whole, part, resumed = (make(refresh_every=3) for _ in range(3))
+    whole, part, resumed = (make(refresh=refresh, refresh_every=3) for _ in range(3))
     recorder, rest = Recorder(), Recorder()
     pl.seed_everything(5, verbose=False)
     train(whole, 3, recorder, data=data())

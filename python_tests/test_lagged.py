@@ -45,6 +45,57 @@ def test_without_index_nothing_is_left_out():
     torch.testing.assert_close(lagged.log_prob(z, indices[:10]), kde_log_prob(z, codes, H))
 
 
+def test_update_replaces_a_part():
+    lagged, codes, indices = make()
+    newer = torch.randn(7, DIM, generator=torch.Generator().manual_seed(2))
+    lagged.update(newer, 30)
+    expected = codes.clone()
+    expected[30:37] = newer
+    assert torch.equal(lagged.codes, expected) and torch.equal(lagged.indices, indices)
+    assert torch.equal(lagged.own_copy(indices), torch.arange(M))
+
+
+def test_push_keeps_the_newest_and_knows_the_newest_copy():
+    """Against a list of what was pushed, over three rounds of the queue, examples coming again and some unknown."""
+    lagged, codes, indices = make()
+    generator = torch.Generator().manual_seed(2)
+    history = list(zip(indices.tolist(), codes, strict=True))
+    for size in (7, 1, 0, 25, 40, 13, 55, 30):
+        new = torch.randn(size, DIM, generator=generator)
+        examples = torch.randperm(60, generator=generator)[:size]
+        examples[:2] = -1
+        lagged.push(new, examples)
+        history += zip(examples.tolist(), new, strict=True)
+        kept = history[-M:]
+        assert sorted(lagged.indices.tolist()) == sorted(example for example, _ in kept)
+        wanted = torch.arange(-1, 1100)
+        for example, place in zip(wanted.tolist(), lagged.own_copy(wanted).tolist(), strict=True):
+            newest = [code for other, code in kept if other == example >= 0][-1:]
+            assert (place >= 0) == bool(newest)
+            if newest:
+                assert torch.equal(lagged.codes[place], newest[0])
+
+
+def test_places_are_the_same_with_room_reserved():
+    (one, *_), (other, _, indices) = make(), make()
+    other.reserve(1000)
+    for lagged in (one, other):
+        lagged.push(torch.ones(5, DIM), torch.arange(995, 1000))
+    everyone = torch.cat([indices, torch.arange(990, 1000)])
+    assert torch.equal(one.own_copy(everyone), other.own_copy(everyone))
+
+
+def test_a_restored_queue_goes_on():
+    lagged, _, _ = make()
+    lagged.push(torch.ones(7, DIM), torch.arange(7))
+    other = LaggedKDE(M, DIM, 0.1)
+    other.load_state_dict(lagged.state_dict())
+    for queue in (lagged, other):
+        queue.push(torch.zeros(5, DIM), torch.arange(5, 10))
+    assert torch.equal(lagged.codes, other.codes) and torch.equal(lagged.indices, other.indices)
+    assert torch.equal(lagged.own_copy(torch.arange(1000)), other.own_copy(torch.arange(1000)))
+
+
 @pytest.mark.parametrize("divergence", ["js", "kl"])
 @pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize("target", [None, GaussianMixture([[-2.0, 0, 0], [2.0, 0, 0]], 0.5, [0.3, 0.7])])
@@ -177,6 +228,21 @@ def test_refresh_refuses(codes, indices, error, text):
     with pytest.raises(error, match=text):
         lagged.refresh(codes, indices)
     assert torch.equal(lagged.codes, kept)
+
+
+def test_update_and_push_refuse():
+    lagged, codes, _ = make()
+    for call, error, text in (
+        (lambda: lagged.update(codes[:7], 34), ValueError, "start must be between 0 and 33 for 7 codes, got 34"),
+        (lambda: lagged.update(codes[:7, :2], 0), ValueError, r"codes must have shape \[7, 3\], got \[7, 2\]"),
+        (lambda: lagged.push(codes[:7], torch.arange(6)), ValueError, r"indices must have shape \[7\], got \[6\]"),
+        (lambda: lagged.push(codes[:2] / 0, torch.arange(2)), ValueError, "codes must be finite"),
+        (lambda: LaggedKDE(M, DIM, H).push(codes, torch.arange(M)), RuntimeError, "call refresh.* before push"),
+        (lambda: LaggedKDE(M, DIM, H).update(codes, 0), RuntimeError, "call refresh.* before update"),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+    assert torch.equal(lagged.codes, codes)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ class GEN(pl.LightningModule):
 
     The loss is the mean squared error per pixel + weight * `LaggedKDE.loss` (eq. 3). The m lagged examples are drawn
     once from the training set; every k_b minibatches the encoder as it then is encodes them anew, in evaluation mode
-    and without gradient. They are kept on the module's device: m images.
+    and without gradient. They are kept on the module's device: m images. Two other ways to keep the lagged codes young
+    are a choice (`refresh`): a part of them is encoded anew in every minibatch, or the codes of the minibatches
+    themselves take the place of the oldest, for which nothing is encoded twice.
 
     A batch is (images [n, C, H, W], labels [n], indices [n] int64 in the training set); the index lets a code leave out
     its own lagged copy. The data modules of `kdejsd.data` give such batches.
@@ -46,8 +48,10 @@ class GEN(pl.LightningModule):
         decoder: codes [n, l] -> images [n, C, H, W].
         latent_dim: l, the dimension of the codes.
         num_lagged: m, the number of lagged codes, at most the size of the training set.
-        refresh_every: k_b; the lagged codes are computed anew in every k_b-th minibatch, counted from each epoch's
-            first.
+        refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
+            each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
+            k_b steps. "queue": the codes of the last m training examples, each as it was in its minibatch.
+        refresh_every: k_b; "queue" has no use for it.
         weight: lambda, the weight of the latent term beside the error per pixel.
         target: law of the codes; None is the standard normal.
         bandwidth: h, of the kernel; None is the optimal one for (l, m, target).
@@ -72,6 +76,7 @@ class GEN(pl.LightningModule):
         decoder: nn.Module,
         latent_dim: int,
         num_lagged: int = 1000,
+        refresh: Literal["full", "rolling", "queue"] = "full",
         refresh_every: int = 10,
         weight: float = 0.1,
         target: Target | None = None,
@@ -84,6 +89,8 @@ class GEN(pl.LightningModule):
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
         super().__init__()
+        if refresh not in ("full", "rolling", "queue"):
+            raise ValueError(f'refresh must be "full", "rolling" or "queue", got {refresh!r}')
         if refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
         if weight < 0:
@@ -100,6 +107,7 @@ class GEN(pl.LightningModule):
         self.lagged = LaggedKDE(num_lagged, latent_dim, bandwidth, target, smoothed=smoothed, divergence=divergence)
         self.norm = CodeNorm(self.lagged.target, latent_dim) if normalize_codes else nn.Identity()
         self.latent_dim = latent_dim
+        self.refresh_policy = refresh
         self.refresh_every = refresh_every
         self.weight = weight
         self.kernel_noise = kernel_noise
@@ -162,8 +170,9 @@ class GEN(pl.LightningModule):
         num_lagged = len(self.lagged.indices)
         if num_lagged > count:
             raise ValueError(f"num_lagged must be at most {count}, the size of the training set, got {num_lagged}")
-        if self.lagged.refreshed:
-            indices = self.lagged.indices.cpu()  # resumed: the examples drawn at the start of the run
+        resumed = self.lagged.refreshed
+        if resumed:
+            indices = self.lagged.indices.cpu()  # the examples drawn at the start of the run, or the last ones
             if int(indices.max()) >= count:
                 raise ValueError(
                     f"the checkpoint's lagged codes come from a training set of at least {int(indices.max()) + 1} "
@@ -172,8 +181,14 @@ class GEN(pl.LightningModule):
         else:
             indices = torch.randperm(count)[:num_lagged].sort().values
             self.lagged.indices.copy_(indices)
-        chosen = DataLoader(Subset(dataset, indices.tolist()), batch_size=_CHUNK, generator=torch.Generator())
-        self._lagged_images = torch.cat([_checked(batch)[0] for batch in chosen]).to(self.device)
+        self.lagged.reserve(count)
+        if not (resumed and self.refresh_policy == "queue"):
+            chosen = DataLoader(Subset(dataset, indices.tolist()), batch_size=_CHUNK, generator=torch.Generator())
+            self._lagged_images = torch.cat([_checked(batch)[0] for batch in chosen]).to(self.device)
+        if not resumed and self.refresh_policy != "full":
+            self.refresh()
+        if self.refresh_policy == "queue":
+            self._lagged_images = None  # the minibatches bring the codes from here on
         self.stopwatch = Stopwatch(self.device)
         if self._rng_state is not None:
             torch.set_rng_state(self._rng_state)
@@ -189,6 +204,17 @@ class GEN(pl.LightningModule):
                 self.norm.calibrate(codes)
             self.lagged.refresh(self.norm(codes), self.lagged.indices.clone())
 
+    @torch.no_grad()
+    def _refresh_part(self, part: int) -> None:
+        """The same for one of k_b parts, with the running statistics as they are."""
+        assert self._lagged_images is not None
+        m = len(self._lagged_images)
+        start, end = m * part // self.refresh_every, m * (part + 1) // self.refresh_every
+        with evaluating(self.encoder, self.norm):
+            for chunk in self._lagged_images[start:end].split(_CHUNK):
+                self.lagged.update(self.encode(chunk), start)
+                start += len(chunk)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None
         self.stopwatch.start("step")
@@ -197,8 +223,10 @@ class GEN(pl.LightningModule):
         assert self.stopwatch is not None
         images, _, index = _checked(batch)
         self.stopwatch.start("latent")
-        if batch_idx % self.refresh_every == 0:
+        if self.refresh_policy == "full" and batch_idx % self.refresh_every == 0:
             self.refresh()
+        elif self.refresh_policy == "rolling":
+            self._refresh_part(self.trainer.global_step % self.refresh_every)
         self.stopwatch.stop("latent")
 
         codes = self.encode(images)
@@ -208,9 +236,17 @@ class GEN(pl.LightningModule):
         self.stopwatch.start("latent")
         terms = self.latent_terms(codes, index)
         self.stopwatch.stop("latent")
+        self._batch_codes = codes.detach(), index
         latent = terms.mean()
         self.log_dict({"rec": error, "latent": latent, "1-r": self.gradient_weight(terms)}, prog_bar=True)
         return error + self.weight * latent
+
+    def on_after_backward(self) -> None:
+        assert self.stopwatch is not None
+        if self.refresh_policy == "queue":  # not before: the backward pass needs the codes as they were
+            self.stopwatch.start("latent")
+            self.lagged.push(*self._batch_codes)
+            self.stopwatch.stop("latent")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None

@@ -11,6 +11,8 @@
 // Both panels' sums are written. Panels therefore stand in blocks that meet in the rounds of a tournament: in a round
 // every block meets one other, no two threads write the same sums, and the order of the sums is fixed.
 
+#include "math/omega.h"
+
 #include <cmath>
 #include <new>
 
@@ -154,23 +156,10 @@ void add_weighted_differences(const T* others, const T* lanes, int64_t dims, con
 // ---------------------------------------------------------------------------------------------------------------------
 // All pairs
 
-// The largest ratio so far; of equal ones the first pair's, NaN before all numbers.
-struct Largest {
-  double ratio = -1;
-  int64_t i = -1, j = -1;
-
-  void consider(const Largest& other) {
-    const bool nan = std::isnan(ratio), other_nan = std::isnan(other.ratio);
-    const bool larger_one = nan != other_nan ? other_nan : other.ratio > ratio;
-    const bool equal = nan ? other_nan : other.ratio == ratio;
-    if (larger_one || (equal && (other.i < i || (other.i == i && other.j < j)))) *this = other;
-  }
-};
-
 // What a block of panels has found in its meetings.
 struct Found {
   double sum = 0;
-  Largest largest;
+  kdejsd::OmegaLargest largest = kdejsd::OmegaLargest::none();
 };
 
 // The two panels that one thread is working on.
@@ -258,7 +247,7 @@ struct AllPairs {
         for (int64_t lane = row < rows ? lanes : 0; lane < kPanel; lane++) pairs[row * kPanel + lane] = 0;
   }
 
-  // Step 2. Equal inputs have no part in anything, unless the codes are NaN: those are not to vanish.
+  // Step 2: omega_terms, on vectors.
   static Mask<T> counts_for_nothing(Vec<T> distance, Vec<T> code_distance) {
     return (distance == Vec<T>{}) & (code_distance == code_distance);
   }
@@ -451,16 +440,15 @@ void halves(const OmegaHalves& args, int requested_threads) {
     const T* z = static_cast<const T*>(args.codes) + pair * args.l;
     const T distance = row_distance(x, x + other_inputs, args.d),
             code_distance = row_distance(z, z + other_codes, args.l);
-    const bool nothing = distance == 0 && code_distance == code_distance;
-    const T ratio = nothing ? 0 : code_distance / distance, weight = nothing ? 0 : 2 / distance;
-    ratios[pair] = static_cast<double>(ratio);
+    const kdejsd::OmegaTerms<T> terms = kdejsd::omega_terms(distance, code_distance);
+    ratios[pair] = static_cast<double>(terms.ratio);
     if (args.dinputs) {
       T* dx = static_cast<T*>(args.dinputs) + pair * args.d;
-      write_differences(x, x + other_inputs, args.d, -ratio * weight, dx, dx + other_inputs);
+      write_differences(x, x + other_inputs, args.d, terms.input_weight, dx, dx + other_inputs);
     }
     if (args.dcodes) {
       T* dz = static_cast<T*>(args.dcodes) + pair * args.l;
-      write_differences(z, z + other_codes, args.l, weight, dz, dz + other_codes);
+      write_differences(z, z + other_codes, args.l, terms.code_weight, dz, dz + other_codes);
     }
   }
   *args.sum = 0;

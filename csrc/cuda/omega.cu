@@ -230,6 +230,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int64_t first = 0; first < b; first += kStep) {
     __syncthreads();
+#pragma unroll 2
     for (int e = threadIdx.x; e < kStep * kTile; e += kThreads) {
       const int64_t j = first + e % kStep, row = in_band + e / kStep;
       tile_weights[e % kStep][e / kStep] = j < b && first_row + row < b ? weights[row * b + j] : T(0);

@@ -155,6 +155,20 @@ def test_equal_inputs_count_for_nothing(call, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_infinite_upstream_gradient_of_what_counts_for_nothing(device):
+    """A square root has one at the zeros of the matrix: the diagonal, and a pair of equal inputs."""
+    inputs, codes = samples(100, 7, 3, torch.float64, device)
+    inputs[60] = inputs[4]
+
+    def gradients(function):
+        leaves = [t.detach().clone().requires_grad_() for t in (inputs, codes)]
+        return torch.autograd.grad(function(*leaves, pairs="all", reduction="none").sqrt().sum(), leaves)
+
+    for got, expected in zip(gradients(kdejsd.omega), gradients(reference.omega), strict=True):
+        assert expected.isfinite().all() and worst(got, expected) < 1e-13
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_largest_of_equal_ratios_is_the_first(device):
     x = points(200, 3, device=device)
     assert kdejsd.omega(x, 2 * x[:, :1] * 0, pairs="all", reduction="max").indices.tolist() == [0, 1]

@@ -280,13 +280,17 @@ struct AllPairs {
     return sum;
   }
 
-  // Both entries of a pair in the matrix of ratios have a share in it.
+  // Both entries of a pair in the matrix of ratios have a share in it. A pair that counts for nothing stays so, also
+  // where the upstream gradient is infinite, as that of a square root is at 0.
   void scale_by_upstream(int64_t low, int64_t high, const Tile<T>& tile) const {
     const T* upstream = static_cast<const T*>(args.upstream);
+    T* input_weights = reinterpret_cast<T*>(tile.inputs);
+    T* code_weights = reinterpret_cast<T*>(tile.codes);
     for_pairs(low, high, [&](int64_t i, int64_t j, int at) {
+      if (code_weights[at] == 0) return;
       const T grad = upstream[i * args.b + j] + upstream[j * args.b + i];
-      reinterpret_cast<T*>(tile.inputs)[at] *= grad;
-      reinterpret_cast<T*>(tile.codes)[at] *= grad;
+      input_weights[at] *= grad;
+      code_weights[at] *= grad;
     });
   }
 

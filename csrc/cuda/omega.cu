@@ -190,7 +190,9 @@ __global__ void __launch_bounds__(kThreads)
         if (ratios != nullptr) ratios[i * b + j] = ratios[j * b + i] = terms.ratio;
       }
       if (i == j && ratios != nullptr) ratios[i * b + j] = T(0);
-      const T grad = upstream != nullptr ? upstream[i * b + j] + upstream[j * b + i] : T(1);
+      // A pair that counts for nothing stays so, also where the upstream gradient is infinite.
+      const bool scaled = upstream != nullptr && terms.code_weight != T(0);
+      const T grad = scaled ? upstream[i * b + j] + upstream[j * b + i] : T(1);
       if (scratch.input_weights != nullptr) scratch.input_weights[in_band * b + j] = grad * terms.input_weight;
       if (scratch.code_weights != nullptr) scratch.code_weights[in_band * b + j] = grad * terms.code_weight;
     }

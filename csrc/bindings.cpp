@@ -16,6 +16,8 @@ using kdejsd::KdeBackward;
 using kdejsd::KdeForward;
 using kdejsd::KdeMixture;
 using kdejsd::KdeValue;
+using kdejsd::OmegaAll;
+using kdejsd::OmegaHalves;
 
 template <class T = void>
 T* pointer(uintptr_t address) {
@@ -64,6 +66,36 @@ KdeBackward backward(const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, 
           pointer(dbandwidth)};
 }
 
+OmegaAll omega_all(bool is_double, int64_t b, int64_t d, int64_t l, uintptr_t inputs, uintptr_t codes,
+                   uintptr_t upstream, uintptr_t sum, uintptr_t ratios, uintptr_t largest, uintptr_t dinputs,
+                   uintptr_t dcodes) {
+  return {is_double ? DType::kFloat64 : DType::kFloat32,
+          b,
+          d,
+          l,
+          pointer(inputs),
+          pointer(codes),
+          pointer(upstream),
+          pointer<double>(sum),
+          pointer(ratios),
+          pointer<int64_t>(largest),
+          pointer(dinputs),
+          pointer(dcodes)};
+}
+
+OmegaHalves omega_halves(bool is_double, int64_t pairs, int64_t d, int64_t l, uintptr_t inputs, uintptr_t codes,
+                         uintptr_t sum, uintptr_t dinputs, uintptr_t dcodes) {
+  return {is_double ? DType::kFloat64 : DType::kFloat32,
+          pairs,
+          d,
+          l,
+          pointer(inputs),
+          pointer(codes),
+          pointer<double>(sum),
+          pointer(dinputs),
+          pointer(dcodes)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -86,6 +118,11 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     kdejsd::cpu::kde_backward(args, threads);
   });
+  // Likewise the arguments of omega, for the pass of either device.
+  py::class_<OmegaAll>(m, "OmegaAll").def(py::init(&omega_all));
+  py::class_<OmegaHalves>(m, "OmegaHalves").def(py::init(&omega_halves));
+  m.def("omega_all_cpu", &kdejsd::cpu::omega_all, py::call_guard<py::gil_scoped_release>());
+  m.def("omega_halves_cpu", &kdejsd::cpu::omega_halves, py::call_guard<py::gil_scoped_release>());
   m.def("level", &kdejsd::cpu::level);
   m.def("set_level", &kdejsd::cpu::set_level);
   m.def("built_levels", &kdejsd::cpu::built_levels);
@@ -110,6 +147,16 @@ PYBIND11_MODULE(_C, m) {
     const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
     py::gil_scoped_release release;
     kdejsd::cuda::kde_backward(args, device, stream);
+  });
+  m.def("omega_all_workspace_cuda", &kdejsd::cuda::omega_all_workspace);
+  m.def("omega_halves_workspace_cuda", &kdejsd::cuda::omega_halves_workspace);
+  m.def("omega_all_cuda", [](const OmegaAll& args, uintptr_t workspace, int device, uintptr_t stream) {
+    py::gil_scoped_release release;
+    kdejsd::cuda::omega_all(args, pointer(workspace), device, stream);
+  });
+  m.def("omega_halves_cuda", [](const OmegaHalves& args, uintptr_t workspace, int device, uintptr_t stream) {
+    py::gil_scoped_release release;
+    kdejsd::cuda::omega_halves(args, pointer(workspace), device, stream);
   });
   m.def("cuda_device_count", [] {
     std::string error;

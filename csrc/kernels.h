@@ -55,9 +55,37 @@ struct KdeBackward {
   void* dbandwidth;        // [batch, m], with one h per center; or null
 };
 
+// The ratios |codes[i] - codes[j]|^2 / |inputs[i] - inputs[j]|^2 of all pairs i < j, in one pass that makes nothing of
+// size b x b but what is asked for. Where the inputs' squared distance is 0 the ratio is 0 and has no gradient, unless
+// the codes hold NaN.
+struct OmegaAll {
+  DType dtype;
+  int64_t b, d, l;       // b >= 2; d, l >= 1
+  const void* inputs;    // [b, d]
+  const void* codes;     // [b, l]
+  const void* upstream;  // [b, b], gradient of a loss for `ratios`; or null: the loss is the sum over the pairs
+  double* sum;           // [1], over the pairs; or null
+  void* ratios;          // [b, b], symmetric, 0 on the diagonal; or null
+  int64_t* largest;      // [2], i < j of the largest ratio, the first NaN if there is one; or null
+  void* dinputs;         // [b, d], gradient of the loss; or null, as it must be beside ratios and largest
+  void* dcodes;          // [b, l], as dinputs
+};
+
+// The same ratio for the pairs (i, i + pairs): their sum and its gradients.
+struct OmegaHalves {
+  DType dtype;
+  int64_t pairs, d, l;  // all >= 1
+  const void* inputs;   // [2 pairs, d]
+  const void* codes;    // [2 pairs, l]
+  double* sum;          // [1]
+  void* dinputs;        // [2 pairs, d]; or null
+  void* dcodes;         // [2 pairs, l]; or null
+};
+
 // Every op of the CPU with its arguments: void name(const Args& args, int threads). Each is compiled once per
 // instruction set, and dispatch.cpp calls the copy that is in use.
-#define KDEJSD_CPU_OPS(op) op(kde_forward, KdeForward) op(kde_backward, KdeBackward)
+#define KDEJSD_CPU_OPS(op) \
+  op(kde_forward, KdeForward) op(kde_backward, KdeBackward) op(omega_all, OmegaAll) op(omega_halves, OmegaHalves)
 
 namespace cpu {
 
@@ -81,6 +109,10 @@ namespace cuda {
 int64_t kde_forward_workspace(const KdeForward& args, int device);
 void kde_forward(const KdeForward& args, void* workspace, int device, uintptr_t stream);
 void kde_backward(const KdeBackward& args, int device, uintptr_t stream);
+int64_t omega_all_workspace(const OmegaAll& args);
+void omega_all(const OmegaAll& args, void* workspace, int device, uintptr_t stream);
+int64_t omega_halves_workspace(const OmegaHalves& args);
+void omega_halves(const OmegaHalves& args, void* workspace, int device, uintptr_t stream);
 
 int device_count(std::string* error);  // 0 and the reason where there is none
 int runtime_version();                 // of the static CUDA runtime, as 1000 major + 10 minor

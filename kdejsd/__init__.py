@@ -12,6 +12,7 @@ from .divergence import jsd, jsd_loss
 from .entropy import kde_entropy
 from .lagged import LaggedKDE
 from .ops.kde import kde_log_prob
+from .ops.omega import omega
 from .targets import GaussianMixture, StandardNormal
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "jsd_loss",
     "kde_entropy",
     "kde_log_prob",
+    "omega",
     "optimal_bandwidth",
 ]

@@ -26,9 +26,15 @@ def bench_kde(monkeypatch):
     return importlib.import_module("bench_kde")
 
 
-def run(*arguments):
+@pytest.fixture
+def bench_omega(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module("bench_omega")
+
+
+def run(*arguments, script="bench_kde.py"):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, str(BENCH / "bench_kde.py"), *arguments]
+    command = [sys.executable, str(BENCH / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=50)
 
 
@@ -124,6 +130,51 @@ def test_limit_counts_the_work(bench_kde):
     assert gpu.limit_ms(n, m, dim, 4, gradient=True) == pytest.approx(2 * n * m * dim * 1e-6)
     slow = dataclasses.replace(cpu, bytes=1e3)
     assert slow.limit_ms(n, m, dim, 4, gradient=False) == pytest.approx(4 * (m * dim + n * dim + n))
+
+
+def test_csv_of_omega(tmp_path):
+    table = tmp_path / "omega.csv"
+    limits = [] if shutil.which("g++") else ["--fma-gflops", "100"]
+    done = run(
+        *("--sizes", "halves,8,16,4", "all,70,33,5", "--threads", "1", "--budget", "0.3", "--csv", str(table), *limits),
+        script="bench_omega.py",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "pairs = all, b = 70, d = 33, l = 5" in done.stdout
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    peers = {"differences", "cdist", "pdist", "cdist mm", "gemm", "gemm by hand"}
+    assert {row["provider"] for row in rows if row["pairs"] == "all"} == {"kdejsd", *peers}
+    assert {row["provider"] for row in rows if row["pairs"] == "halves"} == {"kdejsd", "composed"}
+    assert not any(row["note"] for row in rows)
+    found = {(r["pairs"], r["provider"], r["metric"], r["mode"]): float(r["value"]) for r in rows}
+    for pairs in ("halves", "all"):
+        for mode in ("value+gradient", "value"):
+            assert found[pairs, "kdejsd", "time", mode] > 0
+            assert found[pairs, "kdejsd", "share of limit", mode] > 0
+        for metric in ("error", "error, offset"):
+            assert found[pairs, "kdejsd", metric, "value+gradient"] < 1e-5
+    # Expanded squares lose what differences keep.
+    assert found["all", "gemm", "error, offset", "value+gradient"] > 1e-4
+
+
+@pytest.mark.parametrize("pairs", ["halves", "all"])
+def test_truth_of_omega_is_the_reference(bench_omega, pairs):
+    problem = bench_omega.Problem.make((pairs, 20, 7, 3), torch.float64, "cpu")
+    value = reference.omega(problem.inputs, problem.codes, pairs=pairs)
+    expected = (value.detach(), *torch.autograd.grad(value, (problem.inputs, problem.codes)))
+    for got, wanted in zip(bench_omega.truth(problem.inputs, problem.codes, pairs), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_wrong_omega_is_not_timed(bench_omega):
+    problem = bench_omega.Problem.make(("all", 20, 7, 3), torch.float32, "cpu")
+    ours = bench_omega.PROVIDERS["all"]["kdejsd"]
+    off = dataclasses.replace(ours, ratio_sum=lambda x, z, pairs: kdejsd.omega(x, z, pairs=pairs) * 1.1)
+    right, wrong = bench_omega.run_size(problem, {"kdejsd": ours, "off": off}, "cpu", 0.01, {})
+    assert not right.note and right.times.keys() == {"value", "value+gradient"}
+    assert wrong.note == "wrong: not timed" and not wrong.times
+    assert wrong.errors["error"] == pytest.approx(0.1, rel=1e-3)
 
 
 def test_gpu_suite_is_a_script():

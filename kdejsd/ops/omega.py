@@ -1,0 +1,372 @@
+"""The omega op: how much farther apart an encoder puts two samples than they were, over pairs of a batch."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from .._native import native
+from ..reference.omega import OmegaMax, pair_ratios
+from ..reference.omega import omega as reference
+from . import _common
+
+_PAIRS = ("halves", "all")
+_REDUCTIONS = ("sum", "mean", "max", "none")
+
+
+@overload
+def omega(
+    inputs: Tensor,
+    codes: Tensor,
+    *,
+    pairs: Literal["halves", "all"] = ...,
+    reduction: Literal["sum", "mean", "none"] = ...,
+) -> Tensor: ...
+@overload
+def omega(
+    inputs: Tensor, codes: Tensor, *, pairs: Literal["halves", "all"] = ..., reduction: Literal["max"]
+) -> OmegaMax: ...
+def omega(
+    inputs: Tensor,
+    codes: Tensor,
+    *,
+    pairs: Literal["halves", "all"] = "halves",
+    reduction: Literal["sum", "mean", "max", "none"] = "sum",
+) -> Tensor | OmegaMax:
+    """Pairwise Lipschitz ratio of an encoder f, the regulariser of LC-VAE (Manoj).
+
+    omega(I1, I2) = |f(I1) - f(I2)|^2 / |I1 - I2|^2
+
+    Every ratio is a lower bound of the squared Lipschitz constant of f, the largest one (reduction "max") the best of
+    them. A pair of equal inputs, whose squared distance is 0 in the dtype of the computation, counts as 0 and has no
+    gradient, whatever its codes.
+
+    Distances and gradients come from differences, not from |a|^2 + |b|^2 - 2 a.b, so that samples far from the origin
+    and close to each other keep their digits. Sums come with the gradients in one pass over the pairs, which takes
+    each distance once, in memory of the size of the arguments; second derivatives, function transforms and
+    forward-mode AD run the plain reference, with all pairs' differences in memory.
+
+    Args:
+        inputs: [b, ...], the samples I; all dimensions but the first are one vector, of at least one number.
+        codes: [b, l], f(I), l at least 1.
+        pairs: "halves" takes the b/2 pairs (i, i + b/2), "all" the b (b - 1)/2 pairs i < j.
+        reduction: "sum"; "mean" over the pairs; "max", whose gradient flows through one pair, the first of equal ones;
+            "none".
+
+    Both tensors share a device and a dtype: float32 and float64 are computed as such, float16 and bfloat16 in float32.
+
+    Returns:
+        [] for "sum" and "mean"; sums are taken in float64. No pairs at all sum to 0, and their mean is NaN.
+        For "max" a named tuple (value [], indices [2] in int64, the pair).
+        For "none" [b/2] with "halves"; with "all" a symmetric [b, b] with a diagonal of 0.
+        float64 for float64 arguments and float32 otherwise. NaN in an argument gives NaN, and for "max" a pair that has
+        it. With the environment variable KDEJSD_CHECK=1 values that are not finite are errors instead (this waits for
+        the device).
+
+    Raises:
+        ValueError: shapes that do not match, an odd b with "halves", "max" without a pair, unknown pairs or reduction.
+        TypeError: an argument of another type, mixed or unsupported dtypes.
+        RuntimeError: mixed devices; a CUDA tensor where CUDA cannot be used; no compiled module.
+    """
+    inputs, codes = _checked(inputs, codes, pairs, reduction)
+    b = inputs.shape[0]
+    if _common.needs_reference(inputs) or b < 2:  # with no pair there is nothing to compute
+        return reference(inputs, codes, pairs=pairs, reduction=reduction)
+    if reduction == "max":
+        return _max(inputs, codes, pairs)
+    if reduction == "none":
+        return _all_ratios(inputs, codes) if pairs == "all" else _half_ratios(inputs, codes)
+    total = _sum(inputs, codes, pairs == "all")
+    if reduction == "mean":
+        total = total / (b // 2 if pairs == "halves" else b * (b - 1) // 2)
+    return total.to(inputs.dtype)
+
+
+def _checked(inputs: Tensor, codes: Tensor, pairs: str, reduction: str) -> tuple[Tensor, Tensor]:
+    """[b, d] and [b, l] in the dtype of the computation."""
+    if _common.check_tensor("inputs", inputs).ndim < 2:
+        raise ValueError(f"inputs must have shape [b, ...] with at least 2 dimensions, got {list(inputs.shape)}")
+    if _common.check_tensor("codes", codes).ndim != 2:
+        raise ValueError(f"codes must have shape [b, l], one vector per sample; got {list(codes.shape)}")
+    if pairs not in _PAIRS:
+        raise ValueError(f"pairs must be one of {', '.join(_PAIRS)}; got {pairs!r}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
+    dtype = _common.compute_dtype("inputs", inputs)
+    _common.check_companion("codes", codes, "inputs", inputs, (inputs.dtype,))
+    b = inputs.shape[0]
+    if codes.shape[0] != b:
+        raise ValueError(f"inputs and codes must hold as many samples, got {b} and {codes.shape[0]}")
+    inputs = inputs.flatten(1)
+    if inputs.shape[1] == 0 or codes.shape[1] == 0:
+        raise ValueError(
+            f"inputs and codes must have at least one number per sample, got {inputs.shape[1]} and {codes.shape[1]}"
+        )
+    if pairs == "halves" and b % 2:
+        raise ValueError(f'pairs="halves" needs an even number of samples, got {b}')
+    if reduction == "max" and b < 2:
+        raise ValueError(f'reduction="max" needs at least one pair, got {b} samples')
+    inputs, codes = inputs.to(dtype), codes.to(dtype)
+    if os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling():
+        for name, value in (("inputs", inputs), ("codes", codes)):
+            if bad := int((~value.isfinite()).sum()):
+                raise ValueError(f"{name} must be finite, got {bad} values that are NaN or infinite")
+    return inputs, codes
+
+
+def _sum(inputs: Tensor, codes: Tensor, all_pairs: bool) -> Tensor:
+    """[], in float64 from the kernels."""
+    if _common.is_traced((inputs, codes)):
+        return _operator(inputs, codes, all_pairs)[0]  # type: ignore[no-any-return]
+    if _common.needs_grad((inputs, codes)):
+        return _EagerSum.apply(inputs, codes, all_pairs)  # type: ignore[no-untyped-call, no-any-return]
+    return _launch_sum(inputs, codes, all_pairs)[0]
+
+
+def _all_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
+    if _common.is_traced((inputs, codes)):
+        return _ratios_operator(inputs, codes)  # type: ignore[no-any-return]
+    if _common.needs_grad((inputs, codes)):
+        return _EagerRatios.apply(inputs, codes)  # type: ignore[no-untyped-call, no-any-return]
+    return _launch_ratios(inputs, codes)
+
+
+def _half_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
+    """[b/2], from torch's own operators: there is no more memory to save than that of the arguments."""
+    (x, other_x), (z, other_z) = inputs.chunk(2), codes.chunk(2)
+    return pair_ratios(x - other_x, z - other_z)
+
+
+def _max(inputs: Tensor, codes: Tensor, pairs: str) -> OmegaMax:
+    """The search leaves no graph: the value is computed again from the pair that was found, and so has gradients."""
+    x, z = inputs.detach(), codes.detach()
+    if pairs == "halves":
+        largest = _half_ratios(x, z).argmax()
+        indices = torch.stack([largest, largest + inputs.shape[0] // 2])
+    else:
+        indices = (_largest_operator if _common.is_traced((inputs, codes)) else _launch_largest)(x, z)
+    x, z = inputs.index_select(0, indices), codes.index_select(0, indices)
+    return OmegaMax(pair_ratios(x[0] - x[1], z[0] - z[1]), indices)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The raw calls
+
+
+def _launch(all_pairs: bool, inputs: Tensor, codes: Tensor, *outputs: Tensor | None) -> None:
+    """Calls the kernel of all pairs with (upstream, sum, ratios, largest, dinputs, dcodes), or that of the halves with
+    (sum, dinputs, dcodes)."""
+    _common.check_cuda("inputs", inputs)
+    inputs, codes = inputs.contiguous(), codes.contiguous()
+    name, make = ("omega_all", native().OmegaAll) if all_pairs else ("omega_halves", native().OmegaHalves)
+    args = make(
+        inputs.dtype == torch.float64,
+        inputs.shape[0] if all_pairs else inputs.shape[0] // 2,
+        inputs.shape[1],
+        codes.shape[1],
+        *(0 if t is None else t.data_ptr() for t in (inputs, codes, *outputs)),
+    )
+    if inputs.is_cuda:
+        size = getattr(native(), f"{name}_workspace_cuda")(args)
+        workspace = torch.empty(size, dtype=torch.uint8, device=inputs.device)
+        device = inputs.device.index
+        getattr(native(), f"{name}_cuda")(args, workspace.data_ptr(), device, _torch.cuda_stream(device))
+    else:
+        getattr(native(), f"{name}_cpu")(args, torch.get_num_threads())
+
+
+def _gradients_like(inputs: Tensor, codes: Tensor, want_dinputs: bool, want_dcodes: bool) -> tuple[Tensor, Tensor]:
+    """Where the gradients go; empty if not wanted, which is a null pointer."""
+    return inputs.new_empty(inputs.shape if want_dinputs else 0), codes.new_empty(codes.shape if want_dcodes else 0)
+
+
+def _launch_sum(
+    inputs: Tensor, codes: Tensor, all_pairs: bool, want_dinputs: bool = False, want_dcodes: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum [] in float64, and its gradients [b, d] and [b, l], which are empty if not wanted."""
+    total = inputs.new_empty((), dtype=torch.float64)
+    dinputs, dcodes = _gradients_like(inputs, codes, want_dinputs, want_dcodes)
+    if all_pairs:
+        _launch(True, inputs, codes, None, total, None, None, dinputs, dcodes)
+    else:
+        _launch(False, inputs, codes, total, dinputs, dcodes)
+    return total, dinputs, dcodes
+
+
+def _launch_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
+    """[b, b]"""
+    ratios = inputs.new_empty(inputs.shape[0], inputs.shape[0])
+    _launch(True, inputs, codes, None, None, ratios, None, None, None)
+    return ratios
+
+
+def _launch_ratios_backward(
+    grad: Tensor, inputs: Tensor, codes: Tensor, want_dinputs: bool, want_dcodes: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients [b, d] and [b, l] of sum(grad * ratios), empty if not wanted."""
+    dinputs, dcodes = _gradients_like(inputs, codes, want_dinputs, want_dcodes)
+    _launch(True, inputs, codes, grad.to(inputs.dtype).contiguous(), None, None, None, dinputs, dcodes)
+    return dinputs, dcodes
+
+
+def _launch_largest(inputs: Tensor, codes: Tensor) -> Tensor:
+    """[2], int64: the pair of the largest ratio"""
+    indices = inputs.new_empty(2, dtype=torch.int64)
+    _launch(True, inputs, codes, None, None, None, indices, None, None)
+    return indices
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autograd, once for the raw calls and once for the operators
+
+
+def _plain_gradients(ctx: Any, grad: Tensor, inputs: Tensor, codes: Tensor, pairs: str, reduction: str) -> Any:
+    """Gradients by the reference, with a graph of their own: derivatives that can be differentiated again."""
+    needed = ctx.needs_input_grad[:2]
+    with torch.enable_grad():
+        result = reference(inputs, codes, pairs=pairs, reduction=reduction)
+        wanted = [t for t, need in zip((inputs, codes), needed, strict=True) if need]
+        found = iter(torch.autograd.grad(result, wanted, grad.to(inputs.dtype), create_graph=True))
+    return tuple(next(found) if need else None for need in needed)
+
+
+def _scaled(ctx: Any, grad: Tensor, dinputs: Tensor, dcodes: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    need_inputs, need_codes = ctx.needs_input_grad[:2]
+    grad = grad.to(dinputs.dtype)
+    return grad * dinputs if need_inputs else None, grad * dcodes if need_codes else None
+
+
+class _EagerSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, codes: Tensor, all_pairs: bool) -> Tensor:
+        total, dinputs, dcodes = _launch_sum(inputs, codes, all_pairs, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(inputs, codes, dinputs, dcodes)
+        ctx.pairs = "all" if all_pairs else "halves"
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, codes, dinputs, dcodes = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_plain_gradients(ctx, grad, inputs, codes, ctx.pairs, "sum"), None)
+        return (*_scaled(ctx, grad, dinputs, dcodes), None)
+
+
+class _EagerRatios(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, codes)
+        return _launch_ratios(inputs, codes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, codes = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _plain_gradients(ctx, grad, inputs, codes, "all", "none")  # type: ignore[no-any-return]
+        return _needed(ctx, _launch_ratios_backward(grad, inputs, codes, *ctx.needs_input_grad[:2]))
+
+
+def _needed(ctx: Any, gradients: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    return tuple(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:2], strict=True))
+
+
+_common.library.define(
+    "omega(Tensor inputs, Tensor codes, bool all_pairs, bool want_dinputs=False, bool want_dcodes=False) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=_common.TAGS,
+)
+_common.library.define("omega_ratios(Tensor inputs, Tensor codes) -> Tensor", tags=_common.TAGS)
+_common.library.define(
+    "omega_ratios_backward(Tensor grad, Tensor inputs, Tensor codes, bool want_dinputs, bool want_dcodes) "
+    "-> (Tensor, Tensor)",
+    tags=_common.TAGS,
+)
+_common.library.define("omega_largest(Tensor inputs, Tensor codes) -> Tensor", tags=_common.TAGS)
+for _key in ("CPU", "CUDA"):
+    _common.library.impl("omega", _launch_sum, _key)
+    _common.library.impl("omega_ratios", _launch_ratios, _key)
+    _common.library.impl("omega_ratios_backward", _launch_ratios_backward, _key)
+    _common.library.impl("omega_largest", _launch_largest, _key)
+_operator = torch.ops.kdejsd.omega.default
+_ratios_operator = torch.ops.kdejsd.omega_ratios.default
+_ratios_backward_operator = torch.ops.kdejsd.omega_ratios_backward.default
+_largest_operator = torch.ops.kdejsd.omega_largest.default
+
+
+@torch.library.register_fake("kdejsd::omega", lib=_common.library)
+def _fake_sum(
+    inputs: Tensor, codes: Tensor, all_pairs: bool, want_dinputs: bool = False, want_dcodes: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        inputs.new_empty((), dtype=torch.float64),
+        *_gradients_like(inputs, codes, want_dinputs, want_dcodes),
+    )
+
+
+@torch.library.register_fake("kdejsd::omega_ratios", lib=_common.library)
+def _fake_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
+    return inputs.new_empty(inputs.shape[0], inputs.shape[0])
+
+
+@torch.library.register_fake("kdejsd::omega_ratios_backward", lib=_common.library)
+def _fake_ratios_backward(
+    grad: Tensor, inputs: Tensor, codes: Tensor, want_dinputs: bool, want_dcodes: bool
+) -> tuple[Tensor, Tensor]:
+    return _gradients_like(inputs, codes, want_dinputs, want_dcodes)
+
+
+@torch.library.register_fake("kdejsd::omega_largest", lib=_common.library)
+def _fake_largest(inputs: Tensor, codes: Tensor) -> Tensor:
+    return inputs.new_empty(2, dtype=torch.int64)
+
+
+class _TracedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, codes: Tensor, all_pairs: bool, *_: bool) -> tuple[Tensor, Tensor, Tensor]:
+        with _torch.below_autograd():
+            total, dinputs, dcodes = _operator(inputs, codes, all_pairs, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(dinputs, dcodes)
+        ctx.mark_non_differentiable(dinputs, dcodes)
+        return total, dinputs, dcodes
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (*_scaled(ctx, grad, *ctx.saved_tensors), None, None, None)
+
+
+class _TracedRatios(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(inputs, codes)
+        with _torch.below_autograd():
+            return _ratios_operator(inputs, codes)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _needed(ctx, _ratios_backward_operator(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2]))
+
+
+def _autograd(name: str, operator: Any, function: Any) -> Any:
+    """The operator's kernel above autograd: the Function where a gradient is wanted, the operator itself otherwise."""
+
+    def call(*arguments: Any) -> Any:
+        _common.refuse_forward_mode(name, "omega")
+        if function is not None and _common.needs_grad(t for t in arguments if isinstance(t, Tensor)):
+            return function.apply(*arguments)
+        with _torch.below_autograd():
+            return operator(*arguments)
+
+    return call
+
+
+for _name, _overload, _function in (
+    ("omega", _operator, _TracedSum),
+    ("omega_ratios", _ratios_operator, _TracedRatios),
+    ("omega_ratios_backward", _ratios_backward_operator, None),
+    ("omega_largest", _largest_operator, None),
+):
+    _common.library.impl(_name, _autograd(_name, _overload, _function), "Autograd")

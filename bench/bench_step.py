@@ -1,0 +1,167 @@
+"""Times a training step of a GEN against the same autoencoder's step without the latent term.
+
+    python bench/bench_step.py                      # about 4 minutes
+    python bench/bench_step.py --quick              # small sizes, under 30 seconds
+    python bench/bench_step.py --device cuda --csv step.csv
+
+Real steps by Lightning's trainer, on random 28 x 28 images, with the FC networks: forward, backward, Adam, refresh.
+Every way to refresh has its turn in each round, so that a slow minute of the machine hits all alike; within a turn a
+step's time is the mean over whole periods of the refresh. `ratio` is a GEN's step over the plain one, the median of the
+rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import machine
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kdejsd.models import ImageGEN
+from kdejsd.models.gen import reconstruction_error
+
+SHAPE = (1, 28, 28)
+PERIOD = 10  # k_b
+SIZES = [(300, 10_000, 8), (512, 100_000, 40)]  # batch, m, l
+QUICK = [(100, 2_000, 8)]
+PLAIN = "autoencoder"
+POLICIES = ("full", "rolling", "queue")
+FIELDS = ("step", "batch", "m", "l", "ms", "p20", "p80", "ratio", "device", "threads", "machine", "versions", "commit")
+
+
+class Plain(ImageGEN):
+    """The same networks, normalisation and optimiser, and no latent term."""
+
+    def on_train_start(self) -> None:
+        pass
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        error = reconstruction_error(self.reconstruct(batch[0]), batch[0])
+        self.log_dict({"rec": error}, prog_bar=True)
+        return error
+
+    def on_after_backward(self) -> None:
+        pass
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_train_epoch_end(self) -> None:
+        pass
+
+
+class Images(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Random images."""
+
+    def __init__(self, count: int) -> None:
+        self.images = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.images[index], torch.tensor(0), torch.tensor(index)
+
+
+class Clock(pl.Callback):
+    """Time from the first step after a warm-up to the last."""
+
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.warm_up:
+            self.started = self._now(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.step_ms = (self._now(trainer) - self.started) * 1e3 / (trainer.global_step - self.warm_up)
+
+    def _now(self, trainer: pl.Trainer) -> float:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def turn(step: str, size: tuple[int, int, int], images: Images, device: str, periods: int) -> float:
+    """Milliseconds of a step."""
+    batch, m, dim = size
+    pl.seed_everything(0, verbose=False)
+    make: type[ImageGEN] = Plain if step == PLAIN else ImageGEN
+    options = {} if step == PLAIN else {"refresh": step}
+    model = make(SHAPE, latent_dim=dim, num_lagged=m, bandwidth=0.5, refresh_every=PERIOD, **options)
+    loader = DataLoader(images, batch_size=batch, shuffle=True, drop_last=True)
+    clock = Clock(PERIOD)
+    trainer = pl.Trainer(
+        max_steps=PERIOD * (1 + periods),
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+    )
+    trainer.fit(model, loader)
+    return clock.step_ms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a small size")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="of torch; default: as it is")
+    parser.add_argument("--rounds", type=int, help="default: 5, with --quick 2")
+    parser.add_argument("--csv", type=Path, help="write the numbers here too")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel("WARNING")
+
+    facts = machine.facts(arguments.device)
+    for key, value in facts.items():
+        print(f"{key:16}{value}")
+    rows = []
+    for size in QUICK if arguments.quick else SIZES:
+        batch, m, dim = size
+        images = Images(m)
+        others = machine.OthersLoad()
+        times: dict[str, list[float]] = {step: [] for step in (PLAIN, *POLICIES)}
+        for _ in range(arguments.rounds or (2 if arguments.quick else 5)):
+            for step, measured in times.items():
+                measured.append(turn(step, size, images, arguments.device, 1 if m > 50_000 else 3))
+        print(f"\nbatch = {batch}, m = {m}, l = {dim}; other processes kept {others.cores():.2f} cores busy")
+        print(f"  {'step':12}{'ms':>10}{'(p20-p80)':>20}{'ratio':>8}")
+        for step, measured in times.items():
+            ratio = statistics.median(ours / plain for ours, plain in zip(measured, times[PLAIN], strict=True))
+            low, _, _, high = statistics.quantiles(measured, n=5)
+            middle = statistics.median(measured)
+            print(f"  {step:12}{middle:10.2f}{f'({low:.2f}-{high:.2f})':>20}{ratio:8.2f}")
+            rows.append(
+                {"step": step, "batch": batch, "m": m, "l": dim, "ms": middle, "p20": low, "p80": high, "ratio": ratio}
+                | {"device": arguments.device}
+                | {key: facts[key] for key in ("threads", "machine", "versions", "commit")}
+            )
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from .divergence import jsd, jsd_loss
 from .entropy import kde_entropy
 from .lagged import LaggedKDE
 from .ops.kde import kde_log_prob
+from .ops.radius import class_radius_bound
 from .targets import GaussianMixture, StandardNormal
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "StandardNormal",
     "__version__",
     "build_info",
+    "class_radius_bound",
     "entropy_bandwidth",
     "jsd",
     "jsd_loss",

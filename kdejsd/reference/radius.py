@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _NEWTON_STEPS = 8
-_FRACTION_FROM = 2.0  # where the continued fraction takes over from the scaled complementary error function
+_FRACTION_FROM = 2.5  # where the continued fraction takes over from the scaled complementary error function
 _FRACTION_TERMS = 60
 
 

@@ -62,14 +62,16 @@ RadiusTerm<Vec<T>> radius_term(Vec<T> mass) {
   // Beyond kMost p is 0, and so are value and derivative whatever the ratios are.
   Vec<T> surprise = kIsLog ? -mass : -log<T>(p);
   surprise = surprise < NormalTail<T>::kMost ? surprise : broadcast(NormalTail<T>::kMost);
-  RadiusTerm<Vec<T>> term = lower_radius(p, tail_ratios<T>(sqrt<T>(surprise)));
+  const Vec<T> t = sqrt<T>(surprise);
+  RadiusTerm<Vec<T>> term = kdejsd::lower_radius(p, t, tail_ratios<T>(t));
 
   const Mask<T> upper = p > T(0.5);
   if (any<T>(upper)) {
     const Vec<T> half = expm1_small<T>(T(0.5) * (upper ? mass : Vec<T>{}));
-    const Vec<T> q = kIsLog ? -half * (half + T(2)) : T(1) - p;
-    const Vec<T> t = sqrt<T>(-log<T>(upper ? q : broadcast(T(0.5))));
-    RadiusTerm<Vec<T>> above = kdejsd::upper_radius<T>(kIsLog ? T(1) - q : p, q, t, tail_ratios<T>(t));
+    const Vec<T> q = kIsLog ? -(T(2) * half + half * half) : T(1) - p;
+    const Vec<T> log_2q = log<T>(upper ? T(2) * q : broadcast(T(1)));
+    const Vec<T> tq = sqrt<T>(NormalTail<T>::kLn2 - log_2q);
+    RadiusTerm<Vec<T>> above = kdejsd::upper_radius<T>(kIsLog ? T(1) - q : p, q, log_2q, tq, tail_ratios<T>(tq));
     above.value = q == T(0) ? broadcast(kInfinity<T>) : above.value;
     term.value = upper ? above.value : term.value;
     term.slope = upper ? above.slope : term.slope;

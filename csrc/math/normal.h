@@ -5,9 +5,10 @@
 //   mills(s)  = Q/phi          F(p) = quantile(-log q) + q excess(-log q) dF/dp = p mills(-log q) / q    for q = 1 - p
 //   quantile(s) = x
 //
-// None of the sums cancels. All three are minimax rational functions of t = sqrt(s), which stays small (27.3 where Q is
-// the smallest double) and in which they are smooth: relative errors below 5e-17 in double and 3e-8 in float. V is T or
-// a vector of T.
+// None of the sums cancels. They are minimax rational functions of t = sqrt(s), which stays small (27.3 where Q is the
+// smallest double) and in which they are smooth; the last is one of u = t - sqrt(log 2). Relative errors are below
+// 3e-17 in double and 1e-8 in float. t excess, t mills and x/u lie within a third of a constant, to which the quotient
+// is added: its roundings hardly show in the sum. V is T or a vector of T.
 #pragma once
 
 #include "math/host_device.h"
@@ -28,7 +29,7 @@ KDEJSD_HD inline V polynomial(V x, T first, More... more) {
 
 template <class V>
 struct TailRatios {
-  V excess, mills;
+  V excess, mills;  // both times t
 };
 
 template <class T>
@@ -38,48 +39,51 @@ template <>
 struct NormalTail<double> {
   static constexpr double kNear = 3.8813653655321277;  // t up to which `near` holds, and from which `far` does: x = 5
   static constexpr double kHalf = 0.8325546111576978;  // t at Q = 1/2
-  static constexpr double kMost = 746.0;               // s beyond which Q is 0 in this type; `far` holds there
+  static constexpr double kLn2 = 0.69314718055994531;
+  static constexpr double kMost = 746.0;  // s beyond which Q is 0 in this type; `far` holds there
 
   template <class V>
   KDEJSD_HD static inline TailRatios<V> near(V t) {
-    const V excess = polynomial(t, 3.8673326166106001, 81.391281662958349, 297.92097088780287, 288.75507324818767,
-                                167.23482103393687, 54.75346698389054, 10.500395230300789, 0.51960025656913023) /
-                     polynomial(t, 1.0, 31.598312202890114, 190.48479168005323, 389.63556027738542, 387.17705372109504,
-                                225.65530300124215, 76.235292239833001, 14.842102885553949, 0.73488055123674245);
-    const V mills = polynomial(t, 1781.5910777842664, 17272.841395416111, 49743.550526554733, 63533.733624790322,
-                               43300.750192845459, 16494.313783372523, 3303.4683603733552, 198.17226099636611,
-                               0.00048673297964085951) /
-                    polynomial(t, -1.0, 47.206450067034147, 5879.870233703642, 38822.773592307829, 72222.105480698709,
-                               55715.167495148176, 22769.791261600341, 4667.4663744285326, 280.32139712141958);
-    return {excess, mills};
+    return {
+        0.6875 + polynomial(t, -0.6881003172958674, -18.349491390748963, -51.367215105689965, 31.04205596059186,
+                            23.331668238424722, 12.516475554512226, 2.4239770640459675, 0.30694727186647164,
+                            0.014888721489838226) /
+                     polynomial(t, 1.0, 32.352034259241286, 196.30792862042875, 402.39785674920762, 400.20612173473143,
+                                233.39668885246519, 78.882101222913704, 15.367237900744698, 0.76141867181811318),
+        0.8125 + polynomial(t, 126.18349145797272, 2384.1059603146105, 9473.0875818856257, 9977.570178183385,
+                            2099.4193061042729, -1326.973401088213, -1077.1632882495458, -250.38396356375952,
+                            -15.257908323332776) /
+                     polynomial(t, 1.0, 478.35161765605375, 7634.8672276207508, 30830.928765081433, 45386.920405762212,
+                                31689.570955399678, 12134.570734407711, 2391.2967754085557, 144.53240941489688,
+                                0.0027574191624468534)};
   }
 
   template <class V>
   KDEJSD_HD static inline TailRatios<V> far(V t) {
-    const V excess = polynomial(t, 2.854479419318531, 3.6194888803926792, 3.1708595464496367, 1.4665515912621629,
-                                0.51843592051809306, 0.095965573784097799, 0.0068742591271453617,
-                                0.00016809567516981786, 1.05385436574499e-06) /
-                     polynomial(t, 1.0, 4.0851453291727822, 4.872684912099996, 4.2775196071296229, 1.9784117562138979,
-                                0.72143515498819577, 0.13529058612905698, 0.0097177497506651823, 0.00023772093507432097,
-                                1.4903776893520828e-06);
-    const V mills = polynomial(t, 168.38379261560465, 442.59008458928912, 432.06984795584771, 227.61644786373412,
-                               60.108841019710802, 6.3413306065874053, 0.23551944030878683, 0.0023568031707286979,
-                               3.3773540015650966e-11) /
-                    polynomial(t, -1.0, 17.731549119520807, 427.06683775776901, 524.21537978917183, 308.37505520438253,
-                               84.317258889084201, 8.95840389369687, 0.333065887555137, 0.0033330465353528281);
-    return {excess, mills};
+    return {0.6875 + polynomial(t, -0.61284232384354309, 0.16426387869239986, 0.23765445569058871, 0.15541667166695797,
+                                0.041675490960959981, 0.0064553926467775854, 0.00057059478357456711,
+                                2.0181020781559916e-05, 1.9543750968722965e-07) /
+                         polynomial(t, 1.0, 3.2186401795403707, 3.8964325781007951, 2.6923914016504757,
+                                    1.0909031656537616, 0.2705192569523166, 0.028240463015240792, 0.0010283644709085243,
+                                    9.970195357631435e-06, -4.5568545722633466e-12),
+            0.8125 + polynomial(t, 8.679321393528685, -16.528148019827459, -13.292335542160615, -2.7619526024981931,
+                                2.5433245920539584, 1.2798606226751916, 0.18422708074885388, 0.0097797549037851924,
+                                0.00018445310999769214, 9.3048782512901277e-07) /
+                         polynomial(t, 1.0, 21.626376602834366, -30.748510870536585, -57.647611022858541,
+                                    -40.548906361785988, -13.299441037802545, -1.7762692750008335,
+                                    -0.092984352874793591, -0.0017502164839256372, -8.8286536324122579e-06)};
   }
 
   template <class V>
-  KDEJSD_HD static inline V quantile(V t) {
-    const V u = t - kHalf;
-    return polynomial(u, 9.1374687725158221e-17, 2.0869049285023045, 8.5208725401003598, 14.39548621012411,
-                      13.23378354756364, 7.3433939394478269, 2.5702594368114942, 0.56870640075188028,
-                      0.076617579114477696, 0.0058493351231401185, 0.00022759875736133676, 3.8165811668119494e-06,
-                      1.9323402119058755e-08) /
-           polynomial(u, 1.0, 4.3150124383096697, 7.7111019585574052, 7.4844917122314758, 4.3646493110738644,
-                      1.5965652684301452, 0.36753829945829131, 0.051219112296801053, 0.0040117688454257517,
-                      0.00015874985100873751, 2.6873732762735166e-06, 1.3663688213202726e-08);
+  KDEJSD_HD static inline V quantile(V u) {
+    return 1.375 * u + polynomial(u, 3.7091053083941565e-18, 0.71190492850230158, 2.6543001987643167,
+                                  4.0234664752512925, 3.2611841873538325, 1.5710801658500901, 0.46978113244115438,
+                                  0.086707867771801408, 0.0095283885084053582, 0.00059316851385723273,
+                                  1.967655042362854e-05, 3.137657244030785e-07, 1.8052948596810162e-09) /
+                           polynomial(u, 1.0, 4.4085217801815313, 8.0988192297072032, 8.1441441945080637,
+                                      4.9667194355071294, 1.9212705586702603, 0.47493258106047304, 0.072861253839129794,
+                                      0.0065185813039535835, 0.00030876928380070323, 6.6229171240636041e-06,
+                                      4.6029079994664752e-08, 1.482475348476819e-14);
   }
 };
 
@@ -87,15 +91,16 @@ template <>
 struct NormalTail<float> {
   static constexpr float kNear = 1e30f;  // `near` holds everywhere
   static constexpr float kHalf = 0.83255464f;
+  static constexpr float kLn2 = 0.693147181f;
   static constexpr float kMost = 104.0f;
 
   template <class V>
   KDEJSD_HD static inline TailRatios<V> near(V t) {
-    const V excess = polynomial(t, -2.52520823f, 20.1716614f, 13.4370594f, 7.34691811f, 0.356078535f) /
-                     polynomial(t, -1.0f, 5.04945183f, 23.4955616f, 18.0228996f, 10.3917665f, 0.503462791f);
-    const V mills = polynomial(t, 400.521942f, 1241.6947f, 1204.34521f, 556.69635f, 53.6606216f) /
-                    polynomial(t, -1.0f, 27.9392223f, 1089.23059f, 1563.24451f, 785.986938f, 75.9008026f);
-    return {excess, mills};
+    return {0.6875f + polynomial(t, -0.637009025f, 0.456055284f, 0.130815014f, 0.0414341018f, 0.00381921162f,
+                                 0.000372473005f) /
+                          polynomial(t, 1.0f, 2.98486114f, 2.48123813f, 1.32397306f, 0.178052366f, 0.0192028601f),
+            0.8125f + polynomial(t, 19.8065681f, 23.7328281f, -3.85521603f, -5.16980982f, -0.48579976f) /
+                          polynomial(t, 1.0f, 58.3026581f, 94.454422f, 49.5455856f, 4.6048317f)};
   }
 
   template <class V>
@@ -104,10 +109,10 @@ struct NormalTail<float> {
   }
 
   template <class V>
-  KDEJSD_HD static inline V quantile(V t) {
-    const V u = t - kHalf;
-    return polynomial(u, 5.42389067e-08f, 2.086905f, 3.80843759f, 2.19043803f, 0.462906331f, 0.0283062458f) /
-           polynomial(u, 1.0f, 2.05691266f, 1.33886218f, 0.310978144f, 0.0200121272f);
+  KDEJSD_HD static inline V quantile(V u) {
+    return 1.375f * u +
+           polynomial(u, 2.45059906e-09f, 0.711904585f, 0.965735555f, 0.336140752f, 0.0332052559f, 0.000735869631f) /
+               polynomial(u, 1.0f, 2.03661489f, 1.30631161f, 0.297003984f, 0.0186554193f);
   }
 };
 
@@ -117,16 +122,17 @@ struct RadiusTerm {
   V value, slope;
 };
 
-// p <= 1/2, with the ratios at -log p.
+// p <= 1/2, with t at p.
 template <class V>
-KDEJSD_HD inline RadiusTerm<V> lower_radius(V p, TailRatios<V> tail) {
-  return {p * tail.excess, tail.mills};
+KDEJSD_HD inline RadiusTerm<V> lower_radius(V p, V t, TailRatios<V> tail) {
+  return {p * (tail.excess / t), tail.mills / t};
 }
 
-// p > 1/2, q = 1 - p, with t, the square root of -log q, and the ratios there.
+// p > 1/2, q = 1 - p, with log(2q), t at q. Near q = 1/2 the former has digits that t has not.
 template <class T, class V>
-KDEJSD_HD inline RadiusTerm<V> upper_radius(V p, V q, V t, TailRatios<V> tail) {
-  return {NormalTail<T>::quantile(t) + q * tail.excess, p * tail.mills / q};
+KDEJSD_HD inline RadiusTerm<V> upper_radius(V p, V q, V log_2q, V t, TailRatios<V> tail) {
+  const V u = -log_2q / (t + NormalTail<T>::kHalf);
+  return {NormalTail<T>::quantile(u) + q * (tail.excess / t), p * (tail.mills / (t * q))};
 }
 
 }  // namespace

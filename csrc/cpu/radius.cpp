@@ -67,8 +67,7 @@ RadiusTerm<Vec<T>> radius_term(Vec<T> mass) {
 
   const Mask<T> upper = p > T(0.5);
   if (any<T>(upper)) {
-    const Vec<T> half = expm1_small<T>(T(0.5) * (upper ? mass : Vec<T>{}));
-    const Vec<T> q = kIsLog ? -(T(2) * half + half * half) : T(1) - p;
+    const Vec<T> q = kIsLog ? -expm1_small<T>(upper ? mass : Vec<T>{}) : T(1) - p;
     const Vec<T> log_2q = log<T>(upper ? T(2) * q : broadcast(T(1)));
     const Vec<T> tq = sqrt<T>(NormalTail<T>::kLn2 - log_2q);
     RadiusTerm<Vec<T>> above = kdejsd::upper_radius<T>(kIsLog ? T(1) - q : p, q, log_2q, tq, tail_ratios<T>(tq));

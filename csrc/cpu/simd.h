@@ -158,13 +158,14 @@ struct Elementary<float> {
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the first times an exponent is exact
   static constexpr float kSmallest = 1.17549435e-38f, kScale = 16777216.0f;   // the smallest normal number; 2^24
   static constexpr int kScaleBits = 24;
-  // (expm1(r) - r) / r^2 for |r| <= log(2)/2
+  // (expm1(r) - r) / r^2 for r from -log(2) to log(2)/2
   static Vec<float> expm1_series(Vec<float> r) {
-    Vec<float> p = broadcast(0.000198910805f);
-    p = p * r + 0.00139337307f;
-    p = p * r + 0.00833331084f;
-    p = p * r + 0.0416664642f;
-    p = p * r + 0.166666667f;
+    Vec<float> p = broadcast(2.17985345e-05f);
+    p = p * r + 0.000198091769f;
+    p = p * r + 0.00138946145f;
+    p = p * r + 0.00833344392f;
+    p = p * r + 0.0416666367f;
+    p = p * r + 0.166666663f;
     return p * r + 0.5f;
   }
   // (log((1 + r) / (1 - r)) / r - 2) / z in z = r^2 for r up to (sqrt(2) - 1)^2
@@ -182,16 +183,18 @@ struct Elementary<double> {
   static constexpr double kSmallest = 2.2250738585072014e-308, kScale = 18014398509481984.0;  // 2^54
   static constexpr int kScaleBits = 54;
   static Vec<double> expm1_series(Vec<double> r) {
-    Vec<double> p = broadcast(2.0914755325893202e-09);
-    p = p * r + 2.5105312729622103e-08;
-    p = p * r + 2.7557273478718582e-07;
-    p = p * r + 2.7557255170000888e-06;
-    p = p * r + 2.4801587325677461e-05;
-    p = p * r + 0.00019841269875002279;
-    p = p * r + 0.0013888888888883711;
-    p = p * r + 0.0083333333333260838;
-    p = p * r + 0.041666666666666671;
-    p = p * r + 0.16666666666666671;
+    Vec<double> p = broadcast(9.9108852906171386e-12);
+    p = p * r + 1.596305740645172e-10;
+    p = p * r + 2.0878271938522375e-09;
+    p = p * r + 2.5052452449782284e-08;
+    p = p * r + 2.7557324875724576e-07;
+    p = p * r + 2.7557318827134605e-06;
+    p = p * r + 2.4801587291101867e-05;
+    p = p * r + 0.00019841269841463783;
+    p = p * r + 0.0013888888888894844;
+    p = p * r + 0.0083333333333332933;
+    p = p * r + 0.041666666666666657;
+    p = p * r + 0.16666666666666666;
     return p * r + 0.5;
   }
   static Vec<double> log_series(Vec<double> z) {
@@ -205,7 +208,7 @@ struct Elementary<double> {
   }
 };
 
-// e^x - 1 for |x| <= log(2)/2.
+// e^x - 1 for x from -log(2) to log(2)/2.
 template <class T>
 inline Vec<T> expm1_small(Vec<T> x) {
   return x + x * x * Elementary<T>::expm1_series(x);

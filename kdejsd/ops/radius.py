@@ -140,7 +140,7 @@ class _EagerRadius(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         masses, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
             return _plain_gradient(grad, masses, ctx.is_log), None
@@ -170,7 +170,7 @@ class _TracedRadius(torch.autograd.Function):
         return value, gradient
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return grad.unsqueeze(-1) * gradient, None
 

@@ -42,9 +42,9 @@ def class_radius_bound(
 
 def _over_mass(log_p: Tensor) -> Tensor:
     """F(p) / p; infinite at log p = 0, NaN above it."""
-    end = log_p == 0
-    p, rest = log_p.masked_fill(end, -1.0).exp(), -log_p.masked_fill(end, -1.0).expm1()
-    lower = log_p <= -math.log(2)
+    end, lower = log_p == 0, log_p <= -math.log(2)
+    upper = log_p.masked_fill(end | lower, -0.5)  # where the other half of the masses stays finite
+    p, rest = upper.exp(), -upper.expm1()
     x = _quantile(-torch.where(lower, log_p, rest.log()))
     over = excess(x)
     over_mass = torch.where(lower, over, (x + rest * over) / p)

@@ -77,4 +77,5 @@ def excess(x: Tensor) -> Tensor:
 
 
 def _hazard(x: Tensor) -> Tensor:
-    return math.sqrt(2 / math.pi) / torch.special.erfcx(x / math.sqrt(2))
+    hazard: Tensor = math.sqrt(2 / math.pi) / torch.special.erfcx(x / math.sqrt(2))
+    return hazard

@@ -18,6 +18,7 @@ using kdejsd::KdeMixture;
 using kdejsd::KdeValue;
 using kdejsd::OmegaAll;
 using kdejsd::OmegaHalves;
+using kdejsd::Radius;
 
 template <class T = void>
 T* pointer(uintptr_t address) {
@@ -96,6 +97,17 @@ OmegaHalves omega_halves(bool is_double, int64_t pairs, int64_t d, int64_t l, ui
           pointer(dcodes)};
 }
 
+Radius radius(bool is_double, bool is_log, int64_t rows, int64_t classes, uintptr_t masses, uintptr_t value,
+              uintptr_t dmasses) {
+  return {is_double ? DType::kFloat64 : DType::kFloat32,
+          is_log,
+          rows,
+          classes,
+          pointer(masses),
+          pointer(value),
+          pointer(dmasses)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -123,6 +135,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<OmegaHalves>(m, "OmegaHalves").def(py::init(&omega_halves));
   m.def("omega_all_cpu", &kdejsd::cpu::omega_all, py::call_guard<py::gil_scoped_release>());
   m.def("omega_halves_cpu", &kdejsd::cpu::omega_halves, py::call_guard<py::gil_scoped_release>());
+  m.def("radius_cpu", [](bool is_double, bool is_log, int64_t rows, int64_t classes, uintptr_t masses, uintptr_t value,
+                         uintptr_t dmasses, int threads) {
+    const Radius args = radius(is_double, is_log, rows, classes, masses, value, dmasses);
+    py::gil_scoped_release release;
+    kdejsd::cpu::radius(args, threads);
+  });
   m.def("level", &kdejsd::cpu::level);
   m.def("set_level", &kdejsd::cpu::set_level);
   m.def("built_levels", &kdejsd::cpu::built_levels);
@@ -157,6 +175,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("omega_halves_cuda", [](const OmegaHalves& args, uintptr_t workspace, int device, uintptr_t stream) {
     py::gil_scoped_release release;
     kdejsd::cuda::omega_halves(args, pointer(workspace), device, stream);
+  });
+  m.def("radius_cuda", [](bool is_double, bool is_log, int64_t rows, int64_t classes, uintptr_t masses, uintptr_t value,
+                          uintptr_t dmasses, int device, uintptr_t stream) {
+    const Radius args = radius(is_double, is_log, rows, classes, masses, value, dmasses);
+    py::gil_scoped_release release;
+    kdejsd::cuda::radius(args, device, stream);
   });
   m.def("cuda_device_count", [] {
     std::string error;

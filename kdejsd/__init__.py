@@ -9,10 +9,12 @@ from ._native import build_info
 from ._version import __version__
 from .bandwidth import entropy_bandwidth, optimal_bandwidth
 from .divergence import jsd, jsd_loss
-from .entropy import kde_entropy
+from .diversity import collision_radius_bound, max_collision_entropy, uniform_radius_bound
+from .entropy import collision_probability, collision_probability_from_counts, kde_entropy, renyi_entropy
 from .lagged import LaggedKDE
 from .ops.kde import kde_log_prob
 from .ops.omega import omega
+from .ops.radius import class_radius_bound
 from .targets import GaussianMixture, StandardNormal
 
 __all__ = [
@@ -21,11 +23,18 @@ __all__ = [
     "StandardNormal",
     "__version__",
     "build_info",
+    "class_radius_bound",
+    "collision_probability",
+    "collision_probability_from_counts",
+    "collision_radius_bound",
     "entropy_bandwidth",
     "jsd",
     "jsd_loss",
     "kde_entropy",
     "kde_log_prob",
+    "max_collision_entropy",
     "omega",
     "optimal_bandwidth",
+    "renyi_entropy",
+    "uniform_radius_bound",
 ]

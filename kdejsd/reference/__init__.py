@@ -2,5 +2,6 @@
 
 from .kde import jsd, jsd_loss, kde_log_prob
 from .omega import omega
+from .radius import class_radius_bound
 
-__all__ = ["jsd", "jsd_loss", "kde_log_prob", "omega"]
+__all__ = ["class_radius_bound", "jsd", "jsd_loss", "kde_log_prob", "omega"]

@@ -1,0 +1,186 @@
+"""The radius op: bounds on the mean class radius from the classes' masses, with their gradients in the same pass."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from .._native import native
+from ..reference import radius as reference
+from . import _common
+
+
+def class_radius_bound(
+    p: Tensor | None = None, *, log_p: Tensor | None = None, log: bool = False, check: bool = False
+) -> Tensor:
+    """The greatest mean class radius that classes of these Gaussian measures can have.
+
+    For z ~ N(0, I) in any dimension and classes of masses p_i, the mean distance of z to the nearest point of another
+    class is at most
+
+        sum_i F(p_i),    F(p) = p Phi^-1(p) + phi(Phi^-1(p)),    dF/dp = p / phi(Phi^-1(p)),
+
+    by the Gaussian isoperimetric inequality (half-spaces have the greatest distance at any mass; two of them with
+    p = 1/2 reach the bound, 0.797884560803). F is convex, F(0) = 0 and F(1) = inf.
+
+    Args:
+        p: [..., K], the masses, each in [0, 1], K at least 1. The last dimension is summed; whether it sums to 1 is not
+            asked for, so that single values of F can be had from shape [..., 1].
+        log_p: [..., K], their logarithms, for masses near 0 that no float holds or as log_softmax gives them; instead
+            of p.
+        log: return the logarithm of the sum, which exists where the sum itself underflows: F(e^-1000) = e^-1003.799....
+            In plain PyTorch, for a few copies of the input.
+        check: raise where an entry is no probability or a row does not sum to 1 (this waits for the device; nothing is
+            checked while torch.compile traces).
+
+    The dtype is float32 or float64, computed as such to 4 units in the last place; float16 and bfloat16 are computed in
+    float32. Second derivatives, function transforms and forward-mode AD run the plain reference.
+
+    Returns:
+        [...], float64 for float64 input and float32 otherwise. A mass of 0 contributes 0 to the value and has gradient
+        0; a mass of 1 gives inf. An entry that is NaN or no probability gives NaN, or with the environment variable
+        KDEJSD_CHECK=1 an error.
+
+    Raises:
+        ValueError: both or neither of p and log_p, no class, or what `check` finds.
+        TypeError: an argument of another type, an unsupported dtype.
+        RuntimeError: a CUDA tensor where CUDA cannot be used; no compiled module.
+    """
+    if (p is None) == (log_p is None):
+        raise ValueError(f"either p or log_p must be given, got {'neither' if p is None else 'both'}")
+    name = "p" if log_p is None else "log_p"
+    masses = _common.check_tensor(name, p if log_p is None else log_p)
+    dtype = _common.compute_dtype(name, masses)
+    if masses.ndim == 0 or masses.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [..., classes] with at least one class, got {list(masses.shape)}")
+    if (check or os.environ.get("KDEJSD_CHECK") == "1") and not torch.compiler.is_compiling():
+        _check_values(name, masses.detach(), sums=check)
+    masses = masses.to(dtype)
+    is_log = log_p is not None
+    if log or _common.needs_reference(masses):
+        return _reference(masses, is_log, log)
+    if _common.is_traced((masses,)):
+        return _operator(masses, is_log)[0]  # type: ignore[no-any-return]
+    if _common.needs_grad((masses,)):
+        return _EagerRadius.apply(masses, is_log)  # type: ignore[no-untyped-call, no-any-return]
+    return _launch(masses, is_log)[0]
+
+
+def _reference(masses: Tensor, is_log: bool, log: bool = False) -> Tensor:
+    if is_log:
+        return reference.class_radius_bound(log_p=masses, log=log)
+    return reference.class_radius_bound(masses, log=log)
+
+
+def _check_values(name: str, masses: Tensor, sums: bool) -> None:
+    """What only the data can tell, as errors."""
+    wide = masses.double()
+    p = wide if name == "p" else wide.exp()
+    bad = ~((p >= 0) & (p <= 1)) if name == "p" else ~(wide <= 0)
+    if count := int(bad.sum()):
+        limits = "in [0, 1]" if name == "p" else "at most 0"
+        raise ValueError(f"{name} must be {limits}, got {count} values that are not, the first {float(wide[bad][0])}")
+    if not sums:
+        return
+    tolerance = max(1e-6, 16 * torch.finfo(masses.dtype).eps)  # what rounding a softmax leaves, in the dtype it came in
+    total = p.sum(-1).reshape(-1)
+    off = (total - 1).abs() > tolerance
+    if bool(off.any()):
+        row = int(off.nonzero()[0])
+        index = [int(i) for i in torch.unravel_index(torch.tensor(row), masses.shape[:-1])] if masses.ndim > 1 else []
+        raise ValueError(f"{name} must sum to 1 over its last dimension, got {float(total[row]):.9g} in row {index}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The raw call, and autograd
+
+
+def _launch(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    """The bounds [...], and their gradient [..., K], empty if not wanted."""
+    _common.check_cuda("log_p" if is_log else "p", masses)
+    masses = masses.contiguous()
+    value = masses.new_empty(masses.shape[:-1])
+    gradient = torch.empty_like(masses) if want_gradient else masses.new_empty(0)
+    if value.numel() == 0:
+        return value, gradient
+    classes = masses.shape[-1]
+    arguments = (
+        masses.dtype == torch.float64,
+        is_log,
+        masses.numel() // classes,
+        classes,
+        masses.data_ptr(),
+        value.data_ptr(),
+        gradient.data_ptr(),
+    )
+    if masses.is_cuda:
+        device = masses.device.index
+        native().radius_cuda(*arguments, device, _torch.cuda_stream(device))
+    else:
+        native().radius_cpu(*arguments, torch.get_num_threads())
+    return value, gradient
+
+
+def _plain_gradient(grad: Tensor, masses: Tensor, is_log: bool) -> Tensor:
+    """The gradient by the reference, with a graph of its own."""
+    with torch.enable_grad():
+        return torch.autograd.grad(_reference(masses, is_log), masses, grad, create_graph=True)[0]
+
+
+class _EagerRadius(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, masses: Tensor, is_log: bool) -> Tensor:
+        value, gradient = _launch(masses, is_log, True)
+        ctx.save_for_backward(masses, gradient)
+        ctx.is_log = is_log
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        masses, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
+            return _plain_gradient(grad, masses, ctx.is_log), None
+        return grad.unsqueeze(-1) * gradient, None
+
+
+_common.library.define(
+    "radius(Tensor masses, bool is_log, bool want_gradient=False) -> (Tensor, Tensor)", tags=_common.TAGS
+)
+for _key in ("CPU", "CUDA"):
+    _common.library.impl("radius", _launch, _key)
+_operator = torch.ops.kdejsd.radius.default
+
+
+@torch.library.register_fake("kdejsd::radius", lib=_common.library)
+def _fake(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    return masses.new_empty(masses.shape[:-1]), masses.new_empty(masses.shape if want_gradient else 0)
+
+
+class _TracedRadius(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, masses: Tensor, is_log: bool) -> tuple[Tensor, Tensor]:
+        with _torch.below_autograd():
+            value, gradient = _operator(masses, is_log, True)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(gradient)
+        return value, gradient
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return grad.unsqueeze(-1) * gradient, None
+
+
+def _autograd(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    _common.refuse_forward_mode("radius", "class_radius_bound")
+    if _common.needs_grad((masses,)):
+        return _TracedRadius.apply(masses, is_log)  # type: ignore[no-untyped-call, no-any-return]
+    with _torch.below_autograd():
+        return _operator(masses, is_log, want_gradient)  # type: ignore[no-any-return]
+
+
+_common.library.impl("radius", _autograd, "Autograd")

@@ -1,0 +1,81 @@
+"""The radius op in plain PyTorch: the truth, in float64, for the kernels' tests.
+
+With z = Phi^-1(p) the class radius bound of one class is F(p) = p z + phi(z). Written so it loses every digit as p goes
+to 0. Here p <= 1/2 has F = p G with the excess G = phi/Q - x of the hazard rate of the normal law over x = -z, a
+function of log p that has no cancellation in it; and F(p) = z + F(1 - p) serves p > 1/2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_NEWTON_STEPS = 4
+_FRACTION_FROM = 2.5  # where the continued fraction takes over from the scaled complementary error function
+_FRACTION_TERMS = 60
+
+
+def class_radius_bound(
+    p: Tensor | None = None, *, log_p: Tensor | None = None, log: bool = False, check: bool = False
+) -> Tensor:
+    """Same contract as `kdejsd.class_radius_bound`, but for the checks; computed in float64 whatever the dtype.
+
+    Derivatives up to the third are right.
+    """
+    masses = log_p if p is None else p
+    assert masses is not None
+    wide = masses.double()
+    # At a mass of 0 the value and its gradient are 0, and log p has neither.
+    empty = wide == (0 if log_p is None else -math.inf)
+    inside = wide.masked_fill(empty, 0.5 if log_p is None else -1.0)
+    log_mass = inside.log() if log_p is None else inside
+    over_mass = _over_mass(log_mass)
+    if log:
+        total = (log_mass + over_mass.log()).masked_fill(empty, -math.inf).logsumexp(-1)
+    else:
+        mass = inside if log_p is None else inside.exp()
+        total = (mass * over_mass).masked_fill(empty, 0).sum(-1)
+    return total if masses.dtype == torch.float64 else total.float()
+
+
+def _over_mass(log_p: Tensor) -> Tensor:
+    """F(p) / p; infinite at log p = 0, NaN above it."""
+    end, lower = log_p == 0, log_p <= -math.log(2)
+    upper = log_p.masked_fill(end | lower, -0.5)  # where the other half of the masses stays finite
+    p, rest = upper.exp(), -upper.expm1()
+    x = _quantile(-torch.where(lower, log_p, rest.log()))
+    over = excess(x)
+    over_mass = torch.where(lower, over, (x + rest * over) / p)
+    at_end = -(1 - log_p.masked_fill(~end, -1.0).exp()).log()  # inf there, and so is its derivative
+    return torch.where(end, at_end, over_mass)
+
+
+def _quantile(surprise: Tensor) -> Tensor:
+    """x >= 0 where the upper tail Q(x) is exp(-surprise), at most 1/2.
+
+    log Q is concave and Q(x) <= exp(-x^2/2)/2, so Newton's method comes down on the root from the start below. Each
+    step doubles the number of right derivatives, as it doubles that of right digits: two are left to autograd.
+    """
+    constant = surprise.detach()
+    x = (2 * (constant - math.log(2))).clamp_min(0).sqrt()
+    for step in range(_NEWTON_STEPS + 2):
+        target = constant if step < _NEWTON_STEPS else surprise
+        hazard = _hazard(x)  # log Q = log phi - log hazard
+        x = x + (target - 0.5 * x.square() - 0.5 * math.log(2 * math.pi) - hazard.log()) / hazard
+    return x
+
+
+def excess(x: Tensor) -> Tensor:
+    """phi/Q - x, Q being the normal law's upper tail, for x >= 0; it is 1/(x + 2/(x + 3/(x + ...)))."""
+    near, far = x.clamp_max(_FRACTION_FROM), x.clamp_min(_FRACTION_FROM)
+    fraction = 0.5 * ((far.square() + 4 * _FRACTION_TERMS).sqrt() - far)  # where numerators that stay the same lead
+    for k in range(_FRACTION_TERMS, 0, -1):
+        fraction = k / (far + fraction)
+    return torch.where(x < _FRACTION_FROM, _hazard(near) - near, fraction)
+
+
+def _hazard(x: Tensor) -> Tensor:
+    hazard: Tensor = math.sqrt(2 / math.pi) / torch.special.erfcx(x / math.sqrt(2))
+    return hazard

@@ -1,5 +1,6 @@
 """The ops in plain PyTorch, under the names they have in `kdejsd`: the truth they are tested against."""
 
 from .kde import jsd, jsd_loss, kde_log_prob
+from .nearest import nearest_other_class
 
-__all__ = ["jsd", "jsd_loss", "kde_log_prob"]
+__all__ = ["jsd", "jsd_loss", "kde_log_prob", "nearest_other_class"]

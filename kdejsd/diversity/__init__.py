@@ -1,0 +1,1 @@
+"""How many different things a generator makes, read off the latent space that a classifier divides into classes."""

@@ -9,7 +9,7 @@ from ._native import build_info
 from ._version import __version__
 from .bandwidth import entropy_bandwidth, optimal_bandwidth
 from .divergence import jsd, jsd_loss
-from .diversity.radius import ClassRadius, RadiusBiasWarning, class_radius
+from .diversity.radius import ClassRadius, RadiusBiasWarning, class_radius, class_radius_search
 from .entropy import kde_entropy
 from .lagged import LaggedKDE
 from .ops.kde import kde_log_prob
@@ -25,6 +25,7 @@ __all__ = [
     "__version__",
     "build_info",
     "class_radius",
+    "class_radius_search",
     "entropy_bandwidth",
     "jsd",
     "jsd_loss",

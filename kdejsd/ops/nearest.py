@@ -8,7 +8,6 @@ import os
 import torch
 from torch import Tensor
 
-
 from ..reference.nearest import Nearest
 from . import _common
 
@@ -28,9 +27,9 @@ def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
 
     Returns:
         A named tuple: distance [..., N], float64 for float64 latents and float32 otherwise, and index [..., N], int64.
-        Where there is no sample of another class (or none whose squared distance is finite in the dtype) the distance is
-        inf and the index -1. A sample with a NaN or infinite coordinate has distance NaN and index -1, and so
-        has every sample with another label than it: nothing is known about which one is nearest. With the environment
+        Where there is no sample of another class, or none whose squared distance is finite in the dtype, the distance
+        is inf and the index -1. A sample with a NaN or infinite coordinate has distance NaN and index -1, and so has
+        every sample with another label than its: which one is nearest to them is not known. With the environment
         variable KDEJSD_CHECK=1 such a coordinate is an error instead (this waits for the device).
 
     Raises:
@@ -70,13 +69,11 @@ def _check(latents: Tensor, labels: Tensor) -> tuple[torch.dtype, torch.Size]:
     try:
         batch = torch.broadcast_shapes(latents.shape[:-2], labels.shape[:-1])
     except RuntimeError:
-        raise ValueError(
-            f"the leading dimensions of latents and labels must broadcast, got latents {list(latents.shape)} and labels "
-            f"{list(labels.shape)}"
-        ) from None
-    if os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling():
-        if bad := int((~latents.isfinite()).sum()):
-            raise ValueError(f"latents must be finite, got {bad} values that are NaN or infinite")
+        shapes = f"latents {list(latents.shape)} and labels {list(labels.shape)}"
+        raise ValueError(f"the leading dimensions of latents and labels must broadcast, got {shapes}") from None
+    checked = os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling()
+    if checked and (bad := int((~latents.isfinite()).sum())):
+        raise ValueError(f"latents must be finite, got {bad} values that are NaN or infinite")
     return dtype, batch
 
 

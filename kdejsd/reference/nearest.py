@@ -18,7 +18,7 @@ class Nearest(NamedTuple):
     """
 
     distance: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # stands before tuple.index
 
 
 def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:

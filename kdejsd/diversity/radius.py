@@ -61,7 +61,7 @@ class SearchedRadius(ClassRadius):
     Attributes:
         latents: [N, d], the samples.
         labels: [N], their classes, int64.
-        boundary: [N, d], for each sample the point of another class at the distance per_sample; NaN where there is none.
+        boundary: [N, d], for each sample the point of another class at the distance per_sample; NaN if none was found.
     """
 
     latents: Tensor

@@ -44,14 +44,15 @@ def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
     """
     dtype, batch = _check(latents, labels)
     n, dim = latents.shape[-2:]
-    latents = latents.to(dtype).expand(*batch, n, dim).reshape(-1, n, dim)
-    labels = labels.expand(*batch, n).reshape(-1, n)
+    items = math.prod(batch)
+    latents = latents.to(dtype).expand(*batch, n, dim).reshape(items, n, dim)
+    labels = labels.expand(*batch, n).reshape(items, n)
     own = torch.arange(n, device=latents.device)
     undefined = _undefined(latents, labels)
     index = torch.where(undefined, -1, _index(latents, labels))
     # Advanced indexing, since its backward adds in a fixed order. A sample without a neighbour takes itself: a
     # difference of 0, whose norm has the gradient 0.
-    item = torch.arange(latents.shape[0], device=latents.device).unsqueeze(-1)
+    item = torch.arange(items, device=latents.device).unsqueeze(-1)
     neighbour = latents[item, torch.where(index < 0, own, index)]
     distance = torch.linalg.vector_norm(latents - neighbour, dim=-1)
     distance = torch.where(index < 0, math.inf, distance)

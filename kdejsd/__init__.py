@@ -10,20 +10,26 @@ from ._version import __version__
 from .bandwidth import entropy_bandwidth, optimal_bandwidth
 from .divergence import jsd, jsd_loss
 from .diversity import collision_radius_bound, max_collision_entropy, uniform_radius_bound
+from .diversity.radius import ClassRadius, RadiusBiasWarning, class_radius, class_radius_search
 from .entropy import collision_probability, collision_probability_from_counts, kde_entropy, renyi_entropy
 from .lagged import LaggedKDE
 from .ops.kde import kde_log_prob
+from .ops.nearest import nearest_other_class
 from .ops.omega import omega
 from .ops.radius import class_radius_bound
 from .targets import GaussianMixture, StandardNormal
 
 __all__ = [
+    "ClassRadius",
     "GaussianMixture",
     "LaggedKDE",
+    "RadiusBiasWarning",
     "StandardNormal",
     "__version__",
     "build_info",
+    "class_radius",
     "class_radius_bound",
+    "class_radius_search",
     "collision_probability",
     "collision_probability_from_counts",
     "collision_radius_bound",
@@ -33,6 +39,7 @@ __all__ = [
     "kde_entropy",
     "kde_log_prob",
     "max_collision_entropy",
+    "nearest_other_class",
     "omega",
     "optimal_bandwidth",
     "renyi_entropy",

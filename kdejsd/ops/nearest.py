@@ -1,0 +1,135 @@
+"""The nearest op: for every sample the nearest one of another class, exact, without an N x N array."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from .. import _torch
+from .._native import native
+from ..reference import nearest as reference
+from ..reference.nearest import Nearest
+from . import _common
+
+_MOST_SAMPLES = 2**31 - 1  # the kernels' indices
+
+
+def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
+    """Distance and index of each sample's nearest sample with another label.
+
+    Exact: what comparing all pairs finds, from differences of coordinates; of samples at the same distance the one of
+    lowest index. The distance has a gradient for both samples of the pair, the difference divided by the distance, and
+    0 where the distance is 0; the index has none.
+
+    Args:
+        latents: [..., N, d], d at least 1. N may be 0.
+        labels: [..., N], int64, any values: samples of equal labels are of one class.
+
+    Leading dimensions broadcast. float32 and float64 are computed as such, float16 and bfloat16 in float32.
+
+    Returns:
+        A named tuple: distance [..., N], float64 for float64 latents and float32 otherwise, and index [..., N], int64.
+        Where there is no sample of another class, or none whose squared distance is finite in the dtype, the distance
+        is inf and the index -1. A sample with a NaN or infinite coordinate has distance NaN and index -1, and so has
+        every sample with another label than its: which one is nearest to them is not known. With the environment
+        variable KDEJSD_CHECK=1 such a coordinate is an error instead (this waits for the device).
+
+    Raises:
+        ValueError: shapes that do not match, d = 0.
+        TypeError: an argument that is no tensor, latents that are not floating point, labels that are not int64.
+        RuntimeError: mixed devices; a CUDA tensor where CUDA cannot be used; no compiled module.
+    """
+    dtype, batch = _check(latents, labels)
+    n, dim = latents.shape[-2:]
+    items = math.prod(batch)
+    latents = latents.to(dtype).expand(*batch, n, dim).reshape(items, n, dim)
+    labels = labels.expand(*batch, n).reshape(items, n)
+    own = torch.arange(n, device=latents.device)
+    undefined = _undefined(latents, labels)
+    index = _index(latents, labels).masked_fill(undefined, -1)
+    # Advanced indexing, since its backward adds in a fixed order. A sample without a neighbour takes itself: a
+    # difference of 0, whose norm has the gradient 0.
+    item = torch.arange(items, device=latents.device).unsqueeze(-1)
+    neighbour = latents[item, torch.where(index < 0, own, index)]
+    distance = torch.linalg.vector_norm(latents - neighbour, dim=-1)
+    distance = distance.masked_fill(index < 0, math.inf).masked_fill(undefined, math.nan)
+    return Nearest(distance.reshape(*batch, n), index.reshape(*batch, n))
+
+
+def _check(latents: Tensor, labels: Tensor) -> tuple[torch.dtype, torch.Size]:
+    """The dtype to compute in, and the batch dimensions."""
+    if _common.check_tensor("latents", latents).ndim < 2 or latents.shape[-1] == 0:
+        raise ValueError(f"latents must have shape [..., N, d], d at least 1; got {list(latents.shape)}")
+    dtype = _common.compute_dtype("latents", latents)
+    n = latents.shape[-2]
+    if _common.check_tensor("labels", labels).dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if n > _MOST_SAMPLES:
+        raise ValueError(f"latents must hold at most {_MOST_SAMPLES} samples, got {n}")
+    if labels.ndim == 0 or labels.shape[-1] != n:
+        raise ValueError(f"labels must have shape [..., {n}], one per sample; got {list(labels.shape)}")
+    _common.check_companion("labels", labels, "latents", latents, (torch.int64,))
+    try:
+        batch = torch.broadcast_shapes(latents.shape[:-2], labels.shape[:-1])
+    except RuntimeError:
+        shapes = f"latents {list(latents.shape)} and labels {list(labels.shape)}"
+        raise ValueError(f"the leading dimensions of latents and labels must broadcast, got {shapes}") from None
+    checked = os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling()
+    if checked and (bad := int((~latents.isfinite()).sum())):
+        raise ValueError(f"latents must be finite, got {bad} values that are NaN or infinite")
+    return dtype, batch
+
+
+def _undefined(latents: Tensor, labels: Tensor) -> Tensor:
+    """[B, N]: the samples that are not finite, and those that have such a one among the other classes."""
+    finite = latents.isfinite().all(-1)
+    if latents.shape[1] == 0:
+        return ~finite
+    limits = torch.iinfo(torch.int64)
+    lowest = labels.masked_fill(finite, limits.max).amin(-1, keepdim=True)
+    highest = labels.masked_fill(finite, limits.min).amax(-1, keepdim=True)
+    among_others = (lowest <= highest) & ((lowest != labels) | (highest != labels))
+    return ~finite | among_others
+
+
+def _index(latents: Tensor, labels: Tensor) -> Tensor:
+    """[B, N], -1 where none is at a finite squared distance; to be corrected where it is not defined."""
+    latents = latents.detach()
+    if _common.needs_reference(latents):
+        return reference.nearest_other_class(latents, labels).index
+    if _common.is_traced((latents, labels)):
+        return _operator(latents, labels)  # type: ignore[no-any-return]
+    return _launch(latents, labels)
+
+
+def _launch(latents: Tensor, labels: Tensor) -> Tensor:
+    """The raw call: latents [B, N, d] and labels [B, N] to index [B, N]."""
+    _common.check_cuda("latents", latents)
+    latents, labels = latents.contiguous(), labels.contiguous()
+    index = torch.empty_like(labels)
+    if index.numel() == 0:
+        return index
+    addresses = (latents.data_ptr(), labels.data_ptr(), index.data_ptr())
+    search = native().NearestSearch(latents.dtype == torch.float64, *latents.shape, *addresses)
+    if latents.is_cuda:
+        device = latents.device.index
+        size = native().nearest_workspace_cuda(search, device)
+        workspace = torch.empty(size, dtype=torch.uint8, device=latents.device)
+        native().nearest_cuda(search, workspace.data_ptr(), device, _torch.cuda_stream(device))
+    else:
+        native().nearest_cpu(search, torch.get_num_threads())
+    return index
+
+
+_common.library.define("nearest(Tensor latents, Tensor labels) -> Tensor", tags=_common.TAGS)
+for _key in ("CPU", "CUDA"):
+    _common.library.impl("nearest", _launch, _key)
+_operator = torch.ops.kdejsd.nearest.default
+
+
+@torch.library.register_fake("kdejsd::nearest", lib=_common.library)
+def _fake(latents: Tensor, labels: Tensor) -> Tensor:
+    return torch.empty_like(labels, memory_format=torch.contiguous_format)

@@ -107,16 +107,18 @@ Radius radius(bool is_double, bool is_log, int64_t rows, int64_t classes, uintpt
           pointer(masses),
           pointer(value),
           pointer(dmasses)};
-  NearestSearch nearest_search(bool is_double, int64_t batch, int64_t n, int64_t d, uintptr_t latents, uintptr_t labels,
-                               uintptr_t index) {
-    return {is_double ? DType::kFloat64 : DType::kFloat32,
-            batch,
-            n,
-            d,
-            pointer(latents),
-            pointer<int64_t>(labels),
-            pointer<int64_t>(index)};
-  }
+}
+
+NearestSearch nearest_search(bool is_double, int64_t batch, int64_t n, int64_t d, uintptr_t latents, uintptr_t labels,
+                             uintptr_t index) {
+  return {is_double ? DType::kFloat64 : DType::kFloat32,
+          batch,
+          n,
+          d,
+          pointer(latents),
+          pointer<int64_t>(labels),
+          pointer<int64_t>(index)};
+}
 
 }  // namespace
 
@@ -140,22 +142,15 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     kdejsd::cpu::kde_backward(args, threads);
   });
-  // Likewise the arguments of omega, for the pass of either device.
+  // Likewise the arguments of the other ops, for the pass of either device.
   py::class_<OmegaAll>(m, "OmegaAll").def(py::init(&omega_all));
   py::class_<OmegaHalves>(m, "OmegaHalves").def(py::init(&omega_halves));
   m.def("omega_all_cpu", &kdejsd::cpu::omega_all, py::call_guard<py::gil_scoped_release>());
   m.def("omega_halves_cpu", &kdejsd::cpu::omega_halves, py::call_guard<py::gil_scoped_release>());
-  m.def("radius_cpu", [](bool is_double, bool is_log, int64_t rows, int64_t classes, uintptr_t masses, uintptr_t value,
-                         uintptr_t dmasses, int threads) {
-    const Radius args = radius(is_double, is_log, rows, classes, masses, value, dmasses);
-    py::gil_scoped_release release;
-    kdejsd::cpu::radius(args, threads);
-  });
+  py::class_<Radius>(m, "Radius").def(py::init(&radius));
+  m.def("radius_cpu", &kdejsd::cpu::radius, py::call_guard<py::gil_scoped_release>());
   py::class_<NearestSearch>(m, "NearestSearch").def(py::init(&nearest_search));
-  m.def("nearest_cpu", [](const NearestSearch& args, int threads) {
-    py::gil_scoped_release release;
-    kdejsd::cpu::nearest(args, threads);
-  });
+  m.def("nearest_cpu", &kdejsd::cpu::nearest, py::call_guard<py::gil_scoped_release>());
   m.def("level", &kdejsd::cpu::level);
   m.def("set_level", &kdejsd::cpu::set_level);
   m.def("built_levels", &kdejsd::cpu::built_levels);
@@ -191,12 +186,7 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     kdejsd::cuda::omega_halves(args, pointer(workspace), device, stream);
   });
-  m.def("radius_cuda", [](bool is_double, bool is_log, int64_t rows, int64_t classes, uintptr_t masses, uintptr_t value,
-                          uintptr_t dmasses, int device, uintptr_t stream) {
-    const Radius args = radius(is_double, is_log, rows, classes, masses, value, dmasses);
-    py::gil_scoped_release release;
-    kdejsd::cuda::radius(args, device, stream);
-  });
+  m.def("radius_cuda", &kdejsd::cuda::radius, py::call_guard<py::gil_scoped_release>());
   m.def("nearest_workspace_cuda", &kdejsd::cuda::nearest_workspace);
   m.def("nearest_cuda", [](const NearestSearch& args, uintptr_t workspace, int device, uintptr_t stream) {
     py::gil_scoped_release release;

@@ -108,7 +108,7 @@ def _launch(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[
     if value.numel() == 0:
         return value, gradient
     classes = masses.shape[-1]
-    arguments = (
+    arguments = native().Radius(
         masses.dtype == torch.float64,
         is_log,
         masses.numel() // classes,
@@ -119,9 +119,9 @@ def _launch(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[
     )
     if masses.is_cuda:
         device = masses.device.index
-        native().radius_cuda(*arguments, device, _torch.cuda_stream(device))
+        native().radius_cuda(arguments, device, _torch.cuda_stream(device))
     else:
-        native().radius_cpu(*arguments, torch.get_num_threads())
+        native().radius_cpu(arguments, torch.get_num_threads())
     return value, gradient
 
 

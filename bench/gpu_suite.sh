@@ -70,7 +70,7 @@ step() {
   return 1
 }
 
-rm -f "$record"/{environment.json,build.log,resources.txt,tests.log,sanitizer.log,bench.txt,bench.csv,summary.txt}
+rm -f "$record"/{environment.json,build.log,resources.txt,tests.log,sanitizer.log,bench.txt,bench.csv,bench_*.txt,bench_*.csv,summary.txt}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is here
@@ -157,9 +157,9 @@ step tests 150 tests.log '[0-9]+ passed' "$python" -m pytest -q -rs -k cuda -p n
   --rootdir "$root" -c "$root/pyproject.toml" "${tests[@]}"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# compute-sanitizer, on a small run of both passes in all their forms
+# compute-sanitizer, on a small run of every op in all its forms
 
-cat >"$work/both_passes.py" <<'PYTHON'
+cat >"$work/all_passes.py" <<'PYTHON'
 import itertools
 import torch
 import kdejsd
@@ -184,13 +184,39 @@ for (n, m, dim), dtype in itertools.product(((1, 1, 1), (33, 257, 3), (70, 1500,
         tolerance = 2e-4 if dtype == torch.float32 else 1e-9
         for ours, truth in zip(*found):
             torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance * (1 + truth.abs().max().item()))
+for dtype in (torch.float32, torch.float64):
+    tolerance = 2e-4 if dtype == torch.float32 else 1e-9
+
+    def same(function, *shapes, **options):
+        inputs = [make(*shape).to(dtype) for make, *shape in shapes]
+        found = []
+        for device, to, module in (("cuda", dtype, kdejsd), ("cpu", torch.float64, reference)):
+            leaves = [t.to(device, to).requires_grad_() for t in inputs]
+            value = getattr(module, function)(*leaves, **options)
+            value = value.value if options.get("reduction") == "max" else value
+            found.append([value, *torch.autograd.grad(value.sin().sum(), leaves)])
+        for ours, truth in zip(*found):
+            truth = truth.detach()
+            torch.testing.assert_close(ours.detach().cpu().double(), truth, rtol=tolerance,
+                                       atol=tolerance * (1 + truth.abs().max().item()))
+
+    for b, d, l in ((2, 1, 1), (70, 33, 5), (300, 130, 3)):
+        for pairs, reduction in itertools.product(("halves", "all"), ("sum", "max", "none")):
+            same("omega", (torch.randn, b, d), (torch.randn, b, l), pairs=pairs, reduction=reduction)
+    for rows, classes in ((1, 1), (5, 70), (3, 5000)):
+        same("class_radius_bound", (lambda *shape: torch.rand(*shape).softmax(-1), rows, classes))
+    for count, d in ((1, 1), (70, 2), (1500, 10), (300, 130)):
+        latents, labels = torch.randn(count, d, dtype=dtype), torch.arange(count) % 3
+        ours = kdejsd.nearest_other_class(latents.cuda(), labels.cuda())
+        truth = reference.nearest_other_class(latents, labels)
+        assert torch.equal(ours.index.cpu(), truth.index)
 torch.cuda.synchronize()
-print("both passes agree with the reference")
+print("all passes agree with the reference")
 PYTHON
-step "both passes" 60 sanitizer.log 'agree with the reference' "$python" "$work/both_passes.py"
+step "all passes" 60 sanitizer.log 'agree with the reference' "$python" "$work/all_passes.py"
 sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" 75 sanitizer.log 'SUMMARY:' \
-    compute-sanitizer --tool "$1" --error-exitcode 9 "$python" "$work/both_passes.py"
+    compute-sanitizer --tool "$1" --error-exitcode 9 "$python" "$work/all_passes.py"
 }
 sanitize memcheck
 sanitize racecheck
@@ -200,6 +226,10 @@ sanitize racecheck
 
 step benchmarks 240 bench.txt '^n = 1024' "$python" "$root/bench/bench_kde.py" --device cuda --csv "$record/bench.csv" \
   --budget 40
+for op in omega radius nearest; do
+  step "benchmark $op" 60 "bench_$op.txt" '^ +kdejsd' "$python" "$root/bench/bench_$op.py" --device cuda --quick \
+    --csv "$record/bench_$op.csv"
+done
 sanitize initcheck # last: they matter least where time is short
 sanitize synccheck
 cat "$record/bench.txt" 2>/dev/null

@@ -9,23 +9,30 @@ from ._native import build_info
 from ._version import __version__
 from .bandwidth import entropy_bandwidth, optimal_bandwidth
 from .divergence import jsd, jsd_loss
+from .diversity.radius import ClassRadius, RadiusBiasWarning, class_radius, class_radius_search
 from .entropy import kde_entropy
 from .lagged import LaggedKDE
 from .ops.kde import kde_log_prob
+from .ops.nearest import nearest_other_class
 from .ops.radius import class_radius_bound
 from .targets import GaussianMixture, StandardNormal
 
 __all__ = [
+    "ClassRadius",
     "GaussianMixture",
     "LaggedKDE",
+    "RadiusBiasWarning",
     "StandardNormal",
     "__version__",
     "build_info",
+    "class_radius",
     "class_radius_bound",
+    "class_radius_search",
     "entropy_bandwidth",
     "jsd",
     "jsd_loss",
     "kde_entropy",
     "kde_log_prob",
+    "nearest_other_class",
     "optimal_bandwidth",
 ]

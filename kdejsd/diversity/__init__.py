@@ -1,5 +1,1 @@
-"""Diversity of a latent space: class radius, its bounds and what they say about the number of classes."""
-
-from ..ops.radius import class_radius_bound
-
-__all__ = ["class_radius_bound"]
+"""How many different things a generator makes, read off the latent space that a classifier divides into classes."""

@@ -1,0 +1,316 @@
+"""The mean class radius E r(z), z ~ N(0, I): the distance from a latent sample to the nearest boundary of its class.
+
+Two estimators. `class_radius` takes the nearest sample of another class: quick, exact in the limit, biased upward.
+`class_radius_search` walks from each sample to the boundary by gradients of a classifier: for dimensions in which
+samples are too far from one another to tell where the boundary between them lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..ops.nearest import nearest_other_class
+
+_BIASED_FROM = 5  # dimensions
+
+
+class RadiusBiasWarning(UserWarning):
+    """The nearest sample of another class is too far away to say where the boundary is."""
+
+
+@dataclass(frozen=True)
+class ClassRadius:
+    """An estimate of the mean class radius, in the units of the latent space.
+
+    Attributes:
+        mean: over the samples; inf if some of them have no other class, NaN if some are NaN.
+        standard_error: of the mean, from the spread of the samples; it knows nothing of a bias that they share.
+        per_sample: [N], the distance from each latent sample.
+        latent_dim: d.
+        invertible: whether the bound on the class radius may be inverted at this mean. False where the
+            estimator's bias is known to carry it over what any division into classes can have.
+    """
+
+    mean: float
+    standard_error: float
+    per_sample: Tensor
+    latent_dim: int
+    invertible: bool
+
+    @property
+    def num_samples(self) -> int:
+        return self.per_sample.numel()
+
+    @property
+    def num_without_boundary(self) -> int:
+        """Samples for which no other class was found; their distance is inf."""
+        return int(self.per_sample.isinf().sum())
+
+
+@dataclass(frozen=True)
+class SearchedRadius(ClassRadius):
+    """What `class_radius_search` found, with its witnesses.
+
+    Attributes:
+        latents: [N, d], the samples.
+        labels: [N], their classes, int64.
+        boundary: [N, d], for each sample the point of another class at the distance per_sample; NaN where there is none.
+    """
+
+    latents: Tensor
+    labels: Tensor
+    boundary: Tensor
+
+
+def _summary(per_sample: Tensor) -> tuple[float, float]:
+    """Mean and its standard error, in float64."""
+    wide = per_sample.double()
+    return float(wide.mean()), float(wide.std() / math.sqrt(wide.numel()))
+
+
+def class_radius(latents: Tensor, labels: Tensor) -> ClassRadius:
+    """Estimates the mean class radius by the distance of each sample to the nearest one of another class.
+
+    Biased upward by about N^(-2/(d+1)), as the nearest sample of another class lies behind the boundary and to its
+    side. From d = 5 on the bias exceeds what is to be measured for any N that can be had: there a
+    `RadiusBiasWarning` is given and the result is not `invertible`; use `class_radius_search`.
+
+    The standard error is that of a mean of independent terms. They are not quite, samples having neighbours in common.
+
+    Args:
+        latents: [N, d], N at least 2, drawn from N(0, I); float32, float64 or a half type.
+        labels: [N], int64, the class of what is generated from each.
+
+    Returns:
+        The estimate, its per_sample without a gradient (`nearest_other_class` has one).
+
+    Raises:
+        ValueError: shapes that do not match, fewer than 2 samples.
+        TypeError: latents that are not floating point, labels that are not int64.
+    """
+    with torch.no_grad():
+        distance = nearest_other_class(latents, labels).distance
+    if latents.ndim != 2 or len(latents) < 2:
+        raise ValueError(f"latents must have shape [N, d], N at least 2; got {list(latents.shape)}")
+    count, dim = latents.shape
+    if dim >= _BIASED_FROM:
+        warnings.warn(
+            f"the nearest of {count} samples in {dim} dimensions is some {count ** (-2 / (dim + 1)):.2g} further away "
+            "than the boundary: this mean class radius is too large, and may not be inverted. Use class_radius_search",
+            RadiusBiasWarning,
+            stacklevel=2,
+        )
+    return ClassRadius(*_summary(distance), distance, dim, invertible=dim < _BIASED_FROM)
+
+
+def class_radius_search(
+    generator: Callable[[Tensor], Tensor] | None,
+    classifier: Callable[[Tensor], Tensor],
+    latent_dim: int,
+    num_samples: int = 1000,
+    *,
+    steps: int = 20,
+    num_targets: int = 9,
+    batch_size: int = 256,
+    rng: torch.Generator | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> SearchedRadius:
+    """Estimates the mean class radius by a search along gradients for the nearest point that is classified otherwise.
+
+    From each z ~ N(0, I), with f = classifier(generator(.)) and c the class at z, towards each of several
+    classes t: the point nearest to z on the linearisation of f_t - f_c = 0 at the current point, again and again. This
+    is the iteration of Hasofer, Lind, Rackwitz and Fiessler for the nearest point of a surface (1978), and, without
+    the pull back to z, DeepFool (Moosavi-Dezfooli et al., 2016, algorithm 2). One more start is the nearest sample of
+    another class. The best point of another class is then brought to the boundary by bisection and moved along it,
+    each move being kept only if it is of another class and nearer to z.
+
+    Every distance is that of a point which the classifier was seen to give another class, hence an upper bound. For
+    flat boundaries it is the distance itself; on curved ones the search can end at a local minimum.
+
+    Models (`torch.nn.Module`) are in eval mode meanwhile and get their modes back; their parameters' gradients are left
+    alone. The samples lie where the models' parameters do, and have their dtype.
+
+    Args:
+        generator: [B, d] -> what the classifier takes; None where the classifier acts on the latents.
+        classifier: to logits or log-probabilities [B, K], K at least 2. Of saturated probabilities the gradient is 0:
+            they leave the search with bisection alone.
+        latent_dim: d.
+        num_samples: N, at least 2.
+        steps: gradient steps of each of the two phases, towards the boundary and along it.
+        num_targets: classes t that are tried for each sample: those of the highest logits.
+        batch_size: samples at a time; the classifier sees up to num_targets + 1 points for each.
+        rng: of the samples, on any device; None for a CPU generator seeded with 0.
+        progress: called with the number of samples done, and num_samples, after each batch.
+
+    Returns:
+        The estimate, `invertible` where every sample has a finite distance. A sample from which no other class was
+        found has distance inf, and one whose logits are NaN has NaN; the mean is then inf or NaN too.
+
+    Raises:
+        ValueError: a number out of range, logits of another shape, or that do not depend on the latents by
+            differentiable operations.
+    """
+    for name, number, least in (
+        ("latent_dim", latent_dim, 1),
+        ("num_samples", num_samples, 2),
+        ("steps", steps, 1),
+        ("num_targets", num_targets, 1),
+        ("batch_size", batch_size, 1),
+    ):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+    models = [m for m in (generator, classifier) if isinstance(m, torch.nn.Module)]
+    like = next((p for m in models for p in m.parameters()), torch.empty(0))
+    rng = torch.Generator().manual_seed(0) if rng is None else rng
+    latents = torch.randn(num_samples, latent_dim, generator=rng, device=rng.device, dtype=like.dtype).to(like.device)
+
+    def logits(z: Tensor) -> Tensor:
+        found = classifier(z if generator is None else generator(z))
+        if found.ndim != 2 or len(found) != len(z) or found.shape[1] < 2:
+            raise ValueError(f"classifier must return logits [{len(z)}, K], K at least 2; got {list(found.shape)}")
+        return found
+
+    with _eval_mode(models):
+        search = _Search(logits, steps, num_targets)
+        batches = latents.split(batch_size)
+        with torch.no_grad():
+            values = torch.cat([logits(z) for z in batches])
+            labels, undefined = values.argmax(-1), values.isnan().any(-1)
+            # A sample with NaN logits is of no class: in none of the others' way.
+            start = latents.clone()
+            known = (~undefined).nonzero().squeeze(-1)
+            nearest = nearest_other_class(latents[known], labels[known]).index
+            start[known] = torch.where((nearest < 0).unsqueeze(-1), latents[known], latents[known[nearest]])
+        boundary = []
+        for z, classes, other in zip(batches, labels.split(batch_size), start.split(batch_size), strict=True):
+            boundary.append(search.run(z, classes, other))
+            if progress is not None:
+                progress(sum(map(len, boundary)), num_samples)
+    points = torch.cat(boundary)
+    distance = torch.linalg.vector_norm(points - latents, dim=-1)
+    per_sample = torch.where(undefined, math.nan, torch.where(distance.isnan(), math.inf, distance))
+    invertible = bool(per_sample.isfinite().all())
+    return SearchedRadius(*_summary(per_sample), per_sample, latent_dim, invertible, latents, labels, points)
+
+
+@contextlib.contextmanager
+def _eval_mode(models: list[torch.nn.Module]) -> Iterator[None]:
+    """Eval mode for the models; every module inside them gets its own mode back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@dataclass(frozen=True)
+class _Search:
+    logits: Callable[[Tensor], Tensor]
+    steps: int
+    num_targets: int
+
+    overshoot = 1e-3  # in latent units, of a step that aims at the boundary and is to end behind it
+    least_gain = 1e-5  # relative, of a step along the boundary
+    bisections = 24
+
+    def run(self, z: Tensor, classes: Tensor, other: Tensor) -> Tensor:
+        """[B, d], for each z [B, d] of class [B] the nearest point of another class that was found; NaN if none was.
+
+        Args:
+            other: [B, d], a point of another class each, or z itself.
+        """
+        best = _Nearest(self, z, classes)
+        best.offer(other)
+        best.bisect(self.bisections // 2)
+        with torch.no_grad():
+            others = self.logits(z).scatter(1, classes.unsqueeze(1), -math.inf)
+        for target in others.topk(min(self.num_targets, others.shape[1] - 1)).indices.T:
+            this = _Nearest(self, z, classes)
+            point = z
+            for _ in range(self.steps):
+                gap, slope = self.linearisation(point, classes, target)
+                norm = torch.linalg.vector_norm(slope, dim=-1, keepdim=True)
+                move = (_dot(point - z, slope) - gap) / norm + self.overshoot
+                point = torch.where((norm > 0) & move.isfinite(), z + move * slope / norm, point)
+                this.offer(point)
+            this.bisect(self.bisections // 2)
+            best.offer(this.outside)
+        self.slide(best)
+        best.bisect(self.bisections)
+        return best.outside
+
+    def slide(self, best: _Nearest) -> None:
+        """Moves along the boundary: turns the ray from z towards the foot on the tangent plane, by a share of the way
+        that is halved where the boundary was not nearer in the new direction."""
+        z, share = best.z, torch.ones_like(best.z[:, :1])
+        for _ in range(self.steps):
+            point = torch.where(best.distance.isinf().unsqueeze(1), z, best.outside)
+            with torch.no_grad():
+                target = self.logits(point).argmax(-1)
+            gap, slope = self.linearisation(point, best.classes, target)
+            offset = _dot(point - z, slope) - gap  # of the plane: slope . (x - z) = offset
+            foot = z + offset * slope / _dot(slope, slope)
+            ray = torch.nn.functional.normalize(point + share * (foot - point) - z, dim=-1)
+            radius = best.distance.unsqueeze(1)
+            gain = (radius - offset / _dot(ray, slope)) / 2
+            improved = best.offer(z + ray * (radius - torch.maximum(gain, self.least_gain * radius)))
+            share = torch.where(improved.unsqueeze(1), (1.5 * share).clamp_max(1.0), share / 2)
+
+    def linearisation(self, point: Tensor, classes: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """How far the logit of the target is over that of the class [B, 1], and the gradient of that [B, d]."""
+        with torch.enable_grad():
+            point = point.detach().requires_grad_()
+            values = self.logits(point)
+            if not values.requires_grad:
+                raise ValueError("classifier(generator(z)) must depend on z by differentiable operations")
+            gap = values.gather(1, target.unsqueeze(1)) - values.gather(1, classes.unsqueeze(1))
+            slope = torch.autograd.grad(gap.sum(), point)[0]
+        return gap.detach(), slope
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
+
+
+class _Nearest:
+    """For each z the nearest known point of another class, and the furthest on the way there that is not of another."""
+
+    def __init__(self, search: _Search, z: Tensor, classes: Tensor) -> None:
+        self.search, self.z, self.classes = search, z, classes
+        self.inside, self.outside = z, torch.full_like(z, math.nan)
+        self.distance = torch.full_like(z[:, 0], math.inf)
+
+    @torch.no_grad()
+    def crosses(self, point: Tensor) -> Tensor:
+        """[B, 1]; never where the point or its logits are NaN."""
+        values = self.search.logits(point)
+        known = ~(values.isnan().any(-1) | point.isnan().any(-1))
+        return ((values.argmax(-1) != self.classes) & known).unsqueeze(1)
+
+    def offer(self, point: Tensor) -> Tensor:
+        """Takes the points that are of another class and nearer; says which [B]."""
+        distance = torch.linalg.vector_norm(point - self.z, dim=-1)
+        better: Tensor = self.crosses(point).squeeze(1) & (distance < self.distance)
+        self.outside = torch.where(better.unsqueeze(1), point, self.outside)
+        self.inside = torch.where(better.unsqueeze(1), self.z, self.inside)
+        self.distance = torch.where(better, distance, self.distance)
+        return better
+
+    def bisect(self, times: int) -> None:
+        for _ in range(times):
+            middle = (self.inside + self.outside) / 2
+            crosses = self.crosses(middle)
+            self.outside = torch.where(crosses, middle, self.outside)
+            self.inside = torch.where(crosses, self.inside, middle)
+        distance = torch.linalg.vector_norm(self.outside - self.z, dim=-1)
+        self.distance = torch.where(distance.isnan(), math.inf, distance)

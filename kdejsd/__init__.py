@@ -9,7 +9,9 @@ from ._native import build_info
 from ._version import __version__
 from .bandwidth import entropy_bandwidth, optimal_bandwidth
 from .divergence import jsd, jsd_loss
+from .diversity.holes import latent_holes
 from .diversity.radius import ClassRadius, RadiusBiasWarning, class_radius, class_radius_search
+from .diversity.report import compare_diversity, diversity_report
 from .entropy import kde_entropy
 from .lagged import LaggedKDE
 from .ops.kde import kde_log_prob
@@ -28,11 +30,14 @@ __all__ = [
     "class_radius",
     "class_radius_bound",
     "class_radius_search",
+    "compare_diversity",
+    "diversity_report",
     "entropy_bandwidth",
     "jsd",
     "jsd_loss",
     "kde_entropy",
     "kde_log_prob",
+    "latent_holes",
     "nearest_other_class",
     "optimal_bandwidth",
 ]

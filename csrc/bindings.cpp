@@ -16,6 +16,7 @@ using kdejsd::KdeBackward;
 using kdejsd::KdeForward;
 using kdejsd::KdeMixture;
 using kdejsd::KdeValue;
+using kdejsd::Radius;
 
 template <class T = void>
 T* pointer(uintptr_t address) {
@@ -64,6 +65,17 @@ KdeBackward backward(const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, 
           pointer(dbandwidth)};
 }
 
+Radius radius(bool is_double, bool is_log, int64_t rows, int64_t classes, uintptr_t masses, uintptr_t value,
+              uintptr_t dmasses) {
+  return {is_double ? DType::kFloat64 : DType::kFloat32,
+          is_log,
+          rows,
+          classes,
+          pointer(masses),
+          pointer(value),
+          pointer(dmasses)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -85,6 +97,12 @@ PYBIND11_MODULE(_C, m) {
     const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
     py::gil_scoped_release release;
     kdejsd::cpu::kde_backward(args, threads);
+  });
+  m.def("radius_cpu", [](bool is_double, bool is_log, int64_t rows, int64_t classes, uintptr_t masses, uintptr_t value,
+                         uintptr_t dmasses, int threads) {
+    const Radius args = radius(is_double, is_log, rows, classes, masses, value, dmasses);
+    py::gil_scoped_release release;
+    kdejsd::cpu::radius(args, threads);
   });
   m.def("level", &kdejsd::cpu::level);
   m.def("set_level", &kdejsd::cpu::set_level);
@@ -110,6 +128,12 @@ PYBIND11_MODULE(_C, m) {
     const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
     py::gil_scoped_release release;
     kdejsd::cuda::kde_backward(args, device, stream);
+  });
+  m.def("radius_cuda", [](bool is_double, bool is_log, int64_t rows, int64_t classes, uintptr_t masses, uintptr_t value,
+                          uintptr_t dmasses, int device, uintptr_t stream) {
+    const Radius args = radius(is_double, is_log, rows, classes, masses, value, dmasses);
+    py::gil_scoped_release release;
+    kdejsd::cuda::radius(args, device, stream);
   });
   m.def("cuda_device_count", [] {
     std::string error;

@@ -55,9 +55,20 @@ struct KdeBackward {
   void* dbandwidth;        // [batch, m], with one h per center; or null
 };
 
+// Bounds on the mean class radius, one per row of masses: sum_k F(p[i, k]) with F(p) = p z + phi(z), z = Phi^-1(p), and
+// its gradient. Masses that are NaN or no probability give NaN.
+struct Radius {
+  DType dtype;
+  bool is_log;  // masses are log p
+  int64_t rows, classes;
+  const void* masses;  // [rows, classes]
+  void* value;         // [rows]
+  void* dmasses;       // [rows, classes], d value / d masses; or null
+};
+
 // Every op of the CPU with its arguments: void name(const Args& args, int threads). Each is compiled once per
 // instruction set, and dispatch.cpp calls the copy that is in use.
-#define KDEJSD_CPU_OPS(op) op(kde_forward, KdeForward) op(kde_backward, KdeBackward)
+#define KDEJSD_CPU_OPS(op) op(kde_forward, KdeForward) op(kde_backward, KdeBackward) op(radius, Radius)
 
 namespace cpu {
 
@@ -81,6 +92,7 @@ namespace cuda {
 int64_t kde_forward_workspace(const KdeForward& args, int device);
 void kde_forward(const KdeForward& args, void* workspace, int device, uintptr_t stream);
 void kde_backward(const KdeBackward& args, int device, uintptr_t stream);
+void radius(const Radius& args, int device, uintptr_t stream);
 
 int device_count(std::string* error);  // 0 and the reason where there is none
 int runtime_version();                 // of the static CUDA runtime, as 1000 major + 10 minor

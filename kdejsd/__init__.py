@@ -9,10 +9,19 @@ from ._native import build_info
 from ._version import __version__
 from .bandwidth import entropy_bandwidth, optimal_bandwidth
 from .divergence import jsd, jsd_loss
-from .diversity.holes import latent_holes
-from .diversity.radius import ClassRadius, RadiusBiasWarning, class_radius, class_radius_search
-from .diversity.report import compare_diversity, diversity_report
-from .entropy import kde_entropy
+from .diversity import (
+    ClassRadius,
+    RadiusBiasWarning,
+    class_radius,
+    class_radius_search,
+    collision_radius_bound,
+    compare_diversity,
+    diversity_report,
+    latent_holes,
+    max_collision_entropy,
+    uniform_radius_bound,
+)
+from .entropy import collision_probability, collision_probability_from_counts, kde_entropy, renyi_entropy
 from .lagged import LaggedKDE
 from .ops.kde import kde_log_prob
 from .ops.nearest import nearest_other_class
@@ -30,6 +39,9 @@ __all__ = [
     "class_radius",
     "class_radius_bound",
     "class_radius_search",
+    "collision_probability",
+    "collision_probability_from_counts",
+    "collision_radius_bound",
     "compare_diversity",
     "diversity_report",
     "entropy_bandwidth",
@@ -38,6 +50,9 @@ __all__ = [
     "kde_entropy",
     "kde_log_prob",
     "latent_holes",
+    "max_collision_entropy",
     "nearest_other_class",
     "optimal_bandwidth",
+    "renyi_entropy",
+    "uniform_radius_bound",
 ]

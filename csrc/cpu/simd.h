@@ -141,4 +141,111 @@ inline Vec<double> exp2(Vec<double> x) { return exp2_portable<double>(x); }
 
 #endif
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Elementary functions to about an ulp, where exp2 above gives up digits for speed
+
+template <class T>
+inline Vec<T> sqrt(Vec<T> x) {
+  for (int lane = 0; lane < kLanes<T>; lane++) x[lane] = __builtin_sqrt(x[lane]);
+  return x;
+}
+
+template <class T>
+struct Elementary;
+
+template <>
+struct Elementary<float> {
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // the first times an exponent is exact
+  static constexpr float kSmallest = 1.17549435e-38f, kScale = 16777216.0f;   // the smallest normal number; 2^24
+  static constexpr int kScaleBits = 24;
+  // (expm1(r) - r) / r^2 for r from -log(2) to log(2)/2
+  static Vec<float> expm1_series(Vec<float> r) {
+    Vec<float> p = broadcast(2.17985345e-05f);
+    p = p * r + 0.000198091769f;
+    p = p * r + 0.00138946145f;
+    p = p * r + 0.00833344392f;
+    p = p * r + 0.0416666367f;
+    p = p * r + 0.166666663f;
+    return p * r + 0.5f;
+  }
+  // (log((1 + r) / (1 - r)) / r - 2) / z in z = r^2 for r up to (sqrt(2) - 1)^2
+  static Vec<float> log_series(Vec<float> z) {
+    Vec<float> p = broadcast(0.233316145f);
+    p = p * z + 0.285507786f;
+    p = p * z + 0.400001222f;
+    return p * z + 0.666666666f;
+  }
+};
+
+template <>
+struct Elementary<double> {
+  static constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kSmallest = 2.2250738585072014e-308, kScale = 18014398509481984.0;  // 2^54
+  static constexpr int kScaleBits = 54;
+  static Vec<double> expm1_series(Vec<double> r) {
+    Vec<double> p = broadcast(9.9108852906171386e-12);
+    p = p * r + 1.596305740645172e-10;
+    p = p * r + 2.0878271938522375e-09;
+    p = p * r + 2.5052452449782284e-08;
+    p = p * r + 2.7557324875724576e-07;
+    p = p * r + 2.7557318827134605e-06;
+    p = p * r + 2.4801587291101867e-05;
+    p = p * r + 0.00019841269841463783;
+    p = p * r + 0.0013888888888894844;
+    p = p * r + 0.0083333333333332933;
+    p = p * r + 0.041666666666666657;
+    p = p * r + 0.16666666666666666;
+    return p * r + 0.5;
+  }
+  static Vec<double> log_series(Vec<double> z) {
+    Vec<double> p = broadcast(0.14617807153417325);
+    p = p * z + 0.15331611722055008;
+    p = p * z + 0.18182892432536871;
+    p = p * z + 0.22222211089379496;
+    p = p * z + 0.28571428626253836;
+    p = p * z + 0.39999999999898889;
+    return p * z + 0.66666666666666696;
+  }
+};
+
+// e^x - 1 for x from -log(2) to log(2)/2.
+template <class T>
+inline Vec<T> expm1_small(Vec<T> x) {
+  return x + x * x * Elementary<T>::expm1_series(x);
+}
+
+// e^x for x <= 0; 0 where that is under the smallest normal number.
+template <class T>
+inline Vec<T> exp_negative(Vec<T> x) {
+  using E = Exp2<T>;
+  using L = Elementary<T>;
+  constexpr T kLog2E = T(1.44269504088896340736);
+  x = x < T(-E::kBias) / kLog2E ? broadcast(T(-E::kBias) / kLog2E) : x;
+  const Vec<T> shifted = x * kLog2E + E::kRound;
+  const Vec<T> n = shifted - E::kRound;
+  const Vec<T> r = (x - n * L::kLn2High) - n * L::kLn2Low;
+  const Mask<T> bits = (reinterpret_cast<Mask<T>>(shifted) + E::kBias) << E::kMantissa;
+  return (T(1) + expm1_small<T>(r)) * reinterpret_cast<Vec<T>>(bits);
+}
+
+// log x for finite x > 0; of anything else some finite number.
+template <class T>
+inline Vec<T> log(Vec<T> x) {
+  using E = Exp2<T>;
+  using L = Elementary<T>;
+  const Mask<T> tiny = x < L::kSmallest;
+  x = tiny ? x * L::kScale : x;
+  // x = 2^n m with m from sqrt(1/2) to sqrt(2): the exponent field counts from the bits of sqrt(1/2) on.
+  const Vec<T> root = broadcast(T(0.70710678118654752440));
+  const Mask<T> from_root = reinterpret_cast<Mask<T>>(x) - reinterpret_cast<Mask<T>>(root);
+  const Mask<T> exponent = from_root >> E::kMantissa;
+  const Vec<T> m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (exponent << E::kMantissa));
+  const Mask<T> whole = tiny ? exponent - L::kScaleBits : exponent;
+  const Vec<T> n = reinterpret_cast<Vec<T>>(whole + reinterpret_cast<Mask<T>>(broadcast(E::kRound))) - E::kRound;
+  // log(1 + f) = f - (f^2/2 - r (f^2/2 + z series)) with r = f / (2 + f): the parts after f are small beside it.
+  const Vec<T> f = m - T(1);
+  const Vec<T> r = f / (T(2) + f), z = r * r, half = T(0.5) * f * f;
+  return n * L::kLn2High - ((half - (r * (half + z * L::log_series(z)) + n * L::kLn2Low)) - f);
+}
+
 }  // namespace

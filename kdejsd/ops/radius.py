@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _torch
+from .._native import native
 from ..reference import radius as reference
 from . import _common
 
@@ -57,7 +60,20 @@ def class_radius_bound(
     if (check or os.environ.get("KDEJSD_CHECK") == "1") and not torch.compiler.is_compiling():
         _check_values(name, masses.detach(), sums=check)
     masses = masses.to(dtype)
-    return reference.class_radius_bound(**{name: masses}, log=log)
+    is_log = log_p is not None
+    if log or _common.needs_reference(masses):
+        return _reference(masses, is_log, log)
+    if _common.is_traced((masses,)):
+        return _operator(masses, is_log)[0]  # type: ignore[no-any-return]
+    if _common.needs_grad((masses,)):
+        return _EagerRadius.apply(masses, is_log)  # type: ignore[no-untyped-call, no-any-return]
+    return _launch(masses, is_log)[0]
+
+
+def _reference(masses: Tensor, is_log: bool, log: bool = False) -> Tensor:
+    if is_log:
+        return reference.class_radius_bound(log_p=masses, log=log)
+    return reference.class_radius_bound(masses, log=log)
 
 
 def _check_values(name: str, masses: Tensor, sums: bool) -> None:
@@ -77,3 +93,94 @@ def _check_values(name: str, masses: Tensor, sums: bool) -> None:
         row = int(off.nonzero()[0])
         index = [int(i) for i in torch.unravel_index(torch.tensor(row), masses.shape[:-1])] if masses.ndim > 1 else []
         raise ValueError(f"{name} must sum to 1 over its last dimension, got {float(total[row]):.9g} in row {index}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The raw call, and autograd
+
+
+def _launch(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    """The bounds [...], and their gradient [..., K], empty if not wanted."""
+    _common.check_cuda("log_p" if is_log else "p", masses)
+    masses = masses.contiguous()
+    value = masses.new_empty(masses.shape[:-1])
+    gradient = torch.empty_like(masses) if want_gradient else masses.new_empty(0)
+    if value.numel() == 0:
+        return value, gradient
+    classes = masses.shape[-1]
+    arguments = (
+        masses.dtype == torch.float64,
+        is_log,
+        masses.numel() // classes,
+        classes,
+        masses.data_ptr(),
+        value.data_ptr(),
+        gradient.data_ptr(),
+    )
+    if masses.is_cuda:
+        device = masses.device.index
+        native().radius_cuda(*arguments, device, _torch.cuda_stream(device))
+    else:
+        native().radius_cpu(*arguments, torch.get_num_threads())
+    return value, gradient
+
+
+def _plain_gradient(grad: Tensor, masses: Tensor, is_log: bool) -> Tensor:
+    """The gradient by the reference, with a graph of its own."""
+    with torch.enable_grad():
+        return torch.autograd.grad(_reference(masses, is_log), masses, grad, create_graph=True)[0]
+
+
+class _EagerRadius(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, masses: Tensor, is_log: bool) -> Tensor:
+        value, gradient = _launch(masses, is_log, True)
+        ctx.save_for_backward(masses, gradient)
+        ctx.is_log = is_log
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        masses, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
+            return _plain_gradient(grad, masses, ctx.is_log), None
+        return grad.unsqueeze(-1) * gradient, None
+
+
+_common.library.define(
+    "radius(Tensor masses, bool is_log, bool want_gradient=False) -> (Tensor, Tensor)", tags=_common.TAGS
+)
+for _key in ("CPU", "CUDA"):
+    _common.library.impl("radius", _launch, _key)
+_operator = torch.ops.kdejsd.radius.default
+
+
+@torch.library.register_fake("kdejsd::radius", lib=_common.library)
+def _fake(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    return masses.new_empty(masses.shape[:-1]), masses.new_empty(masses.shape if want_gradient else 0)
+
+
+class _TracedRadius(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, masses: Tensor, is_log: bool) -> tuple[Tensor, Tensor]:
+        with _torch.below_autograd():
+            value, gradient = _operator(masses, is_log, True)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(gradient)
+        return value, gradient
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return grad.unsqueeze(-1) * gradient, None
+
+
+def _autograd(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    _common.refuse_forward_mode("radius", "class_radius_bound")
+    if _common.needs_grad((masses,)):
+        return _TracedRadius.apply(masses, is_log)  # type: ignore[no-untyped-call, no-any-return]
+    with _torch.below_autograd():
+        return _operator(masses, is_log, want_gradient)  # type: ignore[no-any-return]
+
+
+_common.library.impl("radius", _autograd, "Autograd")

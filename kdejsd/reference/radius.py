@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _NEWTON_STEPS = 8
-_FRACTION_FROM = 2.0  # where the continued fraction takes over from the scaled complementary error function
+_FRACTION_FROM = 2.5  # where the continued fraction takes over from the scaled complementary error function
 _FRACTION_TERMS = 60
 
 
@@ -46,8 +46,8 @@ def _over_mass(log_p: Tensor) -> Tensor:
     p, rest = log_p.masked_fill(end, -1.0).exp(), -log_p.masked_fill(end, -1.0).expm1()
     lower = log_p <= -math.log(2)
     x = _quantile(-torch.where(lower, log_p, rest.log()))
-    excess = _excess(x)
-    over_mass = torch.where(lower, excess, (x + rest * excess) / p)
+    over = excess(x)
+    over_mass = torch.where(lower, over, (x + rest * over) / p)
     return torch.where(end, -(1 - log_p.exp()).log(), over_mass)  # inf at the end, and so is its derivative
 
 
@@ -61,12 +61,12 @@ def _quantile(surprise: Tensor) -> Tensor:
     x = (2 * (constant - math.log(2))).clamp_min(0).sqrt()
     for step in range(_NEWTON_STEPS + 2):
         target = constant if step < _NEWTON_STEPS else surprise
-        hazard = x + _excess(x)  # phi/Q: log Q = log phi - log hazard
+        hazard = x + excess(x)  # phi/Q: log Q = log phi - log hazard
         x = x + (target - 0.5 * x.square() - 0.5 * math.log(2 * math.pi) - hazard.log()) / hazard
     return x
 
 
-def _excess(x: Tensor) -> Tensor:
+def excess(x: Tensor) -> Tensor:
     """phi/Q - x, Q being the normal law's upper tail, for x >= 0; it is 1/(x + 2/(x + 3/(x + ...)))."""
     near, far = x.clamp_max(_FRACTION_FROM), x.clamp_min(_FRACTION_FROM)
     fraction = 0.5 * ((far.square() + 4 * _FRACTION_TERMS).sqrt() - far)  # where numerators that stay the same lead

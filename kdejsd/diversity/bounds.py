@@ -1,0 +1,230 @@
+"""What the collision probability of the classes says about the mean class radius, and the other way round.
+
+With p_i the Gaussian measures of the classes, z ~ N(0, I) and r(z) the distance of z to the nearest point of another
+class, E r <= sum_i F(p_i) (`class_radius_bound`). Bounds in terms of v = |p|^2, the collision probability, or of the
+collision entropy log 1/v follow from psi(p) = F(p)/p: sum_i F(p_i) = sum_i p_i psi(p_i) is a mean of psi, and v is the
+mean of what psi is taken of.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..entropy import collision_probability
+from ..ops._common import compute_dtype
+from ..ops.radius import class_radius_bound
+from ..reference.radius import excess
+
+# psi is concave up to 0.2731, and the masses are at most sqrt(v). Up to here psi lies under its tangent at v on all of
+# [0, sqrt(v)], and psi(v) is the bound; a little further, psi(v) alone is no bound (0.3816 and 3 times 0.2061).
+_CONCAVE_TO = 0.19885433806054141
+_PSI_THERE = 0.55729318316533512
+# Up to here the printed bound of Theorem 3.1 is above the sharp one; it fails soon after (at 0.905 and 0.095: 0.8285).
+_PRINTED_TO = 0.82704399209499694
+_NEWTON_STEPS = 12
+_BISECTIONS = 60
+
+
+def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float | Tensor = 1.0) -> Tensor:
+    """An upper bound on the mean class radius from the collision probability v = sum_i p_i^2 alone.
+
+    Args:
+        p: [..., K], the Gaussian measures of the classes; v = 1 (one class) gives inf.
+        form: "sharp" is psi(v) = F(v)/v for v <= 0.1989, with equality for classes of equal measure; beyond, where
+            that would not hold, the least concave function over psi on [0, sqrt(v)], at v. It holds for every p.
+            "printed" is Theorem 3.1 of the latent density papers, log(4 pi H) / sqrt(2 H) with H = log 1/v: 3 to 5.5
+            times as much for equal classes, with its peak of 1.8443 at H = 0.588. It fails past a dominant mass of
+            0.905, and is inf for v > 0.827, where the sharp bound no longer proves it.
+        lipschitz: a Lipschitz constant L of the map from the latent space: L times the bound bounds the radius of the
+            classes in data space.
+
+    Returns:
+        [...], differentiable, float64 for float64 input and float32 otherwise.
+
+    Raises:
+        TypeError, ValueError: as in `collision_probability`; an unknown form.
+    """
+    _check_form(form)
+    v = collision_probability(p)
+    wide = v.double()
+    bound = _sharp(wide) if form == "sharp" else _printed(wide)
+    return (bound * lipschitz).to(v.dtype)
+
+
+def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tensor = 1.0) -> Tensor:
+    """The greatest mean class radius of K classes of equal measure, K F(1/K) (Theorem 3.2).
+
+    Two half-spaces reach it. Classes of unequal measure may have more.
+
+    Args:
+        num_classes: K >= 1, a number or a tensor of any shape; need not be whole (exp of an entropy, say).
+        lipschitz: as in `collision_radius_bound`.
+
+    Returns:
+        In the shape of num_classes: float32 for a float32 or half tensor, float64 otherwise. K = 1 gives inf, a tensor
+        entry below 1 NaN.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+    if not isinstance(num_classes, Tensor) and not num_classes >= 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    count, dtype = _as_double(num_classes)
+    return (_psi(1 / count) * lipschitz).to(dtype)
+
+
+def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipschitz: float | Tensor = 1.0) -> Tensor:
+    """The greatest collision entropy log 1/|p|^2 of classes whose mean radius is `radius`: the inverse of the bound.
+
+    Args:
+        radius: mean class radius, positive, a number or a tensor of any shape. In latent space with the sharp form
+            0.4037 gives log 25: no more than 25 classes of equal measure.
+        form: as in `collision_radius_bound`. The printed bound is inverted above its peak (H >= 0.588), so for radii
+            up to 1.8443; it allows e^9 classes and more where the sharp one allows 25.
+        lipschitz: L, if `radius` was measured in data space: the radius in latent space is then at least radius / L.
+
+    The sharp form waits for the device, to see whether a radius is beyond psi's domain, where the inverse is dearer.
+
+    Returns:
+        Nats, in the shape of radius, differentiable (beyond 0.5573 once): float32 for a float32 or half tensor, float64 otherwise. A radius
+        of 0 gives inf; a tensor entry that is negative or NaN, or beyond the printed form's peak, NaN.
+
+    Raises:
+        ValueError: an unknown form; a number that is negative, or beyond the printed form's peak.
+    """
+    _check_form(form)
+    peak = 4 * math.sqrt(0.5 * math.pi) / math.e  # where H = e^2 / (4 pi)
+    if not isinstance(radius, Tensor):
+        if not radius >= 0:
+            raise ValueError(f"radius must be at least 0, got {radius}")
+        if form == "printed" and not isinstance(lipschitz, Tensor) and radius / lipschitz > peak:
+            raise ValueError(f"radius must be at most the peak of the printed bound, {peak:.6g}, got {radius}")
+    value, dtype = _as_double(radius)
+    latent = value / lipschitz
+    if form == "printed":
+        return _inverse_printed(latent.masked_fill(latent.detach() > peak, math.nan)).to(dtype)
+    near = latent.detach() <= _PSI_THERE
+    entropy = _inverse_psi(latent.masked_fill(~near, 0.5 * _PSI_THERE))
+    if not bool(near.all()):
+        entropy = torch.where(near, entropy, _inverse_majorant(latent.masked_fill(near, 1.0)))
+    return entropy.masked_fill(latent.detach() == 0, math.inf).to(dtype)
+
+
+def _check_form(form: str) -> None:
+    if form not in ("sharp", "printed"):
+        raise ValueError(f"form must be 'sharp' or 'printed', got {form!r}")
+
+
+def _as_double(value: float | Tensor) -> tuple[Tensor, torch.dtype]:
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float64), torch.float64
+    if not value.is_floating_point():
+        return value.double(), torch.float64
+    return value.double(), compute_dtype("the argument", value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sharp
+
+
+def _psi(p: Tensor) -> Tensor:
+    return class_radius_bound(p.unsqueeze(-1)) / p
+
+
+def _sharp(v: Tensor) -> Tensor:
+    concave, one = v.detach() <= _CONCAVE_TO, v.detach() == 1
+    above = _majorant(-v.masked_fill(concave | one, 0.5).log()).masked_fill(one, math.inf)
+    return torch.where(concave, _psi(v.masked_fill(~concave, 0.1)), above)
+
+
+def _majorant(entropy: Tensor) -> Tensor:
+    """The least concave function over psi on [0, w], w = sqrt(v), at v = exp(-entropy) > _CONCAVE_TO.
+
+    It is the chord from the point a at which psi's tangent passes through (w, psi(w)), to there. The chord's height at
+    v is greatest for that a, so that a first derivative needs none of a; for the second one the last of Newton's steps
+    is left to autograd.
+    """
+    w, v = (-0.5 * entropy).exp(), (-entropy).exp()
+    top = class_radius_bound(log_p=-0.5 * entropy.unsqueeze(-1)) / w
+    a, end, goal = torch.full_like(w, 0.1), w.detach(), top.detach()
+    for step in range(_NEWTON_STEPS):
+        if step == _NEWTON_STEPS - 1:
+            end, goal = w, top
+        height, slope, bend = _psi_and_derivatives(a)
+        # In log a, which keeps a positive. The gap falls with a.
+        gap = height + slope * (end - a) - goal
+        a = (a * (-gap / (bend * (end - a) * a)).clamp(-1, 1).exp()).clamp_max(_CONCAVE_TO)
+    height = _psi_and_derivatives(a)[0]
+    return height + (top - height) * (v - a) / (w - a)
+
+
+def _psi_and_derivatives(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """psi and its first and second derivative for p that are not small, from those of F: p/phi(z) and F/phi(z)^2."""
+    z = torch.special.ndtri(p)
+    density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
+    psi = z + density / p
+    slope = (p / density - psi) / p
+    return psi, slope, (psi / density.square() * p - 2 * slope) / p
+
+
+def _inverse_psi(radius: Tensor) -> Tensor:
+    """The entropy at which psi(exp(-entropy)) is the radius, for radii from 0 to 0.6.
+
+    With x = -Phi^-1(v) psi is the hazard rate's excess at x, and log v = log phi(x) - log hazard(x). Newton's method
+    for 1/excess = 1/radius; two steps are left to autograd.
+    """
+    constant = radius.detach()
+    x = (1 - 2 * constant.square()) / constant
+    for step in range(_NEWTON_STEPS + 2):
+        target = constant if step < _NEWTON_STEPS else radius
+        over = excess(x)
+        # The derivative of 1/excess is 1 - 2/x^2 + 18/x^4 - ..., and loses digits as it is written first.
+        slope = torch.where(x < 1e3, (1 - (x + over) * over) / over.square(), 1 - 2 / x.square())
+        x = x + (1 / target - 1 / over) / slope
+    return 0.5 * x.square() + 0.5 * math.log(2 * math.pi) + (x + excess(x)).log()
+
+
+def _inverse_majorant(radius: Tensor) -> Tensor:
+    """The entropy at which the majorant is the radius, for radii above psi's where the majorant begins."""
+    with torch.no_grad():
+        low, high = torch.full_like(radius, math.log(1e-300)), torch.full_like(radius, math.log(-math.log(_CONCAVE_TO)))
+        for _ in range(_BISECTIONS):
+            middle = 0.5 * (low + high)
+            above = _majorant(middle.exp()) > radius
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        entropy = (0.5 * (low + high)).exp()
+    if not radius.requires_grad:
+        return entropy.masked_fill(radius.isnan(), math.nan)
+    with torch.enable_grad():
+        entropy.requires_grad_()
+        bound = _majorant(entropy)
+        (slope,) = torch.autograd.grad(bound.sum(), entropy)
+    return entropy.detach() + (radius - bound.detach()) / slope
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Theorem 3.1 as printed: log(4 pi H) / sqrt(2 H)
+
+
+def _printed(v: Tensor) -> Tensor:
+    beyond = v.detach() > _PRINTED_TO
+    entropy = -v.masked_fill(beyond, 0.5).log()
+    return ((4 * math.pi * entropy).log() / (2 * entropy).sqrt()).masked_fill(beyond, math.inf)
+
+
+def _inverse_printed(radius: Tensor) -> Tensor:
+    """With y = log(4 pi H) the radius is sqrt(2 pi) y exp(-y/2), to be solved for y >= 2.
+
+    Newton's method in log radius, which is concave in y, comes down on the root from the right; two steps are left to
+    autograd.
+    """
+    logarithm = (radius / math.sqrt(2 * math.pi)).log()
+    constant = logarithm.detach()
+    y = 2.0 + (-4 * (constant - math.log(2) + 1)).clamp_min(0) + 2 * (1 - math.log(2) + constant).abs().sqrt()
+    for step in range(_NEWTON_STEPS + 2):
+        target = constant if step < _NEWTON_STEPS else logarithm
+        y = y - (y.log() - 0.5 * y - target) / (1 / y - 0.5)
+    return y.exp() / (4 * math.pi)

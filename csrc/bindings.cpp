@@ -16,6 +16,7 @@ using kdejsd::KdeBackward;
 using kdejsd::KdeForward;
 using kdejsd::KdeMixture;
 using kdejsd::KdeValue;
+using kdejsd::NearestSearch;
 using kdejsd::Radius;
 
 template <class T = void>
@@ -76,6 +77,17 @@ Radius radius(bool is_double, bool is_log, int64_t rows, int64_t classes, uintpt
           pointer(dmasses)};
 }
 
+NearestSearch nearest_search(bool is_double, int64_t batch, int64_t n, int64_t d, uintptr_t latents, uintptr_t labels,
+                             uintptr_t index) {
+  return {is_double ? DType::kFloat64 : DType::kFloat32,
+          batch,
+          n,
+          d,
+          pointer(latents),
+          pointer<int64_t>(labels),
+          pointer<int64_t>(index)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -103,6 +115,11 @@ PYBIND11_MODULE(_C, m) {
     const Radius args = radius(is_double, is_log, rows, classes, masses, value, dmasses);
     py::gil_scoped_release release;
     kdejsd::cpu::radius(args, threads);
+  });
+  py::class_<NearestSearch>(m, "NearestSearch").def(py::init(&nearest_search));
+  m.def("nearest_cpu", [](const NearestSearch& args, int threads) {
+    py::gil_scoped_release release;
+    kdejsd::cpu::nearest(args, threads);
   });
   m.def("level", &kdejsd::cpu::level);
   m.def("set_level", &kdejsd::cpu::set_level);
@@ -134,6 +151,11 @@ PYBIND11_MODULE(_C, m) {
     const Radius args = radius(is_double, is_log, rows, classes, masses, value, dmasses);
     py::gil_scoped_release release;
     kdejsd::cuda::radius(args, device, stream);
+  });
+  m.def("nearest_workspace_cuda", &kdejsd::cuda::nearest_workspace);
+  m.def("nearest_cuda", [](const NearestSearch& args, uintptr_t workspace, int device, uintptr_t stream) {
+    py::gil_scoped_release release;
+    kdejsd::cuda::nearest(args, pointer(workspace), device, stream);
   });
   m.def("cuda_device_count", [] {
     std::string error;

@@ -66,9 +66,20 @@ struct Radius {
   void* dmasses;       // [rows, classes], d value / d masses; or null
 };
 
+// For every sample the nearest one with another label: the lowest index among those at the least squared distance,
+// which is summed over the dimensions in order; -1 where no squared distance to such a sample is finite.
+struct NearestSearch {
+  DType dtype;
+  int64_t batch, n, d;    // d >= 1, n < 2^31
+  const void* latents;    // [batch, n, d]
+  const int64_t* labels;  // [batch, n]
+  int64_t* index;         // [batch, n]
+};
+
 // Every op of the CPU with its arguments: void name(const Args& args, int threads). Each is compiled once per
 // instruction set, and dispatch.cpp calls the copy that is in use.
-#define KDEJSD_CPU_OPS(op) op(kde_forward, KdeForward) op(kde_backward, KdeBackward) op(radius, Radius)
+#define KDEJSD_CPU_OPS(op) \
+  op(kde_forward, KdeForward) op(kde_backward, KdeBackward) op(nearest, NearestSearch) op(radius, Radius)
 
 namespace cpu {
 
@@ -93,6 +104,8 @@ int64_t kde_forward_workspace(const KdeForward& args, int device);
 void kde_forward(const KdeForward& args, void* workspace, int device, uintptr_t stream);
 void kde_backward(const KdeBackward& args, int device, uintptr_t stream);
 void radius(const Radius& args, int device, uintptr_t stream);
+int64_t nearest_workspace(const NearestSearch& args, int device);
+void nearest(const NearestSearch& args, void* workspace, int device, uintptr_t stream);
 
 int device_count(std::string* error);  // 0 and the reason where there is none
 int runtime_version();                 // of the static CUDA runtime, as 1000 major + 10 minor

@@ -34,8 +34,8 @@ class ClassRadius:
         standard_error: of the mean, from the spread of the samples; it knows nothing of a bias that they share.
         per_sample: [N], the distance from each latent sample.
         latent_dim: d.
-        invertible: whether the bound on the class radius may be inverted at this mean. False where the
-            estimator's bias is known to carry it over what any division into classes can have.
+        invertible: whether the bound on the class radius may be inverted at this mean. False where a distance is not
+            finite, and where the estimator's bias carries it over what any division into classes can have.
     """
 
     mean: float
@@ -61,7 +61,7 @@ class SearchedRadius(ClassRadius):
     Attributes:
         latents: [N, d], the samples.
         labels: [N], their classes, int64.
-        boundary: [N, d], for each sample the point of another class at the distance per_sample; NaN where there is none.
+        boundary: [N, d], for each sample the point of another class at the distance per_sample; NaN if none was found.
     """
 
     latents: Tensor
@@ -78,11 +78,14 @@ def _summary(per_sample: Tensor) -> tuple[float, float]:
 def class_radius(latents: Tensor, labels: Tensor) -> ClassRadius:
     """Estimates the mean class radius by the distance of each sample to the nearest one of another class.
 
-    Biased upward by about N^(-2/(d+1)), as the nearest sample of another class lies behind the boundary and to its
-    side. From d = 5 on the bias exceeds what is to be measured for any N that can be had: there a
-    `RadiusBiasWarning` is given and the result is not `invertible`; use `class_radius_search`.
+    Biased upward, as that sample lies behind the boundary and to the side: by about 4.5 N^(-2/(d+1)) for half-spaces
+    (0.015 at N = 5000, d = 2; 0.014 and 0.045 at N = 100 000, d = 3 and 4), twice that for 25 boxes. From d = 5 on this
+    falls too slowly for any N that can be had, and carries the estimate over the bound on the class radius: there
+    a `RadiusBiasWarning` is given and the result is not `invertible`; use `class_radius_search`.
 
-    The standard error is that of a mean of independent terms. They are not quite, samples having neighbours in common.
+    The standard error is s / sqrt(N), s the standard deviation of the distances, as for independent terms. They are not
+    quite: samples have neighbours in common. In repeated trials (N from 500 to 5000, d from 2 to 10) it is 0.83 to
+    0.98 of the spread of the mean, a difference that is small beside the bias.
 
     Args:
         latents: [N, d], N at least 2, drawn from N(0, I); float32, float64 or a half type.
@@ -95,19 +98,22 @@ def class_radius(latents: Tensor, labels: Tensor) -> ClassRadius:
         ValueError: shapes that do not match, fewer than 2 samples.
         TypeError: latents that are not floating point, labels that are not int64.
     """
-    with torch.no_grad():
-        distance = nearest_other_class(latents, labels).distance
+    if not isinstance(latents, Tensor):
+        raise TypeError(f"latents must be a tensor, got {type(latents).__name__}")
     if latents.ndim != 2 or len(latents) < 2:
         raise ValueError(f"latents must have shape [N, d], N at least 2; got {list(latents.shape)}")
+    with torch.no_grad():
+        distance = nearest_other_class(latents, labels).distance
     count, dim = latents.shape
     if dim >= _BIASED_FROM:
         warnings.warn(
-            f"the nearest of {count} samples in {dim} dimensions is some {count ** (-2 / (dim + 1)):.2g} further away "
-            "than the boundary: this mean class radius is too large, and may not be inverted. Use class_radius_search",
+            f"in {dim} dimensions the nearest of {count} samples lies far behind the class boundary: this mean class "
+            "radius is too large, and the bound may not be inverted at it. Use class_radius_search",
             RadiusBiasWarning,
             stacklevel=2,
         )
-    return ClassRadius(*_summary(distance), distance, dim, invertible=dim < _BIASED_FROM)
+    invertible = dim < _BIASED_FROM and bool(distance.isfinite().all())
+    return ClassRadius(*_summary(distance), distance, dim, invertible)
 
 
 def class_radius_search(
@@ -129,10 +135,13 @@ def class_radius_search(
     is the iteration of Hasofer, Lind, Rackwitz and Fiessler for the nearest point of a surface (1978), and, without
     the pull back to z, DeepFool (Moosavi-Dezfooli et al., 2016, algorithm 2). One more start is the nearest sample of
     another class. The best point of another class is then brought to the boundary by bisection and moved along it,
-    each move being kept only if it is of another class and nearer to z.
+    each move being kept only if it is of another class and nearer to z; random points inside the ball that is left look
+    for another class on another side.
 
     Every distance is that of a point which the classifier was seen to give another class, hence an upper bound. For
-    flat boundaries it is the distance itself; on curved ones the search can end at a local minimum.
+    flat boundaries it is the distance itself; on curved ones the search can end at a local minimum. (Untrained networks
+    in 2 to 5 dimensions, against 20 000 points around each sample: the mean is too large by 0 to 2 % with 20
+    steps, by a third of that with 60.)
 
     Models (`torch.nn.Module`) are in eval mode meanwhile and get their modes back; their parameters' gradients are left
     alone. The samples lie where the models' parameters do, and have their dtype.
@@ -143,7 +152,7 @@ def class_radius_search(
             they leave the search with bisection alone.
         latent_dim: d.
         num_samples: N, at least 2.
-        steps: gradient steps of each of the two phases, towards the boundary and along it.
+        steps: gradient steps of each of the two phases, towards the boundary (for each class) and along it.
         num_targets: classes t that are tried for each sample: those of the highest logits.
         batch_size: samples at a time; the classifier sees up to num_targets + 1 points for each.
         rng: of the samples, on any device; None for a CPU generator seeded with 0.
@@ -178,7 +187,10 @@ def class_radius_search(
         return found
 
     with _eval_mode(models):
-        search = _Search(logits, steps, num_targets)
+        probes = torch.randn(_Search.probes_per_step * steps, latent_dim, generator=rng, device=rng.device).to(latents)
+        probes = torch.nn.functional.normalize(probes, dim=1)
+        probes *= torch.rand(len(probes), 1, generator=rng, device=rng.device).to(latents) ** (1 / latent_dim)
+        search = _Search(logits, steps, num_targets, probes)
         batches = latents.split(batch_size)
         with torch.no_grad():
             values = torch.cat([logits(z) for z in batches])
@@ -218,7 +230,9 @@ class _Search:
     logits: Callable[[Tensor], Tensor]
     steps: int
     num_targets: int
+    probes: Tensor  # [steps * probes_per_step, d], points of the unit ball
 
+    probes_per_step = 4
     overshoot = 1e-3  # in latent units, of a step that aims at the boundary and is to end behind it
     least_gain = 1e-5  # relative, of a step along the boundary
     bisections = 24
@@ -251,9 +265,14 @@ class _Search:
 
     def slide(self, best: _Nearest) -> None:
         """Moves along the boundary: turns the ray from z towards the foot on the tangent plane, by a share of the way
-        that is halved where the boundary was not nearer in the new direction."""
+        that is halved where the boundary was not nearer in the new direction. Between the moves a few points in the
+        ball up to the boundary are tried, lest another class on another side be missed."""
         z, share = best.z, torch.ones_like(best.z[:, :1])
-        for _ in range(self.steps):
+        furthest = 6 + math.sqrt(z.shape[1])  # from a sample with no other class in sight, some way out of N(0, I)
+        for offsets in self.probes.split(self.probes_per_step):
+            for offset in offsets:
+                jumped = best.offer(z + best.distance.unsqueeze(1).clamp_max(furthest) * offset)
+                share = torch.where(jumped.unsqueeze(1), 1.0, share)
             point = torch.where(best.distance.isinf().unsqueeze(1), z, best.outside)
             with torch.no_grad():
                 target = self.logits(point).argmax(-1)

@@ -8,8 +8,13 @@ import os
 import torch
 from torch import Tensor
 
+from .. import _torch
+from .._native import native
+from ..reference import nearest as reference
 from ..reference.nearest import Nearest
 from . import _common
+
+_MOST_SAMPLES = 2**31 - 1  # the kernels' indices
 
 
 def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
@@ -39,15 +44,15 @@ def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
     """
     dtype, batch = _check(latents, labels)
     n, dim = latents.shape[-2:]
-    latents = latents.to(dtype).expand(*batch, n, dim).reshape(-1, n, dim)
-    labels = labels.expand(*batch, n).reshape(-1, n)
+    items = math.prod(batch)
+    latents = latents.to(dtype).expand(*batch, n, dim).reshape(items, n, dim)
+    labels = labels.expand(*batch, n).reshape(items, n)
     own = torch.arange(n, device=latents.device)
     undefined = _undefined(latents, labels)
-    index = _index(latents, labels)
-    index = torch.where(undefined, -1, index)
+    index = torch.where(undefined, -1, _index(latents, labels))
     # Advanced indexing, since its backward adds in a fixed order. A sample without a neighbour takes itself: a
     # difference of 0, whose norm has the gradient 0.
-    item = torch.arange(latents.shape[0], device=latents.device).unsqueeze(-1)
+    item = torch.arange(items, device=latents.device).unsqueeze(-1)
     neighbour = latents[item, torch.where(index < 0, own, index)]
     distance = torch.linalg.vector_norm(latents - neighbour, dim=-1)
     distance = torch.where(index < 0, math.inf, distance)
@@ -63,6 +68,8 @@ def _check(latents: Tensor, labels: Tensor) -> tuple[torch.dtype, torch.Size]:
     n = latents.shape[-2]
     if _common.check_tensor("labels", labels).dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if n > _MOST_SAMPLES:
+        raise ValueError(f"latents must hold at most {_MOST_SAMPLES} samples, got {n}")
     if labels.ndim == 0 or labels.shape[-1] != n:
         raise ValueError(f"labels must have shape [..., {n}], one per sample; got {list(labels.shape)}")
     _common.check_companion("labels", labels, "latents", latents, (torch.int64,))
@@ -90,14 +97,40 @@ def _undefined(latents: Tensor, labels: Tensor) -> Tensor:
 
 
 def _index(latents: Tensor, labels: Tensor) -> Tensor:
-    """[B, N]"""
-    rows = max(1, 2**22 // max(1, latents[0].numel() if len(latents) else 1))
-    out = torch.full_like(labels, -1)
-    with torch.no_grad():
-        for b in range(len(latents)):
-            for i in range(0, latents.shape[1], rows):
-                d2 = (latents[b, i : i + rows, None] - latents[b]).square().sum(-1)
-                d2 = torch.where(labels[b, i : i + rows, None] == labels[b], math.inf, d2)
-                best, at = d2.min(-1)
-                out[b, i : i + rows] = torch.where(best < math.inf, at, -1)
-    return out
+    """[B, N], -1 where none is at a finite squared distance; to be corrected where it is not defined."""
+    latents = latents.detach()
+    if _common.needs_reference(latents):
+        return reference.nearest_other_class(latents, labels).index
+    if _common.is_traced((latents, labels)):
+        return _operator(latents, labels)  # type: ignore[no-any-return]
+    return _launch(latents, labels)
+
+
+def _launch(latents: Tensor, labels: Tensor) -> Tensor:
+    """The raw call: latents [B, N, d] and labels [B, N] to index [B, N]."""
+    _common.check_cuda("latents", latents)
+    latents, labels = latents.contiguous(), labels.contiguous()
+    index = torch.empty_like(labels)
+    if index.numel() == 0:
+        return index
+    addresses = (latents.data_ptr(), labels.data_ptr(), index.data_ptr())
+    search = native().NearestSearch(latents.dtype == torch.float64, *latents.shape, *addresses)
+    if latents.is_cuda:
+        device = latents.device.index
+        size = native().nearest_workspace_cuda(search, device)
+        workspace = torch.empty(size, dtype=torch.uint8, device=latents.device)
+        native().nearest_cuda(search, workspace.data_ptr(), device, _torch.cuda_stream(device))
+    else:
+        native().nearest_cpu(search, torch.get_num_threads())
+    return index
+
+
+_common.library.define("nearest(Tensor latents, Tensor labels) -> Tensor", tags=_common.TAGS)
+for _key in ("CPU", "CUDA"):
+    _common.library.impl("nearest", _launch, _key)
+_operator = torch.ops.kdejsd.nearest.default
+
+
+@torch.library.register_fake("kdejsd::nearest", lib=_common.library)
+def _fake(latents: Tensor, labels: Tensor) -> Tensor:
+    return torch.empty_like(labels, memory_format=torch.contiguous_format)

@@ -74,11 +74,11 @@ def latent_holes(
         raise ValueError(f"level must be above 0 and below 1, got {level}")
     if num_samples < 2:
         raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    least = max(3, 2 * (math.ceil(1 / min(level, 1 - level)) - 1))
+    if len(codes) < least:
+        raise ValueError(f"codes must be at least {least} for a quantile of level {level:g}, got {len(codes)}")
     held_out = len(codes) // 2
     rank = round(level * (held_out + 1))
-    if not 1 <= rank <= held_out or len(codes) - held_out < 2:
-        least = max(3, 2 * math.ceil(1 / min(level, 1 - level)))
-        raise ValueError(f"codes must be some {least} at least for the level {level}, got {len(codes)}")
 
     rng = torch.Generator().manual_seed(0) if rng is None else rng
     order = torch.randperm(len(codes), generator=rng, device=rng.device).to(codes.device)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..entropy import collision_probability_from_counts
 from ..ops.radius import class_radius_bound
 from ..targets import IsotropicNormal, StandardNormal, Target, sample_target, target_dim
 from .bounds import collision_radius_bound, max_collision_entropy, uniform_radius_bound
@@ -21,7 +22,10 @@ from .radius import ClassRadius, SearchedRadius, class_radius, class_radius_sear
 
 _SEARCH_FROM = 5  # dimensions: there the nearest sample of another class is too far away
 _DRAWS = 2000  # of the bootstrap
+_CHUNK = 2**22  # random numbers at a time
 _SHOWN = 20  # classes whose probability is printed
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class DiversityReport:
         class_radius: mean distance of a sample to the nearest latent of another class, with its standard error and the
             radius of every sample; None for a prior that is not N(0, I).
         radius_bound: the most that the class radius can be at the class probabilities (`class_radius_bound`).
-        collision_bound: the same at the collision probability (`collision_radius_bound`), where that is a bound.
+        collision_bound: the same at the collision probability alone (`collision_radius_bound`).
         uniform_bound: the same for classes of equal probability (`uniform_radius_bound`).
         max_collision_entropy: the most that the collision entropy can be at the class radius; None where the radius
             may not be inverted. The bounds are None for a prior that is not N(0, I).
@@ -111,6 +115,8 @@ class DiversityReport:
         if self.class_radius is not None:
             radius = self.class_radius
             note = f"+- {radius.standard_error:.4f}; {_method(radius)}, {radius.num_samples} samples"
+            if not isinstance(radius, SearchedRadius):
+                note += f", some {4.5 * radius.num_samples ** (-2 / (radius.latent_dim + 1)):.2g} too large"
             if radius.num_without_boundary:
                 note += f", {radius.num_without_boundary} without another class"
             rows.append(("mean class radius", f"{radius.mean:.4f}", note))
@@ -161,8 +167,9 @@ def diversity_report(
       samples are of one class, kept within what K classes can have. Its interval is of the Bayesian bootstrap: class
       probabilities from a Dirichlet law at the counts, with one more sample spread evenly over the classes. Without
       that one a class which no sample happens to be of would be taken for impossible.
-    * Class radius: `class_radius` for latent_dim up to 4, with all samples; `class_radius_search` above, with
-      `radius_samples` of its own. Bounds on it, and what it says about the collision entropy in turn.
+    * Class radius: `class_radius` for latent_dim up to 4, with all samples and the bias that it tells of;
+      `class_radius_search` above, with `radius_samples` of its own. Bounds on it, and what it says about the collision
+      entropy in turn.
     * Latent holes of the codes, where they are given (`latent_holes`).
 
     Models (`torch.nn.Module`) are in evaluation mode meanwhile and get their modes back. The samples are moved to where
@@ -199,7 +206,7 @@ def diversity_report(
     latents = sample_target(target, num_samples, rng).to(models_like(generator, classifier))
     labels, num_classes = latent_labels(generator, classifier, latents, batch_size=batch_size)
     counts = torch.bincount(labels, minlength=num_classes).cpu()
-    draws = _collision_draws(counts.numpy(), stream=0)
+    draws = _collision_draws(counts, stream=0)
     tail = (1 - confidence) / 2
     low, high = -np.log(np.quantile(draws, [1 - tail, tail]))
 
@@ -220,7 +227,7 @@ def diversity_report(
     return DiversityReport(
         counts=tuple(counts.tolist()),
         prior=str(target),
-        collision_entropy=-math.log(_collision(counts.numpy())),
+        collision_entropy=-math.log(_attainable(float(collision_probability_from_counts(counts)), num_classes)),
         collision_entropy_interval=(float(low), float(high)),
         confidence=confidence,
         class_radius=radius,
@@ -292,7 +299,7 @@ def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: flo
         )
     _check_confidence(confidence)
 
-    def interval(draws: list[np.ndarray[Any, Any]]) -> tuple[float, float]:
+    def interval(draws: list[Array]) -> tuple[float, float]:
         # Draws of a and of b come from two streams of random numbers. Each report takes either in turn, so that
         # neither order of the reports is preferred.
         a0, a1, b0, b1 = draws
@@ -300,7 +307,7 @@ def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: flo
         low, high = np.quantile(np.concatenate([a0 - b1, a1 - b0]), [tail, 1 - tail])
         return float(low), float(high)
 
-    entropies = [-np.log(_collision_draws(np.array(r.counts), stream)) for r in (a, b) for stream in (0, 1)]
+    entropies = [-np.log(_collision_draws(torch.tensor(r.counts), stream)) for r in (a, b) for stream in (0, 1)]
     radius = radius_interval = None
     if _comparable(a.class_radius, b.class_radius):
         assert a.class_radius is not None and b.class_radius is not None
@@ -313,28 +320,28 @@ def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: flo
     )
 
 
-def _collision(counts: np.ndarray[Any, Any]) -> float:
-    """Unbiased estimate of the collision probability, moved to the nearest value that K classes can have."""
-    total = int(counts.sum())
-    pairs = sum(int(count) * (int(count) - 1) for count in counts)
-    return max(pairs / (total * (total - 1)), 1 / len(counts))
-
-
-def _collision_draws(counts: np.ndarray[Any, Any], stream: int) -> np.ndarray[Any, Any]:
+def _collision_draws(counts: Tensor, stream: int) -> Array:
     """Collision probabilities [_DRAWS] that the counts [K] leave possible, with their mean at the unbiased estimate."""
-    total, classes = counts.sum(), len(counts)
-    weights = np.random.default_rng(stream).standard_gamma(counts + 1 / classes, (_DRAWS, classes))
+    weights = np.random.default_rng(stream).standard_gamma(counts.numpy() + 1 / len(counts), (_DRAWS, len(counts)))
     draws = np.square(weights / weights.sum(1, keepdims=True)).sum(1)
-    unbiased = (counts * (counts - 1.0)).sum() / (total * (total - 1.0))
-    return np.asarray(np.clip(draws - draws.mean() + unbiased, 1 / classes, 1))
+    return _attainable(draws - draws.mean() + float(collision_probability_from_counts(counts)), len(counts))
 
 
-def _mean_draws(values: Tensor, stream: int) -> np.ndarray[Any, Any]:
+def _attainable(collision: Array | float, num_classes: int) -> Array:
+    """Collision probabilities moved to the nearest ones that so many classes can have."""
+    return np.asarray(np.clip(collision, 1 / num_classes, 1))
+
+
+def _mean_draws(values: Tensor, stream: int) -> Array:
     """Means [_DRAWS] that the values [N] leave possible."""
     values = values.double().cpu()
     random = np.random.default_rng(stream)
-    weights = (random.standard_exponential(len(values)) for _ in range(_DRAWS))
-    return np.array([np.average(values.numpy(), weights=w) for w in weights])
+    rows = max(1, _CHUNK // len(values))
+    means = []
+    for start in range(0, _DRAWS, rows):
+        weights = random.standard_exponential((min(rows, _DRAWS - start), len(values)))
+        means.append(weights @ values.numpy() / weights.sum(1))
+    return np.concatenate(means)
 
 
 def _comparable(a: ClassRadius | None, b: ClassRadius | None) -> bool:

@@ -22,6 +22,7 @@ with train_extra():
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle, Patch
+    from matplotlib.ticker import LogLocator, NullFormatter
 
 _POINTS = 5000  # more would only cover each other
 
@@ -148,13 +149,16 @@ def radius_vs_support(curves: Mapping[str, Sequence[tuple[float, float, float]]]
     figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     most = max(2 * min(support for support, _, _ in points), max(support for support, _, _ in points))
-    numbers = torch.logspace(1, math.log2(most), 200, base=2.0).round().int().unique().tolist()
-    axes.plot(numbers, [float(uniform_radius_bound(k)) for k in numbers], color="k", lw=1, label="bound, equal classes")
+    numbers = torch.logspace(1, math.log2(most), 200, base=2.0, dtype=torch.float64)
+    axes.plot(numbers.numpy(), uniform_radius_bound(numbers).numpy(), color="k", lw=1, label="bound, equal classes")
     for name, curve in curves.items():
         classes, radii, errors = zip(*sorted(curve), strict=True)
         axes.errorbar(classes, radii, [2 * error for error in errors], fmt="o-", ms=4, lw=1, capsize=3, label=name)
     axes.set(xscale="log", xlabel="number of classes", ylabel="mean class radius")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False)
     return figure
 

@@ -177,8 +177,11 @@ def test_radius_vs_support_draws_points_bars_and_the_bound():
     assert axes.get_xscale() == "log" and axes.get_ylim()[0] == 0
     assert set(legend(figure)) == {"bound, equal classes", "sectors", "slabs"}
     bound = dict(zip(*axes.lines[0].get_data(), strict=True))
-    assert bound[2] == pytest.approx(0.797884560803, rel=1e-6) and max(bound) == 10
+    assert bound[2] == pytest.approx(0.797884560803, rel=1e-6) and max(bound) == pytest.approx(10)
     assert all(a > b for a, b in zip(list(bound.values()), list(bound.values())[1:], strict=False))
+    figure.draw_without_rendering()
+    ticks = {text.get_text() for text in axes.get_xticklabels(which="both") if text.get_text()}
+    assert {"2", "5", "10"} <= ticks
     sectors, slabs = axes.containers
     assert sectors[0].get_data()[0].tolist() == [5, 10] and sectors[0].get_data()[1].tolist() == [0.38, 0.25]
     low, high = sectors[2][0].get_segments()[1][:, 1]

@@ -28,7 +28,7 @@ _SHOWN = 20  # classes whose probability is printed
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # the radius of every sample is a tensor
 class DiversityReport:
     """What `diversity_report` measured; `str` makes a table of it, `as_dict` plain values.
 

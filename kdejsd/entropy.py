@@ -105,14 +105,15 @@ def renyi_entropy(p: Tensor, order: float = 2) -> Tensor:
     log_p = wide.masked_fill(~present, 1.0).log() - wide.sum(-1, keepdim=True).log()
     q = wide / wide.sum(-1, keepdim=True)
     if order == 0:
-        entropy = present.sum(-1).double().log()
+        entropy = present.sum(-1).double().log() + 0 * wide.sum(-1)
     elif order == math.inf:
         entropy = -q.amax(-1).log()
     elif order == 1:
         entropy = -(q * log_p).sum(-1)
     elif abs(order - 1) < 0.5:
         # sum q^a = 1 + sum q (q^(a - 1) - 1), and the last sum is of the order of a - 1 to all its digits.
-        entropy = torch.log1p((q * torch.expm1((order - 1) * log_p)).sum(-1)) / (1 - order)
+        powers = torch.where(present, torch.expm1((order - 1) * log_p), -1.0)
+        entropy = torch.log1p((q * powers).sum(-1)) / (1 - order)
     else:
         entropy = (order * log_p).masked_fill(~present, -math.inf).logsumexp(-1) / (1 - order)
     return (entropy + 0.0).masked_fill(~valid, math.nan).to(dtype)  # 0 rather than -0

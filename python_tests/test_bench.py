@@ -26,9 +26,9 @@ def bench_kde(monkeypatch):
     return importlib.import_module("bench_kde")
 
 
-def run(*arguments):
+def run(*arguments, script="bench_kde.py"):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, str(BENCH / "bench_kde.py"), *arguments]
+    command = [sys.executable, str(BENCH / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=50)
 
 
@@ -124,6 +124,29 @@ def test_limit_counts_the_work(bench_kde):
     assert gpu.limit_ms(n, m, dim, 4, gradient=True) == pytest.approx(2 * n * m * dim * 1e-6)
     slow = dataclasses.replace(cpu, bytes=1e3)
     assert slow.limit_ms(n, m, dim, 4, gradient=False) == pytest.approx(4 * (m * dim + n * dim + n))
+
+
+def test_radius_bench_compares_and_writes(tmp_path):
+    table = tmp_path / "radius.csv"
+    limits = [] if shutil.which("g++") else ["--fma-gflops", "100", "--gexp", "10"]
+    done = run(
+        *("--quick", "--sizes", "3,7", "20,300", "--threads", "1", "--budget", "0.3", "--csv", str(table), *limits),
+        script="bench_radius.py",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rows = 20, classes = 300" in done.stdout
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["provider"] for row in rows} == {"kdejsd", "plain", "scipy"}
+    for rows_classes in (("3", "7"), ("20", "300")):
+        ours = [r for r in rows if r["provider"] == "kdejsd" and (r["rows"], r["classes"]) == rows_classes]
+        found = {(r["metric"], r["mode"]): float(r["value"]) for r in ours}
+        for error in ("value error", "gradient error"):
+            assert found[error, "value+gradient"] < 4 * torch.finfo(torch.float32).eps
+        for mode in ("value+gradient", "value"):
+            assert found["share of limit", mode] > 0
+            (time,) = (r for r in ours if (r["metric"], r["mode"]) == ("time", mode))
+            assert 0 < float(time["p20"]) <= float(time["value"]) <= float(time["p80"])
 
 
 def test_gpu_suite_is_a_script():

@@ -72,6 +72,7 @@ RadiusTerm<Vec<T>> radius_term(Vec<T> mass) {
     const Vec<T> tq = sqrt<T>(NormalTail<T>::kLn2 - log_2q);
     RadiusTerm<Vec<T>> above = kdejsd::upper_radius<T>(kIsLog ? T(1) - q : p, q, log_2q, tq, tail_ratios<T>(tq));
     above.value = q == T(0) ? broadcast(kInfinity<T>) : above.value;
+    above.slope = q == T(0) ? broadcast(kInfinity<T>) : above.slope;
     term.value = upper ? above.value : term.value;
     term.slope = upper ? above.slope : term.slope;
   }

@@ -89,8 +89,9 @@ def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipsch
     The sharp form waits for the device, to see whether a radius is beyond psi's domain, where the inverse is dearer.
 
     Returns:
-        Nats, in the shape of radius, differentiable (beyond 0.5573 once): float32 for a float32 or half tensor, float64 otherwise. A radius
-        of 0 gives inf; a tensor entry that is negative or NaN, or beyond the printed form's peak, NaN.
+        Nats, in the shape of radius: float32 for a float32 or half tensor, float64 otherwise. Differentiable, for
+        radii beyond 0.5573 once. A radius of 0 gives inf; a tensor entry that is negative or NaN, or beyond the printed
+        form's peak, NaN.
 
     Raises:
         ValueError: an unknown form; a number that is negative, or beyond the printed form's peak.

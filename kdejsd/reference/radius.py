@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-_NEWTON_STEPS = 8
+_NEWTON_STEPS = 4
 _FRACTION_FROM = 2.5  # where the continued fraction takes over from the scaled complementary error function
 _FRACTION_TERMS = 60
 
@@ -42,13 +42,14 @@ def class_radius_bound(
 
 def _over_mass(log_p: Tensor) -> Tensor:
     """F(p) / p; infinite at log p = 0, NaN above it."""
-    end = log_p == 0
-    p, rest = log_p.masked_fill(end, -1.0).exp(), -log_p.masked_fill(end, -1.0).expm1()
-    lower = log_p <= -math.log(2)
+    end, lower = log_p == 0, log_p <= -math.log(2)
+    upper = log_p.masked_fill(end | lower, -0.5)  # where the other half of the masses stays finite
+    p, rest = upper.exp(), -upper.expm1()
     x = _quantile(-torch.where(lower, log_p, rest.log()))
     over = excess(x)
     over_mass = torch.where(lower, over, (x + rest * over) / p)
-    return torch.where(end, -(1 - log_p.exp()).log(), over_mass)  # inf at the end, and so is its derivative
+    at_end = -(1 - log_p.masked_fill(~end, -1.0).exp()).log()  # inf there, and so is its derivative
+    return torch.where(end, at_end, over_mass)
 
 
 def _quantile(surprise: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def _quantile(surprise: Tensor) -> Tensor:
     x = (2 * (constant - math.log(2))).clamp_min(0).sqrt()
     for step in range(_NEWTON_STEPS + 2):
         target = constant if step < _NEWTON_STEPS else surprise
-        hazard = x + excess(x)  # phi/Q: log Q = log phi - log hazard
+        hazard = _hazard(x)  # log Q = log phi - log hazard
         x = x + (target - 0.5 * x.square() - 0.5 * math.log(2 * math.pi) - hazard.log()) / hazard
     return x
 
@@ -72,5 +73,9 @@ def excess(x: Tensor) -> Tensor:
     fraction = 0.5 * ((far.square() + 4 * _FRACTION_TERMS).sqrt() - far)  # where numerators that stay the same lead
     for k in range(_FRACTION_TERMS, 0, -1):
         fraction = k / (far + fraction)
-    scaled = math.sqrt(2 / math.pi) / torch.special.erfcx(near / math.sqrt(2)) - near
-    return torch.where(x < _FRACTION_FROM, scaled, fraction)
+    return torch.where(x < _FRACTION_FROM, _hazard(near) - near, fraction)
+
+
+def _hazard(x: Tensor) -> Tensor:
+    hazard: Tensor = math.sqrt(2 / math.pi) / torch.special.erfcx(x / math.sqrt(2))
+    return hazard

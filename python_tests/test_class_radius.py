@@ -217,6 +217,13 @@ def test_models_are_left_as_they_were():
     assert (found.per_sample - truth).abs().max() < 1e-4
 
 
+def test_inside_inference_mode():
+    model = network(3, 2)
+    expected = class_radius_search(None, model, 3, 50, steps=3)
+    with torch.inference_mode():
+        assert torch.equal(class_radius_search(None, model, 3, 50, steps=3).per_sample, expected.per_sample)
+
+
 def test_modes_come_back_after_an_error():
     class Broken(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -299,6 +306,7 @@ def test_nan_logits_are_no_class():
     found = class_radius_search(None, logits, 2, 400, steps=5)
     bad = found.latents[:, 0] > 1
     assert bad.any() and torch.equal(found.per_sample.isnan(), bad) and math.isnan(found.mean)
+    assert found.boundary[bad].isnan().all()
     truth = found.latents[~bad, 1].abs()
     assert (found.per_sample[~bad] - truth).abs().max() < 1e-4
 

@@ -116,6 +116,7 @@ def class_radius(latents: Tensor, labels: Tensor) -> ClassRadius:
     return ClassRadius(*_summary(distance), distance, dim, invertible)
 
 
+@torch.inference_mode(False)  # the search takes gradients, wherever it is called
 def class_radius_search(
     generator: Callable[[Tensor], Tensor] | None,
     classifier: Callable[[Tensor], Tensor],
@@ -154,7 +155,7 @@ def class_radius_search(
         num_samples: N, at least 2.
         steps: gradient steps of each of the two phases, towards the boundary (for each class) and along it.
         num_targets: classes t that are tried for each sample: those of the highest logits.
-        batch_size: samples at a time; the classifier sees up to num_targets + 1 points for each.
+        batch_size: points that the classifier is given at a time.
         rng: of the samples, on any device; None for a CPU generator seeded with 0.
         progress: called with the number of samples done, and num_samples, after each batch.
 
@@ -205,7 +206,7 @@ def class_radius_search(
             boundary.append(search.run(z, classes, other))
             if progress is not None:
                 progress(sum(map(len, boundary)), num_samples)
-    points = torch.cat(boundary)
+    points = torch.where(undefined.unsqueeze(1), math.nan, torch.cat(boundary))
     distance = torch.linalg.vector_norm(points - latents, dim=-1)
     per_sample = torch.where(undefined, math.nan, torch.where(distance.isnan(), math.inf, distance))
     invertible = bool(per_sample.isfinite().all())

@@ -49,14 +49,13 @@ def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
     labels = labels.expand(*batch, n).reshape(items, n)
     own = torch.arange(n, device=latents.device)
     undefined = _undefined(latents, labels)
-    index = torch.where(undefined, -1, _index(latents, labels))
+    index = _index(latents, labels).masked_fill(undefined, -1)
     # Advanced indexing, since its backward adds in a fixed order. A sample without a neighbour takes itself: a
     # difference of 0, whose norm has the gradient 0.
     item = torch.arange(items, device=latents.device).unsqueeze(-1)
     neighbour = latents[item, torch.where(index < 0, own, index)]
     distance = torch.linalg.vector_norm(latents - neighbour, dim=-1)
-    distance = torch.where(index < 0, math.inf, distance)
-    distance = torch.where(undefined, math.nan, distance)
+    distance = distance.masked_fill(index < 0, math.inf).masked_fill(undefined, math.nan)
     return Nearest(distance.reshape(*batch, n), index.reshape(*batch, n))
 
 

@@ -208,7 +208,7 @@ def diversity_report(
     counts = torch.bincount(labels, minlength=num_classes).cpu()
     draws = _collision_draws(counts, stream=0)
     tail = (1 - confidence) / 2
-    low, high = -np.log(np.quantile(draws, [1 - tail, tail]))
+    low, high = np.log(1 / np.quantile(draws, [1 - tail, tail]))
 
     radius = bound = of_collision = uniform = entropy = None
     if isinstance(target, IsotropicNormal) and target.variance == 1:
@@ -227,7 +227,7 @@ def diversity_report(
     return DiversityReport(
         counts=tuple(counts.tolist()),
         prior=str(target),
-        collision_entropy=-math.log(_attainable(float(collision_probability_from_counts(counts)), num_classes)),
+        collision_entropy=math.log(1 / _attainable(float(collision_probability_from_counts(counts)), num_classes)),
         collision_entropy_interval=(float(low), float(high)),
         confidence=confidence,
         class_radius=radius,
@@ -282,9 +282,9 @@ def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: flo
     """Says which of two generators is more diverse by collision entropy, and whether the data can tell.
 
     The intervals are of the Bayesian bootstrap of both reports' samples. Exchanging a and b changes signs and nothing
-    else. Class radii are compared where both were estimated in the same way: the nearest-sample estimate has a bias,
-    which is the same for as many samples in as many dimensions. A smaller radius goes with more diversity; the
-    verdict does not rest on it.
+    else. A smaller class radius goes with more diversity; the verdict does not rest on it. Radii are compared where they
+    were estimated in the same way: the nearest-sample estimate has a bias that depends on the number of samples and of
+    dimensions. Its interval takes the samples for independent, and is somewhat too narrow (`class_radius`).
 
     Args:
         a, b: by the same classifier.

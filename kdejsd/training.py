@@ -8,6 +8,7 @@ import logging
 import math
 import platform
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -144,7 +145,12 @@ def write_report(
     text = _table(report["held_out"], report["training"])
     if classifier is not None:
         diversity = diversity_report(
-            model.decoder, classifier, model.latent_dim, codes=training.codes, target=lagged.target
+            model.decoder,
+            classifier,
+            model.latent_dim,
+            codes=training.codes,
+            target=lagged.target,
+            progress=_tell_progress,
         )
         report["diversity"] = diversity.as_dict()
         text += f"\n\n{diversity}"
@@ -152,6 +158,11 @@ def write_report(
     (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     _draw(folder, model, data, held_out, classifier)
     return text
+
+
+def _tell_progress(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\rclass radius: {done} of {total} samples", end=end, file=sys.stderr, flush=True)
 
 
 def _table(*parts: Mapping[str, Any]) -> str:

@@ -210,7 +210,8 @@ def test_evaluate_of_many_dimensions_searches_for_the_radius(run, classifier, tm
     small = [arg for arg in SMALL if "latent_dim" not in arg]
     network = ["--model.network=FC", "--model.network.hidden=[16]"]
     run("fit", *small, *network, "--model.latent_dim=6", "--trainer.max_epochs=1", "--out=run", cwd=tmp_path)
-    run("evaluate", "run/checkpoints/last.ckpt", f"--classifier={classifier[0]}", cwd=tmp_path)
+    done = run("evaluate", "run/checkpoints/last.ckpt", f"--classifier={classifier[0]}", cwd=tmp_path)
+    assert "class radius: 256 of 1000 samples" in done.err and "class radius: 1000 of 1000 samples\n" in done.err
     out = tmp_path / "run" / "evaluation-1"
     assert {file.name for file in out.iterdir()} == REPORT  # no plane to draw classes in
     diversity = metrics(out)["diversity"]

@@ -83,7 +83,11 @@ def test_known_classes(classifier, dim, probabilities, radius):
 def test_from_five_dimensions_on_the_radius_is_searched_for():
     report = diversity_report(nn.Linear(8, 8), half_spaces, 8, num_samples=500, radius_samples=300)
     assert report.class_radius.num_samples == 300 and "search" in str(report)
-    exact = diversity_report(None, half_spaces, 8, num_samples=500, radius_samples=300)
+    told: list[tuple[int, int]] = []
+    exact = diversity_report(
+        None, half_spaces, 8, num_samples=500, radius_samples=300, progress=lambda *count: told.append(count)
+    )
+    assert told == [(256, 300), (300, 300)]
     assert exact.class_radius.mean == pytest.approx(HALF, abs=4 * exact.class_radius.standard_error)
 
 
@@ -201,9 +205,9 @@ def nan_for_some(z: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("arguments", "settings", "error", "message"),
     [
-        ((None, lambda z: z[:, :1], 2), {}, ValueError, r"logits \[1000, K\], K at least 2; got \[1000, 1\]"),
-        ((None, lambda z: z[:, 0], 2), {}, ValueError, r"logits \[1000, K\], K at least 2; got \[1000\]"),
-        ((None, lambda z: z[:-1], 2), {}, ValueError, r"logits \[1000, K\], K at least 2; got \[999, 2\]"),
+        ((None, lambda z: z[:, :1], 2), {}, ValueError, r"logits \[256, K\], K at least 2; got \[256, 1\]"),
+        ((None, lambda z: z[:, 0], 2), {}, ValueError, r"logits \[256, K\], K at least 2; got \[256\]"),
+        ((None, lambda z: z[:-1], 2), {}, ValueError, r"logits \[256, K\], K at least 2; got \[255, 2\]"),
         ((None, lambda z: z.argmax(1), 2), {}, TypeError, "floating-point tensor of logits, got torch.int64"),
         ((None, lambda z: z.numpy(), 2), {}, TypeError, "floating-point tensor of logits, got ndarray"),
         ((None, nan_for_some, 2), {}, ValueError, r"classifier must not return NaN, and did for \d+ of 10000 samples"),
@@ -232,7 +236,7 @@ def test_a_classifier_must_know_as_many_classes_for_every_batch():
         return torch.zeros(len(z), 2 + len(z) // 1000)
 
     with pytest.raises(ValueError, match=r"as many classes for every batch, got \[2, 3\]"):
-        diversity_report(None, classifier, 2, num_samples=1500)
+        diversity_report(None, classifier, 2, num_samples=1500, batch_size=1000)
 
 
 def test_another_prior_has_no_class_radius():

@@ -4,7 +4,7 @@ reports differ by more than chance."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -154,8 +154,9 @@ def diversity_report(
     hole_level: float = 0.05,
     target: Target | None = None,
     confidence: float = 0.95,
-    batch_size: int = 1000,
+    batch_size: int = 256,
     rng: torch.Generator | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> DiversityReport:
     """Measures how many different things a generator makes, as a classifier sees them.
 
@@ -188,6 +189,7 @@ def diversity_report(
         confidence: of the interval, above 0 and below 1.
         batch_size: latents at a time.
         rng: of all samples; None for a CPU generator seeded with 0. The global random state is not used.
+        progress: as in `class_radius_search`, which takes nearly all of the time there is a search.
 
     Raises:
         ValueError: a number out of range, a target of another dimension, logits of another shape or NaN, and what
@@ -216,7 +218,7 @@ def diversity_report(
             radius = class_radius(latents, labels.to(latents.device))
         else:
             radius = class_radius_search(
-                generator, classifier, latent_dim, radius_samples, batch_size=batch_size, rng=rng
+                generator, classifier, latent_dim, radius_samples, batch_size=batch_size, rng=rng, progress=progress
             )
         shares = counts.double() / num_samples
         bound = float(class_radius_bound(shares))
@@ -282,7 +284,7 @@ def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: flo
     """Says which of two generators is more diverse by collision entropy, and whether the data can tell.
 
     The intervals are of the Bayesian bootstrap of both reports' samples. Exchanging a and b changes signs and nothing
-    else. A smaller class radius goes with more diversity; the verdict does not rest on it. Radii are compared where they
+    else. A smaller class radius goes with more diversity; the verdict does not rest on it. Radii are compared if they
     were estimated in the same way: the nearest-sample estimate has a bias that depends on the number of samples and of
     dimensions. Its interval takes the samples for independent, and is somewhat too narrow (`class_radius`).
 

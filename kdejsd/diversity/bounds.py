@@ -72,7 +72,7 @@ def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tens
     """
     if not isinstance(num_classes, Tensor) and not num_classes >= 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    count, dtype = _as_double(num_classes)
+    count, dtype = _as_double("num_classes", num_classes)
     return (_psi(1 / count) * lipschitz).to(dtype)
 
 
@@ -95,6 +95,7 @@ def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipsch
 
     Raises:
         ValueError: an unknown form; a number that is negative, or beyond the printed form's peak.
+        TypeError: a complex tensor.
     """
     _check_form(form)
     peak = 4 * math.sqrt(0.5 * math.pi) / math.e  # where H = e^2 / (4 pi)
@@ -103,7 +104,7 @@ def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipsch
             raise ValueError(f"radius must be at least 0, got {radius}")
         if form == "printed" and not isinstance(lipschitz, Tensor) and radius / lipschitz > peak:
             raise ValueError(f"radius must be at most the peak of the printed bound, {peak:.6g}, got {radius}")
-    value, dtype = _as_double(radius)
+    value, dtype = _as_double("radius", radius)
     latent = value / lipschitz
     if form == "printed":
         return _inverse_printed(latent.masked_fill(latent.detach() > peak, math.nan)).to(dtype)
@@ -119,12 +120,12 @@ def _check_form(form: str) -> None:
         raise ValueError(f"form must be 'sharp' or 'printed', got {form!r}")
 
 
-def _as_double(value: float | Tensor) -> tuple[Tensor, torch.dtype]:
+def _as_double(name: str, value: float | Tensor) -> tuple[Tensor, torch.dtype]:
     if not isinstance(value, Tensor):
         return torch.tensor(float(value), dtype=torch.float64), torch.float64
     if not value.is_floating_point():
         return value.double(), torch.float64
-    return value.double(), compute_dtype("the argument", value)
+    return value.double(), compute_dtype(name, value)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

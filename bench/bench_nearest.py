@@ -1,6 +1,6 @@
 """Times nearest_other_class against other ways to compute it; checks each of them first.
 
-    python bench/bench_nearest.py                                     # the whole CPU table, about 5 minutes
+    python bench/bench_nearest.py                                     # the whole CPU table, some 20 minutes
     python bench/bench_nearest.py --quick                             # small sizes, some 20 seconds
     python bench/bench_nearest.py --device cuda --csv results.csv
     python bench/bench_nearest.py --sizes 50000,10,sectors --threads 1

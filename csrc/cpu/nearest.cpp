@@ -25,13 +25,13 @@ namespace {
 
 using kdejsd::NearestSearch;
 
-constexpr int kLeaf = 32;
-constexpr int kGroup = 2;                            // vectors of queries that go through the tree together
-constexpr int kLeafRows = kRegisters == 32 ? 8 : 4;  // samples of a leaf whose distances are in registers at once
-constexpr int64_t kSerialSamples = 512;              // up to which a second thread costs more than it brings
-constexpr int kMaxDepth = 32;                        // of a tree over 2^31 samples, and a leaf at its end
-constexpr int32_t kMixed = -1;                       // in place of a class
-constexpr int32_t kNone = INT32_MAX;                 // in place of an index: higher than any
+constexpr int kLeaf = 64;
+constexpr int kGroup = kQV;   // vectors of queries that go through the tree together; a leaf holds whole groups
+constexpr int kLeafRows = 4;  // samples of a leaf whose distances are in registers at once
+constexpr int64_t kSerialSamples = 512;  // up to which a second thread costs more than it brings
+constexpr int kMaxDepth = 32;            // of a tree over 2^31 samples, and a leaf at its end
+constexpr int32_t kMixed = -1;           // in place of a class
+constexpr int32_t kNone = INT32_MAX;     // in place of an index: higher than any
 
 template <class T>
 using Index = decltype(Mask<T>{}[0] + 0);
@@ -118,6 +118,7 @@ struct Tree {
 template <class T>
 struct Group {
   static constexpr int kQueries = kGroup * kLanes<T>;
+  static_assert(kLeaf % kQueries == 0 && kLeaf % kLeafRows == 0, "no group has queries of two leaves");
 
   const Tree<T>& tree;
   Vec<T>* lanes;  // [d][kGroup]
@@ -194,7 +195,7 @@ struct Group {
     for (int j = 0; j < kLeaf; j += kLeafRows) {
       Vec<T> sums[kLeafRows][kGroup] = {};
       for (int64_t k = 0; k < d; k++) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int r = 0; r < kLeafRows; r++) {
           const Vec<T> x = broadcast(rows[(j + r) * d + k]);
 #pragma GCC unroll 4
@@ -207,13 +208,13 @@ struct Group {
 #pragma GCC unroll 4
       for (int v = 0; v < kGroup; v++) {
         least[v] = broadcast(std::numeric_limits<T>::infinity());
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int r = 0; r < kLeafRows; r++) least[v] = sums[r][v] < least[v] ? sums[r][v] : least[v];
         near |= least[v] <= best[v];
       }
       if (!any<T>(near)) continue;
       found = true;
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int r = 0; r < kLeafRows; r++) {
         const int64_t i = leaf * kLeaf + j + r;
         const Mask<T> index = Mask<T>{} + static_cast<Index<T>>(tree.indices[i]);

@@ -142,7 +142,7 @@ def class_radius_search(
     Every distance is that of a point which the classifier was seen to give another class, hence an upper bound. For
     flat boundaries it is the distance itself; on curved ones the search can end at a local minimum. (Untrained networks
     in 2 to 5 dimensions, against 20 000 points around each sample: the mean is too large by 0 to 2 % with 20
-    steps, by a third of that with 60.)
+    steps, by a quarter of that with 60.)
 
     Models (`torch.nn.Module`) are in eval mode meanwhile and get their modes back; their parameters' gradients are left
     alone. The samples lie where the models' parameters do, and have their dtype.

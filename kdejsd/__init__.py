@@ -9,8 +9,18 @@ from ._native import build_info
 from ._version import __version__
 from .bandwidth import entropy_bandwidth, optimal_bandwidth
 from .divergence import jsd, jsd_loss
-from .diversity import collision_radius_bound, max_collision_entropy, uniform_radius_bound
-from .diversity.radius import ClassRadius, RadiusBiasWarning, class_radius, class_radius_search
+from .diversity import (
+    ClassRadius,
+    RadiusBiasWarning,
+    class_radius,
+    class_radius_search,
+    collision_radius_bound,
+    compare_diversity,
+    diversity_report,
+    latent_holes,
+    max_collision_entropy,
+    uniform_radius_bound,
+)
 from .entropy import collision_probability, collision_probability_from_counts, kde_entropy, renyi_entropy
 from .lagged import LaggedKDE
 from .ops.kde import kde_log_prob
@@ -33,11 +43,14 @@ __all__ = [
     "collision_probability",
     "collision_probability_from_counts",
     "collision_radius_bound",
+    "compare_diversity",
+    "diversity_report",
     "entropy_bandwidth",
     "jsd",
     "jsd_loss",
     "kde_entropy",
     "kde_log_prob",
+    "latent_holes",
     "max_collision_entropy",
     "nearest_other_class",
     "omega",

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ._extras import train_extra
+from ._modes import evaluating
 from .entropy import kde_entropy
 from .models import GEN
-from .models.gen import JSD_SAMPLES, evaluating, target_moments
+from .models.gen import JSD_SAMPLES, target_moments
 from .targets import sample_target
 
 with train_extra():

@@ -1,61 +1,46 @@
-"""Pictures of a trained model, written to files; nothing here touches matplotlib's backend or its global state."""
+"""Pictures of a trained model. Each function returns a figure, `.savefig(path)` writes it; nothing here touches
+matplotlib's backend or its global state."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ._extras import train_extra
-from .targets import GaussianMixture, IsotropicNormal, Target
+from ._modes import evaluating
+from .diversity.bounds import uniform_radius_bound
+from .diversity.labels import Map, latent_labels, models_like
+from .targets import GaussianMixture, IsotropicNormal, StandardNormal, Target, target_dim
 
 with train_extra():
     from matplotlib import colormaps
     from matplotlib.axes import Axes
+    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
-    from matplotlib.patches import Circle
+    from matplotlib.patches import Circle, Patch
+    from matplotlib.ticker import LogLocator, NullFormatter
 
 _POINTS = 5000  # more would only cover each other
 
 
-def plot_latent(path: str | Path, codes: Tensor, labels: Tensor, target: Target) -> None:
-    """Writes a picture of the codes by class: 2-D codes as they are, others on their first two principal components,
-    1-D codes as a histogram. Circles mark the target: one, two and three standard deviations of a normal, two of each
-    component of a mixture.
+def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
+    """Codes by class: 2-D codes as they are, others on their first two principal components, 1-D codes as a histogram.
+    Circles mark the target: one, two and three standard deviations of a normal, two of each component of a mixture.
 
     Args:
-        path: the PNG file.
         codes: [n, l].
         labels: [n] int64, -1 for none.
         target: law that the codes should follow.
     """
     codes, labels = codes[:_POINTS].double().cpu(), labels[:_POINTS].cpu()
-    figure = Figure(figsize=(6.4, 6), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _square_figure()
     if codes.shape[1] == 1:
         _histogram(axes, codes[:, 0], target)
-    else:
-        _scatter(axes, codes, labels, target)
-    figure.savefig(path, dpi=150)
-
-
-def plot_images(path: str | Path, images: Tensor, columns: int = 10) -> None:
-    """Writes images [n, C, H, W] in [0, 1] as a grid, row by row."""
-    grid = _grid(images, columns)
-    figure = _image_figure(grid)
-    figure.savefig(path, dpi=100)
-
-
-def plot_reconstructions(path: str | Path, images: Tensor, reconstructions: Tensor, columns: int = 10) -> None:
-    """Writes pairs of rows: images [n, C, H, W], and below each its reconstruction."""
-    rows = [part for pair in zip(images.split(columns), reconstructions.split(columns), strict=True) for part in pair]
-    figure = _image_figure(torch.cat([_grid(row, columns) for row in rows]))
-    figure.savefig(path, dpi=100)
-
-
-def _scatter(axes: Axes, codes: Tensor, labels: Tensor, target: Target) -> None:
+        return figure
     shift, plane = torch.zeros(codes.shape[1]).double(), torch.eye(2).double()
     names = ["code 1", "code 2"]
     if codes.shape[1] > 2:
@@ -66,29 +51,225 @@ def _scatter(axes: Axes, codes: Tensor, labels: Tensor, target: Target) -> None:
         names = [
             f"principal component {i + 1} ({100 * share:.0f} % of the variance)" for i, share in enumerate(shares[:2])
         ]
-    points = (codes - shift) @ plane
-    classes = labels.unique().tolist()
-    colors = colormaps["tab10" if len(classes) <= 10 else "turbo"]
-    for place, label in enumerate(classes):
-        color = colors(place) if len(classes) <= 10 else colors(place / (len(classes) - 1))
-        x, y = points[labels == label].T.numpy()
-        axes.scatter(x, y, s=5, linewidths=0, color=color, label=str(label))
-    for center, radius in _circles(target):
-        spot = (center.double() - shift) @ plane
-        axes.add_patch(Circle((float(spot[0]), float(spot[1])), radius, fill=False, color="0.3", lw=0.8, ls="--"))
+    color = _class_colors(int(labels.max()) + 1 if len(labels) else 0)
+    _scatter(axes, (codes - shift) @ plane, labels, color)
+    _draw_target(axes, target, shift, plane)
     axes.set(xlabel=names[0], ylabel=names[1], aspect="equal")
     axes.autoscale_view()
+    _legend(axes, labels.unique().tolist(), color)
+    return figure
+
+
+def latent_classes(
+    generator: Map | None,
+    classifier: Map,
+    *,
+    codes: Tensor | None = None,
+    labels: Tensor | None = None,
+    target: Target | None = None,
+    extent: float | None = None,
+    resolution: int = 300,
+) -> Figure:
+    """The regions of a 2-D latent space from which each class is generated, in the colours that `latent` gives codes
+    of these classes; the target's circles over them, and codes as dots where they are given.
+
+    A dot in a region of another colour is an example that its code's image is not taken for.
+
+    Args:
+        generator: [B, 2] -> what the classifier takes; None where the classifier acts on the latents.
+        classifier: to logits [B, K], K at least 2.
+        codes: [n, 2], of examples; those outside the picture are left out.
+        labels: [n] int64, the classes of the codes, -1 for none; None for no classes.
+        target: law of the latents, for its circles; None is the standard normal.
+        extent: the picture goes from -extent to extent in both directions; None is what holds the circles.
+        resolution: points of the latent space that are classified in each direction.
+
+    Raises:
+        ValueError: codes, labels or a target of another shape, an extent that is not positive and finite, a resolution
+            below 2, and what `latent_labels` refuses.
+    """
+    target = StandardNormal(2) if target is None else target
+    if target_dim(target) != 2:
+        raise ValueError(f"target must have 2 dimensions, got {target_dim(target)}")
+    if codes is not None and (codes.ndim != 2 or codes.shape[1] != 2):
+        raise ValueError(f"codes must have shape [n, 2], got {list(codes.shape)}")
+    if labels is not None and (codes is None or labels.shape != codes.shape[:1]):
+        raise ValueError(
+            f"labels must have one entry for each of the codes, got {list(labels.shape)} for "
+            f"{'no codes' if codes is None else f'{len(codes)} codes'}"
+        )
+    extent = _extent(target) if extent is None else extent
+    if not 0 < extent < math.inf:
+        raise ValueError(f"extent must be positive and finite, got {extent}")
+    if resolution < 2:
+        raise ValueError(f"resolution must be at least 2, got {resolution}")
+
+    line = ((torch.arange(resolution).double() + 0.5) / resolution * 2 - 1) * extent  # centers of the pixels
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    like = models_like(generator, classifier)
+    regions, num_classes = latent_labels(generator, classifier, torch.stack([x, y], -1).reshape(-1, 2).to(like))
+    regions = regions.cpu().reshape(resolution, resolution)
+    color = _class_colors(max(num_classes, int(labels.max()) + 1 if labels is not None and len(labels) else 0))
+    light = torch.tensor([[1 - 0.5 * (1 - channel) for channel in color(label)] for label in range(num_classes)])
+
+    figure, axes = _square_figure()
+    axes.imshow(
+        light[regions].numpy(), origin="lower", extent=(-extent, extent, -extent, extent), interpolation="nearest"
+    )
+    if codes is not None:
+        points = codes[:_POINTS].double().cpu()
+        none = torch.full((len(points),), -1)
+        _scatter(axes, points, none if labels is None else labels[:_POINTS].cpu(), color)
+    _draw_target(axes, target, torch.zeros(2).double(), torch.eye(2).double())
+    axes.set(xlabel="latent 1", ylabel="latent 2", xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
+    _legend(axes, regions.unique().tolist(), color)
+    return figure
+
+
+def radius_vs_support(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> Figure:
+    """Class radius against the number of classes, with the most that it can be for classes of equal probability
+    (`uniform_radius_bound`).
+
+    Args:
+        curves: for each name in the legend its points: number of classes (the support), mean class radius, and the
+            radius's standard error (0 for none known). Bars are of two standard errors.
+
+    Raises:
+        ValueError: no point, fewer than 2 classes, or a radius or error that is negative or not finite.
+    """
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        raise ValueError("curves must have at least one point, got none")
+    for support, radius, error in points:
+        if not (2 <= support < math.inf and 0 <= radius < math.inf and 0 <= error < math.inf):
+            raise ValueError(
+                "curves must be of (classes, at least 2; radius and error, not negative), all finite; "
+                f"got {(support, radius, error)}"
+            )
+    figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    most = max(2 * min(support for support, _, _ in points), max(support for support, _, _ in points))
+    numbers = torch.logspace(1, math.log2(most), 200, base=2.0, dtype=torch.float64)
+    axes.plot(numbers.numpy(), uniform_radius_bound(numbers).numpy(), color="k", lw=1, label="bound, equal classes")
+    for name, curve in curves.items():
+        classes, radii, errors = zip(*sorted(curve), strict=True)
+        axes.errorbar(classes, radii, [2 * error for error in errors], fmt="o-", ms=4, lw=1, capsize=3, label=name)
+    axes.set(xscale="log", xlabel="number of classes", ylabel="mean class radius")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.legend(frameon=False)
+    return figure
+
+
+def interpolation(
+    generator: Callable[[Tensor], Tensor],
+    start: Tensor,
+    end: Tensor,
+    *,
+    steps: int = 10,
+    path: Literal["line", "arc"] = "line",
+) -> Figure:
+    """Images decoded on the way from one latent to another, a row for each pair.
+
+    Args:
+        generator: latents [B, d] -> images [B, C, H, W] in [0, 1].
+        start, end: [n, d], the first and the last latents of the rows.
+        steps: images in a row, with both ends.
+        path: "line" is straight; "arc" turns the direction by equal angles and changes the length evenly: in many
+            dimensions the middle of a line between two normal samples is shorter than any sample is.
+
+    Raises:
+        ValueError: shapes that do not match, fewer than 2 steps, another path, or, for an arc, directions that are
+            opposite or of no length: no arc leads from one to the other rather than another way.
+    """
+    if start.ndim != 2 or start.shape != end.shape or start.numel() == 0:
+        raise ValueError(
+            f"start and end must have the same shape [n, d], got {list(start.shape)} and {list(end.shape)}"
+        )
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, got {steps}")
+    if path not in ("line", "arc"):
+        raise ValueError(f'path must be "line" or "arc", got {path!r}')
+    share = torch.linspace(0, 1, steps).double()[:, None]
+    start, end = start.detach().double().cpu()[:, None], end.detach().double().cpu()[:, None]
+    latents = start + share * (end - start) if path == "line" else _arc(start, end, share)
+    with torch.no_grad(), evaluating(generator):
+        images = generator(latents.flatten(0, 1).to(models_like(generator)))
+    return grid(images, columns=steps)
+
+
+def grid(images: Tensor, columns: int = 10) -> Figure:
+    """Images [n, C, H, W] in [0, 1], C = 1 or 3, row by row.
+
+    Raises:
+        ValueError: images of another shape, or columns below 1.
+    """
+    return _image_figure(_cells(images, columns))
+
+
+def reconstructions(images: Tensor, reconstructions: Tensor, columns: int = 10) -> Figure:
+    """Pairs of rows: images [n, C, H, W] in [0, 1], C = 1 or 3, and below each its reconstruction.
+
+    Raises:
+        ValueError: images of another shape, reconstructions of another than the images, or columns below 1.
+    """
+    if images.shape != reconstructions.shape:
+        raise ValueError(
+            f"reconstructions must have the shape of images, {list(images.shape)}, got {list(reconstructions.shape)}"
+        )
+    pairs = zip(images.split(columns), reconstructions.split(columns), strict=True)
+    return _image_figure(torch.cat([_cells(row, columns) for pair in pairs for row in pair]))
+
+
+def _square_figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 6), dpi=150, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _class_colors(count: int) -> Callable[[int], tuple[float, float, float]]:
+    """The colour of each of so many classes; the same for a class in every picture of them."""
+    colors = colormaps["tab10" if count <= 10 else "turbo"]
+
+    def color(label: int) -> tuple[float, float, float]:
+        if label < 0:
+            return to_rgb("k")
+        return to_rgb(colors(label if count <= 10 else label / (count - 1)))
+
+    return color
+
+
+def _scatter(axes: Axes, points: Tensor, labels: Tensor, color: Callable[[int], tuple[float, float, float]]) -> None:
+    for label in labels.unique().tolist():
+        x, y = points[labels == label].T.numpy()
+        axes.scatter(x, y, s=5, linewidths=0, color=color(label))
+
+
+def _legend(axes: Axes, classes: list[int], color: Callable[[int], tuple[float, float, float]]) -> None:
     if 1 < len(classes) <= 20:
-        axes.legend(title="class", markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        names = [Patch(color=color(label), label="none" if label < 0 else str(label)) for label in classes]
+        axes.legend(handles=names, title="class", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _draw_target(axes: Axes, target: Target, shift: Tensor, plane: Tensor) -> None:
+    for center, radius in _circles(target):
+        x, y = ((center - shift) @ plane).tolist()
+        axes.add_patch(Circle((x, y), radius, fill=False, color="0.3", lw=0.8, ls="--"))
 
 
 def _circles(target: Target) -> list[tuple[Tensor, float]]:
     """Centers [l] and radii; an isotropic law keeps its standard deviation in every projection."""
     if isinstance(target, IsotropicNormal):
-        return [(torch.zeros(target.dim), k * math.sqrt(target.variance)) for k in (1, 2, 3)]
+        return [(torch.zeros(target.dim).double(), k * math.sqrt(target.variance)) for k in (1, 2, 3)]
     if isinstance(target, GaussianMixture):
         return [(mean, 2 * float(scale)) for mean, scale in zip(target.means.cpu(), target.scales.cpu(), strict=True)]
     return []
+
+
+def _extent(target: Target) -> float:
+    """What holds the target's circles with some room, or 4 if there are none."""
+    return max((1.15 * (float(center.abs().max()) + radius) for center, radius in _circles(target)), default=4.0)
 
 
 def _histogram(axes: Axes, codes: Tensor, target: Target) -> None:
@@ -99,8 +280,26 @@ def _histogram(axes: Axes, codes: Tensor, target: Target) -> None:
     axes.legend(frameon=False)
 
 
-def _grid(images: Tensor, columns: int) -> Tensor:
+def _arc(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """[n, steps, d] from start [n, 1, d] to end [n, 1, d]; share [steps, 1] from 0 to 1."""
+    lengths = [torch.linalg.vector_norm(ends, dim=-1, keepdim=True) for ends in (start, end)]
+    a, b = start / lengths[0], end / lengths[1]
+    # Of the unit vectors' difference and sum, which lose no digits where they are nearly parallel or nearly opposite.
+    angle = 2 * torch.atan2(torch.linalg.vector_norm(a - b, dim=-1), torch.linalg.vector_norm(a + b, dim=-1))[..., None]
+    if not bool((angle < math.pi - 1e-6).all()):
+        raise ValueError("start and end must not be opposite nor 0 for an arc from one to the other to be a single one")
+    # sin(s x) / sin(x) through sinc, which is 1 at 0: equal directions stay what they are.
+    first, last = (s * torch.sinc(s * angle / math.pi) / torch.sinc(angle / math.pi) for s in (1 - share, share))
+    latents: Tensor = (first * a + last * b) * (lengths[0] + share * (lengths[1] - lengths[0]))
+    return latents
+
+
+def _cells(images: Tensor, columns: int) -> Tensor:
     """[n, C, H, W] -> [rows (H + 1), columns (W + 1), C], images apart by a line and missing ones white."""
+    if images.ndim != 4 or images.numel() == 0 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must have shape [n, C, H, W], C = 1 or 3, got {list(images.shape)}")
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     cells = torch.ones(rows * columns, channels, height + 1, width + 1)
@@ -109,13 +308,14 @@ def _grid(images: Tensor, columns: int) -> Tensor:
     return cells.permute(0, 3, 1, 4, 2).reshape(rows * (height + 1), columns * (width + 1), channels)
 
 
-def _image_figure(grid: Tensor) -> Figure:
-    height, width, channels = grid.shape
-    scale = max(1, 800 // width)  # whole pixels, so that small images stay sharp
-    figure = Figure(figsize=(width * scale / 100, height * scale / 100))
+def _image_figure(pixels: Tensor) -> Figure:
+    """A figure of these pixels [height, width, C] alone, each drawn as a square of whole pixels to stay sharp."""
+    height, width, channels = pixels.shape
+    scale = max(1, 800 // width)
+    figure = Figure(figsize=(width * scale / 100, height * scale / 100), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(
-        grid.squeeze(-1).numpy(), cmap="gray" if channels == 1 else None, vmin=0, vmax=1, interpolation="nearest"
+        pixels.squeeze(-1).numpy(), cmap="gray" if channels == 1 else None, vmin=0, vmax=1, interpolation="nearest"
     )
     axes.set_axis_off()
     return figure

@@ -8,6 +8,7 @@ import logging
 import math
 import platform
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -17,12 +18,15 @@ from typing import Any
 
 import torch
 
+from . import plots
 from ._extras import train_extra
+from ._modes import evaluating
+from .classifier import load_classifier
 from .data import ImageData
+from .diversity.labels import Map
+from .diversity.report import diversity_report
 from .metrics import Encoded, code_measures, encode_set
 from .models import GEN, ImageGEN
-from .models.gen import evaluating
-from .plots import plot_images, plot_latent, plot_reconstructions
 
 with train_extra():
     import lightning.pytorch as pl
@@ -58,8 +62,7 @@ def fit(args: list[str]) -> int:
         "wall_time_s": time.perf_counter() - started,
         "latent_time_share": cli.model.stopwatch.share("latent", "step"),
     }
-    report = write_report(cli.folder, cli.model, cli.datamodule, run)
-    print(summary(report))
+    print(write_report(cli.folder, cli.model, cli.datamodule, run))
     print(f"report: {cli.folder}")
     return 0
 
@@ -70,6 +73,13 @@ def evaluate(args: list[str]) -> int:
     parser = ArgumentParser(prog="kdejsd evaluate", description="Writes the report of a checkpoint anew.")
     parser.add_argument("checkpoint", type=str, metavar="CKPT", help="A checkpoint that kdejsd fit has written.")
     parser.add_argument("--out", type=str, help="The report's folder; default: a fresh one beside the checkpoint's.")
+    parser.add_argument(
+        "--classifier",
+        type=str,
+        metavar="FILE",
+        help="A classifier of the images, saved by torch.export.save with a batch of any size: adds the diversity of "
+        "what the decoder makes. Loading a file can run code that is in it; use none that you do not trust.",
+    )
     parser.add_subclass_arguments(ImageData, "data", help="Other images than the run's own.", required=False)
     checkpoint: dict[str, Any] = {}
     if args and not args[0].startswith("-"):
@@ -86,30 +96,34 @@ def evaluate(args: list[str]) -> int:
             f"--data must have images of shape {tuple(model.hparams['image_shape'])}, as the checkpoint's model, "
             f"got {data_module.image_shape}"
         )
+    classifier = None if config.classifier is None else load_classifier(config.classifier, data_module.image_shape)
     path = Path(config.checkpoint)
     run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     folder = _fresh_folder(config.out, run_folder / "evaluation")
     run = {"checkpoint": str(path), "epochs": checkpoint["epoch"], "steps": checkpoint["global_step"]}
-    report = write_report(folder, model, data_module, run)
+    print(write_report(folder, model, data_module, run, classifier))
     (folder / "config.yaml").write_text(parser.dump(config))
-    print(summary(report))
     print(f"report: {folder}")
     return 0
 
 
-def write_report(folder: Path, model: GEN, data: ImageData, run: Mapping[str, Any]) -> dict[str, Any]:
+def write_report(
+    folder: Path, model: GEN, data: ImageData, run: Mapping[str, Any], classifier: Map | None = None
+) -> str:
     """Measures the model on the held-out images and on those it was trained on, and draws its pictures.
 
-    Writes metrics.json, latent.png, samples.png and reconstructions.png into the folder.
+    Writes metrics.json, in which numbers that are not finite are null, latent.png, samples.png and reconstructions.png
+    into the folder; with a classifier and 2-D codes classes.png too.
 
     Args:
         folder: exists.
         model: trained.
         data: its images.
         run: what else to write down about the run.
+        classifier: images [n, C, H, W] -> logits [n, K], for the diversity of what the decoder makes.
 
     Returns:
-        What metrics.json holds; numbers that are not finite are None there.
+        The main numbers as a table.
     """
     held_out, training = encode_set(model, data.held_out), encode_set(model, data.training)
     lagged = model.lagged
@@ -128,15 +142,31 @@ def write_report(folder: Path, model: GEN, data: ImageData, run: Mapping[str, An
         },
         "run": {**run, "versions": _versions()},
     }
+    text = _table(report["held_out"], report["training"])
+    if classifier is not None:
+        diversity = diversity_report(
+            model.decoder,
+            classifier,
+            model.latent_dim,
+            codes=training.codes,
+            target=lagged.target,
+            progress=_tell_progress,
+        )
+        report["diversity"] = diversity.as_dict()
+        text += f"\n\n{diversity}"
     report = {key: _finite(part) for key, part in report.items()}
     (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-    _draw(folder, model, data, held_out)
-    return report
+    _draw(folder, model, data, held_out, classifier)
+    return text
 
 
-def summary(report: Mapping[str, Any]) -> str:
-    """The main numbers of a report as a table."""
-    parts = [report["held_out"], report["training"]]
+def _tell_progress(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\rclass radius: {done} of {total} samples", end=end, file=sys.stderr, flush=True)
+
+
+def _table(*parts: Mapping[str, Any]) -> str:
+    """The main numbers of the held-out and of the training images."""
 
     def row(name: str, *keys: str) -> str:
         cells = [" / ".join("none" if part[key] is None else f"{part[key]:.4g}" for key in keys) for part in parts]
@@ -275,13 +305,17 @@ class RunProgressBar(TQDMProgressBar):
         return Tqdm(disable=True)
 
 
-def _draw(folder: Path, model: GEN, data: ImageData, held_out: Encoded) -> None:
+def _draw(folder: Path, model: GEN, data: ImageData, held_out: Encoded, classifier: Map | None) -> None:
     images = data.held_out[torch.arange(min(30, len(data.held_out)))][0]
     with torch.no_grad(), evaluating(model):
         reconstructions = model.reconstruct(images.to(model.device)).cpu()
-    plot_latent(folder / "latent.png", held_out.codes, held_out.labels, model.lagged.target)
-    plot_images(folder / "samples.png", model.sample(100, torch.Generator().manual_seed(0)))
-    plot_reconstructions(folder / "reconstructions.png", images, reconstructions)
+    codes, labels, target = held_out.codes, held_out.labels, model.lagged.target
+    plots.latent(codes, labels, target).savefig(folder / "latent.png")
+    plots.grid(model.sample(100, torch.Generator().manual_seed(0))).savefig(folder / "samples.png")
+    plots.reconstructions(images, reconstructions).savefig(folder / "reconstructions.png")
+    if classifier is not None and model.latent_dim == 2:
+        classes = plots.latent_classes(model.decoder, classifier, codes=codes, labels=labels, target=target)
+        classes.savefig(folder / "classes.png")
 
 
 def _fresh_folder(out: str | None, stem: Path) -> Path:
@@ -344,9 +378,10 @@ def _finite(value: Any) -> Any:
 
 def _quiet() -> None:
     """Silences what tells a user nothing: Lightning's tips and device list, advice on workers, its use of old torch
-    names."""
+    names, torch.export's traceback."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.export").setLevel(logging.ERROR)  # it logs a traceback beside the error that it raises
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="The dirpath has changed from")  # a resumed run has a folder of its own
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

@@ -11,11 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.image
 import pytest
 import torch
 from test_data import write_mnist
 
+from kdejsd import diversity_report
 from kdejsd.cli import main
+from kdejsd.data import Digits
+from kdejsd.models import ImageGEN
 
 SMALL = [
     "--data.train_size=300",
@@ -141,6 +145,107 @@ def test_evaluate_refuses(run, trained, tmp_path):
     assert "other.ckpt was not written by kdejsd fit" in done.err
 
 
+def export(network: torch.nn.Module, path: Path, size: int | None = None, shape: tuple[int, ...] = (1, 8, 8)) -> None:
+    """Saves a classifier of batches of any size, or of one size."""
+    batch = {} if size else {"dynamic_shapes": ({0: torch.export.Dim("n")},)}
+    torch.export.save(torch.export.export(network, (torch.zeros(size or 2, *shape),), **batch), path)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+    """A classifier of digits in a file, and the network itself."""
+    data = Digits()
+    data.setup()
+    images, labels, _ = data.training[torch.arange(len(data.training))]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Dropout(0.2))
+    optimizer = torch.optim.LBFGS(network.parameters(), max_iter=60)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(network.eval()(images), labels)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    path = tmp_path_factory.mktemp("classifier") / "digits.pt2"
+    export(network, path)
+    return path, network
+
+
+def test_evaluate_with_a_classifier_reports_the_diversity(run, classifier, tmp_path):
+    enough = ["--trainer.max_steps=300", "--model.learning_rate=1e-3"]  # for the decoder to make different digits
+    run("fit", *SMALL, *enough, "--out=run", cwd=tmp_path)
+    checkpoint = tmp_path / "run/checkpoints/last.ckpt"
+    path, network = classifier
+    done = run("evaluate", checkpoint, f"--classifier={path}", "--out=out", cwd=tmp_path)
+    out = tmp_path / "out"
+    assert {file.name for file in out.iterdir()} == REPORT | {"classes.png"}
+    assert f"classifier: {path}" in (out / "config.yaml").read_text()
+    report = metrics(out)
+    assert report["held_out"] == metrics(tmp_path / "run")["held_out"] and "diversity" not in metrics(tmp_path / "run")
+
+    model = ImageGEN.load_from_checkpoint(checkpoint).eval()
+    data = Digits(train_size=300)
+    data.setup()
+    with torch.no_grad():
+        codes = model.encode(data.training[torch.arange(300)][0])
+    expected = diversity_report(model.decoder, network, 2, codes=codes)
+    got = report["diversity"]
+    assert got["probabilities"] == pytest.approx(expected.probabilities, abs=1e-3)
+    assert got["collision_entropy"] == pytest.approx(expected.collision_entropy, abs=1e-3)
+    assert 1 < got["collision_entropy"] < math.log(10)
+    assert got["class_radius"]["mean"] == pytest.approx(expected.class_radius.mean, rel=1e-3)
+    assert got["holes"]["mass"] == pytest.approx(expected.holes.mass, abs=2e-3) and got["holes"]["num_codes"] == 300
+    assert f"{got['collision_entropy']:.4f}" in done.out and f"{got['class_radius']['mean']:.4f}" in done.out
+    picture = matplotlib.image.imread(out / "classes.png")[..., :3].reshape(-1, 3)
+    shown = {tuple(color) for color in (255 * picture).round().astype(int)[::7].tolist()}
+    for label, share in enumerate(expected.probabilities):
+        light = tuple(round(255 * (0.5 + 0.5 * channel)) for channel in matplotlib.colormaps["tab10"].colors[label])
+        assert share < 0.01 or any(max(abs(a - b) for a, b in zip(light, s, strict=True)) < 2 for s in shown), label
+
+
+def test_evaluate_of_many_dimensions_searches_for_the_radius(run, classifier, tmp_path):
+    small = [arg for arg in SMALL if "latent_dim" not in arg]
+    network = ["--model.network=FC", "--model.network.hidden=[16]"]
+    run("fit", *small, *network, "--model.latent_dim=6", "--trainer.max_epochs=1", "--out=run", cwd=tmp_path)
+    done = run("evaluate", "run/checkpoints/last.ckpt", f"--classifier={classifier[0]}", cwd=tmp_path)
+    assert "class radius: 256 of 1000 samples" in done.err and "class radius: 1000 of 1000 samples\n" in done.err
+    out = tmp_path / "run" / "evaluation-1"
+    assert {file.name for file in out.iterdir()} == REPORT  # no plane to draw classes in
+    diversity = metrics(out)["diversity"]
+    assert diversity["class_radius"]["method"] == "search" and diversity["class_radius"]["num_samples"] == 1000
+    assert 0 < diversity["class_radius"]["mean"] < diversity["radius_bound"]
+
+
+def test_evaluate_refuses_a_classifier(run, trained, classifier, tmp_path):
+    checkpoint = trained[0] / "runs/digits-1/checkpoints/last.ckpt"
+    whole, network = classifier
+    (tmp_path / "text.pt2").write_text("nothing of the kind")
+    (tmp_path / "half.pt2").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    torch.save(network.state_dict(), tmp_path / "weights.pt2")
+    export(network, tmp_path / "fixed.pt2", size=4)
+    export(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), tmp_path / "mnist.pt2", shape=(1, 28, 28))
+    export(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1)), tmp_path / "one.pt2")
+    export(network.train(), tmp_path / "train.pt2")
+    network.eval()
+    must_take = "must take float32 images [n, 1, 8, 8] for any n, and gave an error"
+    for name, message in (
+        ("missing.pt2", "does not exist"),
+        ("text.pt2", "is damaged or not a program exported by torch.export.save"),
+        ("half.pt2", "is damaged or not a program exported by torch.export.save"),
+        ("weights.pt2", "is damaged or not a program exported by torch.export.save"),
+        ("fixed.pt2", must_take),
+        ("mnist.pt2", must_take),
+        ("one.pt2", "must return logits [n, classes] of at least 2 classes, got [5, 1] for 5 images"),
+        ("train.pt2", "must give an image the same logits every time and in any batch"),
+    ):
+        done = run("evaluate", checkpoint, "--classifier", name, "--out=out", cwd=tmp_path, status=1)
+        assert f"kdejsd evaluate: error: classifier {name} {message}" in done.err
+        assert not (tmp_path / "out").exists()
+
+
 def test_resume_goes_on_with_the_settings_of_the_run(run, trained):
     folder, _ = trained
     checkpoint = "runs/digits-1/checkpoints/last.ckpt"
@@ -227,6 +332,7 @@ def test_info(run, tmp_path):
 def test_help_names_the_settings(run, tmp_path):
     assert all(name in run("--help", cwd=tmp_path).out for name in ("fit", "evaluate", "bandwidth", "info"))
     text = run("fit", "--help", cwd=tmp_path).out
+    assert "--classifier" in run("evaluate", "--help", cwd=tmp_path).out
     for flag in ("--ckpt_path", "--out", "--data", "--model.latent_dim", "--model.num_lagged", "--model.network"):
         assert flag in text
     assert "--data.train_size" in run("fit", "--data.help", "Digits", cwd=tmp_path).out

@@ -1,15 +1,23 @@
 """How many different things a generator makes, read off the latent space that a classifier divides into classes."""
 
 from .bounds import collision_radius_bound, max_collision_entropy, uniform_radius_bound
+from .holes import LatentHoles, latent_holes
 from .radius import ClassRadius, RadiusBiasWarning, SearchedRadius, class_radius, class_radius_search
+from .report import DiversityComparison, DiversityReport, compare_diversity, diversity_report
 
 __all__ = [
     "ClassRadius",
+    "DiversityComparison",
+    "DiversityReport",
+    "LatentHoles",
     "RadiusBiasWarning",
     "SearchedRadius",
     "class_radius",
     "class_radius_search",
     "collision_radius_bound",
+    "compare_diversity",
+    "diversity_report",
+    "latent_holes",
     "max_collision_entropy",
     "uniform_radius_bound",
 ]

@@ -7,15 +7,15 @@ samples are too far from one another to tell where the boundary between them lie
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .._modes import evaluating
 from ..ops.nearest import nearest_other_class
 
 _BIASED_FROM = 5  # dimensions
@@ -187,7 +187,7 @@ def class_radius_search(
             raise ValueError(f"classifier must return logits [{len(z)}, K], K at least 2; got {list(found.shape)}")
         return found
 
-    with _eval_mode(models):
+    with evaluating(*models):
         probes = torch.randn(_Search.probes_per_step * steps, latent_dim, generator=rng, device=rng.device).to(latents)
         probes = torch.nn.functional.normalize(probes, dim=1)
         probes *= torch.rand(len(probes), 1, generator=rng, device=rng.device).to(latents) ** (1 / latent_dim)
@@ -211,19 +211,6 @@ def class_radius_search(
     per_sample = torch.where(undefined, math.nan, torch.where(distance.isnan(), math.inf, distance))
     invertible = bool(per_sample.isfinite().all())
     return SearchedRadius(*_summary(per_sample), per_sample, latent_dim, invertible, latents, labels, points)
-
-
-@contextlib.contextmanager
-def _eval_mode(models: list[torch.nn.Module]) -> Iterator[None]:
-    """Eval mode for the models; every module inside them gets its own mode back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @dataclass(frozen=True)

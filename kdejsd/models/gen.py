@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .._extras import train_extra
+from .._modes import evaluating
 from ..lagged import LaggedKDE
 from ..targets import GaussianMixture, IsotropicNormal, Target, sample_target
 from .networks import FC, AutoencoderNetworks
@@ -372,18 +373,3 @@ def _checked(batch: Any) -> Batch:
         raise TypeError(f"a batch must be (images, labels, indices in the training set), got {got}")
     images, labels, index = batch
     return images, labels, index
-
-
-class evaluating:
-    """Modules in evaluation mode; afterwards every submodule is in the mode it had."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self.modes = [(part, part.training) for module in modules for part in module.modules()]
-
-    def __enter__(self) -> None:
-        for part, _ in self.modes:
-            part.training = False
-
-    def __exit__(self, *_: object) -> None:
-        for part, training in self.modes:
-            part.training = training

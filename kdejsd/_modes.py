@@ -1,0 +1,22 @@
+"""Evaluation mode for a while."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class evaluating:
+    """Modules in evaluation mode; afterwards every submodule is in the mode it had. Other parts are passed over."""
+
+    def __init__(self, *parts: object) -> None:
+        modules = [part for part in parts if isinstance(part, nn.Module)]
+        self.modes = [(part, part.training) for module in modules for part in module.modules()]
+
+    def __enter__(self) -> None:
+        # Not eval(), which programs loaded by torch.export refuse.
+        for part, _ in self.modes:
+            part.training = False
+
+    def __exit__(self, *_: object) -> None:
+        for part, training in self.modes:
+            part.training = training

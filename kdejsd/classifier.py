@@ -1,0 +1,62 @@
+"""A classifier of images from a file, for the command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_HOW = (
+    'torch.export.save(torch.export.export(net.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("n")},)), FILE) '
+    "writes one"
+)
+
+
+def load_classifier(path: str, image_shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """A classifier of images that `torch.export.save` has written: images [n, C, H, W] float32 in [0, 1], n any, ->
+    logits [n, K].
+
+    It runs on the device it was exported on, with the images brought there and the logits back. The file may contain
+    pickles, which run code when they are loaded: load none that you do not trust.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of another kind or damaged, or a classifier of images of another shape, of batches of a
+            fixed size, of one class, or exported in training mode, whose logits depend on chance or on the batch.
+    """
+    try:
+        # Programs have no eval mode to be put into: what they do was decided when they were exported.
+        program = torch.export.load(path).module()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"classifier {path} does not exist") from None
+    except Exception as error:
+        raise ValueError(
+            f"classifier {path} is damaged or not a program exported by torch.export.save ({error}); {_HOW}"
+        ) from error
+    device = next((value.device for value in program.state_dict().values()), torch.device("cpu"))
+
+    def classify(images: Tensor) -> Tensor:
+        logits: Tensor = program(images.to(device)).to(images.device)
+        return logits
+
+    images = torch.rand(5, *image_shape, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            logits, first, again = classify(images), classify(images[:3]), classify(images[:3])
+    except Exception as error:
+        raise ValueError(
+            f"classifier {path} must take float32 images [n, {', '.join(map(str, image_shape))}] for any n, and gave "
+            f"an error ({error}); {_HOW}"
+        ) from error
+    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
+        raise ValueError(
+            f"classifier {path} must return logits [n, classes] of at least 2 classes, "
+            f"got {list(logits.shape)} for {len(images)} images"
+        )
+    if not torch.allclose(first, again) or not torch.allclose(first, logits[:3], rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"classifier {path} must give an image the same logits every time and in any batch; was it exported in "
+            f"training mode? {_HOW}"
+        )
+    return classify

@@ -1,0 +1,100 @@
+"""Latent holes: where the prior puts its samples and the encoder no codes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..bandwidth import check_codes, entropy_bandwidth
+from ..ops.kde import kde_log_prob
+from ..targets import StandardNormal, Target, sample_target, target_dim
+
+_DRAWS = 2000  # of the threshold, for the standard error
+
+
+@dataclass(frozen=True)
+class LatentHoles:
+    """What `latent_holes` found, as plain values.
+
+    Attributes:
+        mass: share of the prior where the codes' density is below their own quantile of this level.
+        standard_error: of the mass, from the prior samples and the held-out codes; the density is taken as given.
+        level: the quantile's, and the mass that there is if the codes follow the prior.
+        bandwidth: of the codes' density.
+        num_codes: codes that were given.
+    """
+
+    mass: float
+    standard_error: float
+    level: float
+    bandwidth: float
+    num_codes: int
+
+
+@torch.no_grad()
+def latent_holes(
+    codes: Tensor,
+    target: Target | None = None,
+    *,
+    level: float = 0.05,
+    num_samples: int = 10_000,
+    rng: torch.Generator | None = None,
+) -> LatentHoles:
+    """The prior mass of the regions in which there are hardly any codes.
+
+    One half of the codes, drawn at random, are the centers of a KDE; a hole is where its density is below what all but
+    a share `level` of the other half have. Codes that follow the prior give the mass `level` in expectation (to 1 in as
+    many as are held out) whatever the bandwidth: prior samples and held-out codes are then alike. Codes that leave
+    parts of the prior empty give more, codes more spread out than the prior less.
+
+    The bandwidth is `entropy_bandwidth` of the centers, which follows the codes as they are; `optimal_bandwidth` is for
+    codes that follow the target, and too wide for the gaps between others.
+
+    Args:
+        codes: [n, d], of the training images, finite, floating point.
+        target: the prior; None is the standard normal.
+        level: of the quantile, above 0 and below 1.
+        num_samples: of the prior.
+        rng: of the split and the samples; None for a CPU generator seeded with 0.
+
+    Raises:
+        ValueError: codes of another shape than [n, d] with d the target's dimension, not finite, or too few for the
+            level, a number out of range, and what `entropy_bandwidth` refuses.
+        TypeError: codes that are not a floating-point tensor, or a target that is none.
+    """
+    check_codes(codes)
+    target = StandardNormal(codes.shape[1]) if target is None else target
+    if target_dim(target) != codes.shape[1]:
+        raise ValueError(f"codes must have the {target_dim(target)} dimensions of the prior, got {codes.shape[1]}")
+    if not 0 < level < 1:
+        raise ValueError(f"level must be above 0 and below 1, got {level}")
+    if num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    least = max(3, 2 * (math.ceil(1 / min(level, 1 - level)) - 1))
+    if len(codes) < least:
+        raise ValueError(f"codes must be at least {least} for a quantile of level {level:g}, got {len(codes)}")
+    held_out = len(codes) // 2
+    rank = round(level * (held_out + 1))
+
+    rng = torch.Generator().manual_seed(0) if rng is None else rng
+    order = torch.randperm(len(codes), generator=rng, device=rng.device).to(codes.device)
+    centers = codes[order[held_out:]]
+    bandwidth = entropy_bandwidth(centers)
+    samples = sample_target(target, num_samples, rng).to(codes)
+    of_codes, of_prior = (
+        kde_log_prob(z, centers, bandwidth).double().sort().values.cpu() for z in (codes[order[:held_out]], samples)
+    )
+    below = (
+        torch.searchsorted(of_prior, of_codes).double() / num_samples
+    )  # prior mass below each held-out code's density
+    mass = float(below[rank - 1])
+    # Of other held-out codes the threshold would have had another rank among these ones: the order statistics of
+    # uniform variables say which.
+    ranks = np.random.default_rng(0).beta(rank, held_out + 1 - rank, _DRAWS) * held_out
+    spread = float(below[torch.from_numpy(ranks).long().clamp_max(held_out - 1)].std())
+    error = math.hypot(spread, math.sqrt(mass * (1 - mass) / num_samples))
+    return LatentHoles(mass, error, level, bandwidth, len(codes))

@@ -1,0 +1,61 @@
+"""The class of each latent sample: what a classifier sees in what a generator makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .._modes import evaluating
+
+Map = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def latent_labels(
+    generator: Map | None, classifier: Map, latents: Tensor, *, batch_size: int = 1000
+) -> tuple[Tensor, int]:
+    """The class of each latent sample, argmax of classifier(generator(z)), and the number of classes there are.
+
+    Models (`torch.nn.Module`) are in evaluation mode meanwhile and get their modes back.
+
+    Args:
+        generator: [B, d] -> what the classifier takes; None where the classifier acts on the latents.
+        classifier: to logits, log-probabilities or probabilities [B, K], K at least 2.
+        latents: [N, d], N at least 1, on the models' device.
+        batch_size: latents at a time.
+
+    Returns:
+        labels [N] int64, on the device of the logits, and K.
+
+    Raises:
+        ValueError: logits of another shape or NaN, a number of classes that changes, a batch_size below 1.
+        TypeError: logits that are no floating-point tensor.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    labels, undefined, counts = [], 0, set()
+    with evaluating(generator, classifier):
+        for z in latents.split(batch_size):
+            logits = classifier(z if generator is None else generator(z))
+            if not isinstance(logits, Tensor) or not logits.is_floating_point():
+                kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+                raise TypeError(f"classifier must return a floating-point tensor of logits, got {kind}")
+            if logits.ndim != 2 or len(logits) != len(z) or logits.shape[1] < 2:
+                raise ValueError(f"classifier must return logits [{len(z)}, K], K at least 2; got {list(logits.shape)}")
+            labels.append(logits.argmax(1))
+            undefined += int(logits.isnan().any(1).sum())
+            counts.add(logits.shape[1])
+    if undefined:
+        raise ValueError(f"classifier must not return NaN, and did for {undefined} of {len(latents)} samples")
+    if len(counts) > 1:
+        raise ValueError(f"classifier must return as many classes for every batch, got {sorted(counts)}")
+    return torch.cat(labels), counts.pop()
+
+
+def models_like(*parts: object) -> Tensor:
+    """An empty tensor with the device and dtype of the first parameter among the models; float32 on the CPU if none."""
+    models = (part for part in parts if isinstance(part, nn.Module))
+    parameter = next((parameter for model in models for parameter in model.parameters()), torch.empty(0))
+    return parameter.detach().new_empty(0)

@@ -1,0 +1,307 @@
+"""Plots: what is drawn, by its artists and by the pixels of the written file."""
+
+import io
+import math
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+import torch
+from helpers import points
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from kdejsd import GaussianMixture, StandardNormal, plots
+
+TAB10 = torch.tensor(colormaps["tab10"].colors)
+
+
+def pixels(figure: Figure) -> Tensor:
+    """[height, width, 3] of the written file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    file.seek(0)
+    return torch.from_numpy(matplotlib.image.imread(file))[..., :3]
+
+
+def pixel_at(figure: Figure, x: float, y: float) -> Tensor:
+    """Colour of the written file at a point in data coordinates."""
+    drawn = pixels(figure)  # drawing also settles the layout
+    column, row = figure.axes[0].transData.transform((x, y))
+    return drawn[drawn.shape[0] - 1 - int(row), int(column)]
+
+
+def light(label: int) -> Tensor:
+    return 0.5 + 0.5 * TAB10[label]
+
+
+def quadrants(z: Tensor) -> Tensor:
+    """Logits of four classes: 0 and 1 where x < 0, even where y < 0."""
+    right, up = z[:, 0], z[:, 1]
+    return torch.stack([-right - up, -right + up, right - up, right + up], 1)
+
+
+def circles(figure: Figure) -> list[tuple[tuple[float, float], float]]:
+    return [(patch.center, patch.radius) for patch in figure.axes[0].patches]
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def dots(figure: Figure) -> dict[tuple[float, ...], Tensor]:
+    """Points [n, 2] by the colour they have."""
+    return {
+        tuple(round(float(channel), 4) for channel in group.get_facecolor()[0][:3]): torch.from_numpy(
+            group.get_offsets().data
+        )
+        for group in figure.axes[0].collections
+    }
+
+
+def key(color: Tensor) -> tuple[float, ...]:
+    return tuple(round(float(channel), 4) for channel in color)
+
+
+def test_latent_classes_colours_each_region():
+    figure = plots.latent_classes(None, quadrants)
+    for x, y, label in ((-2.5, -0.5, 0), (-0.3, 0.2, 1), (1.5, -2.8, 2), (2.2, 2.2, 3)):
+        assert torch.allclose(pixel_at(figure, x, y), light(label), atol=2 / 255), (x, y)
+    assert circles(figure) == [((0, 0), 1), ((0, 0), 2), ((0, 0), 3)]
+    assert legend(figure) == ["0", "1", "2", "3"]
+    assert figure.axes[0].get_xlim() == figure.axes[0].get_ylim() == pytest.approx((-3.45, 3.45))
+
+
+def test_latent_classes_are_where_the_boundary_is():
+    figure = plots.latent_classes(None, lambda z: torch.stack([z[:, 0] - 0.9, 0.9 - z[:, 0]], 1), extent=2)
+    (image,) = figure.axes[0].images
+    assert image.origin == "lower" and image.get_extent() == [-2, 2, -2, 2]
+    regions = torch.from_numpy(image.get_array().data)
+    right = torch.isclose(regions, light(0)).all(-1)
+    line = (torch.arange(len(regions)) + 0.5) / len(regions) * 4 - 2
+    assert torch.equal(right, (line > 0.9).expand(len(line), -1))
+
+
+def test_latent_classes_puts_codes_over_the_regions():
+    codes = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [1.2, 1.2], [2.0, -2.0], [0.5, 0.5]])
+    labels = torch.tensor([0, 3, 3, 0, -1])
+    figure = plots.latent_classes(None, quadrants, codes=codes, labels=labels)
+    drawn = dots(figure)
+    assert torch.equal(drawn[key(TAB10[0])], codes[labels == 0].double())
+    assert torch.equal(drawn[key(TAB10[3])], codes[labels == 3].double())
+    assert torch.equal(drawn[0.0, 0.0, 0.0], codes[4:].double())
+    assert torch.allclose(pixel_at(figure, 2.0, -2.0), TAB10[0], atol=0.05)  # an example taken for another class
+    unlabelled = plots.latent_classes(None, quadrants, codes=codes)
+    assert torch.equal(dots(unlabelled)[0.0, 0.0, 0.0], codes.double())
+
+
+def test_latent_classes_with_models_a_mixture_and_many_classes():
+    torch.manual_seed(0)
+    generator = nn.Sequential(nn.Linear(2, 5), nn.Dropout(0.9)).double()  # in training mode its regions would be noise
+    classifier = nn.Linear(5, 12).double()
+    target = GaussianMixture([[-4.0, 0.0], [4.0, 0.0]], 0.5)
+    figure = plots.latent_classes(generator, classifier, target=target)
+    assert generator.training and generator[1].training
+    assert circles(figure) == [((-4, 0), 1), ((4, 0), 1)]
+    assert figure.axes[0].get_xlim() == pytest.approx((-5.75, 5.75))
+    z = torch.tensor([[-5.0, 1.0], [0.5, 3.0], [3.0, -4.0]]).double()
+    with torch.no_grad():
+        labels = classifier(generator[0](z)).argmax(1).tolist()
+    turbo = colormaps["turbo"]
+    for (x, y), label in zip(z.tolist(), labels, strict=True):
+        expected = 0.5 + 0.5 * torch.tensor(turbo(label / 11)[:3])
+        assert torch.allclose(pixel_at(figure, x, y), expected.float(), atol=2 / 255)
+
+
+def test_a_class_has_one_colour_in_every_picture():
+    codes, labels = points(300, 2), torch.arange(300) % 3 + 4  # no class below 4 among them
+    over_regions = plots.latent_classes(None, quadrants, codes=codes, labels=labels)
+    assert dots(plots.latent(codes, labels, StandardNormal(2))).keys() == dots(over_regions).keys()
+    assert dots(over_regions).keys() == {key(TAB10[label]) for label in (4, 5, 6)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"codes": torch.zeros(4, 3)}, r"codes must have shape \[n, 2\], got \[4, 3\]"),
+        (
+            {"labels": torch.zeros(4).long()},
+            r"labels must have one entry for each of the codes, got \[4\] for no codes",
+        ),
+        ({"codes": torch.zeros(4, 2), "labels": torch.zeros(3).long()}, r"got \[3\] for 4 codes"),
+        ({"target": StandardNormal(3)}, "target must have 2 dimensions, got 3"),
+        ({"extent": math.inf}, "extent must be positive and finite, got inf"),
+        ({"resolution": 1}, "resolution must be at least 2, got 1"),
+    ],
+)
+def test_latent_classes_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plots.latent_classes(None, quadrants, **arguments)
+
+
+def test_latent_draws_codes_by_class():
+    codes, labels = points(400, 2), torch.arange(400) % 2 * 3
+    figure = plots.latent(codes, labels, StandardNormal(2))
+    assert torch.equal(dots(figure)[key(TAB10[3])], codes[labels == 3])
+    assert circles(figure) == [((0, 0), 1), ((0, 0), 2), ((0, 0), 3)] and legend(figure) == ["0", "3"]
+
+
+def test_latent_projects_on_the_principal_components():
+    codes = points(500, 4) * torch.tensor([0.01, 3.0, 0.01, 1.0]).double()
+    figure = plots.latent(codes, torch.full((500,), -1), StandardNormal(4))
+    (drawn,) = dots(figure).values()
+    # Nothing of the two directions that matter is lost, and the first one comes first.
+    assert torch.allclose(torch.pdist(drawn), torch.pdist(codes[:, [1, 3]]), atol=0.1)
+    assert drawn.var(0).tolist() == pytest.approx(torch.linalg.eigvalsh(codes.T.cov())[[-1, -2]].tolist())
+    assert figure.axes[0].get_xlabel() == "principal component 1 (91 % of the variance)"
+    center, radius = circles(figure)[0]
+    assert radius == 1 and math.hypot(*center) == pytest.approx(float(codes.mean(0).norm()), rel=0.01)
+    assert figure.axes[0].get_legend() is None
+
+
+def test_latent_of_one_dimension_is_a_histogram():
+    figure = plots.latent(points(5000, 1), torch.zeros(5000).long(), StandardNormal(1))
+    axes = figure.axes[0]
+    area = sum(bar.get_width() * bar.get_height() for bar in axes.patches)
+    assert area == pytest.approx(1)
+    z, density = (torch.from_numpy(data) for data in axes.lines[0].get_data())
+    assert torch.allclose(density.double(), torch.exp(-(z.double() ** 2) / 2) / math.sqrt(2 * math.pi), atol=1e-6)
+
+
+def test_radius_vs_support_draws_points_bars_and_the_bound():
+    curves = {"sectors": [(10, 0.25, 0.02), (5, 0.38, 0.01)], "slabs": [(5, 0.31, 0.0)]}
+    figure = plots.radius_vs_support(curves)
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log" and axes.get_ylim()[0] == 0
+    assert set(legend(figure)) == {"bound, equal classes", "sectors", "slabs"}
+    bound = dict(zip(*axes.lines[0].get_data(), strict=True))
+    assert bound[2] == pytest.approx(0.797884560803, rel=1e-6) and max(bound) == pytest.approx(10)
+    assert all(a > b for a, b in zip(list(bound.values()), list(bound.values())[1:], strict=False))
+    figure.draw_without_rendering()
+    ticks = {text.get_text() for text in axes.get_xticklabels(which="both") if text.get_text()}
+    assert {"2", "5", "10"} <= ticks
+    sectors, slabs = axes.containers
+    assert sectors[0].get_data()[0].tolist() == [5, 10] and sectors[0].get_data()[1].tolist() == [0.38, 0.25]
+    low, high = sectors[2][0].get_segments()[1][:, 1]
+    assert (low, high) == pytest.approx((0.21, 0.29))
+    assert slabs[0].get_data()[1].tolist() == [0.31]
+
+
+@pytest.mark.parametrize(
+    "curves", [{}, {"a": []}, {"a": [(1, 0.5, 0)]}, {"a": [(3, math.nan, 0)]}, {"a": [(3, 1, -1)]}]
+)
+def test_radius_vs_support_refuses(curves):
+    with pytest.raises(ValueError, match="curves must"):
+        plots.radius_vs_support(curves)
+
+
+def cells(figure: Figure, size: int) -> Tensor:
+    """[rows, columns] grey levels in the middles of the written cells, images being of size x size."""
+    drawn = pixels(figure)[..., 0]
+    scale = round(figure.get_figwidth() * 100) // figure.axes[0].images[0].get_array().shape[1]
+    step = (size + 1) * scale
+    return drawn[size * scale // 2 :: step, size * scale // 2 :: step]
+
+
+def flat_images(levels: Tensor, size: int = 3) -> Tensor:
+    return levels.flatten().float()[:, None, None, None].expand(-1, 1, size, size)
+
+
+def test_grid_shows_every_image_in_order():
+    levels = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8])
+    expected = torch.tensor([[0.0, 0.2], [0.4, 0.6], [0.8, 1.0]])
+    assert torch.allclose(cells(plots.grid(flat_images(levels), columns=2), 3), expected, atol=2 / 255)
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = pixels(plots.grid(image, columns=1))
+    scale = drawn.shape[0] // 9
+    assert torch.allclose(
+        drawn[scale // 2 :: scale, scale // 2 :: scale][:8, :8], image[0].permute(1, 2, 0), atol=1 / 255
+    )
+    assert bool((drawn[-scale:] == 1).all())  # the line that keeps images apart
+
+
+def test_reconstructions_stand_below_their_images():
+    levels = torch.tensor([0.1, 0.2, 0.3])
+    figure = plots.reconstructions(flat_images(levels), flat_images(levels + 0.5), columns=2)
+    expected = torch.tensor([[0.1, 0.2], [0.6, 0.7], [0.3, 1.0], [0.8, 1.0]])
+    assert torch.allclose(cells(figure, 3), expected, atol=2 / 255)
+
+
+class LengthAndAngle(nn.Module):
+    """Images of the latent's length and direction: two flat halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.noise = nn.Dropout(0.9)
+
+    def forward(self, z: Tensor) -> Tensor:
+        angle = torch.atan2(z[:, 1], z[:, 0]) / math.pi
+        both = torch.stack([torch.linalg.vector_norm(z, dim=1), angle], 1) * self.scale
+        return self.noise(both)[:, None, :, None].repeat_interleave(2, 2).expand(-1, 1, 4, 4)
+
+
+def shown(figure: Figure, steps: int) -> tuple[Tensor, Tensor]:
+    """Length and angle [rows, steps] of what a figure of LengthAndAngle shows."""
+    image = torch.from_numpy(figure.axes[0].images[0].get_array().data).reshape(-1, 5, steps, 5)
+    return image[:, 0, :, 0], image[:, 3, :, 0]
+
+
+def test_interpolation_by_lines_and_arcs():
+    start = torch.tensor([[0.8, 0.0], [0.5, 0.0]])
+    end = torch.tensor([[0.0, 0.8], [0.0, 0.9]])
+    model = LengthAndAngle()
+    length, angle = shown(plots.interpolation(model, start, end, steps=5, path="arc"), 5)
+    even = torch.linspace(0, 1, 5)
+    assert torch.allclose(length, torch.stack([0.8 + 0 * even, 0.5 + 0.4 * even]), atol=1e-6)
+    assert torch.allclose(angle, (even / 2).expand(2, 5), atol=1e-6)
+    length, angle = shown(plots.interpolation(model, start, end, steps=5), 5)
+    z = start[:, None] + even[:, None] * (end - start)[:, None]
+    assert torch.allclose(length, z.norm(dim=-1), atol=1e-6) and float(length[0, 2]) == pytest.approx(0.8 / 2**0.5)
+    assert torch.allclose(angle, torch.atan2(z[..., 1], z[..., 0]) / math.pi, atol=1e-6)
+    assert model.training and model.noise.training
+
+
+def test_an_arc_between_equal_directions_is_a_line():
+    start, end = torch.tensor([[0.3, 0.4]]), torch.tensor([[0.6, 0.8]])
+    length, _ = shown(plots.interpolation(LengthAndAngle(), start, end, steps=3, path="arc"), 3)
+    assert torch.allclose(length, torch.tensor([[0.5, 0.75, 1.0]]), atol=1e-6)
+
+
+def test_interpolation_refuses():
+    a, model = torch.tensor([[1.0, 0.0]]), LengthAndAngle()
+    for start, end, settings, message in (
+        (a, a[:, :1], {}, r"same shape \[n, d\], got \[1, 2\] and \[1, 1\]"),
+        (a, a, {"steps": 1}, "steps must be at least 2, got 1"),
+        (a, a, {"path": "spline"}, 'path must be "line" or "arc", got \'spline\''),
+        (a, -a, {"path": "arc"}, "must not be opposite nor 0"),
+        (a, 0 * a, {"path": "arc"}, "must not be opposite nor 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plots.interpolation(model, start, end, **settings)
+
+
+def test_image_grids_refuse():
+    for images, columns, message in (
+        (torch.zeros(3, 8, 8), 2, r"images must have shape \[n, C, H, W\], C = 1 or 3, got \[3, 8, 8\]"),
+        (torch.zeros(3, 2, 8, 8), 2, r"got \[3, 2, 8, 8\]"),
+        (torch.zeros(0, 1, 8, 8), 2, r"got \[0, 1, 8, 8\]"),
+        (torch.zeros(3, 1, 8, 8), 0, "columns must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plots.grid(images, columns)
+    with pytest.raises(ValueError, match="reconstructions must have the shape of images"):
+        plots.reconstructions(torch.zeros(3, 1, 8, 8), torch.zeros(2, 1, 8, 8))
+
+
+def test_nothing_touches_the_state_of_matplotlib():
+    code = (
+        "import matplotlib as m, sys\n"
+        "settings = lambda: {name: m.rcParams[name] for name in m.rcParams if name != 'backend'}; before = settings()\n"
+        "import torch\nfrom kdejsd import plots\n"
+        "plots.latent_classes(None, lambda z: z, resolution=9).savefig(sys.argv[1])\n"
+        "assert 'matplotlib.pyplot' not in sys.modules and settings() == before"
+    )
+    subprocess.run([sys.executable, "-c", code, "/dev/null"], check=True)

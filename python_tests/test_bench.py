@@ -200,6 +200,17 @@ def test_radius_bench_compares_and_writes(tmp_path):
             assert 0 < float(time["p20"]) <= float(time["value"]) <= float(time["p80"])
 
 
+def test_step_bench_takes_every_way_to_refresh(tmp_path):
+    table = tmp_path / "step.csv"
+    done = run("--quick", "--csv", str(table), script="bench_step.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with table.open(newline="") as file:
+        rows = {row["step"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"autoencoder", "full", "rolling", "queue"}
+    assert float(rows["autoencoder"]["ratio"]) == 1
+    assert all(0 < float(row["p20"]) <= float(row["ms"]) <= float(row["p80"]) for row in rows.values())
+
+
 def test_gpu_suite_is_a_script():
     subprocess.run(["bash", "-n", str(BENCH / "gpu_suite.sh")], check=True)
     assert os.access(BENCH / "gpu_suite.sh", os.X_OK)

@@ -129,18 +129,11 @@ step environment 60 build.log '^torch sees' "$python" "$work/environment.py" "$r
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader --id=0 2>/dev/null | tr -d .)
 export CUDAARCHS=${CUDAARCHS:-${capability:-90}} KDEJSD_CUDA=ON
 build() {
-  CUDAFLAGS=-Xptxas=-v step build 150 build.log '^Successfully installed' "$python" -m pip install -v --no-index \
+  step build 150 build.log '^Successfully installed' "$python" -m pip install -v --no-index \
     --no-deps --no-build-isolation --no-cache-dir --target "$site" -C build-dir="$work/build" "$root"
 }
 build || finish
-awk -F"'" '/Compiling entry function/ { name = $2; arch = $4 }
-  /spill stores/ { split($0, word, " "); stack = word[1]; spilled = word[5] }
-  /Used [0-9]+ registers/ { split($0, word, " "); print word[5], stack, spilled, arch, name }' "$record/build.log" |
-  c++filt | sed 's/(anonymous namespace):://g; s/([^()]*)$//; s/ void / /' | sort -k5 -u |
-  awk 'BEGIN { print "registers  stack  spilled  for     kernel" }
-    { name = $0; for (i = 0; i < 4; i++) sub(/^[^ ]+ /, "", name)
-      printf "%9s  %5s  %7s  %-6s  %s\n", $1, $2, $3, $4, name }' |
-  tee "$record/resources.txt"
+"$root/bench/cuda_resources.sh" "${capability:-90}" | tee "$record/resources.txt"
 unset CUDAARCHS KDEJSD_CUDA
 
 cd "$work" || exit 1 # not the sources' folder, whose kdejsd/ is not what was built

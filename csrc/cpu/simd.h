@@ -123,13 +123,28 @@ inline Vec<double> exp2(Vec<double> x) {
 
 #else
 
+// x between two bounds; NaN stays NaN, since the instructions return their second operand where either is NaN.
+template <class T>
+inline Vec<T> clamp(T low, Vec<T> x, T high) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    const __m256 raised = _mm256_max_ps(reinterpret_cast<__m256>(broadcast(low)), reinterpret_cast<__m256>(x));
+    return reinterpret_cast<Vec<T>>(_mm256_min_ps(reinterpret_cast<__m256>(broadcast(high)), raised));
+  } else {
+    const __m256d raised = _mm256_max_pd(reinterpret_cast<__m256d>(broadcast(low)), reinterpret_cast<__m256d>(x));
+    return reinterpret_cast<Vec<T>>(_mm256_min_pd(reinterpret_cast<__m256d>(broadcast(high)), raised));
+  }
+#else
+  x = x < low ? broadcast(low) : x;
+  return x > high ? broadcast(high) : x;
+#endif
+}
+
 template <class T>
 inline Vec<T> exp2_portable(Vec<T> x) {
   using E = Exp2<T>;
-  // At the two ends the exponent field of the scale is all zeros or all ones: the scale is 0 or inf. The comparisons
-  // are false for NaN, which therefore passes through to the polynomial.
-  x = x < T(-E::kBias) ? broadcast(T(-E::kBias)) : x;
-  x = x > T(E::kBias + 1) ? broadcast(T(E::kBias + 1)) : x;
+  // At the two ends the exponent field of the scale is all zeros or all ones: the scale is 0 or inf.
+  x = clamp(T(-E::kBias), x, T(E::kBias + 1));
   const Vec<T> shifted = x + E::kRound;
   const Vec<T> r = x - (shifted - E::kRound);
   const Mask<T> bits = (reinterpret_cast<Mask<T>>(shifted) + E::kBias) << E::kMantissa;

@@ -148,8 +148,7 @@ def main() -> None:
         print(f"  {'step':12}{'ms':>10}{'(p20-p80)':>20}{'ratio':>8}")
         for step, measured in times.items():
             ratio = statistics.median(ours / plain for ours, plain in zip(measured, times[PLAIN], strict=True))
-            low, _, _, high = statistics.quantiles(measured, n=5)
-            middle = statistics.median(measured)
+            middle, low, high = harness.spread(measured)
             print(f"  {step:12}{middle:10.2f}{f'({low:.2f}-{high:.2f})':>20}{ratio:8.2f}")
             rows.append(
                 {"step": step, "batch": batch, "m": m, "l": dim, "ms": middle, "p20": low, "p80": high, "ratio": ratio}

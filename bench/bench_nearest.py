@@ -13,26 +13,20 @@ of classes: each class asks a tree that holds all the others. README.md beside t
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import gc
 import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
-import machine
+import harness
 import numpy as np
-import peers
 import torch
-from bench_kde import ROUNDS, digits, some_rows, spread, time_limit, timed
+from harness import VALUE, Row, digits, some_rows, spread_columns
 from machine import Peaks
 from torch import Tensor
 
 import kdejsd
-from kdejsd._native import cuda_problem, native
 
 Size = tuple[int, int, str]
 Found = tuple[Tensor, Tensor]  # distance and index, [N] each
@@ -46,9 +40,6 @@ USUAL: list[Size] = [
     (100_000, 10, "sectors"),
     (20_000, 64, "sectors"),
 ]
-MAX_REPEATS = 30
-MAX_CALL_SECONDS = 30  # what would take longer, by its times at smaller sizes, is left out
-MAX_CHECK_SECONDS = 120
 CHUNK_NUMBERS = 2**25  # of a block of pairs in the peers that make one
 WRONG = 1e-2  # a distance's error, relative to the largest one: beyond, a provider is wrong
 
@@ -61,17 +52,9 @@ class Provider:
 
 
 @dataclass
-class Result:
-    """What was found out about one provider at one size."""
-
-    provider: str
-    note: str = ""  # why there are no times
+class Result(harness.Result):
     error: float = math.nan  # of a distance, relative to the largest one
     right: float = math.nan  # share of the samples whose index is that of a nearest sample
-    mib: float = math.nan
-    others: float = math.nan  # cores that other processes kept busy while the times were taken
-    times: list[float] = field(default_factory=list)  # milliseconds
-    rounds: list[float] = field(default_factory=list)  # median of each round
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,7 +120,11 @@ def providers(device: str, levels: list[str]) -> dict[str, Provider | str]:
 
 
 @dataclass
-class Problem:
+class Problem(harness.Problem):
+    result_type = Result
+    modes = (VALUE,)
+    max_call_seconds = 30
+
     size: Size
     latents: Tensor
     labels: Tensor
@@ -159,10 +146,21 @@ class Problem:
         counts = torch.bincount(self.labels).double()
         return float(counts.sum().square() - counts.square().sum()) * self.size[1]
 
-    def call(self, provider: Provider) -> Found:
-        if provider.level:
-            peers.use_level(provider.level)
+    @property
+    def work(self) -> float:
+        n, d, _ = self.size
+        return n * n * d
+
+    def limit_ms(self, peaks: Peaks, gradient: bool) -> float:
+        return 1e3 * self.multiply_adds() / peaks.multiply_adds
+
+    def call(self, provider: Provider, mode: str) -> Found:
         return provider.find(self.latents, self.labels)
+
+    def __post_init__(self) -> None:
+        n, d, _ = self.size
+        self.rows = some_rows((n, n, d)).to(self.latents.device)
+        self.squares = self.truth(self.rows)
 
     def truth(self, rows: Tensor) -> Tensor:
         """Squared distances in float64."""
@@ -172,8 +170,9 @@ class Problem:
             found.append(squares.masked_fill(self.labels[i].unsqueeze(1) == self.labels, math.inf).amin(1))
         return torch.cat(found)
 
-    def check(self, provider: Provider, rows: Tensor, squares: Tensor, result: Result) -> None:
-        distance, index = (t[rows] for t in self.call(provider))
+    def check(self, provider: Provider, result: Result) -> None:
+        rows, squares = self.rows, self.squares
+        distance, index = (t[rows] for t in self.call(provider, VALUE))
         truth = squares.sqrt()
         result.error = float((distance.double() - truth).abs().max() / truth.max())
         chosen = (self.latents[rows].double() - self.latents[index].double()).square().sum(-1)
@@ -183,74 +182,19 @@ class Problem:
             result.note = "wrong: not timed"
 
 
-def run_size(
-    problem: Problem, candidates: dict[str, Provider | str], device: str, seconds: float, pace: dict[str, float]
-) -> list[Result]:
-    """Checks every candidate, then times those that are right, interleaved.
-
-    Args:
-        seconds: to spend on one candidate.
-        pace: seconds per N^2 d of each candidate, for what a call will take; brought up to date.
-    """
-    n, d, _ = problem.size
-    rows = some_rows((n, n, d)).to(problem.latents.device)
-    squares = problem.truth(rows)
-    results, fit, estimates = [], [], {}
-    for name, provider in candidates.items():
-        result = Result(name)
-        results.append(result)
-        if isinstance(provider, str):
-            result.note = provider
-            continue
-        if pace.get(name, 0) * n * n * d > MAX_CALL_SECONDS:
-            result.note = f"left out: about {pace[name] * n * n * d:.0f} s a call"
-            continue
-        try:
-            with time_limit(MAX_CHECK_SECONDS):
-                problem.check(provider, rows, squares, result)
-                with machine.peak_memory(device) as peak:
-                    estimates[name] = 1e-3 * timed(lambda p=provider: problem.call(p), 1, device)[0]
-            result.mib = peak.mib
-            if n * n * d > 10**8:
-                pace[name] = estimates[name] / (n * n * d)
-        except TimeoutError:
-            result.note = f"not ready after {MAX_CHECK_SECONDS} s"
-        except Exception as error:  # whatever a peer raises is its entry
-            result.note = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60] if str(error) else ''}"
-        if not result.note:
-            fit.append((provider, result))
-    gc.collect()
-    gc.disable()
-    load = machine.OthersLoad()
-    for _ in range(ROUNDS):
-        for provider, result in fit:
-            expected = estimates[provider.name]
-            repeats = max(1 if expected > 2 else 3, min(MAX_REPEATS, int(seconds / max(expected, 1e-6))))
-            if len(result.times) < repeats:
-                if expected < 0.1:
-                    problem.call(provider)  # its data and code back into the caches
-                times = timed(lambda p=provider: problem.call(p), -(-repeats // ROUNDS), device)
-                result.times += times
-                result.rounds.append(statistics.median(times))
-    gc.enable()
-    for _, result in fit:
-        result.others = load.cores()
-    return results
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What is printed and written
 
 
 def ratios(result: Result, ours: Result) -> list[float]:
     """How many times as long as kdejsd it took, in each round that both were in."""
-    return [a / b for a, b in zip(result.rounds, ours.rounds, strict=False)]
+    return [a / b for a, b in zip(result.medians[VALUE], ours.medians.get(VALUE, []), strict=False)]
 
 
-def print_size(problem: Problem, results: list[Result], limit: float, peaks: Peaks) -> None:
+def print_size(problem: Problem, results: list[Result], peaks: Peaks) -> None:
     n, d, kind = problem.size
     print(
-        f"\nN = {n}, d = {d}, {kind}: limit of comparing all pairs {digits(limit)} ms\n"
+        f"\nN = {n}, d = {d}, {kind}: limit of comparing all pairs {digits(results[0].limits[VALUE])} ms\n"
         f"  at {peaks}; other processes kept {results[0].others:.2f} cores busy"
     )
     print(f"  {'':18}{'ms':>24}{'limit':>8}{'ratio':>24}{'error':>10}{'right':>8}{'MiB':>8}")
@@ -258,41 +202,31 @@ def print_size(problem: Problem, results: list[Result], limit: float, peaks: Pea
         if not result.times:
             print(f"  {result.provider:18}{result.note}")
             continue
-        median, low, high = spread(result.times)
-        line = f"  {result.provider:18}{digits(median):>7}{f'({digits(low)}-{digits(high)})':>17}"
-        line += f"{100 * limit / median:7.0f}%"
-        middle, low, high = spread(ratios(result, results[0]))
-        line += f"{digits(middle):>7}{f'({digits(low)}-{digits(high)})':>17}"
-        print(f"{line}{result.error:>10.1e}{100 * result.right:>7.2f}%{result.mib:>8.1f}")
+        times = result.times[VALUE]
+        line = f"  {result.provider:18}{spread_columns(times)}"
+        line += f"{100 * result.limits[VALUE] / statistics.median(times):7.0f}%"
+        line += f"{spread_columns(ratios(result, results[0]))}{result.error:>10.1e}{100 * result.right:>7.2f}%"
+        print(f"{line}{result.mib:>8.1f}")
     sys.stdout.flush()
 
 
 FIELDS = (
     *("kernel", "provider", "metric", "unit", "n", "d", "labels", "value", "p20", "p80", "repeats", "others", "note"),
-    *("dtype", "device", "level", "threads", "machine", "versions", "commit", "date"),
+    *harness.SHARED_FIELDS,
 )
 
 
-def csv_rows(problem: Problem, results: list[Result], limit: float) -> Iterator[dict[str, object]]:
+def csv_rows(problem: Problem, results: list[Result]) -> Iterator[Row]:
     for result in results:
-        base: dict[str, object] = {
-            "kernel": "nearest",
-            "provider": result.provider,
-            "note": result.note,
-            "others": result.others,
-            **dict(zip(("n", "d", "labels"), problem.size, strict=True)),
-        }
+        base: Row = {"kernel": "nearest", "provider": result.provider, "note": result.note, "others": result.others}
+        base |= dict(zip(("n", "d", "labels"), problem.size, strict=True))
         if result.note:
             yield {**base, "metric": "time", "unit": "ms"}
-        if result.times:
-            for metric, unit, values in (
-                ("time", "ms", result.times),
-                ("ratio to kdejsd", "", ratios(result, results[0])),
-            ):
-                median, low, high = spread(values)
-                row = {"metric": metric, "unit": unit, "value": median, "p20": low, "p80": high, "repeats": len(values)}
-                yield {**base, **row}
-            yield {**base, "metric": "share of limit", "value": limit / statistics.median(result.times)}
+        for times in result.times.values():
+            yield {**base, "metric": "time", "unit": "ms", **harness.spread_fields(times)}
+            yield {**base, "metric": "ratio to kdejsd", **harness.spread_fields(ratios(result, results[0]))}
+            share = result.limits[VALUE] / statistics.median(times)
+            yield {**base, "metric": "share of limit", "value": share}
         for metric, unit, value in (
             ("error", "relative", result.error),
             ("nearest found", "share", result.right),
@@ -312,79 +246,22 @@ def parse_arguments() -> argparse.Namespace:
             raise ValueError
         return int(n), int(d), kind
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--sizes", type=size, nargs="+", metavar="N,d,labels", help="instead of the usual ones")
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these, and kdejsd")
-    parser.add_argument("--levels", type=lambda text: text.split(","), help="kdejsd's instruction sets: base,v3,v4")
-    parser.add_argument("--threads", type=int, help="as torch.set_num_threads")
-    parser.add_argument("--budget", type=float, help="seconds to spend on timing, about")
-    parser.add_argument("--csv", type=Path, metavar="FILE")
-    parser.add_argument("--fma-gflops", type=float, help="the machine's peak, where it cannot be measured")
-    arguments = parser.parse_args()
-    if unknown := set(arguments.levels or []) - set(machine.ARCHITECTURES):
-        parser.error(f"--levels must be among {', '.join(machine.ARCHITECTURES)}, got {', '.join(sorted(unknown))}")
-    if arguments.device == "cuda":
-        if problem := cuda_problem():
-            parser.error(f"--device cuda: {problem}")
-        if arguments.levels:
-            parser.error("--levels is for --device cpu")
-    return arguments
+    return harness.parse(__doc__, size, "N,d,labels", "--providers", "--levels")
 
 
 def main() -> int:
     arguments = parse_arguments()
-    device, dtype = arguments.device, getattr(torch, arguments.dtype)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    levels = sorted(arguments.levels or [native().level()], key=list(machine.ARCHITECTURES).index, reverse=True)
-    given = (arguments.fma_gflops, math.inf) if arguments.fma_gflops else None
     sizes = arguments.sizes or (QUICK if arguments.quick else USUAL)
-
-    candidates = providers(device, levels)
-    if arguments.providers:
-        if unknown := set(arguments.providers) - set(candidates):
-            raise SystemExit(f"--providers must be among {sorted(candidates)}, got {sorted(unknown)}")
-        candidates = {k: v for k, v in candidates.items() if k.startswith("kdejsd") or k in arguments.providers}
-
-    def measure_peaks() -> Peaks:
-        return machine.cpu_peaks(levels[0], dtype, given) if device == "cpu" else machine.cuda_peaks(dtype, given)
-
-    facts = machine.facts(device)
-    try:
-        before = measure_peaks()
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    for key, value in {**facts, "limits": str(before)}.items():
-        print(f"{key:16}{value}")
-
-    shared = {
-        "dtype": arguments.dtype,
-        "device": device,
-        "level": levels[0],
-        **{k: facts[k] for k in ("threads", "machine", "versions", "commit", "date")},
-    }
+    candidates = harness.chosen(providers(arguments.device, arguments.levels), arguments.providers)
     seconds = (arguments.budget or (8 if arguments.quick else 150)) / (len(sizes) * len(candidates))
-    pace: dict[str, float] = {}
+    session = harness.Session(arguments)
     wrong = False
-    with contextlib.ExitStack() as stack:
-        writer = None
-        if arguments.csv:
-            arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-            writer = csv.DictWriter(stack.enter_context(arguments.csv.open("w", newline="")), FIELDS)
-            writer.writeheader()
+    with harness.csv_table(arguments.csv, FIELDS, session.shared) as write:
         for size in sizes:
-            problem = Problem.make(size, dtype, device)
-            results = run_size(problem, candidates, device, seconds, pace)
-            after = measure_peaks()
-            peaks, before = after.or_higher(before), after
-            limit = 1e3 * problem.multiply_adds() / peaks.multiply_adds
-            print_size(problem, results, limit, peaks)
-            if writer:
-                for row in csv_rows(problem, results, limit):
-                    writer.writerow({**shared, **row})
+            problem = Problem.make(size, session.dtype, session.device)
+            results, peaks = session.measure(problem, candidates, seconds)
+            print_size(problem, results, peaks)
+            write(csv_rows(problem, results))
             wrong |= any(r.provider.startswith("kdejsd") and (r.note or r.right < 1) for r in results)
     return int(wrong)
 

@@ -11,27 +11,20 @@ README.md beside this says how the work is counted and how times are taken.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import csv
-import gc
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import machine
+import harness
 import torch
-from bench_kde import FIELDS as KDE_FIELDS
-from bench_kde import GRADIENT, MAX_CALL_SECONDS, MAX_REPEATS, ROUNDS, VALUE, digits, spread, timed
+from harness import GRADIENT, VALUE, Row, column, digits
 from machine import Peaks
 from torch import Tensor
 
 import kdejsd
 from kdejsd import reference
-from kdejsd._native import cuda_problem, native
 from kdejsd.reference.omega import pair_ratios
 
 Size = tuple[str, int, int, int]  # pairs, b, d, l
@@ -41,12 +34,9 @@ CPU: list[Size] = [*QUICK, ("halves", 4096, 784, 10), ("all", 8192, 64, 8), ("al
 CPU += [("all", 4096, 784, 10)]
 CUDA: list[Size] = [*CPU, ("all", 16384, 784, 10)]
 
-OFFSET = 100.0  # of the inputs in the second check of errors
+OFFSETS = {"error": 0.0, "error, offset": 100.0}  # of the inputs in each check of errors
 WRONG = 1e-2  # relative; beyond it, without an offset, a provider is wrong
 CHUNK_NUMBERS = 2**24  # differences that the plain chunked form holds at once
-
-FIELDS = ["pairs", *(name for name in KDE_FIELDS if name not in ("n", "m", "bandwidth"))]
-FIELDS[FIELDS.index("l") : FIELDS.index("l") + 1] = ["b", "d", "l"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,30 +175,19 @@ def multiply_adds(size: Size, gradient: bool) -> float:
     return (b // 2 if pairs == "halves" else b * (b - 1) // 2) * (d + dim) * (3 if gradient else 1)
 
 
-def limit_ms(peaks: Peaks, size: Size, itemsize: int, gradient: bool) -> float:
-    """The least time: the multiply-adds, or every argument read once and every gradient written once."""
-    numbers = size[1] * (size[2] + size[3]) * (2 if gradient else 1)
-    return 1e3 * max(multiply_adds(size, gradient) / peaks.multiply_adds, itemsize * numbers / peaks.bytes)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # One size
 
 
 @dataclass
-class Result:
-    """What was found out about one provider at one size."""
-
-    provider: str
-    note: str = ""  # why there are no times
-    errors: dict[str, float] = field(default_factory=dict)  # relative, of value and gradients by offset
-    mib: float = math.nan
-    others: float = math.nan  # cores that other processes kept busy while the times were taken
-    times: dict[str, list[float]] = field(default_factory=dict)  # milliseconds by mode
+class Result(harness.Result):
+    errors: dict[str, float] = field(default_factory=dict)  # relative, of value and gradients by kind of inputs
 
 
 @dataclass
-class Problem:
+class Problem(harness.Problem):
+    result_type = Result
+
     size: Size
     inputs: Tensor
     codes: Tensor
@@ -221,6 +200,21 @@ class Problem:
         codes = torch.randn(b, dim, generator=generator, dtype=dtype)
         return cls(size, *(t.to(device).requires_grad_() for t in (inputs, codes)))
 
+    def __post_init__(self) -> None:
+        self.truths = {kind: truth(self.inputs + by, self.codes, self.size[0]) for kind, by in OFFSETS.items()}
+
+    @property
+    def work(self) -> float:
+        return multiply_adds(self.size, True)
+
+    def held(self, provider: Provider) -> float:
+        return self.inputs.element_size() * provider.held(self.size[1], self.size[2])
+
+    def limit_ms(self, peaks: Peaks, gradient: bool) -> float:
+        """The multiply-adds, or every argument read once and every gradient written once."""
+        size = self.inputs.element_size() * (self.inputs.numel() + self.codes.numel()) * (2 if gradient else 1)
+        return 1e3 * max(multiply_adds(self.size, gradient) / peaks.multiply_adds, size / peaks.bytes)
+
     def call(self, provider: Provider, mode: str) -> None:
         if mode == GRADIENT:
             self.inputs.grad = self.codes.grad = None
@@ -228,6 +222,12 @@ class Problem:
         else:
             with torch.no_grad():
                 provider.ratio_sum(self.inputs, self.codes, self.size[0])
+
+    def check(self, provider: Provider, result: Result) -> None:
+        for kind, offset in OFFSETS.items():
+            result.errors[kind] = self.error(provider, offset, self.truths[kind])
+        if not result.errors["error"] <= WRONG:
+            result.note = "wrong: not timed"
 
     def error(self, provider: Provider, offset: float, wanted: tuple[Tensor, ...]) -> float:
         """The largest of the relative errors of value, input gradient and code gradient."""
@@ -239,115 +239,38 @@ class Problem:
         )
 
 
-def run_size(
-    problem: Problem, candidates: dict[str, Provider], device: str, seconds: float, pace: dict[str, float]
-) -> list[Result]:
-    """Checks every candidate, then times those that are right, interleaved.
-
-    Args:
-        seconds: to spend on one candidate in one mode.
-        pace: seconds per multiply-add of each candidate, for what a call will take; brought up to date.
-    """
-    work = multiply_adds(problem.size, True)
-    offsets = {"error": 0.0, "error, offset": OFFSET}
-    truths = {name: truth(problem.inputs + offset, problem.codes, problem.size[0]) for name, offset in offsets.items()}
-    results: list[Result] = []
-    fit: list[tuple[Provider, Result]] = []
-    estimates: dict[tuple[str, str], float] = {}
-    for name, provider in candidates.items():
-        result = Result(name)
-        results.append(result)
-        held = problem.inputs.element_size() * provider.held(problem.size[1], problem.size[2])
-        room = 0.8 * machine.available_bytes(device)
-        if held > room:
-            result.note = f"does not fit: needs {held / 2**30:.1f} GiB, has {room / 2**30:.1f}"
-        elif pace.get(name, 0) * work > MAX_CALL_SECONDS:
-            result.note = f"left out: about {pace[name] * work:.0f} s a call"
-        if result.note:
-            continue
-        for kind, offset in offsets.items():
-            result.errors[kind] = problem.error(provider, offset, truths[kind])
-        if not result.errors["error"] <= WRONG:
-            result.note = "wrong: not timed"
-            continue
-        with machine.peak_memory(device) as peak:
-            estimates[name, GRADIENT] = 1e-3 * timed(lambda p=provider: problem.call(p, GRADIENT), 1, device)[0]
-        estimates[name, VALUE] = 1e-3 * timed(lambda p=provider: problem.call(p, VALUE), 1, device)[0]
-        result.mib = peak.mib
-        if work > 10**7:  # below, a call's own cost
-            pace[name] = estimates[name, GRADIENT] / work
-        fit.append((provider, result))
-    gc.collect()
-    gc.disable()
-    load = machine.OthersLoad()
-    for _ in range(ROUNDS):
-        for provider, result in fit:
-            for mode in (GRADIENT, VALUE):
-                expected = estimates[result.provider, mode]
-                repeats = max(1 if expected > 2 else 3, min(MAX_REPEATS, int(seconds / max(expected, 1e-6))))
-                times = result.times.setdefault(mode, [])
-                if len(times) < repeats:
-                    if expected < 0.1:
-                        problem.call(provider, mode)  # its data and code back into the caches
-                    times += timed(lambda p=provider, m=mode: problem.call(p, m), -(-repeats // ROUNDS), device)
-    gc.enable()
-    for _, result in fit:
-        result.others = load.cores()
-    return results
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # What is printed and written
 
 
-def print_size(size: Size, results: list[Result], limits: dict[str, float], peaks: Peaks) -> None:
-    ours = {mode: statistics.median(times) for mode, times in results[0].times.items()}
-    pairs, b, d, dim = size
+def print_size(problem: Problem, results: list[Result], peaks: Peaks) -> None:
+    pairs, b, d, dim = problem.size
+    limits = results[0].limits
     print(
-        f"\npairs = {pairs}, b = {b}, d = {d}, l = {dim}: {1e-9 * multiply_adds(size, True):.3g} G multiply-adds, "
+        f"\npairs = {pairs}, b = {b}, d = {d}, l = {dim}: {1e-9 * problem.work:.3g} G multiply-adds, "
         f"limit {digits(limits[GRADIENT])} ms for value and gradients, {digits(limits[VALUE])} ms for the value alone\n"
         f"  at {peaks}; other processes kept {results[0].others:.2f} cores busy"
     )
-    print(
-        f"  {'':14}{'value+gradient, ms':>26}{'limit':>7}{'ratio':>7}{'value, ms':>26}{'limit':>7}{'ratio':>7}"
-        f"{'error':>10}{f'at +{OFFSET:.0f}':>10}{'MiB':>8}"
-    )
-    for result in results:
-        line = f"  {result.provider:14}"
-        for mode in (GRADIENT, VALUE):
-            if mode not in result.times:
-                line += " " * 40
-                continue
-            median, low, high = spread(result.times[mode])
-            line += f"{digits(median):>8}{f'({digits(low)}-{digits(high)})':>18}{100 * limits[mode] / median:6.0f}%"
-            line += f"{digits(median / ours[mode]) if ours else '':>7}"
-        line += "".join(f"{error:10.1e}" for error in result.errors.values())
-        line += "" if math.isnan(result.mib) else f"{result.mib:8.1f}"
-        print(f"{line}  {result.note}".rstrip() if result.errors else f"  {result.provider:14}{result.note}")
+
+    def columns(result: Result) -> str:
+        return "".join(column(error, ".1e", 10) for error in result.errors.values()) + column(result.mib, ".1f", 8)
+
+    harness.print_modes(results, f"{'error':>10}{'at +100':>10}{'MiB':>8}", columns)
     sys.stdout.flush()
 
 
-def csv_rows(size: Size, results: list[Result], limits: dict[str, float]) -> Iterator[dict[str, object]]:
+FIELDS = (
+    *("pairs", "kernel", "provider", "mode", "metric", "unit", "b", "d", "l", "value", "p20", "p80", "repeats"),
+    *("others", "note", *harness.SHARED_FIELDS),
+)
+
+
+def csv_rows(problem: Problem, results: list[Result]) -> Iterator[Row]:
     for result in results:
-        base: dict[str, object] = {
-            "kernel": "omega",
-            "provider": result.provider,
-            "note": result.note,
-            "others": result.others,
-            **dict(zip(("pairs", "b", "d", "l"), size, strict=True)),
-        }
-        if result.note:
-            yield {**base, "metric": "time", "unit": "ms"}
-        for mode, times in result.times.items():
-            median, low, high = spread(times)
-            row = {**base, "mode": mode}
-            counted = {"value": median, "p20": low, "p80": high, "repeats": len(times)}
-            yield {**row, "metric": "time", "unit": "ms", **counted}
-            yield {**row, "metric": "share of limit", "value": limits[mode] / median}
-        for name, error in result.errors.items():
-            yield {**base, "mode": GRADIENT, "metric": name, "unit": "relative", "value": error}
-        if not math.isnan(result.mib):
-            yield {**base, "mode": GRADIENT, "metric": "peak extra memory", "unit": "MiB", "value": result.mib}
+        base: Row = {"kernel": "omega", "others": result.others}
+        base |= dict(zip(("pairs", "b", "d", "l"), problem.size, strict=True))
+        figures = [(kind, "relative", error) for kind, error in result.errors.items()]
+        yield from harness.mode_rows(base, result, [*figures, ("peak extra memory", "MiB", result.mib)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -360,77 +283,24 @@ def parse_arguments() -> argparse.Namespace:
             raise ValueError
         return pairs, int(b), int(d), int(dim)
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--sizes", type=size, nargs="+", metavar="pairs,b,d,l", help="instead of the usual ones")
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    parser.add_argument("--providers", nargs="+", metavar="NAME", help="only these, and kdejsd")
-    parser.add_argument("--threads", type=int, help="as torch.set_num_threads")
-    parser.add_argument("--budget", type=float, help="seconds to spend on timing, about")
-    parser.add_argument("--csv", type=Path, metavar="FILE")
-    parser.add_argument("--fma-gflops", type=float, help="the machine's peak, where it cannot be measured")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda" and (problem := cuda_problem()):
-        parser.error(f"--device cuda: {problem}")
-    names = {name for of_pairs in PROVIDERS.values() for name in of_pairs}
-    if unknown := set(arguments.providers or []) - names:
-        parser.error(f"--providers must be among {sorted(names)}, got {sorted(unknown)}")
-    return arguments
+    return harness.parse(__doc__, size, "pairs,b,d,l", "--providers")
 
 
 def main() -> int:
     arguments = parse_arguments()
-    device, dtype = arguments.device, getattr(torch, arguments.dtype)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    given = (arguments.fma_gflops, math.inf) if arguments.fma_gflops else None
-    sizes = arguments.sizes or (QUICK if arguments.quick else CUDA if device == "cuda" else CPU)
-    wanted = {"kdejsd", *(arguments.providers or (name for of in PROVIDERS.values() for name in of))}
-
-    def measure_peaks() -> Peaks:
-        if device == "cuda":
-            return machine.cuda_peaks(dtype, given)
-        return machine.cpu_peaks(native().level(), dtype, given)
-
-    facts = machine.facts(device)
-    try:
-        before = measure_peaks()
-    except RuntimeError as error:
-        raise SystemExit(str(error)) from error
-    facts["limits"] = str(before)
-    if device == "cuda":
-        facts["products"] = machine.cuda_products()
-    for key, value in facts.items():
-        print(f"{key:16}{value}")
-    shared = {
-        "dtype": arguments.dtype,
-        "device": device,
-        "level": native().level(),
-        **{key: facts[key] for key in ("threads", "machine", "versions", "commit", "date")},
-    }
-    budget = arguments.budget or (6 if arguments.quick else 90)
-    seconds = budget / (2 * sum(len(wanted & set(PROVIDERS[size[0]])) for size in sizes))
-    pace: dict[str, float] = {}
+    sizes = arguments.sizes or (QUICK if arguments.quick else CUDA if arguments.device == "cuda" else CPU)
+    wanted = harness.chosen({name: p for of in PROVIDERS.values() for name, p in of.items()}, arguments.providers)
+    candidates = {pairs: {name: p for name, p in of.items() if name in wanted} for pairs, of in PROVIDERS.items()}
+    seconds = (arguments.budget or (6 if arguments.quick else 90)) / (2 * sum(len(candidates[s[0]]) for s in sizes))
+    session = harness.Session(arguments)
     wrong = False
-    with contextlib.ExitStack() as stack:
-        writer = None
-        if arguments.csv:
-            arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-            writer = csv.DictWriter(stack.enter_context(arguments.csv.open("w", newline="")), FIELDS)
-            writer.writeheader()
+    with harness.csv_table(arguments.csv, FIELDS, session.shared) as write:
         for size in sizes:
-            candidates = {name: p for name, p in PROVIDERS[size[0]].items() if name in wanted}
-            results = run_size(Problem.make(size, dtype, device), candidates, device, seconds, pace)
-            after = measure_peaks()
-            peaks = after.or_higher(before)
-            before = after
-            limits = {m: limit_ms(peaks, size, dtype.itemsize, m == GRADIENT) for m in (GRADIENT, VALUE)}
-            print_size(size, results, limits, peaks)
-            if writer:
-                for row in csv_rows(size, results, limits):
-                    writer.writerow({**shared, **row})
-            wrong |= bool(results[0].note)
+            problem = Problem.make(size, session.dtype, session.device)
+            results, peaks = session.measure(problem, candidates[size[0]], seconds)
+            print_size(problem, results, peaks)
+            write(csv_rows(problem, results))
+            wrong |= harness.kdejsd_failed(results)
     return int(wrong)
 
 

@@ -13,28 +13,22 @@ how limits, ratios and spreads are measured.
 from __future__ import annotations
 
 import argparse
-import csv
-import gc
 import math
-import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import machine
+import harness
 import numpy as np
-import peers
 import torch
-from bench_kde import GRADIENT, MAX_REPEATS, ROUNDS, VALUE, digits, spread, timed
+from harness import GRADIENT, VALUE, Row, column, digits
 from machine import Peaks
 from scipy.special import ndtri
 from torch import Tensor
 
 import kdejsd
 from kdejsd import reference
-from kdejsd._native import cuda_problem, native
 
 Size = tuple[int, int]  # rows, classes
 
@@ -54,12 +48,9 @@ class Provider:
 
 
 @dataclass
-class Result:
-    provider: str
-    note: str = ""
+class Result(harness.Result):
     value_error: float = math.nan  # the largest relative one of a row
     gradient_error: float = math.nan  # |g - truth| / |truth|
-    times: dict[str, list[float]] = field(default_factory=dict)  # milliseconds by mode
 
 
 def plain(p: Tensor) -> Tensor:
@@ -98,103 +89,91 @@ def providers(device: str, levels: list[str]) -> dict[str, Provider]:
     return {provider.name: provider for provider in found}
 
 
-def limit_ms(peaks: Peaks, size: Size, dtype: torch.dtype, gradient: bool) -> float:
-    masses = size[0] * size[1]
-    ratios = MULTIPLY_ADDS[dtype] if gradient else MULTIPLY_ADDS[dtype] // 2
-    products, logarithms = masses * ratios / peaks.multiply_adds, masses / peaks.exponentials
-    transfers = dtype.itemsize * masses * (2 if gradient else 1) / peaks.bytes
-    work = products + logarithms if peaks.one_unit else max(products, logarithms)
-    return 1e3 * max(work, transfers)
+# ----------------------------------------------------------------------------------------------------------------------
+# One size
 
 
-def run_size(p: Tensor, candidates: dict[str, Provider], device: str, seconds: float) -> list[Result]:
-    """Checks every candidate, then times those that are right, interleaved; `seconds` for each in each mode."""
-    rows = slice(0, max(1, TRUTH_MASSES // p.shape[1]))
-    wide = p.detach()[rows].double().requires_grad_()
-    wanted = reference.class_radius_bound(wide)
-    (slope,) = torch.autograd.grad(wanted.sum(), wide)
+@dataclass
+class Problem(harness.Problem):
+    result_type = Result
 
-    def call(provider: Provider, mode: str) -> None:
-        if provider.level:
-            peers.use_level(provider.level)
+    size: Size
+    p: Tensor
+
+    @classmethod
+    def make(cls, size: Size, dtype: torch.dtype, device: str) -> Problem:
+        generator = torch.Generator().manual_seed(sum(size))
+        logits = 2 * torch.randn(size, generator=generator, dtype=dtype)
+        return cls(size, logits.softmax(-1).to(device).requires_grad_())
+
+    def __post_init__(self) -> None:
+        wide = self.p.detach()[: max(1, TRUTH_MASSES // self.size[1])].double().requires_grad_()
+        value = reference.class_radius_bound(wide)
+        self.truth = value.detach(), torch.autograd.grad(value.sum(), wide)[0]
+
+    @property
+    def work(self) -> float:
+        return self.p.numel()
+
+    def limit_ms(self, peaks: Peaks, gradient: bool) -> float:
+        masses, dtype = self.p.numel(), self.p.dtype
+        ratios = MULTIPLY_ADDS[dtype] if gradient else MULTIPLY_ADDS[dtype] // 2
+        products, logarithms = masses * ratios / peaks.multiply_adds, masses / peaks.exponentials
+        transfers = dtype.itemsize * masses * (2 if gradient else 1) / peaks.bytes
+        work = products + logarithms if peaks.one_unit else max(products, logarithms)
+        return 1e3 * max(work, transfers)
+
+    def call(self, provider: Provider, mode: str) -> None:
         if mode == GRADIENT:
-            p.grad = None
-            provider.bound(p).sum().backward()
+            self.p.grad = None
+            provider.bound(self.p).sum().backward()
         else:
             with torch.no_grad():
-                provider.bound(p)
+                provider.bound(self.p)
 
-    results, fit = [], []
-    estimates: dict[tuple[str, str], float] = {}
-    for provider in candidates.values():
-        result = Result(provider.name)
-        results.append(result)
-        call(provider, GRADIENT)
-        assert p.grad is not None
-        value = provider.bound(p.detach())[rows].double()
+    def check(self, provider: Provider, result: Result) -> None:
+        wanted, slope = self.truth
+        self.call(provider, GRADIENT)
+        assert self.p.grad is not None
+        value = provider.bound(self.p.detach())[: len(wanted)].double()
         result.value_error = ((value - wanted) / wanted).abs().max().item()
-        result.gradient_error = ((p.grad[rows].double() - slope).norm() / slope.norm()).item()
+        result.gradient_error = ((self.p.grad[: len(wanted)].double() - slope).norm() / slope.norm()).item()
         if not (result.value_error <= WRONG and result.gradient_error <= WRONG):
             result.note = "wrong: not timed"
-            continue
-        fit.append((provider, result))
-        for mode in (GRADIENT, VALUE):
-            estimates[provider.name, mode] = 1e-3 * timed(lambda p=provider, m=mode: call(p, m), 1, device)[0]
-    gc.collect()
-    gc.disable()
-    for _ in range(ROUNDS):
-        for provider, result in fit:
-            for mode in (GRADIENT, VALUE):
-                repeats = max(ROUNDS, min(MAX_REPEATS, int(seconds / max(estimates[provider.name, mode], 1e-6))))
-                call(provider, mode)  # its data and code back into the caches
-                times = result.times.setdefault(mode, [])
-                times += timed(lambda p=provider, m=mode: call(p, m), -(-repeats // ROUNDS), device)
-    gc.enable()
-    return results
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# What is printed and written
 
 
-def print_size(size: Size, results: list[Result], limits: Callable[[str, str], float], peaks: Peaks) -> None:
-    ours = {mode: statistics.median(times) for mode, times in results[0].times.items()}
+def print_size(problem: Problem, results: list[Result], peaks: Peaks) -> None:
+    limits = results[0].limits
     print(
-        f"\nrows = {size[0]}, classes = {size[1]}: limit {digits(limits('', GRADIENT))} ms for value and gradient, "
-        f"{digits(limits('', VALUE))} ms for the value alone\n  at {peaks}"
+        f"\nrows = {problem.size[0]}, classes = {problem.size[1]}: limit {digits(limits[GRADIENT])} ms for value and "
+        f"gradient, {digits(limits[VALUE])} ms for the value alone\n  at {peaks}"
     )
-    heading = f"{'value+gradient, ms':>24}{'limit':>7}{'ratio':>7}{'value, ms':>24}{'limit':>7}{'ratio':>7}"
-    print(f"  {'':16}{heading}{'value err':>11}{'grad err':>10}")
-    for result in results:
-        line = f"  {result.provider:16}"
-        for mode in (GRADIENT, VALUE):
-            if mode not in result.times:
-                line += " " * 38
-                continue
-            median, low, high = spread(result.times[mode])
-            line += f"{digits(median):>7}{f'({digits(low)}-{digits(high)})':>17}"
-            line += f"{100 * limits(result.provider, mode) / median:6.0f}%"
-            line += f"{digits(median / ours[mode]) if ours else '':>7}"
-        print(f"{line}{result.value_error:11.1e}{result.gradient_error:10.1e}  {result.note}".rstrip())
+
+    def columns(result: Result) -> str:
+        return column(result.value_error, ".1e", 11) + column(result.gradient_error, ".1e", 10)
+
+    harness.print_modes(results, f"{'value err':>11}{'grad err':>10}", columns)
     sys.stdout.flush()
 
 
 FIELDS = (
     *("kernel", "provider", "mode", "metric", "unit", "rows", "classes", "value", "p20", "p80", "repeats", "note"),
-    *("dtype", "device", "level", "threads", "machine", "versions", "commit", "date"),
+    *harness.SHARED_FIELDS,
 )
 
 
-def csv_rows(size: Size, results: list[Result], limits: Callable[[str, str], float]) -> Iterator[dict[str, object]]:
+def csv_rows(problem: Problem, results: list[Result]) -> Iterator[Row]:
+    base: Row = {"kernel": "radius", "rows": problem.size[0], "classes": problem.size[1]}
     for result in results:
-        base = {"kernel": "radius", "provider": result.provider, "rows": size[0], "classes": size[1]}
-        base["note"] = result.note
-        for mode, times in result.times.items():
-            median, low, high = spread(times)
-            time = {"value": median, "p20": low, "p80": high, "repeats": len(times)}
-            yield {**base, "mode": mode, "metric": "time", "unit": "ms", **time}
-            yield {**base, "mode": mode, "metric": "share of limit", "value": limits(result.provider, mode) / median}
-        for metric, error in (("value error", result.value_error), ("gradient error", result.gradient_error)):
-            yield {**base, "mode": GRADIENT, "metric": metric, "unit": "relative", "value": error}
+        errors = {"value error": result.value_error, "gradient error": result.gradient_error}
+        yield from harness.mode_rows(base, result, [(name, "relative", error) for name, error in errors.items()])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -204,75 +183,26 @@ def parse_arguments() -> argparse.Namespace:
             raise ValueError
         return rows, classes
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--sizes", type=size, nargs="+", metavar="rows,classes", help="instead of the usual ones")
-    parser.add_argument("--quick", action="store_true", help="small sizes, no provider that compiles first")
-    parser.add_argument("--levels", type=lambda text: text.split(","), help="kdejsd's instruction sets: base,v3,v4")
-    parser.add_argument("--threads", type=int, help="as torch.set_num_threads")
-    parser.add_argument("--budget", type=float, help="seconds to spend on timing, about")
-    parser.add_argument("--csv", type=Path, help="where to write every measurement")
-    parser.add_argument("--fma-gflops", type=float, help="the machine's multiply-adds, instead of measured")
-    parser.add_argument("--gexp", type=float, help="likewise, exponentials in 1e9 a second")
-    arguments = parser.parse_args()
-    if (arguments.fma_gflops is None) != (arguments.gexp is None):
-        parser.error("--fma-gflops and --gexp are given together or not at all")
-    if unknown := set(arguments.levels or []) - set(machine.ARCHITECTURES):
-        parser.error(f"--levels must be among {', '.join(machine.ARCHITECTURES)}, got {', '.join(sorted(unknown))}")
-    if arguments.device == "cuda" and (problem := cuda_problem()):
-        parser.error(f"--device cuda: {problem}")
-    return arguments
+    quick = "small sizes, no provider that compiles first"
+    return harness.parse(__doc__, size, "rows,classes", "--levels", "--gexp", quick=quick)
 
 
 def main() -> int:
     arguments = parse_arguments()
-    device, dtype = arguments.device, getattr(torch, arguments.dtype)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    levels = sorted(arguments.levels or [native().level()], key=list(machine.ARCHITECTURES).index, reverse=True)
-    given = (arguments.fma_gflops, arguments.gexp) if arguments.gexp else None
-    candidates = providers(device, levels)
+    sizes = arguments.sizes or (QUICK if arguments.quick else FULL)
+    candidates = providers(arguments.device, arguments.levels)
     if arguments.quick:
         candidates = {name: provider for name, provider in candidates.items() if not provider.compiles}
-    sizes = arguments.sizes or (QUICK if arguments.quick else FULL)
-
-    def measure_peaks(level: str) -> Peaks:
-        return machine.cuda_peaks(dtype, given) if device == "cuda" else machine.cpu_peaks(level, dtype, given)
-
-    facts = machine.facts(device)
-    try:
-        before = {level: measure_peaks(level) for level in levels}
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(str(error)) from error
-    for key, value in facts.items():
-        print(f"{key:16}{value}")
-    shared = {"dtype": arguments.dtype, "device": device, "level": levels[0]}
-    shared |= {key: facts[key] for key in ("threads", "machine", "versions", "commit", "date")}
     seconds = (arguments.budget or (3 if arguments.quick else 40)) / (2 * len(sizes) * len(candidates))
-    rows: list[dict[str, object]] = []
+    session = harness.Session(arguments)
     wrong = False
-    for size in sizes:
-        generator = torch.Generator().manual_seed(sum(size))
-        p = (2 * torch.randn(size, generator=generator, dtype=dtype)).softmax(-1).to(device).requires_grad_()
-        results = run_size(p, candidates, device, seconds)
-        after = {level: measure_peaks(level) for level in levels}
-        peaks = {level: after[level].or_higher(before[level]) for level in levels}
-        before = after
-
-        def limits(name: str, mode: str, size: Size = size, peaks: dict[str, Peaks] = peaks) -> float:
-            level = candidates[name].level if name in candidates else None
-            return limit_ms(peaks[level or levels[0]], size, dtype, mode == GRADIENT)
-
-        print_size(size, results, limits, peaks[levels[0]])
-        rows += [{**shared, **row} for row in csv_rows(size, results, limits)]
-        wrong |= any(result.provider.startswith("kdejsd") and result.note for result in results)
-    if arguments.csv:
-        arguments.csv.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+    with harness.csv_table(arguments.csv, FIELDS, session.shared) as write:
+        for size in sizes:
+            problem = Problem.make(size, session.dtype, session.device)
+            results, peaks = session.measure(problem, candidates, seconds)
+            print_size(problem, results, peaks)
+            write(csv_rows(problem, results))
+            wrong |= harness.kdejsd_failed(results)
     return int(wrong)
 
 

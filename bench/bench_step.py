@@ -13,7 +13,6 @@ rounds.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import statistics
 import time
@@ -21,6 +20,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import harness
 import lightning.pytorch as pl
 import machine
 import torch
@@ -133,8 +133,8 @@ def main() -> None:
         logging.getLogger(name).setLevel("WARNING")
 
     facts = machine.facts(arguments.device)
-    for key, value in facts.items():
-        print(f"{key:16}{value}")
+    harness.print_facts(facts)
+    shared = {"device": arguments.device, **{key: facts[key] for key in ("threads", "machine", "versions", "commit")}}
     rows = []
     for size in QUICK if arguments.quick else SIZES:
         batch, m, dim = size
@@ -148,19 +148,13 @@ def main() -> None:
         print(f"  {'step':12}{'ms':>10}{'(p20-p80)':>20}{'ratio':>8}")
         for step, measured in times.items():
             ratio = statistics.median(ours / plain for ours, plain in zip(measured, times[PLAIN], strict=True))
-            low, _, _, high = statistics.quantiles(measured, n=5)
-            middle = statistics.median(measured)
+            middle, low, high = harness.spread(measured)
             print(f"  {step:12}{middle:10.2f}{f'({low:.2f}-{high:.2f})':>20}{ratio:8.2f}")
             rows.append(
                 {"step": step, "batch": batch, "m": m, "l": dim, "ms": middle, "p20": low, "p80": high, "ratio": ratio}
-                | {"device": arguments.device}
-                | {key: facts[key] for key in ("threads", "machine", "versions", "commit")}
             )
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+    with harness.csv_table(arguments.csv, FIELDS, shared) as write:
+        write(rows)
 
 
 if __name__ == "__main__":

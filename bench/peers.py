@@ -21,7 +21,6 @@ from torch.nn.functional import softplus
 
 import kdejsd
 from kdejsd import reference
-from kdejsd._native import native
 
 LogProb = Callable[[Tensor, Tensor, float], Tensor]
 Numbers = Callable[[int, int, int], float]
@@ -67,16 +66,6 @@ def providers(device: str, levels: list[str]) -> dict[str, Provider | str]:
 
 def _ours(codes: Tensor, lagged: Tensor, bandwidth: float, reduction: str) -> Tensor:
     return kdejsd.jsd_loss(codes, lagged, bandwidth, reduction=reduction)
-
-
-def use_level(level: str) -> None:
-    """Makes kdejsd's kernels those of one instruction set.
-
-    Raises:
-        ValueError: it was not built, or this processor lacks it.
-    """
-    if not native().set_level(level):
-        raise ValueError(f"levels must be among {native().built_levels()} that this processor can run, got {level!r}")
 
 
 def _loss(log_prob: LogProb) -> Callable[[Tensor, Tensor, float, str], Tensor]:

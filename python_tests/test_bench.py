@@ -110,7 +110,7 @@ def test_a_wrong_provider_is_not_timed(bench_kde):
     (ours,) = (p for p in peers.providers("cpu", ["base"]).values() if not isinstance(p, str) and p.name == "kdejsd")
     candidates = {"kdejsd": dataclasses.replace(ours, level=None), "absent": "not installed"}
     candidates |= {f.__name__: peers.Provider(f.__name__, f) for f in (off_in_value, off_in_gradient, broken)}
-    right, absent, value, gradient, error = bench_kde.run_size(problem, candidates, "cpu", 0.01, math.inf, {})
+    right, absent, value, gradient, error = sys.modules["harness"].run_size(problem, candidates, "cpu", 0.01, {})
     assert not right.note and right.times.keys() == {"value", "value+gradient"}
     assert absent.note == "not installed"
     assert error.note == "RuntimeError: no such kernel"
@@ -171,7 +171,7 @@ def test_a_wrong_omega_is_not_timed(bench_omega):
     problem = bench_omega.Problem.make(("all", 20, 7, 3), torch.float32, "cpu")
     ours = bench_omega.PROVIDERS["all"]["kdejsd"]
     off = dataclasses.replace(ours, ratio_sum=lambda x, z, pairs: kdejsd.omega(x, z, pairs=pairs) * 1.1)
-    right, wrong = bench_omega.run_size(problem, {"kdejsd": ours, "off": off}, "cpu", 0.01, {})
+    right, wrong = sys.modules["harness"].run_size(problem, {"kdejsd": ours, "off": off}, "cpu", 0.01, {})
     assert not right.note and right.times.keys() == {"value", "value+gradient"}
     assert wrong.note == "wrong: not timed" and not wrong.times
     assert wrong.errors["error"] == pytest.approx(0.1, rel=1e-3)

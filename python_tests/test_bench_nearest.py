@@ -44,7 +44,7 @@ def test_wrong_answers_are_not_timed(monkeypatch):
     problem = bench.Problem.make((120, 2, "sectors"), torch.float32, "cpu")
     candidates = {"kdejsd": bench.Provider("kdejsd", lambda x, y: tuple(kdejsd.nearest_other_class(x, y)))}
     candidates |= {"second": bench.Provider("second", second_nearest), "absent": "not installed"}
-    right, wrong, absent = bench.run_size(problem, candidates, "cpu", 0.01, {})
+    right, wrong, absent = bench.harness.run_size(problem, candidates, "cpu", 0.01, {})
     assert not right.note and right.times and right.right == 1
     assert wrong.note == "wrong: not timed" and not wrong.times and wrong.right < 0.5
     assert absent.note == "not installed"

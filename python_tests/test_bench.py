@@ -202,7 +202,7 @@ def test_radius_bench_compares_and_writes(tmp_path):
 
 def test_step_bench_takes_every_way_to_refresh(tmp_path):
     table = tmp_path / "step.csv"
-    done = run("--quick", "--csv", str(table), script="bench_step.py")
+    done = run("--quick", "--threads", "1", "--csv", str(table), script="bench_step.py")
     assert done.returncode == 0, done.stdout + done.stderr
     with table.open(newline="") as file:
         rows = {row["step"]: row for row in csv.DictReader(file)}

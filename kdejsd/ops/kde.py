@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -69,19 +69,19 @@ def named_log_prob(
     exclude_self: bool | Tensor = False,
 ) -> Tensor:
     """`kde_log_prob` for callers whose arguments have other names, which the errors are to use."""
-    problem = _problem(names, query, centers, bandwidth, log_weights, exclude_self)
-    return _shaped(_log_prob(problem), problem.shape).to(problem.query.dtype)
+    inputs, shape = _checked(names, query, centers, bandwidth, log_weights, exclude_self)
+    return _shaped(_log_prob(inputs), shape).to(inputs[0].dtype)
 
 
-def _log_prob(problem: _Problem) -> Tensor:
+def _log_prob(inputs: Inputs) -> Tensor:
     """[n] or [B, n], in float64 from the kernels."""
-    if _common.needs_reference(problem.query):
-        return _reference(problem)
-    if _common.is_traced(problem.inputs):
-        return _operator(*problem.inputs)[0]  # type: ignore[no-any-return]
-    if _common.needs_grad(problem.inputs):
-        return _EagerKde.apply(*problem.inputs)  # type: ignore[no-untyped-call, no-any-return]
-    return _launch_forward(*problem.inputs)[0]
+    if _common.needs_reference(inputs[0]):
+        return _reference(inputs)
+    if _common.is_traced(inputs):
+        return _operator(*inputs)[0]  # type: ignore[no-any-return]
+    if _common.needs_grad(inputs):
+        return _EagerKde.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
+    return _launch_forward(*inputs)[0]
 
 
 def normal_divergence_terms(
@@ -106,14 +106,14 @@ def normal_divergence_terms(
         needs a gradient, and wherever the kde itself does not take the eager path. The caller then composes the terms
         from `kde_log_prob`.
     """
-    problem = _problem(names, codes, centers, bandwidth, log_weights, exclude_self)
-    query, *others = problem.inputs
-    if _common.needs_reference(query) or _common.is_traced(problem.inputs) or _common.needs_grad(others):
+    inputs, shape = _checked(names, codes, centers, bandwidth, log_weights, exclude_self)
+    query, *others = inputs
+    if _common.needs_reference(query) or _common.is_traced(inputs) or _common.needs_grad(others):
         return None
     if _common.needs_grad((query,)):
-        return _NormalTerms.apply(*problem.inputs, problem.shape, variance, divergence, reduction)  # type: ignore[no-untyped-call, no-any-return]
-    terms = _launch_forward(*problem.inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0]
-    return _reduced(_shaped(terms, problem.shape), reduction)
+        return _NormalTerms.apply(*inputs, shape, variance, divergence, reduction)  # type: ignore[no-untyped-call, no-any-return]
+    terms = _launch_forward(*inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0]
+    return _reduced(_shaped(terms, shape), reduction)
 
 
 def _shaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -128,30 +128,20 @@ def _reduced(terms: Tensor, reduction: str) -> Tensor:
 # Checks, and one shape for all
 
 
-class _Problem(NamedTuple):
-    """Checked inputs in the shapes that the kernels take: without B for one mixture; else [1, ...] for what all batch
-    items share."""
-
-    query: Tensor  # [B, n, l]
-    centers: Tensor  # [B, m, l]
-    bandwidth: Tensor  # [B, m] or [B, 1]
-    log_weights: Tensor | None  # [B, m]
-    exclude: Tensor | None  # [B, n], int64
-    shape: tuple[int, ...]  # of the result
-
-    @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self[:5]
+# Inputs in the shapes that the kernels take: query [B, n, l], centers [B, m, l], bandwidth [B, m] or [B, 1],
+# log_weights [B, m], exclude [B, n]; without B for one mixture, else with a 1 for what all batch items share.
+Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _problem(
+def _checked(
     names: tuple[str, str],
     query: Tensor,
     centers: Tensor,
     bandwidth: float | Tensor,
     log_weights: Tensor | None,
     exclude_self: bool | Tensor,
-) -> _Problem:
+) -> tuple[Inputs, tuple[int, ...]]:
+    """The inputs, and the shape of the result."""
     query_name, centers_name = names
     for name, value in zip(names, (query, centers), strict=True):
         if _common.check_tensor(name, value).ndim < 2:
@@ -214,7 +204,7 @@ def _problem(
 
     lone = (query, 2), (centers, 2), (h, 1), (log_weights, 1), (exclude, 1)
     if all(t is None or t.ndim == ndim for t, ndim in lone):  # no batch: the usual call, kept short
-        return _Problem(query, centers, h, log_weights, exclude, (n,))
+        return (query, centers, h, log_weights, exclude), (n,)
 
     # The batch of the mixture: dimensions before those that every argument has anyway.
     batches = [centers.shape[:-2], h.shape[:-1]]
@@ -231,21 +221,21 @@ def _problem(
             exclude = exclude.expand(*batch, n).reshape(items * n)
         centers, h = centers.reshape(m, dim), h.reshape(-1)
         log_weights = None if log_weights is None else log_weights.reshape(m)
-        return _Problem(flat, centers, h, log_weights, exclude, shape)
+        return (flat, centers, h, log_weights, exclude), shape
 
     def flatten(t: Tensor, own: int) -> Tensor:
         if math.prod(t.shape[:-own]) == 1:
             return t.reshape(1, *t.shape[-own:])
         return t.expand(*batch, *t.shape[-own:]).reshape(items, *t.shape[-own:])
 
-    return _Problem(
+    inputs = (
         query.expand(*batch, n, dim).reshape(items, n, dim),
         flatten(centers, 2),
         flatten(h, 1),
         None if log_weights is None else flatten(log_weights, 1),
         None if exclude is None else flatten(exclude, 1),
-        shape,
     )
+    return inputs, shape
 
 
 def _check_values(
@@ -277,8 +267,8 @@ def _check_values(
         )
 
 
-def _reference(problem: _Problem) -> Tensor:
-    query, centers, bandwidth, log_weights, exclude = problem.inputs
+def _reference(inputs: Inputs) -> Tensor:
+    query, centers, bandwidth, log_weights, exclude = inputs
     return reference.kde_log_prob(
         query, centers, bandwidth, log_weights=log_weights, exclude_self=False if exclude is None else exclude
     )
@@ -467,7 +457,7 @@ def _plain_gradients(
     query, centers, bandwidth, log_weights, exclude = inputs
     assert query is not None and centers is not None and bandwidth is not None
     with torch.enable_grad():
-        log_prob = _reference(_Problem(query, centers, bandwidth, log_weights, exclude, ()))
+        log_prob = _reference((query, centers, bandwidth, log_weights, exclude))
         wanted = [t for t, need in zip(inputs[:4], needed, strict=False) if need]
         found = iter(torch.autograd.grad(log_prob, wanted, grad.to(log_prob.dtype), create_graph=True))  # type: ignore[arg-type]
     return (*(next(found) if need else None for need in needed[:4]), None)

@@ -29,6 +29,7 @@ using kdejsd::KdeMixture;
 constexpr int64_t kStateBytes = 1 << 18;  // packed lanes of one chunk, and again its sums: half a second-level cache
 constexpr int64_t kSerialWork = 1 << 14;  // n m (l + 8) below which a second thread costs more than it brings
 constexpr int64_t kShiftSample = 256;     // centers whose mean is the shift
+constexpr int64_t kSkipDims = 96;         // dimensions from which looking for rows to skip pays
 
 // An excluded pair is this far apart: the weight is 0, and 0 times it is 0.
 template <class T>
@@ -88,8 +89,8 @@ struct Item {
     return kdejsd::kde_log_constant(kdejsd::kde_count(m, !log_weights, exclude ? exclude[i] : -1), l, h0);
   }
 
-  // A point amid the centers, the mean of some of them; 0 where that is not finite.
-  void find_shift(T* shift) const {
+  // A point amid the centers, the mean of some of them; 0 where that is not finite. Repeated, as pack_tile wants it.
+  void find_shift(T* shift /* [l + kLanes<T>] */) const {
     const int64_t count = smaller(m, kShiftSample);
     for (int64_t k = 0; k < l; k++) shift[k] = 0;
     for (int64_t s = 0; s < count; s++) {
@@ -98,6 +99,7 @@ struct Item {
     }
     for (int64_t k = 0; k < l; k++)
       if (!std::isfinite(shift[k])) shift[k] = 0;
+    for (int64_t k = l; k < l + kLanes<T>; k++) shift[k] = shift[k - l];
   }
 };
 
@@ -120,17 +122,22 @@ struct Tile {
   T* offset;      // [kTile], see Item; in the transposed pass the queries' log p_e
   T* slope;       // [kTile]; in the transposed pass the queries' gradients
   T* precision;   // [kTile]
+  int* kept;      // [kTile], the rows that take part in the weighted sums; all of them unless said otherwise
   Vec<T>* pairs;  // [kTile, kQV]
 
   static int64_t bytes(int64_t l) {
-    return Arena::bytes<T>(kTile * l) + 3 * Arena::bytes<T>(kTile) + Arena::bytes<Vec<T>>(kTile * kQV);
+    return Arena::bytes<T>(kTile * l) + 3 * Arena::bytes<T>(kTile) + Arena::bytes<int>(kTile) +
+           Arena::bytes<Vec<T>>(kTile * kQV);
   }
   Tile(Arena arena, int64_t l)
       : rows(arena.take<T>(kTile * l)),
         offset(arena.take<T>(kTile)),
         slope(arena.take<T>(kTile)),
         precision(arena.take<T>(kTile)),
-        pairs(arena.take<Vec<T>>(kTile * kQV)) {}
+        kept(arena.take<int>(kTile)),
+        pairs(arena.take<Vec<T>>(kTile * kQV)) {
+    for (int j = 0; j < kTile; j++) kept[j] = j;
+  }
 };
 
 // What a chunk of lanes has gathered from the points streamed past it. A block of QV vectors that starts at vector f
@@ -175,11 +182,22 @@ struct Plan {
     const int64_t fitting = smaller(16, larger(1, kStateBytes / (l * item_bytes * width * kQV))) * kQV;
     chunks = ceil_div(vectors, fitting);
     // Whole chunks for each thread where they divide well; otherwise each thread streams its own share of the points
-    // past every chunk, and the shares are merged. With few points to stream, smaller chunks.
+    // past every chunk, and the shares are merged.
     splits = chunks >= 4 * threads || chunks % threads == 0 ? 1 : smaller(threads, tiles);
-    if (splits == 1 && chunks < threads) chunks = smaller(vectors, threads);
+    if (splits == 1) share_chunks();
     chunk_vectors = ceil_div(vectors, chunks);
   }
+
+  // Every thread streams all points past chunks of its own: more of them than threads, so that a thread that is held up
+  // keeps none waiting, as long as they are large beside the work of packing a tile.
+  void share_chunks() {
+    splits = 1;
+    if (threads == 1) return;
+    chunks = larger(chunks, smaller(vectors, threads));
+    chunks = larger(chunks, smaller(vectors / (4 * kQV), 4 * threads));
+    chunk_vectors = ceil_div(vectors, chunks);
+  }
+
   int64_t chunk_begin(int64_t chunk) const { return vectors * chunk / chunks; }
   int64_t tile_begin(int64_t split) const { return tiles * split / splits; }
 };
@@ -247,12 +265,49 @@ bool forward_weights(const Tile<T>& tile, int count, const Vec<T>* reference, Ve
   return true;
 }
 
+// The largest magnitude among a tile's coordinates, at least 1; NaN where one of them is not finite.
+template <class T>
+T tile_reach(const T* rows, int64_t count) {
+  Vec<T> largest = broadcast(T(1));
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    Vec<T> x;
+    std::memcpy(&x, rows + i, sizeof x);
+    x = x < T(0) ? -x : x;
+    largest = x > largest ? x : largest;
+  }
+  T reach = 1;
+  for (int lane = 0; lane < kLanes<T>; lane++) reach = largest[lane] > reach ? largest[lane] : reach;
+  for (; i < count; i++) reach = std::fabs(rows[i]) > reach ? std::fabs(rows[i]) : reach;
+  return reach < std::numeric_limits<T>::infinity() ? reach : std::numeric_limits<T>::quiet_NaN();
+}
+
+// The rows whose weights matter to the weighted sums of any lane; returns how many. A row is left out where for every
+// lane weight * reach <= epsilon W / m, W the sum of the weights so far, which only grows: what m such rows add to a
+// coordinate of (sum of weight * point) / W is less than the rounding of that coordinate, epsilon times 1 or more.
+template <class T, int QV>
+int rows_that_matter(const Tile<T>& tile, int count, T reach, int64_t m, const Vec<T>* weight, int* kept) {
+  const T least = std::numeric_limits<T>::epsilon() / 2 / static_cast<T>(m) / reach;
+  Vec<T> bound[QV];
+  for (int v = 0; v < QV; v++) bound[v] = weight[v] * least;
+  int n = 0;
+  for (int j = 0; j < count; j++) {
+    Mask<T> matters = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < QV; v++) matters |= ~(tile.pairs[j * QV + v] <= bound[v]);  // NaN matters
+    kept[n] = j;
+    n += any<T>(matters);
+  }
+  return n;
+}
+
 template <class T, Moment M>
 struct ForwardBlock {
   const Item<T>& item;
   const Tile<T>& tile;
   int64_t tile_first, first_lane, first_vector;
   int count;
+  T reach;
   bool first_tile, want_sums;
   const Vec<T>* lanes;
   const State<T>& state;
@@ -270,7 +325,11 @@ struct ForwardBlock {
       raise_references<T, QV>(tile, count, want_sums ? item.l : 0, reference, weight, moment, sums);
       forward_weights<T, QV, M>(tile, count, reference, weight, moment);
     }
-    if (want_sums) add_weighted_rows<T, QV>(tile.rows, count, item.l, tile.pairs, sums);
+    if (!want_sums) return;
+    if (item.l < kSkipDims) return add_weighted_rows<T, QV>(tile.rows, tile.kept, count, item.l, tile.pairs, sums);
+    int kept[kTile];
+    const int matter = rows_that_matter<T, QV>(tile, count, reach, item.m, weight, kept);
+    add_weighted_rows<T, QV>(tile.rows, kept, matter, item.l, tile.pairs, sums);
   }
 
   template <int QV>
@@ -299,6 +358,7 @@ struct Forward {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(smaller(kTile, item.m - first));
       pack_tile(item.centers, first, count, item.l, shift, item.scale, tile.rows);
+      const T reach = item.l < kSkipDims ? T(1) : tile_reach(tile.rows, count * item.l);
       if (t == plan.tile_begin(split) || !same_terms) {
         for (int j = 0; j < (same_terms ? kTile : count); j++) {
           tile.offset[j] = static_cast<T>(item.offset(first + j));
@@ -308,7 +368,7 @@ struct Forward {
       }
       for_blocks(vectors, [&](int width, int64_t vector) {
         with_width(width,
-                   ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
+                   ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count, reach,
                                       t == plan.tile_begin(split), dquery != nullptr, lanes + vector * item.l, state});
       });
     }
@@ -339,15 +399,16 @@ struct Forward {
     const int64_t lanes = width * kLanes<T>;
     for (int64_t lane = 0; lane < smaller(lanes, item.n - first); lane++) {
       const int64_t i = first + lane;
-      const auto at = [&](const Vec<T>* vectors) {
-        return static_cast<double>(reinterpret_cast<const T*>(vectors + vector)[lane]);
-      };
+      const auto at = [&](Vec<T>* vectors) -> T& { return reinterpret_cast<T*>(vectors + vector)[lane]; };
       kdejsd::LogSumExp2<double> total = {at(splits[0].reference), at(splits[0].weight)};
       for (int64_t s = 1; s < plan.splits; s++)
         total = kdejsd::merge<double>(total, {at(splits[s].reference), at(splits[s].weight)});
-      const auto share = [&](int64_t s) { return kdejsd::rescale_factor(at(splits[s].reference), total.max); };
       double moment = 0;
-      for (int64_t s = 0; s < plan.splits; s++) moment += at(splits[s].moment) * share(s);
+      for (int64_t s = 0; s < plan.splits; s++) {
+        T& share = at(splits[s].reference);  // has done its work, and now holds the factor of this split's sums
+        share = static_cast<T>(kdejsd::rescale_factor(static_cast<double>(share), total.max));
+        moment += static_cast<double>(at(splits[s].moment)) * share;
+      }
 
       const T* query = item.query + i * item.l;
       const bool has_target = args.value_kind != kdejsd::KdeValue::kLogProb;
@@ -368,7 +429,7 @@ struct Forward {
         double sum = 0;
         for (int64_t s = 0; s < plan.splits; s++) {
           const T* sums = reinterpret_cast<const T*>(splits[s].sums + vector * item.l);
-          sum += static_cast<double>(sums[k * lanes + lane]) * share(s);
+          sum += static_cast<double>(sums[k * lanes + lane]) * at(splits[s].reference);
         }
         const double packed = static_cast<double>((query[k] - shift[k]) * item.scale);
         double direction =
@@ -387,10 +448,10 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
   const int64_t lane_bytes = Arena::bytes<Vec<T>>(plan.chunk_vectors * mix.l);
   const int64_t state_bytes = State<T>::bytes(plan.chunk_vectors, mix.l), tile_bytes = Tile<T>::bytes(mix.l);
   const int64_t copies = plan.splits == 1 ? plan.threads : 1;  // of the packed lanes; splits share them
-  Memory memory(Arena::bytes<T>(mix.l) + copies * lane_bytes + plan.threads * (state_bytes + tile_bytes) +
+  Memory memory(Arena::bytes<T>(mix.l + kLanes<T>) + copies * lane_bytes + plan.threads * (state_bytes + tile_bytes) +
                 Arena::bytes<State<T>>(plan.threads));
   Arena arena{memory.base};
-  T* shift = arena.take<T>(mix.l);
+  T* shift = arena.take<T>(mix.l + kLanes<T>);
   Vec<T>* lanes = arena.take<Vec<T>>(copies * lane_bytes / static_cast<int64_t>(sizeof(Vec<T>)));
   char* states = arena.take<char>(plan.threads * state_bytes);
   char* tiles = arena.take<char>(plan.threads * tile_bytes);
@@ -409,7 +470,7 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
     const int thread = thread_index();
     const Tile<T> tile(Arena{tiles + thread * tile_bytes}, mix.l);
     if (plan.splits == 1) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
         Vec<T>* own_lanes = lanes + thread * lane_vectors;
         pass.pack(chunk, own_lanes);
@@ -485,7 +546,8 @@ struct BackwardBlock {
       }
     }
     backward_weights<T, QV>(tile, count, offset, slope, state.weight + first_vector, state.moment + first_vector);
-    if (want_sums) add_weighted_rows<T, QV>(tile.rows, count, item.l, tile.pairs, state.sums + first_vector * item.l);
+    if (want_sums)
+      add_weighted_rows<T, QV>(tile.rows, tile.kept, count, item.l, tile.pairs, state.sums + first_vector * item.l);
   }
 };
 
@@ -559,17 +621,15 @@ void backward_item(const KdeBackward& args, int64_t b, int requested_threads) {
   const KdeMixture& mix = args.mixture;
   Plan plan(mix.m, kLanes<T>, mix.n, mix.l, sizeof(T), requested_threads);
   // Each center's sums run over the queries in order, whatever the number of threads: chunks only.
-  plan.splits = 1;
-  plan.chunks = larger(plan.chunks, smaller(plan.vectors, plan.threads));
-  plan.chunk_vectors = ceil_div(plan.vectors, plan.chunks);
+  plan.share_chunks();
 
   const int64_t lane_bytes = Arena::bytes<Vec<T>>(plan.chunk_vectors * mix.l);
   const int64_t row_bytes = Arena::bytes<Vec<T>>(plan.chunk_vectors);
   const int64_t state_bytes = State<T>::bytes(plan.chunk_vectors, mix.l), tile_bytes = Tile<T>::bytes(mix.l);
   const int64_t thread_bytes = lane_bytes + 2 * row_bytes + state_bytes + tile_bytes;
-  Memory memory(Arena::bytes<T>(mix.l) + plan.threads * thread_bytes);
+  Memory memory(Arena::bytes<T>(mix.l + kLanes<T>) + plan.threads * thread_bytes);
   Arena arena{memory.base};
-  T* shift = arena.take<T>(mix.l);
+  T* shift = arena.take<T>(mix.l + kLanes<T>);
 
   Backward<T> pass{
       Item<T>(mix, b), plan, static_cast<const T*>(args.grad) + b * mix.n, args.log_prob + b * mix.n, nullptr, nullptr,
@@ -587,7 +647,7 @@ void backward_item(const KdeBackward& args, int64_t b, int requested_threads) {
     Vec<T>* slope = own.take<Vec<T>>(plan.chunk_vectors);
     State<T> state(Arena{own.take<char>(state_bytes)}, plan.chunk_vectors, mix.l);
     const Tile<T> tile(Arena{own.take<char>(tile_bytes)}, mix.l);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < plan.chunks; chunk++) pass.stream(chunk, lanes, offset, slope, state, tile);
   }
 }

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kQV = kRegisters == 32 ? 4 : 2;  // vectors of lanes in a full block
 constexpr int kRows = 6;                       // tile points whose distances are in registers at once
-constexpr int kTile = 10 * kRows;              // tile points; pairs and tile stay in the first-level cache for small l
+constexpr int kTile = 8 * kRows;               // tile points; pairs and tile stay in the first-level cache for small l
 constexpr int kColumns = 4;                    // dimensions whose sums are in registers at once
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -35,14 +35,22 @@ void pack_lanes(const T* points, int64_t first, int64_t count, int64_t l, const 
   }
 }
 
-// Points first ... first + count as rows [kTile][l]; rows after the last are 0 and take part in nothing but step 1.
+// Points first ... first + count as rows [kTile][l]; rows after the last are 0 and take part in nothing but step 1. The
+// shift is repeated, [l + kLanes<T>], so that rows of any length are packed by whole vectors.
 template <class T>
 void pack_tile(const T* points, int64_t first, int64_t count, int64_t l, const T* shift, T scale, T* rows) {
-  for (int64_t j = 0; j < count; j++) {
-    const T* point = points + (first + j) * l;
-    for (int64_t k = 0; k < l; k++) rows[j * l + k] = (point[k] - shift[k]) * scale;
+  const T* from = points + first * l;
+  const int64_t total = count * l, whole = total / kLanes<T> * kLanes<T>, step = kLanes<T> % l;
+  for (int64_t i = 0, k = 0; i < whole; i += kLanes<T>) {
+    Vec<T> point, origin;
+    std::memcpy(&point, from + i, sizeof point);
+    std::memcpy(&origin, shift + k, sizeof origin);
+    point = (point - origin) * scale;
+    std::memcpy(rows + i, &point, sizeof point);
+    k = k + step < l ? k + step : k + step - l;
   }
-  for (int64_t i = count * l; i < ceil_div(count, kRows) * kRows * l; i++) rows[i] = 0;
+  for (int64_t i = whole; i < total; i++) rows[i] = (from[i] - shift[i % l]) * scale;
+  for (int64_t i = total; i < ceil_div(count, kRows) * kRows * l; i++) rows[i] = 0;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -72,14 +80,16 @@ void squared_distances(const T* rows, int count, int64_t l, const Vec<T>* lanes,
 }
 
 template <class T, int QV, int Columns>
-void add_columns(const T* rows, int count, int64_t l, const Vec<T>* weights, Vec<T>* sums) {
+void add_columns(const T* rows, const int* kept, int count, int64_t l, const Vec<T>* weights, Vec<T>* sums) {
   Vec<T> tile_sums[Columns][QV] = {};
-  for (int j = 0; j < count; j++) {
+  for (int i = 0; i < count; i++) {
+    const T* row = rows + kept[i] * l;
+    const Vec<T>* weight = weights + kept[i] * QV;
 #pragma GCC unroll 4
     for (int c = 0; c < Columns; c++) {
-      const Vec<T> x = broadcast(rows[j * l + c]);
+      const Vec<T> x = broadcast(row[c]);
 #pragma GCC unroll 4
-      for (int v = 0; v < QV; v++) tile_sums[c][v] += weights[j * QV + v] * x;
+      for (int v = 0; v < QV; v++) tile_sums[c][v] += weight[v] * x;
     }
   }
 #pragma GCC unroll 4
@@ -88,17 +98,19 @@ void add_columns(const T* rows, int count, int64_t l, const Vec<T>* weights, Vec
     for (int v = 0; v < QV; v++) sums[c * QV + v] += tile_sums[c][v];
 }
 
+// Adds the weighted sum of the `count` rows of a tile whose numbers are in `kept`.
 template <class T, int QV>
-void add_weighted_rows(const T* rows, int count, int64_t l, const Vec<T>* weights, Vec<T>* sums) {
+void add_weighted_rows(const T* rows, const int* kept, int count, int64_t l, const Vec<T>* weights, Vec<T>* sums) {
   int64_t k = 0;
-  for (; k + kColumns <= l; k += kColumns) add_columns<T, QV, kColumns>(rows + k, count, l, weights, sums + k * QV);
+  for (; k + kColumns <= l; k += kColumns)
+    add_columns<T, QV, kColumns>(rows + k, kept, count, l, weights, sums + k * QV);
   switch (l - k) {
     case 3:
-      return add_columns<T, QV, 3>(rows + k, count, l, weights, sums + k * QV);
+      return add_columns<T, QV, 3>(rows + k, kept, count, l, weights, sums + k * QV);
     case 2:
-      return add_columns<T, QV, 2>(rows + k, count, l, weights, sums + k * QV);
+      return add_columns<T, QV, 2>(rows + k, kept, count, l, weights, sums + k * QV);
     case 1:
-      return add_columns<T, QV, 1>(rows + k, count, l, weights, sums + k * QV);
+      return add_columns<T, QV, 1>(rows + k, kept, count, l, weights, sums + k * QV);
   }
 }
 

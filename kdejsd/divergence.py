@@ -75,7 +75,7 @@ def jsd_loss(
     kde = (lagged, bandwidth, log_weights, exclude_self)
     loss = _at_codes(("codes", "lagged"), codes, *kde, target, divergence, reduction)
     if target_samples is not None:
-        loss = loss + _at_target("lagged", target_samples, lagged, bandwidth, log_weights, target)
+        loss = loss + _at_target("lagged", target_samples, lagged, bandwidth, log_weights, target).mean()
     return loss if codes.dtype == torch.float64 else loss.float()
 
 
@@ -95,21 +95,24 @@ def jsd(
     root is a metric; divide by log 2 for bits.
 
     Args:
-        samples: [n, l], from the law that the KDE estimates, none of them among the centers.
-        centers: [m, l].
+        samples: [..., n, l], from the law that the KDE estimates, none of them among the centers.
+        centers: [..., m, l].
         bandwidth: as in `kde_log_prob`.
-        target_samples: [k, l], samples of the target.
+        target_samples: [..., k, l], samples of the target.
         target: as in `jsd_loss`.
 
+    Leading dimensions broadcast.
+
     Returns:
-        A 0-dim tensor, differentiable in all tensor arguments.
+        [...], 0-dim where no argument has leading dimensions; differentiable in all tensor arguments.
 
     Raises:
         ValueError, TypeError, RuntimeError: as in `jsd_loss`.
     """
     names = ("samples", "centers")
-    at_samples = _at_codes(names, samples, centers, bandwidth, None, False, target, "js", "mean")
-    divergence = 0.5 * (at_samples + _at_target("centers", target_samples, centers, bandwidth, None, target))
+    at_samples = _at_codes(names, samples, centers, bandwidth, None, False, target, "js", "none")
+    at_target = _at_target("centers", target_samples, centers, bandwidth, None, target)
+    divergence = 0.5 * (at_samples.mean(-1) + at_target.mean(-1))
     return divergence if samples.dtype == torch.float64 else divergence.float()
 
 
@@ -146,9 +149,9 @@ def _at_target(
     log_weights: Tensor | None,
     target: Target | None,
 ) -> Tensor:
-    """log 2 + mean of log p_t / (p_e + p_t) over samples of the target; in float64."""
+    """log 2 + log p_t / (p_e + p_t) at samples of the target, [..., k]; in float64."""
     log_prob = named_log_prob(("target_samples", name), target_samples, centers, bandwidth, log_weights)
-    return _LOG2 - softplus(_wide(log_prob) - _log_target(target, "target_samples", target_samples)).mean()
+    return _LOG2 - softplus(_wide(log_prob) - _log_target(target, "target_samples", target_samples))
 
 
 def _check_target(target: Target | None, name: str, z: Tensor) -> None:

@@ -491,6 +491,38 @@ def test_jsd_is_the_integral(h):
     assert 0 < exact < LOG2
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["none", "mixture", "multivariate normal"])
+def test_jsd_of_a_batch(name, device):
+    """One value for each item, and each argument with batch dimensions of its own."""
+    target = target_and_truth(name, device)[0]
+    samples, centers = points(3, 1, 7, DIM, device=device, seed=1), points(4, 5, DIM, device=device, seed=2)
+    bandwidth = 0.3 + torch.rand(3, 4, 1, dtype=torch.float64, generator=generator(3)).to(device)
+    for at_target in (points(9, DIM, device=device, seed=4), points(4, 9, DIM, device=device, seed=4)):
+        arguments = [x.detach().clone().requires_grad_() for x in (samples, centers, bandwidth, at_target)]
+        batched = kdejsd.jsd(*arguments, target=target)
+        assert batched.shape == (3, 4)
+        singles = torch.stack(
+            [
+                kdejsd.jsd(
+                    arguments[0][i, 0],
+                    arguments[1][j],
+                    arguments[2][i, j],
+                    arguments[3].expand(4, -1, -1)[j],
+                    target=target,
+                )
+                for i in range(3)
+                for j in range(4)
+            ]
+        ).reshape(3, 4)
+        torch.testing.assert_close(batched, singles, rtol=1e-13, atol=1e-13)
+        weights = points(3, 4, device=device, seed=5)
+        expected = torch.autograd.grad((weights * singles).sum(), arguments)
+        found = torch.autograd.grad((weights * batched).sum(), arguments)
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-13)
+
+
 def _ratio_terms(x, centers, h, sign):
     """log of p_e / (p_e + p_t) at x, or of p_t / (p_e + p_t) for sign -1."""
     return torch.nn.functional.logsigmoid(sign * kdejsd.jsd_loss(x, centers, h, divergence="kl", reduction="none"))

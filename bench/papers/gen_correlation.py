@@ -1,0 +1,370 @@
+"""Section 5.1 and Figure 1 of the GENs paper, computed anew: does the KDE's Jensen-Shannon divergence follow a
+discriminator's, and do both follow the true one?
+
+    python bench/papers/gen_correlation.py                  # all of it, about half an hour on one core
+    python bench/papers/gen_correlation.py --quick          # under a minute: two dimensions, small m
+    ... --csv trials.csv --figure correlation.png           # leave a record; run again with it, it goes on from there
+
+Paper: S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. As there, the law of
+the codes is an equal mixture of two normals in l dimensions, their centers s apart in a random direction, whitened;
+the target is the standard normal. Each trial has its own s, direction and samples, and gets three divergences:
+
+- KDE: `kdejsd.jsd` with m centers, m other samples of the mixture and m of the target, at `optimal_bandwidth`;
+- discriminator: of a network that tells the two laws apart, three hidden layers, the first 10 l wide, early stopping
+  on held-out data; log 2 minus its cross-entropy on fresh samples, which no network can bring above the truth;
+- truth: by quadrature. The paper has none; this is ours.
+
+Shown are the Pearson correlations of each two over the trials of a cell (l, m), with their 95 % confidence intervals.
+
+No copy of the paper was at hand, only notes on it. Ours are therefore: s on an even grid from 0 to 8, the same in every
+cell, so that cells differ by their estimators alone; whitening by the law's covariance, not the samples'; the data of
+the discriminator, which are those of the KDE (m samples of each law to train on, m of each held out) and 10 000 fresh
+ones of each to test on; the other layers' widths (5 l and 2.5 l), ReLU, Adam, and when to stop, see `Discriminators`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+import kdejsd
+
+LATENT_DIMS = (2, 5, 10, 20, 40)
+NUM_SAMPLES = (250, 500, 1000, 2000, 4000, 8000)
+TRIALS = 32
+QUICK_DIMS = (2, 5)
+QUICK_SAMPLES = (250, 1000)
+QUICK_TRIALS = 16
+
+WIDEST = 8.0  # in standard deviations of the two normals: 3 in 100 000 of the samples lie on the other's side
+TEST_SAMPLES = 10_000
+MINIBATCH = 64  # of each law
+CHECK_EVERY = 50  # steps
+PATIENCE = 10  # checks without a better held-out loss
+MOST_STEPS = 20_000
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A row of the record; divergences in nats, `steps` those after which the discriminator was best."""
+
+    latent_dim: int
+    num_samples: int
+    trial: int
+    separation: float
+    truth: float
+    kde: float
+    discriminator: float
+    steps: int
+    bandwidth: float
+    seed: int
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The law of the codes
+
+
+def whitened_axis(separation: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (-mu, mu) and standard deviation of the whitened mixture along the line through its centers.
+
+    Before whitening they are (-s/2, s/2) and 1, the variance along the line is 1 + s^2/4, across it 1 already.
+    """
+    std = 1 / (1 + separation.square() / 4).sqrt()
+    return separation / 2 * std, std
+
+
+def true_jsd(separation: Tensor) -> Tensor:
+    """JSD of the whitened mixture from the standard normal, in nats, [...] in float64, whatever l and the direction.
+
+    Across the line through the centers both laws are the same, so it is an integral along it. The trapezoidal rule
+    converges faster than any power of the step for such integrands.
+    """
+    mean, std = (x[..., None] for x in whitened_axis(separation.double()))
+    t = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+
+    def log_normal(z: Tensor) -> Tensor:
+        return -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
+
+    log_target = log_normal(t)
+    log_codes = torch.logaddexp(log_normal((t - mean) / std), log_normal((t + mean) / std)) - std.log() - math.log(2)
+    gap = log_codes - log_target
+    terms = log_codes.exp() * -softplus(-gap) + log_target.exp() * -softplus(gap)
+    return math.log(2) + 0.5 * torch.trapezoid(terms, t)
+
+
+def sample_mixture(separation: Tensor, direction: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """[B, n, l] samples of the whitened mixtures with separations [B] in unit directions [B, l]."""
+    batch, dim = direction.shape
+    mean, std = (x.float()[:, None] for x in whitened_axis(separation))
+    z = torch.randn(batch, n, dim, generator=generator)
+    sign = 2.0 * torch.randint(2, (batch, n), generator=generator) - 1
+    along = torch.einsum("bnl,bl->bn", z, direction)
+    return z.add_((sign * mean + (std - 1) * along)[..., None] * direction[:, None])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The discriminators of all trials at once
+
+
+class Discriminators:
+    """One network a trial, their weights stacked; [B, n, l] -> logits [B, n], positive for codes, negative for target.
+
+    Trained by Adam (1e-3) on minibatches of 64 samples of each law. Every 50 steps the held-out loss is taken; a
+    network is kept as it was at its best, and leaves the stack when 10 checks have passed without a better one.
+    """
+
+    def __init__(self, batch: int, dim: int, generator: torch.Generator) -> None:
+        self.parameters: list[Tensor] = []  # weights [B, inputs, outputs] and biases [B, 1, outputs] in turn
+        for inputs, outputs in pairwise((dim, 10 * dim, 5 * dim, 5 * dim // 2, 1)):
+            weights = torch.randn(batch, inputs, outputs, generator=generator) * math.sqrt(2 / inputs)
+            self.parameters += [weights, torch.zeros(batch, 1, outputs)]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        for weights, biases in zip(self.parameters[:-2:2], self.parameters[1:-2:2], strict=True):
+            z = torch.baddbmm(biases, z, weights).relu()
+        weights, biases = self.parameters[-2:]
+        return torch.baddbmm(biases, z, weights).squeeze(-1)
+
+    def loss(self, codes: Tensor, normal: Tensor) -> Tensor:
+        """Cross-entropy [B] of telling codes [B, n, l] from as many samples of the target, each half of the data."""
+        logits = self(torch.cat((codes, normal), 1))
+        return 0.5 * (softplus(-logits[:, : codes.shape[1]]).mean(1) + softplus(logits[:, codes.shape[1] :]).mean(1))
+
+    @torch.no_grad()
+    def evaluate(self, codes: Tensor, normal: Tensor) -> Tensor:
+        """`loss`, by parts of the data."""
+        parts = zip(codes.split(500, 1), normal.split(500, 1), strict=True)
+        return sum(self.loss(*part) * part[0].shape[1] for part in parts) / codes.shape[1]
+
+    def fit(self, training: Sequence[Tensor], held_out: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+        """Train until all are done, and put each back to its best; returns the steps [B] after which it was that.
+
+        Args:
+            training, held_out: codes and samples of the target, [B, n, l] each.
+            generator: draws the minibatches.
+        """
+        best = [p.clone() for p in self.parameters]
+        best_loss = torch.full((len(training[0]),), math.inf)
+        best_step = torch.zeros(len(best_loss), dtype=torch.int64)
+        running = torch.arange(len(best_loss))
+        optimizer = _adam(self.parameters)
+        for step in range(1, MOST_STEPS + 1):
+            drawn = torch.randint(training[0].shape[1], (2, MINIBATCH), generator=generator)
+            loss = self.loss(*(law[:, index] for law, index in zip(training, drawn, strict=True)))
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+            if step % CHECK_EVERY:
+                continue
+            now = self.evaluate(*held_out)
+            better = now < best_loss[running]
+            best_loss[running[better]], best_step[running[better]] = now[better], step
+            for kept, p in zip(best, self.parameters, strict=True):
+                kept[running[better]] = p.detach()[better]
+            going = best_step[running] > step - PATIENCE * CHECK_EVERY
+            if not going.any():
+                break
+            if not going.all():
+                running = running[going]
+                training, held_out = ([law[going] for law in laws] for laws in (training, held_out))
+                states = [optimizer.state[p] for p in self.parameters]
+                self.parameters = [p.detach()[going] for p in self.parameters]
+                optimizer = _adam(self.parameters)
+                for p, state in zip(self.parameters, states, strict=True):
+                    optimizer.state[p] = {name: x[going] if x.ndim else x for name, x in state.items()}
+        self.parameters = best
+        return best_step
+
+
+def _adam(parameters: list[Tensor]) -> torch.optim.Adam:
+    return torch.optim.Adam([p.requires_grad_() for p in parameters], lr=1e-3, fused=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The study
+
+
+def run_cell(dim: int, num_samples: int, trials: int, seed: int) -> list[Trial]:
+    """All trials of a cell in one batch: a function of its arguments alone."""
+    state = np.random.SeedSequence((seed, dim, num_samples)).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    separation = torch.linspace(0, WIDEST, trials, dtype=torch.float64)
+    direction = nn.functional.normalize(torch.randn(trials, dim, generator=generator), dim=1)
+    sizes = (num_samples, num_samples, TEST_SAMPLES)
+    codes, other_codes, test_codes = (sample_mixture(separation, direction, n, generator) for n in sizes)
+    normal, other_normal, test_normal = (torch.randn(trials, n, dim, generator=generator) for n in sizes)
+
+    bandwidth = kdejsd.optimal_bandwidth(dim, num_samples).value
+    kde = kdejsd.jsd(other_codes, codes, bandwidth, other_normal)
+
+    networks = Discriminators(trials, dim, generator)
+    steps = networks.fit((codes, normal), (other_codes, other_normal), generator)
+    discriminator = math.log(2) - networks.evaluate(test_codes, test_normal)
+
+    columns = (separation, true_jsd(separation), kde, discriminator, steps)
+    return [
+        Trial(dim, num_samples, trial, *values, bandwidth, seed)
+        for trial, values in enumerate(zip(*(column.tolist() for column in columns), strict=True))
+    ]
+
+
+PAIRS = (("kde", "discriminator"), ("kde", "truth"), ("discriminator", "truth"))
+Cells = dict[tuple[int, int], list[Trial]]
+
+
+def correlation(cell: list[Trial], pair: tuple[str, str]) -> tuple[float, float, float, float]:
+    """Pearson's r over the trials, the ends of its 95 % confidence interval (Fisher's z), p of no correlation."""
+    found = stats.pearsonr(*([getattr(trial, name) for trial in cell] for name in pair))
+    interval = found.confidence_interval(0.95)
+    return float(found.statistic), float(interval.low), float(interval.high), float(found.pvalue)
+
+
+def table(cells: Cells, pair: tuple[str, str]) -> str:
+    """Correlations by l and m; last, whether they change from the least m to the greatest (Fisher's z, two-sided)."""
+    dims, sizes = sorted({dim for dim, _ in cells}), sorted({m for _, m in cells})
+    lines = [f"{'l':>3}" + "".join(f"{f'm = {m}':>23}" for m in sizes) + f"{'change':>18}"]
+    for dim in dims:
+        row = [correlation(cells[dim, m], pair) for m in sizes]
+        texts = [f"{r:.3f} [{low:.2f}, {high:.2f}]{'*' if p < 0.001 else ' '}" for r, low, high, p in row]
+        change = (math.atanh(row[-1][0]) - math.atanh(row[0][0])) / math.sqrt(2 / (len(cells[dim, sizes[0]]) - 3))
+        texts.append(f"z = {change:.1f}, p = {2 * stats.norm.sf(abs(change)):.0e}")
+        lines.append(f"{dim:>3}" + "".join(f"{text:>23}" for text in texts))
+    return "\n".join(lines)
+
+
+def differences(cells: Cells, name: str) -> str:
+    """An estimate minus the truth by l and m: mean and standard deviation over the trials."""
+    dims, sizes = sorted({dim for dim, _ in cells}), sorted({m for _, m in cells})
+    lines = [f"{'l':>3}" + "".join(f"{f'm = {m}':>23}" for m in sizes)]
+    for dim in dims:
+        texts = []
+        for m in sizes:
+            errors = np.array([getattr(trial, name) - trial.truth for trial in cells[dim, m]])
+            texts.append(f"{errors.mean():.4f} ± {errors.std(ddof=1):.4f}")
+        lines.append(f"{dim:>3}" + "".join(f"{text:>23}" for text in texts))
+    return "\n".join(lines)
+
+
+def draw(cells: Cells) -> Figure:
+    """The correlations against m, a line for each l, with bars of 95 %."""
+    figure = Figure(figsize=(12, 4.2), dpi=150, layout="constrained")
+    dims, sizes = sorted({dim for dim, _ in cells}), sorted({m for _, m in cells})
+    all_axes = figure.subplots(1, len(PAIRS), sharey=True)
+    for axes, pair in zip(all_axes, PAIRS, strict=True):
+        for number, dim in enumerate(dims):
+            r, low, high, _ = np.array([correlation(cells[dim, m], pair) for m in sizes]).T
+            apart = 1.03 ** (number - (len(dims) - 1) / 2)  # so that bars do not cover each other
+            x = np.array(sizes) * apart
+            axes.errorbar(x, r, (r - low, high - r), fmt="o-", ms=4, lw=1, capsize=2, label=f"l = {dim}")
+        axes.axhline(0, color="0.6", lw=0.6)
+        axes.set(title=" and ".join(pair).replace("kde", "KDE"), xlabel="samples m", xscale="log")
+        axes.set_xticks(sizes, [str(m) for m in sizes])
+        axes.minorticks_off()
+    all_axes[0].set_ylabel("Pearson correlation of divergences, 95 %")
+    all_axes[0].legend(frameon=False)
+    return figure
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The record and the command
+
+
+def read_record(path: Path) -> Cells:
+    """The cells of a record, which is written a whole cell at a time."""
+    kinds = {"int": int, "float": float}
+    with path.open(newline="") as file:
+        try:
+            trials = [Trial(*(kinds[str(f.type)](row[f.name]) for f in fields(Trial))) for row in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError) as error:
+            names = ", ".join(f.name for f in fields(Trial))
+            raise ValueError(f"{path} is not a record of this study: expected numbers in {names} ({error})") from error
+    return {cell: list(rows) for cell, rows in groupby(trials, lambda t: (t.latent_dim, t.num_samples))}
+
+
+def write_record(path: Path, cells: Cells) -> None:
+    """The whole record at once, so that an interruption leaves the one before or this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in fields(Trial))
+        for trial in (trial for cell in cells.values() for trial in cell):
+            writer.writerow(x if isinstance(x, int) else f"{x:.6f}" for x in vars(trial).values())
+    unfinished.replace(path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="The correlation study of the GENs paper (arXiv 2010.15283, section 5.1), with the truth beside it."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"l in {QUICK_DIMS}, m in {QUICK_SAMPLES}, {QUICK_TRIALS} trials"
+    )
+    parser.add_argument("--trials", type=int, help=f"trials per cell (default {TRIALS}; at least 4)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of samples and networks (default 0)")
+    parser.add_argument(
+        "--csv", type=Path, metavar="PATH", help="keep the trials in this file; cells that it has are not run again"
+    )
+    parser.add_argument("--figure", type=Path, metavar="PATH", help="draw the correlations to this file")
+    options = parser.parse_args(arguments)
+    trials = options.trials or (QUICK_TRIALS if options.quick else TRIALS)
+    if trials < 4:
+        parser.error(f"--trials must be at least 4, for confidence intervals, got {trials}")
+    if options.seed < 0:
+        parser.error(f"--seed must be at least 0, got {options.seed}")
+    recorded = read_record(options.csv) if options.csv and options.csv.exists() else {}
+    others = {(cell[0].seed, len(cell)) for cell in recorded.values()} - {(options.seed, trials)}
+    if others:
+        seed, number = min(others)
+        parser.error(
+            f"--csv {options.csv} holds {number} trials per cell with seed {seed}, expected {trials} with seed "
+            f"{options.seed}: name another file, or remove it"
+        )
+
+    dims, sizes = (QUICK_DIMS, QUICK_SAMPLES) if options.quick else (LATENT_DIMS, NUM_SAMPLES)
+    wanted = [(dim, m) for dim in dims for m in sizes]
+    start = time.perf_counter()
+    for number, (dim, m) in enumerate(wanted, 1):
+        done = (dim, m) in recorded
+        if not done:
+            recorded[dim, m] = run_cell(dim, m, trials, options.seed)
+            if options.csv:
+                write_record(options.csv, recorded)
+        (r, *_), (kde, *_), (network, *_) = (correlation(recorded[dim, m], pair) for pair in PAIRS)
+        print(
+            f"[{number:2}/{len(wanted)}] l = {dim:2}, m = {m:4}: KDE and discriminator {r:6.3f}, "
+            f"KDE and truth {kde:6.3f}, discriminator and truth {network:6.3f}   "
+            f"({'from the record' if done else f'{time.perf_counter() - start:.0f} s'})",
+            flush=True,
+        )
+    cells = {cell: recorded[cell] for cell in wanted}
+
+    print(f"\nPearson correlations over {trials} trials, with 95 % confidence intervals; * for p < 0.001")
+    for pair in PAIRS:
+        print(f"\n{' and '.join(pair).replace('kde', 'KDE')}\n{table(cells, pair)}")
+    print("\nWhat correlations do not show: the estimate minus the truth, nats, mean ± standard deviation of trials")
+    for name in ("kde", "discriminator"):
+        print(f"\n{name.replace('kde', 'KDE')}\n{differences(cells, name)}")
+    print(f"\nThe truth lies between 0 and {max(t.truth for cell in cells.values() for t in cell):.4f} nats.")
+    print(f"{time.process_time() / 60:.0f} minutes of processor time, {torch.get_num_threads()} threads")
+    if options.figure:
+        options.figure.parent.mkdir(parents=True, exist_ok=True)
+        draw(cells).savefig(options.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -277,7 +277,7 @@ def draw(cells: Cells) -> Figure:
         axes.set_xticks(sizes, [str(m) for m in sizes])
         axes.minorticks_off()
     all_axes[0].set_ylabel("Pearson correlation of divergences, 95 %")
-    all_axes[0].legend(frameon=False)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 

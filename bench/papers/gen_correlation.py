@@ -1,7 +1,7 @@
 """Section 5.1 and Figure 1 of the GENs paper, computed anew: does the KDE's Jensen-Shannon divergence follow a
 discriminator's, and do both follow the true one?
 
-    python bench/papers/gen_correlation.py                  # all of it, about half an hour on one core
+    python bench/papers/gen_correlation.py                  # all of it, 8 minutes of one idle core
     python bench/papers/gen_correlation.py --quick          # under a minute: two dimensions, small m
     ... --csv trials.csv --figure correlation.png           # leave a record; run again with it, it goes on from there
 

@@ -4,6 +4,7 @@
     python bench/bench_kde.py --quick                             # small sizes, under 40 seconds
     python bench/bench_kde.py --device cuda --csv results.csv
     python bench/bench_kde.py --sizes 256,20000,40 --levels v4,v3 --threads 1
+    python bench/bench_kde.py --centers                           # with the gradient for the centers, a second pass
 
 README.md beside this says how the work is counted, what the limit is, and what the peers are.
 """
@@ -33,6 +34,8 @@ QUICK: list[Size] = [(8, 16, 4), (100, 10_000, 8), (300, 10_000, 8), (4096, 4096
 CPU: list[Size] = [*QUICK, (512, 100_000, 40), (512, 100_000, 256), (512, 1_000_000, 64)]
 CUDA: list[Size] = [*CPU[:-1], (100, 100_000, 40), (100, 1_000_000, 64), CPU[-1], (1024, 1_000_000, 64)]
 
+CENTERS: list[Size] = [*QUICK[1:], (512, 20_000, 256)]
+
 WRONG_VALUE, WRONG_GRADIENT = 1e-3, 1e-2  # relative; beyond these a provider is wrong
 
 
@@ -46,21 +49,33 @@ class Result(harness.Result):
 # Truth
 
 
-def truth(codes: Tensor, lagged: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-    """Terms of jsd_loss [n] and their gradients [n, l] in float64: kdejsd's reference over chunks of the centers."""
+def truth(codes: Tensor, lagged: Tensor, bandwidth: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Terms of jsd_loss [n], their gradients [n, l], and the gradient of their sum for the centers [m, l], in float64:
+    kdejsd's reference over chunks of the centers."""
     m, dim = lagged.shape
     wide = codes.detach().double().requires_grad_()
+    chunks = lagged.detach().double().split(max(1, 2**22 // wide.numel()))
+
+    def log_share(chunk: Tensor) -> Tensor:
+        return reference.kde.kde_log_prob(wide, chunk, bandwidth) + math.log(len(chunk) / m)
+
     log_probs, scores = [], []
-    for chunk in lagged.double().split(max(1, 2**22 // wide.numel())):
-        part = reference.kde.kde_log_prob(wide, chunk, bandwidth) + math.log(len(chunk) / m)
+    for chunk in chunks:
+        part = log_share(chunk)
         scores.append(torch.autograd.grad(part.sum(), wide)[0])
         log_probs.append(part.detach())
     parts = torch.stack(log_probs)
     log_prob = parts.logsumexp(0)
-    score = ((parts - log_prob).exp().unsqueeze(-1) * torch.stack(scores)).sum(0)
-    wide = wide.detach()
-    gap = -0.5 * wide.square().sum(-1) - 0.5 * dim * math.log(2 * math.pi) - log_prob
-    return math.log(2) - torch.nn.functional.softplus(gap), gap.sigmoid().unsqueeze(-1) * (score + wide)
+    shares = (parts - log_prob).exp()
+    score = (shares.unsqueeze(-1) * torch.stack(scores)).sum(0)
+    target = -0.5 * wide.detach().square().sum(-1) - 0.5 * dim * math.log(2 * math.pi)
+    weight = (target - log_prob).sigmoid()
+    for_centers = [
+        torch.autograd.grad((log_share(chunk.requires_grad_()) * weight * share).sum(), chunk)[0]
+        for chunk, share in zip(chunks, shares, strict=True)
+    ]
+    value = math.log(2) - torch.nn.functional.softplus(target - log_prob)
+    return value, weight.unsqueeze(-1) * (score + wide.detach()), torch.cat(for_centers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,15 +92,18 @@ class Problem(harness.Problem):
     bandwidth: float
 
     @classmethod
-    def make(cls, size: Size, dtype: torch.dtype, device: str) -> Problem:
+    def make(cls, size: Size, dtype: torch.dtype, device: str, centers: bool = False) -> Problem:
+        """`centers`: the gradient is for the centers too."""
         n, m, dim = size
         generator = torch.Generator().manual_seed(n + m + dim)
         points = torch.randn(n + m, dim, generator=generator, dtype=dtype).to(device)
         # Scott's rule: a bandwidth of the size that one would use there.
-        return cls(size, points[:n].clone().requires_grad_(), points[n:].clone(), m ** (-1 / (dim + 4)))
+        lagged = points[n:].clone().requires_grad_(centers)
+        return cls(size, points[:n].clone().requires_grad_(), lagged, m ** (-1 / (dim + 4)))
 
     def __post_init__(self) -> None:
-        self.rows = some_rows(self.size).to(self.codes.device)
+        self.centers = self.lagged.requires_grad
+        self.rows = (torch.arange(self.size[0]) if self.centers else some_rows(self.size)).to(self.codes.device)
         self.truth = truth(self.codes[self.rows], self.lagged, self.bandwidth)
 
     @property
@@ -97,18 +115,19 @@ class Problem(harness.Problem):
         return self.codes.element_size() * provider.held(*self.size)
 
     def limit_ms(self, peaks: Peaks, gradient: bool) -> float:
-        return peaks.limit_ms(*self.size, self.codes.element_size(), gradient)
+        passes = 2 if gradient and self.centers else 1  # the second as long as the first
+        return passes * peaks.limit_ms(*self.size, self.codes.element_size(), gradient)
 
     def call(self, provider: Provider, mode: str) -> None:
         if mode == GRADIENT:
-            self.codes.grad = None
+            self.codes.grad = self.lagged.grad = None
             provider.loss(self.codes, self.lagged, self.bandwidth, "mean").backward()
         else:
             with torch.no_grad():
                 provider.loss(self.codes, self.lagged, self.bandwidth, "mean")
 
     def check(self, provider: Provider, result: Result) -> None:
-        value, slope = self.truth
+        value, slope, slope_of_centers = self.truth
         self.call(provider, GRADIENT)
         assert self.codes.grad is not None
         gradient = self.codes.grad[self.rows].double() * len(self.codes)  # of the terms, where the loss is their mean
@@ -116,6 +135,11 @@ class Problem(harness.Problem):
             terms = provider.loss(self.codes, self.lagged, self.bandwidth, "none")[self.rows].double()
         result.value_error = (terms - value).abs().max().item()
         result.gradient_error = ((gradient - slope).norm() / slope.norm()).item()
+        if self.centers:
+            assert self.lagged.grad is not None
+            difference = self.lagged.grad.double() * len(self.codes) - slope_of_centers
+            error = (difference.norm() / slope_of_centers.norm()).item()
+            result.gradient_error = max(result.gradient_error, error)
         scale = max(1.0, value.abs().max().item())
         if not (result.value_error <= WRONG_VALUE * scale and result.gradient_error <= WRONG_GRADIENT):
             result.note = "wrong: not timed"
@@ -130,7 +154,7 @@ def print_size(problem: Problem, results: list[Result], peaks: Peaks) -> None:
     limits = results[0].limits
     print(
         f"\nn = {n}, m = {m}, l = {dim}, h = {problem.bandwidth:.3f}: limit {digits(limits[GRADIENT])} ms "
-        f"for value and gradient, {digits(limits[VALUE])} ms for the value alone\n"
+        f"for value and gradient{'s' if problem.centers else ''}, {digits(limits[VALUE])} ms for the value alone\n"
         f"  at {peaks}; other processes kept {results[0].others:.2f} cores busy"
     )
 
@@ -153,7 +177,8 @@ FIELDS = (
 
 def csv_rows(problem: Problem, results: list[Result]) -> Iterator[Row]:
     for result in results:
-        base: Row = {"kernel": "jsd_loss", "bandwidth": problem.bandwidth, "others": result.others}
+        kernel = "jsd_loss, centers" if problem.centers else "jsd_loss"
+        base: Row = {"kernel": kernel, "bandwidth": problem.bandwidth, "others": result.others}
         figures = (
             ("value error", "nats", result.value_error),
             ("gradient error", "relative", result.gradient_error),
@@ -173,13 +198,16 @@ def parse_arguments() -> argparse.Namespace:
         return n, m, dim
 
     quick = "small sizes, no provider that compiles first or holds over 1 GiB"
-    return harness.parse(__doc__, size, "n,m,l", "--providers", "--levels", "--gexp", quick=quick)
+    return harness.parse(__doc__, size, "n,m,l", "--providers", "--levels", "--gexp", "--centers", quick=quick)
 
 
 def main() -> int:
     arguments = parse_arguments()
-    sizes = arguments.sizes or (QUICK if arguments.quick else CUDA if arguments.device == "cuda" else CPU)
+    usual = CENTERS if arguments.centers else CUDA if arguments.device == "cuda" else CPU
+    sizes = arguments.sizes or (QUICK if arguments.quick else usual)
     candidates = harness.chosen(peers.providers(arguments.device, arguments.levels), arguments.providers)
+    if arguments.centers:
+        candidates = {k: v for k, v in candidates.items() if isinstance(v, str) or v.for_centers}
     if arguments.quick:
         candidates = {k: v for k, v in candidates.items() if isinstance(v, str) or not v.compiles}
     seconds = (arguments.budget or (8 if arguments.quick else 150)) / (2 * len(sizes) * len(candidates))
@@ -188,7 +216,7 @@ def main() -> int:
     wrong = False
     with harness.csv_table(arguments.csv, FIELDS, session.shared) as write:
         for size in sizes:
-            problem = Problem.make(size, session.dtype, session.device)
+            problem = Problem.make(size, session.dtype, session.device, arguments.centers)
             results, peaks = session.measure(problem, candidates, seconds, most_memory)
             print_size(problem, results, peaks)
             write(csv_rows(problem, results))

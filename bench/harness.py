@@ -49,6 +49,7 @@ def parse(
         "--providers": {"nargs": "+", "metavar": "NAME", "help": "only these, and kdejsd"},
         "--levels": {"type": lambda text: text.split(","), "help": "kdejsd's instruction sets: base,v3,v4"},
         "--gexp": {"type": float, "help": "likewise, exponentials in 1e9 a second"},
+        "--centers": {"action": "store_true", "help": "the gradient for the centers too; only peers that have it"},
     }
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -61,7 +62,7 @@ def parse(
     parser.add_argument("--fma-gflops", type=float, help="the machine's peak, where it cannot be measured")
     for option in options:
         parser.add_argument(option, **some[option])
-    parser.set_defaults(levels=None, gexp=None)
+    parser.set_defaults(levels=None, gexp=None, centers=False)
     arguments = parser.parse_args()
     if "--gexp" in options and (arguments.fma_gflops is None) != (arguments.gexp is None):
         parser.error("--fma-gflops and --gexp are given together or not at all")

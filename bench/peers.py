@@ -33,6 +33,7 @@ class Provider:
     held: Numbers = lambda n, m, dim: 0  # numbers that value + gradient hold at once, beside inputs and results
     compiles: bool = False  # the first call of a size builds something
     level: str | None = None  # instruction set of kdejsd's kernels
+    for_centers: bool = True  # has their gradient too
 
 
 def providers(device: str, levels: list[str]) -> dict[str, Provider | str]:
@@ -51,7 +52,8 @@ def providers(device: str, levels: list[str]) -> dict[str, Provider | str]:
         ("stream compiled", stream_log_prob, lambda n, m, dim: 2**21, True),
         ("attention", attention_log_prob, lambda n, m, dim: 2 * m * (dim + 8), False),
     ):
-        found[name] = Provider(name, _loss(log_prob), held, compiles)
+        for_centers = log_prob not in (stream_log_prob, attention_log_prob)
+        found[name] = Provider(name, _loss(log_prob), held, compiles, for_centers=for_centers)
     found["differences"] = Provider("differences", _differences, lambda n, m, dim: 3 * n * m * dim)
     for name, make, held, compiles in (
         ("pykeops", _pykeops, lambda n, m, dim: 0, True),

@@ -7,6 +7,7 @@ forward-mode AD and devices without a kernel go to the plain reference: it compo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -67,6 +68,16 @@ def check_companion(name: str, value: Tensor, first: str, like: Tensor, dtypes: 
         )
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must have the dtype of {first}, {like.dtype}; got {value.dtype}")
+
+
+def checks_values() -> bool:
+    """Whether what only the data can tell is to be an error (KDEJSD_CHECK=1)."""
+    return os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling()
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    if bad := int((~value.isfinite()).sum()):
+        raise ValueError(f"{name} must be finite, got {bad} values that are NaN or infinite")
 
 
 def check_cuda(name: str, tensor: Tensor) -> None:

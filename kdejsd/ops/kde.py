@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any, TypeAlias
 
 import torch
@@ -199,7 +198,7 @@ def _checked(
     if query.dtype != dtype:
         query, centers, h = query.to(dtype), centers.to(dtype), h.to(dtype)
         log_weights = None if log_weights is None else log_weights.to(dtype)
-    if os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling():
+    if _common.checks_values():
         _check_values(names, query, centers, h, log_weights, exclude)
 
     lone = (query, 2), (centers, 2), (h, 1), (log_weights, 1), (exclude, 1)
@@ -248,8 +247,7 @@ def _check_values(
 ) -> None:
     """What only the data can tell, as errors (KDEJSD_CHECK=1)."""
     for name, value in zip(names, (query, centers), strict=True):
-        if bad := int((~value.isfinite()).sum()):
-            raise ValueError(f"{name} must be finite, got {bad} values that are NaN or infinite")
+        _common.check_finite(name, value)
     if not bool(((bandwidth > 0) & bandwidth.isfinite()).all()):
         raise ValueError(
             f"bandwidth must be positive and finite, got {float(bandwidth.min())} to {float(bandwidth.max())}"

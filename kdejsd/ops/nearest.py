@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 from torch import Tensor
@@ -77,9 +76,8 @@ def _check(latents: Tensor, labels: Tensor) -> tuple[torch.dtype, torch.Size]:
     except RuntimeError:
         shapes = f"latents {list(latents.shape)} and labels {list(labels.shape)}"
         raise ValueError(f"the leading dimensions of latents and labels must broadcast, got {shapes}") from None
-    checked = os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling()
-    if checked and (bad := int((~latents.isfinite()).sum())):
-        raise ValueError(f"latents must be finite, got {bad} values that are NaN or infinite")
+    if _common.checks_values():
+        _common.check_finite("latents", latents)
     return dtype, batch
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Literal, overload
 
 import torch
@@ -111,10 +110,9 @@ def _checked(inputs: Tensor, codes: Tensor, pairs: str, reduction: str) -> tuple
     if reduction == "max" and b < 2:
         raise ValueError(f'reduction="max" needs at least one pair, got {b} samples')
     inputs, codes = inputs.to(dtype), codes.to(dtype)
-    if os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling():
-        for name, value in (("inputs", inputs), ("codes", codes)):
-            if bad := int((~value.isfinite()).sum()):
-                raise ValueError(f"{name} must be finite, got {bad} values that are NaN or infinite")
+    if _common.checks_values():
+        _common.check_finite("inputs", inputs)
+        _common.check_finite("codes", codes)
     return inputs, codes
 
 

@@ -69,6 +69,27 @@ def test_csv_of_a_quick_run(tmp_path):
         assert row["machine"] and row["commit"] and row["date"]
 
 
+def test_roofline(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs the extra `train`")
+    monkeypatch.syspath_prepend(str(BENCH))
+    roofline = importlib.import_module("roofline")
+    table = tmp_path / "kde.csv"
+    done = run(
+        *("--sizes", "40,300,5", "40,300,70", "--budget", "0.5", "--csv", str(table), "--providers", "gemm"),
+        *("--fma-gflops", "1000", "--gexp", "100"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rates, roof = roofline.read(table)
+    assert rates.keys() == {f"kdejsd, {kdejsd.build_info()['cpu_level']}", "gemm"}
+    for dim in (5, 70):
+        # GFLOP/s of 4 l operations and an exponential for each pair, at 1000 and 100
+        assert roof[40, 300, dim] == pytest.approx(4 * dim / (4 * dim / 1000 + 1 / 100))
+        assert all(0 < of_provider[40, 300, dim] < roof[40, 300, dim] for of_provider in rates.values())
+    monkeypatch.setattr(sys, "argv", ["roofline.py", str(table), "--out", str(tmp_path / "a.png"), "--smallest", "1"])
+    roofline.main()
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
 def test_what_cannot_be_run_is_said():
     done = run("--quick", "--levels", "v5")
     assert done.returncode != 0

@@ -200,8 +200,7 @@ struct Tile {
 template <typename T, int LC>
 __device__ Tile<T, LC>& shared_tile() {
   static_assert(sizeof(Tile<T, LC>) <= 99 * 1024, "what a block may have at most, from compute capability 8.0 on");
-  extern __shared__ __align__(16) unsigned char shared_memory[];
-  return *reinterpret_cast<Tile<T, LC>*>(shared_memory);
+  return *reinterpret_cast<Tile<T, LC>*>(dynamic_shared_memory());
 }
 
 template <typename T, int LC>
@@ -825,16 +824,10 @@ void launch_forward(const KdeForward& args, void* workspace, int device, cudaStr
     partials.sum_centers = plan.splits == 1 ? static_cast<T*>(args.dquery) : elements + plan.sum_centers;
   }
 
-  const ForwardKernel<T> forward = forward_kernel<T>(plan.lc, plan.slabs);
-  const int shared = shared_bytes<T>(plan.lc);
-  allow_shared_memory(forward, shared, "kde_forward_kernel");
-  const unsigned int blocks = flat_grid(plan.blocks(mixture.batch), "kde_forward_kernel");
-  forward<<<blocks, kThreads, shared, stream>>>(mixture, plan, partials);
-  check_launch("kde_forward_kernel");
-
-  const unsigned int merge_blocks = flat_grid(ceil_div(rows, kMergeThreads / kWarp), "kde_merge_kernel");
-  kde_merge_kernel<T><<<merge_blocks, kMergeThreads, 0, stream>>>(args, partials, plan.splits);
-  check_launch("kde_merge_kernel");
+  launch("kde_forward_kernel", forward_kernel<T>(plan.lc, plan.slabs), plan.blocks(mixture.batch), kThreads,
+         shared_bytes<T>(plan.lc), stream, mixture, plan, partials);
+  launch("kde_merge_kernel", kde_merge_kernel<T>, ceil_div(rows, kMergeThreads / kWarp), kMergeThreads, 0, stream, args,
+         partials, plan.splits);
 }
 
 void write_zeros(void* to, int64_t bytes, cudaStream_t stream) {
@@ -854,12 +847,8 @@ void launch_backward(const KdeBackward& args, cudaStream_t stream) {
   BackwardPlan plan = {};
   plan_chunks<T>(mixture.l, args.dcenters != nullptr, &plan);
   plan.center_tiles = ceil_div(mixture.m, kTile);
-  const BackwardKernel backward = backward_kernel<T>(plan.lc, plan.slabs);
-  const int shared = shared_bytes<T>(plan.lc);
-  allow_shared_memory(backward, shared, "kde_backward_kernel");
-  const unsigned int blocks = flat_grid(plan.center_tiles * plan.groups * mixture.batch, "kde_backward_kernel");
-  backward<<<blocks, kThreads, shared, stream>>>(args, plan);
-  check_launch("kde_backward_kernel");
+  launch("kde_backward_kernel", backward_kernel<T>(plan.lc, plan.slabs),
+         plan.center_tiles * plan.groups * mixture.batch, kThreads, shared_bytes<T>(plan.lc), stream, args, plan);
 }
 
 bool is_empty(const KdeMixture& mixture) { return mixture.batch == 0 || mixture.n == 0; }

@@ -1,4 +1,6 @@
-// What every launcher needs: the right device for its duration, errors that name their source, grids that fit.
+// What every launcher needs: the right device for its duration, errors that name their source, grids that fit. Nothing
+// here or in the kernels is an extension of the C++ syntax: with a header in the place of cuda_runtime.h that runs the
+// threads one by one, any C++ compiler makes tests of them (python_tests/cuda_on_host/).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace kdejsd {
 namespace cuda {
@@ -14,9 +17,6 @@ inline void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
-
-// To be called right after a launch. Errors of the kernel's execution surface at the caller's next synchronisation.
-inline void check_launch(const std::string& kernel) { check(cudaGetLastError(), "launch of " + kernel); }
 
 // Makes `device` current and gives the caller's device back on leaving.
 class DeviceGuard {
@@ -44,19 +44,31 @@ inline int multiprocessor_count(int device) {
 
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// All grids here are flat: x alone may pass 65535, up to 2^31 - 1 blocks.
-inline unsigned int flat_grid(int64_t blocks, const std::string& kernel) {
+// Queues a kernel. All grids here are flat: x alone may pass 65535, up to 2^31 - 1 blocks. More dynamic shared memory
+// than the 48 KiB that are granted without asking is asked for. Errors of the kernel's execution surface at the
+// caller's next synchronisation.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
+            cudaStream_t stream, Arguments&&... arguments) {
+  const std::string what = std::string("launch of ") + name;
   if (blocks > INT32_MAX) {
-    throw std::runtime_error("launch of " + kernel + ": " + std::to_string(blocks) +
-                             " blocks are more than a grid holds");
+    throw std::runtime_error(what + ": " + std::to_string(blocks) + " blocks are more than a grid holds");
   }
-  return static_cast<unsigned int>(blocks);
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), what);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned int>(blocks));
+  config.blockDim = dim3(static_cast<unsigned int>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what);
 }
 
-// Lets a kernel have more dynamic shared memory than the 48 KiB that are granted without asking.
-template <typename Kernel>
-void allow_shared_memory(Kernel* kernel, int bytes, const std::string& name) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory of " + name);
+// The block's dynamic shared memory.
+__device__ inline unsigned char* dynamic_shared_memory() {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  return shared_memory;
 }
 
 }  // namespace cuda

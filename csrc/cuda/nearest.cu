@@ -88,8 +88,8 @@ __device__ Four<T> four(const T* from) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) nearest_kernel(NearestSearch args, Plan plan, Partials<T> partials) {
-  __shared__ alignas(16) Coordinates<T> rows;
-  __shared__ alignas(16) Coordinates<T> columns;
+  __shared__ __align__(16) Coordinates<T> rows;
+  __shared__ __align__(16) Coordinates<T> columns;
   __shared__ int64_t column_labels[kTile];
 
   const int64_t n = args.n, d = args.d;
@@ -195,19 +195,16 @@ int64_t partial_count(const NearestSearch& args, const Plan& plan) {
 }
 
 template <typename T>
-void launch(const NearestSearch& args, void* workspace, int device, cudaStream_t stream) {
+void launch_search(const NearestSearch& args, void* workspace, int device, cudaStream_t stream) {
   const Plan plan = plan_search(args, device);
   T* squares = static_cast<T*>(workspace);
   const Partials<T> partials = {squares, reinterpret_cast<int32_t*>(squares + partial_count(args, plan))};
 
-  const unsigned int blocks = flat_grid(args.batch * plan.row_tiles * plan.splits, "nearest_kernel");
-  nearest_kernel<T><<<blocks, kThreads, 0, stream>>>(args, plan, partials);
-  check_launch("nearest_kernel");
+  launch("nearest_kernel", nearest_kernel<T>, args.batch * plan.row_tiles * plan.splits, kThreads, 0, stream, args,
+         plan, partials);
   if (plan.splits == 1) return;
-
-  const unsigned int merge_blocks = flat_grid(ceil_div(args.batch * args.n, kMergeThreads), "nearest_merge_kernel");
-  nearest_merge_kernel<T><<<merge_blocks, kMergeThreads, 0, stream>>>(args, plan.splits, partials);
-  check_launch("nearest_merge_kernel");
+  launch("nearest_merge_kernel", nearest_merge_kernel<T>, ceil_div(args.batch * args.n, kMergeThreads), kMergeThreads,
+         0, stream, args, plan.splits, partials);
 }
 
 bool is_empty(const NearestSearch& args) { return args.batch == 0 || args.n == 0; }
@@ -224,9 +221,9 @@ void nearest(const NearestSearch& args, void* workspace, int device, uintptr_t s
   if (is_empty(args)) return;
   const DeviceGuard guard(device);
   if (args.dtype == DType::kFloat32) {
-    launch<float>(args, workspace, device, reinterpret_cast<cudaStream_t>(stream));
+    launch_search<float>(args, workspace, device, reinterpret_cast<cudaStream_t>(stream));
   } else {
-    launch<double>(args, workspace, device, reinterpret_cast<cudaStream_t>(stream));
+    launch_search<double>(args, workspace, device, reinterpret_cast<cudaStream_t>(stream));
   }
 }
 

@@ -345,8 +345,7 @@ __global__ void __launch_bounds__(kPairThreads)
 void launch_total(const double* sums, const OmegaLargest* largest, int64_t count, double* sum, int64_t* pair,
                   cudaStream_t stream) {
   if (sums == nullptr && largest == nullptr) return;
-  omega_total_kernel<<<1, kThreads, 0, stream>>>(sums, largest, count, sum, pair);
-  check_launch("omega_total_kernel");
+  launch("omega_total_kernel", omega_total_kernel, 1, kThreads, 0, stream, sums, largest, count, sum, pair);
 }
 
 template <typename T>
@@ -354,10 +353,8 @@ void launch_gradient(const void* points, int64_t b, int64_t dims, const T* weigh
                      int64_t row_tiles, void* gradient, cudaStream_t stream) {
   if (gradient == nullptr) return;
   const int64_t coordinate_tiles = ceil_div(dims, kTile);
-  const unsigned int blocks = flat_grid(row_tiles * coordinate_tiles, "omega_gradient_kernel");
-  omega_gradient_kernel<<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(points), b, dims, weights, first_row,
-                                                         coordinate_tiles, static_cast<T*>(gradient));
-  check_launch("omega_gradient_kernel");
+  launch("omega_gradient_kernel", omega_gradient_kernel<T>, row_tiles * coordinate_tiles, kThreads, 0, stream,
+         static_cast<const T*>(points), b, dims, weights, first_row, coordinate_tiles, static_cast<T*>(gradient));
 }
 
 template <typename T>
@@ -368,9 +365,8 @@ void launch_all(const OmegaAll& args, void* workspace, cudaStream_t stream) {
   const int64_t band_tiles = with_weights ? plan.band / kTile : plan.tiles;
   for (int64_t first = 0; first < plan.tiles; first += band_tiles) {
     const int64_t row_tiles = std::min(band_tiles, plan.tiles - first);
-    const unsigned int blocks = flat_grid(row_tiles * plan.tiles, "omega_pairs_kernel");
-    omega_pairs_kernel<<<blocks, kThreads, 0, stream>>>(args, scratch, plan.tiles, first);
-    check_launch("omega_pairs_kernel");
+    launch("omega_pairs_kernel", omega_pairs_kernel<T>, row_tiles * plan.tiles, kThreads, 0, stream, args, scratch,
+           plan.tiles, first);
     launch_gradient(args.inputs, args.b, args.d, scratch.input_weights, first * kTile, row_tiles, args.dinputs, stream);
     launch_gradient(args.codes, args.b, args.l, scratch.code_weights, first * kTile, row_tiles, args.dcodes, stream);
   }
@@ -380,9 +376,7 @@ void launch_all(const OmegaAll& args, void* workspace, cudaStream_t stream) {
 template <typename T>
 void launch_halves(const OmegaHalves& args, void* workspace, cudaStream_t stream) {
   double* ratios = static_cast<double*>(workspace);
-  const unsigned int blocks = flat_grid(args.pairs, "omega_halves_kernel");
-  omega_halves_kernel<T><<<blocks, kPairThreads, 0, stream>>>(args, ratios);
-  check_launch("omega_halves_kernel");
+  launch("omega_halves_kernel", omega_halves_kernel<T>, args.pairs, kPairThreads, 0, stream, args, ratios);
   launch_total(ratios, nullptr, args.pairs, args.sum, nullptr, stream);
 }
 

@@ -110,15 +110,11 @@ __global__ void __launch_bounds__(kThreads) radius_block_kernel(Radius args) {
 }
 
 template <typename T, bool kIsLog>
-void launch(const Radius& args, cudaStream_t stream) {
+void launch_rows(const Radius& args, cudaStream_t stream) {
   if (args.classes <= kWarpClasses) {
-    const unsigned int blocks = flat_grid(ceil_div(args.rows, kWarps), "radius_warp_kernel");
-    radius_warp_kernel<T, kIsLog><<<blocks, kThreads, 0, stream>>>(args);
-    check_launch("radius_warp_kernel");
+    launch("radius_warp_kernel", radius_warp_kernel<T, kIsLog>, ceil_div(args.rows, kWarps), kThreads, 0, stream, args);
   } else {
-    const unsigned int blocks = flat_grid(args.rows, "radius_block_kernel");
-    radius_block_kernel<T, kIsLog><<<blocks, kThreads, 0, stream>>>(args);
-    check_launch("radius_block_kernel");
+    launch("radius_block_kernel", radius_block_kernel<T, kIsLog>, args.rows, kThreads, 0, stream, args);
   }
 }
 
@@ -129,9 +125,9 @@ void radius(const Radius& args, int device, uintptr_t stream) {
   const DeviceGuard guard(device);
   const cudaStream_t queue = reinterpret_cast<cudaStream_t>(stream);
   if (args.dtype == DType::kFloat64) {
-    args.is_log ? launch<double, true>(args, queue) : launch<double, false>(args, queue);
+    args.is_log ? launch_rows<double, true>(args, queue) : launch_rows<double, false>(args, queue);
   } else {
-    args.is_log ? launch<float, true>(args, queue) : launch<float, false>(args, queue);
+    args.is_log ? launch_rows<float, true>(args, queue) : launch_rows<float, false>(args, queue);
   }
 }
 

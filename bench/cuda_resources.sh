@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Prints the registers, stack and spilled bytes of every CUDA kernel, as ptxas gives them. Needs nvcc, no device.
 #
-#   bench/cuda_resources.sh [ARCHITECTURE ...]      default: 80 90 100 120
+#   bench/cuda_resources.sh [ARCHITECTURE ...]      default: 80 86 89 90 100 120
 #
 # bench/results/cuda_resources.txt is a record of it; the gate fails where a kernel spills that does not there.
 
@@ -11,7 +11,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 targets=()
-for architecture in "${@:-80 90 100 120}"; do
+for architecture in "${@:-80 86 89 90 100 120}"; do
   for one in $architecture; do targets+=(-gencode "arch=compute_$one,code=sm_$one"); done
 done
 for source in csrc/cuda/*.cu; do

@@ -15,6 +15,7 @@ using kdejsd::DType;
 using kdejsd::KdeBackward;
 using kdejsd::KdeForward;
 using kdejsd::KdeMixture;
+using kdejsd::KdeProducts;
 using kdejsd::KdeValue;
 using kdejsd::NearestSearch;
 using kdejsd::OmegaAll;
@@ -48,11 +49,12 @@ KdeMixture mixture(bool is_double, int64_t batch, int64_t n, int64_t m, int64_t 
           exclude_stride};
 }
 
-KdeForward forward(const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value, uintptr_t dquery,
-                   uintptr_t dbandwidth) {
+KdeForward forward(const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t value,
+                   uintptr_t dquery, uintptr_t dbandwidth) {
   return {mix,
           static_cast<KdeValue>(value_kind),
           target_variance,
+          static_cast<KdeProducts>(products),
           pointer<double>(value),
           pointer(dquery),
           pointer<double>(dbandwidth)};
@@ -130,9 +132,9 @@ PYBIND11_MODULE(_C, m) {
   // The mixture goes into each call as one opaque value: built once, from checked tensors, for any of the passes.
   py::class_<KdeMixture>(m, "KdeMixture").def(py::init(&mixture));
 
-  m.def("kde_forward_cpu", [](const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value,
-                              uintptr_t dquery, uintptr_t dbandwidth, int threads) {
-    const KdeForward args = forward(mix, value_kind, target_variance, value, dquery, dbandwidth);
+  m.def("kde_forward_cpu", [](const KdeMixture& mix, int value_kind, double target_variance, int products,
+                              uintptr_t value, uintptr_t dquery, uintptr_t dbandwidth, int threads) {
+    const KdeForward args = forward(mix, value_kind, target_variance, products, value, dquery, dbandwidth);
     py::gil_scoped_release release;
     kdejsd::cpu::kde_forward(args, threads);
   });
@@ -158,15 +160,15 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef KDEJSD_CUDA
   m.attr("has_cuda") = true;
-  m.def("kde_forward_workspace_cuda", [](const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value,
-                                         uintptr_t dquery, uintptr_t dbandwidth, int device) {
-    return kdejsd::cuda::kde_forward_workspace(forward(mix, value_kind, target_variance, value, dquery, dbandwidth),
-                                               device);
+  m.def("kde_forward_workspace_cuda", [](const KdeMixture& mix, int value_kind, double target_variance, int products,
+                                         uintptr_t value, uintptr_t dquery, uintptr_t dbandwidth, int device) {
+    return kdejsd::cuda::kde_forward_workspace(
+        forward(mix, value_kind, target_variance, products, value, dquery, dbandwidth), device);
   });
   m.def("kde_forward_cuda",
-        [](const KdeMixture& mix, int value_kind, double target_variance, uintptr_t value, uintptr_t dquery,
-           uintptr_t dbandwidth, uintptr_t workspace, int device, uintptr_t stream) {
-          const KdeForward args = forward(mix, value_kind, target_variance, value, dquery, dbandwidth);
+        [](const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t value,
+           uintptr_t dquery, uintptr_t dbandwidth, uintptr_t workspace, int device, uintptr_t stream) {
+          const KdeForward args = forward(mix, value_kind, target_variance, products, value, dquery, dbandwidth);
           py::gil_scoped_release release;
           kdejsd::cuda::kde_forward(args, pointer(workspace), device, stream);
         });

@@ -19,6 +19,13 @@ enum class KdeValue {
   kLogRatio,       // e - t
 };
 
+// How CUDA tensor cores may be used for float32; the CPU does not ask.
+enum class KdeProducts {
+  kNone,   // not: distances from differences alone, rounded as kde_backward rounds them
+  kSplit,  // numbers split in two, with an error like float32's
+  kTf32,   // numbers rounded to TF32
+};
+
 // The mixture itself. Bandwidths that are not positive and finite count as NaN.
 //   a[i, j]  = log_weights[j] - l log h[j] - |query[i] - centers[j]|^2 / (2 h[j]^2),  a[i, exclude[i]] = -inf
 //   log p_e(query[i]) = logsumexp_j a[i, j] - l/2 log(2 pi)
@@ -40,8 +47,9 @@ struct KdeForward {
   KdeMixture mixture;
   KdeValue value_kind;
   double target_variance;  // of t above; not read for kLogProb
-  double* value;           // [batch, n]
-  void* dquery;            // [batch, n, l], d value / d query; or null
+  KdeProducts products;
+  double* value;       // [batch, n]
+  void* dquery;        // [batch, n, l], d value / d query; or null
   double* dbandwidth;  // [batch, n], d log p_e / d h; or null, as it must be unless kLogProb and one h for all centers
 };
 

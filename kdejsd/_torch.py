@@ -24,3 +24,12 @@ def cuda_stream(device: int) -> int:
     """The handle of the device's current stream."""
     handle: int = torch._C._cuda_getCurrentRawStream(device)
     return handle
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 products on CUDA may be taken in TF32: `torch.set_float32_matmul_precision` and its kin."""
+    # From torch 2.9 on the one question that has an answer however the precision was set.
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:
+        return torch.get_float32_matmul_precision() != "highest"
+    return bool(precision == "tf32")

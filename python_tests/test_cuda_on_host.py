@@ -6,6 +6,8 @@ so the ops' own tests serve here too. What only a device can show (that it compi
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import test_kde
 import test_nearest
@@ -47,6 +49,10 @@ def same_in_any_order(host, function, call) -> list[torch.Tensor]:
     return found
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The kde from differences: float64, small l, and what the transposed pass builds on
+
+
 @pytest.mark.parametrize("kind", test_kde.KDES)
 @pytest.mark.parametrize("size", [(65, 121, 7), (130, 59, 17), (33, 300, 40), (9, 70, 111)], ids=str)
 def test_kde_gradients(size, kind, host):
@@ -59,6 +65,110 @@ def test_kde_gradients(size, kind, host):
     plain = test_kde.value_and_gradients(reference.kde_log_prob, call)
     for got, yardstick, expected in zip(same_in_any_order(host, kdejsd.kde_log_prob, call), plain, truth, strict=True):
         assert worst(got, expected) <= 2 * worst(yardstick, expected) + 1.2e-6
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensor cores: the gradient for queries and for a single bandwidth, float32, l from 16 to 256
+
+
+def query_gradients(call: dict) -> dict:
+    """The same call without the gradients that take the transposed pass, and so no tensor cores."""
+    bandwidth = call["bandwidth"]
+    keep = ["query"] if isinstance(bandwidth, torch.Tensor) and bandwidth.ndim else ["query", "bandwidth"]
+    return {
+        k: v.detach().requires_grad_(k in keep) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
+    }
+
+
+def in_float64(call: dict) -> dict:
+    return {
+        k: v.detach().double().requires_grad_(v.requires_grad)
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+        else v
+        for k, v in call.items()
+    }
+
+
+def errors(found: list[torch.Tensor], call: dict) -> list[float]:
+    truth = test_kde.value_and_gradients(reference.kde_log_prob, in_float64(call))
+    return [worst(got, expected) for got, expected in zip(found, truth, strict=True)]
+
+
+@pytest.mark.parametrize("kind", ["scalar tensor", "per center, weights", "excluded, weights"])
+@pytest.mark.parametrize("size", [(1, 1, 16), (33, 300, 40), (130, 259, 17), (9, 70, 111), (20, 100, 256)], ids=str)
+def test_tensor_cores(size, kind, host):
+    call = query_gradients(test_kde.arguments(kind, *size, torch.float32, "cpu"))
+    if size[1] == 1:
+        call.pop("exclude_self", None)
+    yardstick = errors(test_kde.value_and_gradients(reference.kde_log_prob, call), call)
+    split = same_in_any_order(host, kdejsd.kde_log_prob, call)
+    for error, plain in zip(errors(split, call), yardstick, strict=True):
+        assert error <= 2 * plain + 1.2e-6
+    host.tf32 = True
+    rounded = same_in_any_order(host, kdejsd.kde_log_prob, call)
+    value, *gradients = errors(rounded, call)
+    assert value < 3e-4 and max(gradients) < 3e-3
+    assert size[1] == 1 or not torch.equal(rounded[1], split[1])
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("two_clusters", [False, True])
+@pytest.mark.parametrize(("offset", "h"), [(3.0, 0.28), (100.0, 0.28), (100.0, 0.1)])
+def test_tensor_cores_where_the_expanded_square_loses_digits(h, offset, two_clusters, tf32, host):
+    """Small bandwidths far from the origin, for one cluster, and for two, between which no shift helps."""
+    host.tf32 = tf32
+    query, centers = (test_kde.points(n, 18, dtype=torch.float32, seed=n) + offset for n in (40, 200))
+    if two_clusters:
+        centers[::2] *= -1
+    query[:30] = centers[:30] + h * test_kde.points(30, 18, dtype=torch.float32, seed=5)
+    call = {"query": query.requires_grad_(), "centers": centers, "bandwidth": h}
+    yardstick = errors(test_kde.value_and_gradients(reference.kde_log_prob, call), call)
+    found = errors(test_kde.value_and_gradients(kdejsd.kde_log_prob, call), call)
+    if tf32 and h == 0.28 and not two_clusters:  # near enough for products
+        assert max(found) < 3e-3
+        return
+    for i, (error, plain) in enumerate(zip(found, yardstick, strict=True)):
+        assert error <= (2 if i == 0 else 3) * plain + 1.2e-6
+
+
+def test_tensor_cores_edges(host):
+    for tf32 in (False, True):
+        host.tf32 = tf32
+        query, centers = (test_kde.points(n, 24, dtype=torch.float32, seed=n) for n in (70, 130))
+        query[1, 3], query[2, 5], query[3, 0] = math.nan, math.inf, 1e30
+        call = {"query": query.requires_grad_(), "centers": centers, "bandwidth": 1.0}
+        value, gradient = test_kde.value_and_gradients(kdejsd.kde_log_prob, call)
+        assert value.isnan().nonzero().tolist() == [[1]] and value.isneginf().nonzero().tolist() == [[2], [3]]
+        expected = reference.kde_log_prob(query[4:].double(), centers.double(), 1.0)
+        assert gradient[1].isnan().all() and worst(value[4:], expected) < 3e-4
+        assert value[0].isfinite() and gradient[4:].isfinite().all()
+        for bad in (math.nan, -math.inf):
+            log_weights = torch.zeros(130)
+            log_weights[77] = bad
+            value = kdejsd.kde_log_prob(query[4:], centers, 1.0, log_weights=log_weights)
+            assert value.isnan().all() if math.isnan(bad) else value.isfinite().all()
+        centers[129, 23] = math.nan
+        assert kdejsd.kde_log_prob(query, centers, 1.0).isnan().all()
+        wide = test_kde.points(3, 50, 21, dtype=torch.float32)
+        call = {"query": wide[:, :20], "centers": wide[:, 20:, :], "bandwidth": torch.tensor([[1.0], [2.0], [0.5]])}
+        assert worst(kdejsd.kde_log_prob(**call), reference.kde_log_prob(**in_float64(call))) < 3e-4
+
+
+def test_tensor_cores_need_shared_memory(host):
+    """A device that has too little for l = 256 computes it as without them, and no launch fails."""
+    call = query_gradients(test_kde.arguments("number", 20, 100, 256, torch.float32, "cpu"))
+    host.tf32 = True
+    with_them = kdejsd.kde_log_prob(**call)
+    host.shared_bytes = 99 * 1024
+    without = kdejsd.kde_log_prob(**call)
+    assert not torch.equal(with_them, without) and worst(with_them, without) < 1e-4
+    host.tf32 = False
+    assert torch.equal(kdejsd.kde_log_prob(**call), without)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Edges
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,6 +189,10 @@ def test_kde_edges(dtype, host):
         test_kde.test_the_weights_of_a_far_query_sum_to_1(distance, "cpu")
     for call in [((3, 11, 2), (3, 7, 2), (7,), (3, 11)), ((4, 1, 11, 2), (3, 7, 2), (4, 1, 7), (4, 3, 11))]:
         test_kde.test_batches_broadcast(*call, weighted=True, device="cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The other ops
 
 
 @pytest.mark.parametrize("call", test_omega.CALLS, ids="-".join)

@@ -1,5 +1,6 @@
 // The kde op on CUDA devices: log p_e at every query with its gradients in one pass over the centers, and the
 // transposed pass that gives the gradients of centers, log weights and bandwidths. Nothing of size n x m is stored.
+// Where tensor cores can, they do the forward pass (kde_tensor.cuh); what is here does the rest.
 //
 // Arrays are row-major: query [batch, n, l], centers [batch, m, l]. Blocks of 16 x 16 threads work on tiles of 64 rows
 // times 64 columns (forward: queries times centers; backward: centers times queries). Thread (ty, tx) has the 16 pairs
@@ -8,17 +9,11 @@
 //   2. weights 2^x, which the block exchanges through shared memory
 //   3. weighted sums of the column points: rows 4 ty + {0..3}, coordinates LC tx + {0..LC-1} of up to kSlabs chunks
 // A tile is summed by itself before it is added to the running sums, so long sums have two levels.
-//
-// Points are stored as (point - shift) * scale. The scale is the power of two next to 1/h0, h0 the first bandwidth, so
-// it costs no digit; the shift is taken out of coordinates that are far from the origin compared with their spread,
-// where subtracting is exact too. Exponents are in powers of two and relative to h0:
-//   x[i, j] = offset[j] - gain[j] d2[i, j],  gain[j] = log2(e)/2 (h0/h[j])^2 / (scale h0)^2,
-//   offset[j] = log2(e) log_weights[j] + l log2(h0/h[j]).
 #include <algorithm>
+#include <type_traits>
 
-#include "cuda/launch.cuh"
-#include "kernels.h"
-#include "math/log_sum_exp.h"
+#include "cuda/kde_mixture.cuh"
+#include "cuda/kde_tensor.cuh"
 
 namespace kdejsd {
 namespace cuda {
@@ -28,9 +23,7 @@ constexpr int kSide = 16;              // threads along each side of a block
 constexpr int kMicro = 4;              // rows and columns of a thread
 constexpr int kTile = kSide * kMicro;  // rows and columns of a tile
 constexpr int kThreads = kSide * kSide;
-constexpr int kWarp = 32;
 constexpr int kMergeThreads = 256;
-constexpr unsigned int kAllLanes = 0xffffffffu;
 
 // 16 bytes of T: the widest access to shared memory, and the padding that puts rows 4 banks apart.
 template <typename T>
@@ -39,130 +32,6 @@ constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 // Blocks that a multiprocessor's registers hold.
 template <typename T>
 constexpr int kBlocksPerMultiprocessor = sizeof(T) == 4 ? 2 : 1;
-
-// ----------------------------------------------------------------------------------------------------------------
-// Small helpers
-
-template <typename T, int kCount>
-struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Vector {
-  T at[kCount];
-};
-
-template <int kCount, typename T>
-__device__ Vector<T, kCount> load_vector(const T* from) {
-  return *reinterpret_cast<const Vector<T, kCount>*>(from);
-}
-
-// Over the 16 threads that share the rows ty: lanes that differ in their lowest four bits.
-template <typename T>
-__device__ T max_over_columns(T x) {
-#pragma unroll
-  for (int lane = kSide / 2; lane > 0; lane /= 2) x = std::fmax(x, __shfl_xor_sync(kAllLanes, x, lane));
-  return x;
-}
-
-template <typename T>
-__device__ T sum_over_columns(T x) {
-#pragma unroll
-  for (int lane = kSide / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
-  return x;
-}
-
-template <typename T>
-__device__ T max_over_warp(T x) {
-  x = max_over_columns(x);
-  return std::fmax(x, __shfl_xor_sync(kAllLanes, x, kSide));
-}
-
-template <typename T>
-__device__ T sum_over_warp(T x) {
-  x = sum_over_columns(x);
-  return x + __shfl_xor_sync(kAllLanes, x, kSide);
-}
-
-// ----------------------------------------------------------------------------------------------------------------
-// One batch item and its frame of reference
-
-template <typename T>
-struct Item {
-  const T* query;          // [n, l]
-  const T* centers;        // [m, l]
-  const T* bandwidth;      // [m] or [1]
-  const T* log_weights;    // [m] or null
-  const int64_t* exclude;  // [n] or null
-  int64_t n, m, l;
-  bool per_center;
-  T h0;     // the first bandwidth, NaN where it is not positive and finite
-  T scale;  // a power of two, scale h0 is in [1, 2)
-  T gain;   // of a center with bandwidth h0
-};
-
-template <typename T>
-__device__ T power_of_two_near_inverse(T h) {
-  constexpr int kLargest = sizeof(T) == 4 ? 126 : 1022;  // beyond, the power itself would not be a normal number
-  const int exponent = h > T(0) ? -std::ilogb(h) : 0;
-  return std::ldexp(T(1), exponent < -kLargest ? -kLargest : exponent > kLargest ? kLargest : exponent);
-}
-
-template <typename T>
-__device__ Item<T> batch_item(const KdeMixture& mixture, int64_t batch) {
-  Item<T> item;
-  item.query = static_cast<const T*>(mixture.query) + batch * mixture.query_stride;
-  item.centers = static_cast<const T*>(mixture.centers) + batch * mixture.centers_stride;
-  item.bandwidth = static_cast<const T*>(mixture.bandwidth) + batch * mixture.bandwidth_stride;
-  item.log_weights = static_cast<const T*>(mixture.log_weights);
-  if (item.log_weights != nullptr) item.log_weights += batch * mixture.log_weights_stride;
-  item.exclude = mixture.exclude;
-  if (item.exclude != nullptr) item.exclude += batch * mixture.exclude_stride;
-  item.n = mixture.n;
-  item.m = mixture.m;
-  item.l = mixture.l;
-  item.per_center = mixture.per_center;
-  item.h0 = checked_bandwidth(item.bandwidth[0]);
-  item.scale = power_of_two_near_inverse(item.h0);
-  const double scaled = static_cast<double>(item.scale) * static_cast<double>(item.h0);
-  item.gain = static_cast<T>(0.5 * kLog2E / (scaled * scaled));
-  return item;
-}
-
-// What is subtracted from coordinate k of all points. Where four centers spread over the array agree in it within a
-// factor of two it is the middle of their range, and differences from it are exact. Elsewhere nothing would be gained.
-template <typename T>
-__device__ T shift_of(const Item<T>& item, int64_t k) {
-  if (k >= item.l) return T(0);
-  T low = item.centers[k], high = low;
-#pragma unroll
-  for (int sample = 1; sample < 4; ++sample) {
-    const T coordinate = item.centers[(item.m - 1) * sample / 3 * item.l + k];
-    low = std::fmin(low, coordinate);
-    high = std::fmax(high, coordinate);
-  }
-  const bool far =
-      low > T(0) ? high <= 2 * low && high < T(INFINITY) : high < T(0) && low >= 2 * high && low > -T(INFINITY);
-  return far ? T(0.5) * low + T(0.5) * high : T(0);
-}
-
-// What the pairs of one center have in common.
-template <typename T>
-struct CenterTerms {
-  T offset;     // of the exponent; -inf beyond the last center
-  T gain;       // of the squared distance in the exponent
-  T precision;  // (h0/h)^2, the weight's factor in gradients
-};
-
-template <typename T>
-__device__ CenterTerms<T> center_terms(const Item<T>& item, int64_t j) {
-  if (j >= item.m) return {-T(INFINITY), T(1), T(1)};
-  CenterTerms<T> terms = {T(0), item.gain, T(1)};
-  if (item.log_weights != nullptr) terms.offset = T(kLog2E) * item.log_weights[j];
-  if (item.per_center) {
-    const T ratio = item.h0 / checked_bandwidth(item.bandwidth[j]);
-    terms.offset += static_cast<T>(item.l) * std::log2(ratio);
-    terms.precision = ratio * ratio;
-    terms.gain *= terms.precision;
-  }
-  return terms;
-}
 
 // ----------------------------------------------------------------------------------------------------------------
 // A tile of pairs in shared memory
@@ -371,27 +240,6 @@ __device__ void add_weighted_sums(Stage<T, LC, kSlabs>& stage, int first_chunk, 
 // ----------------------------------------------------------------------------------------------------------------
 // Forward
 
-// What a split of the centers leaves per query; sums are relative to 2^exponent_base(max).
-template <typename T>
-struct Partials {
-  T* max;          // [splits, batch, n]
-  T* sum;          // [splits, batch, n], of the weights
-  T* moment;       // [splits, batch, n], of the weights times (h0/h)^2 with one h per center, times d2 else; or null
-  T* sum_centers;  // [splits, batch, n, l], of the weights times (h0/h)^2 times the center; or null
-};
-
-// How a forward call is cut into blocks, and where in the workspace the partial sums lie.
-struct ForwardPlan {
-  int lc, slabs;  // template arguments: coordinates per thread, chunks per block at most
-  int groups;     // blocks that share a tile of queries and differ in the chunks that they sum
-  int chunks;     // that each of them sums
-  int64_t query_tiles, center_tiles, splits, tiles_per_split;
-  int64_t max, sum, moment, sum_centers;  // offsets in elements
-  int64_t elements;
-
-  int64_t blocks(int64_t batch) const { return query_tiles * groups * splits * batch; }
-};
-
 // Turns squared distances into weights relative to the rows' new maxima; factor brings the old sums there.
 template <typename T, int LC>
 __device__ void forward_weights(Tile<T, LC>& tile, int64_t first_center, T (&pairs)[kMicro][kMicro],
@@ -408,7 +256,7 @@ __device__ void forward_weights(Tile<T, LC>& tile, int64_t first_center, T (&pai
       x[b] = excluded == tx + kSide * b ? -T(INFINITY) : std::fma(-center.gain, pairs[a][b], center.offset);
       top = std::fmax(top, x[b]);
     }
-    const T max = std::fmax(sums.max[a], max_over_columns(top));
+    const T max = std::fmax(sums.max[a], max_over<kSide>(top));
     factor[a] = rescale_factor(sums.max[a], max);
     T sum = T(0), moment = T(0);
 #pragma unroll
@@ -432,8 +280,8 @@ __device__ void write_row_sums(const RowSums<T>& sums, const Partials<T>& partia
                                int64_t end_row) {
 #pragma unroll
   for (int a = 0; a < kMicro; ++a) {
-    const T sum = sum_over_columns(sums.sum[a]);
-    const T moment = sum_over_columns(sums.moment[a]);
+    const T sum = sum_over<kSide>(sums.sum[a]);
+    const T moment = sum_over<kSide>(sums.moment[a]);
     const int64_t row = first_row + a;
     if (threadIdx.x % kSide != 0 || row >= end_row) continue;
     partials.max[row] = sums.max[a];
@@ -513,7 +361,7 @@ __device__ MergedRow<T> merge_splits(const Partials<T>& partials, int64_t splits
   const int lane = threadIdx.x % kWarp;
   T max = -T(INFINITY);
   for (int64_t split = lane; split < splits; split += kWarp) max = std::fmax(max, partials.max[split * rows + row]);
-  max = max_over_warp(max);
+  max = max_over<kWarp>(max);
   T sum = T(0), moment = T(0);
   for (int64_t split = lane; split < splits; split += kWarp) {
     const int64_t at = split * rows + row;
@@ -521,7 +369,7 @@ __device__ MergedRow<T> merge_splits(const Partials<T>& partials, int64_t splits
     sum += factor * partials.sum[at];
     if (partials.moment != nullptr) moment += factor * partials.moment[at];
   }
-  return {{max, sum_over_warp(sum)}, sum_over_warp(moment)};
+  return {{max, sum_over<kWarp>(sum)}, sum_over<kWarp>(moment)};
 }
 
 template <typename T>
@@ -530,7 +378,7 @@ __device__ double squared_norm(const T* query /* [l] */, int64_t l) {
   for (int64_t k = threadIdx.x % kWarp; k < l; k += kWarp) {
     sum = std::fma(static_cast<double>(query[k]), static_cast<double>(query[k]), sum);
   }
-  return sum_over_warp(sum);
+  return sum_over<kWarp>(sum);
 }
 
 // dquery = weight (s_e + query * pull), s_e = (sum of centers - query sum of precisions) / (sum of weights) / h0^2,
@@ -722,8 +570,8 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocess
 
 #pragma unroll
   for (int a = 0; a < kMicro; ++a) {
-    const T sum = sum_over_columns(tile.row_sums[threadIdx.x].sum[a]);
-    const T moment = sum_over_columns(tile.row_sums[threadIdx.x].moment[a]);
+    const T sum = sum_over<kSide>(tile.row_sums[threadIdx.x].sum[a]);
+    const T moment = sum_over<kSide>(tile.row_sums[threadIdx.x].moment[a]);
     const int64_t j = first_center + kMicro * (threadIdx.x / kSide) + a;
     const int64_t at = batch * item.m + j;
     if (j >= item.m) continue;
@@ -771,11 +619,21 @@ template <typename T>
 ForwardPlan plan_forward(const KdeForward& args, int device) {
   const KdeMixture& mixture = args.mixture;
   ForwardPlan plan = {};
-  plan_chunks<T>(mixture.l, args.dquery != nullptr, &plan);
-  plan.query_tiles = ceil_div(mixture.n, kTile);
-  plan.center_tiles = ceil_div(mixture.m, kTile);
-  plan_splits(mixture.batch * plan.query_tiles * plan.groups,
-              kBlocksPerMultiprocessor<T> * multiprocessor_count(device), &plan);
+  plan.tensor_width = tensor::width_for(args, device);
+  int64_t slots = multiprocessor_count(device);  // blocks at a time
+  if (plan.tensor_width > 0) {
+    plan.groups = 1;
+    plan.largest_parts = tensor::largest_parts(mixture.l, args.products == KdeProducts::kSplit);
+    plan.query_tiles = ceil_div(mixture.n, tensor::queries_of(plan.tensor_width));
+    plan.center_tiles = ceil_div(mixture.m, tensor::centers_of(plan.tensor_width));
+    slots *= tensor::kBlocksPerMultiprocessor;
+  } else {
+    plan_chunks<T>(mixture.l, args.dquery != nullptr, &plan);
+    plan.query_tiles = ceil_div(mixture.n, kTile);
+    plan.center_tiles = ceil_div(mixture.m, kTile);
+    slots *= kBlocksPerMultiprocessor<T>;
+  }
+  plan_splits(mixture.batch * plan.query_tiles * plan.groups, slots, &plan);
   const int64_t each = plan.splits * mixture.batch * mixture.n;
   plan.sum = plan.max + each;
   plan.moment = plan.sum + each;
@@ -824,8 +682,17 @@ void launch_forward(const KdeForward& args, void* workspace, int device, cudaStr
     partials.sum_centers = plan.splits == 1 ? static_cast<T*>(args.dquery) : elements + plan.sum_centers;
   }
 
-  launch("kde_forward_kernel", forward_kernel<T>(plan.lc, plan.slabs), plan.blocks(mixture.batch), kThreads,
-         shared_bytes<T>(plan.lc), stream, mixture, plan, partials);
+  const int64_t blocks = plan.blocks(mixture.batch);
+  if constexpr (std::is_same_v<T, float>) {
+    if (plan.tensor_width > 0) {
+      launch("kde_tensor_kernel", tensor::kernel(plan.tensor_width, args.products == KdeProducts::kSplit), blocks,
+             tensor::kThreads, tensor::shared_bytes(plan.tensor_width, mixture.l), stream, mixture, plan, partials);
+    }
+  }
+  if (plan.tensor_width == 0) {
+    launch("kde_forward_kernel", forward_kernel<T>(plan.lc, plan.slabs), blocks, kThreads, shared_bytes<T>(plan.lc),
+           stream, mixture, plan, partials);
+  }
   launch("kde_merge_kernel", kde_merge_kernel<T>, ceil_div(rows, kMergeThreads / kWarp), kMergeThreads, 0, stream, args,
          partials, plan.splits);
 }

@@ -16,6 +16,8 @@ from . import _common
 # KdeValue of csrc/kernels.h
 _LOG_PROB = 0
 _DIVERGENCES = {"js": 1, "kl": 2}
+# KdeProducts
+_NO_PRODUCTS, _SPLIT, _TF32 = range(3)
 
 
 def kde_log_prob(
@@ -305,10 +307,14 @@ def _launch_forward(
     exclude: Tensor | None,
     want_dquery: bool = False,
     want_dbandwidth: bool = False,
+    for_backward: bool = False,
     value_kind: int = _LOG_PROB,
     variance: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two empty if not wanted."""
+    """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two empty if not wanted.
+
+    for_backward: the values are for `_launch_backward`, whose weights sum to 1 if the exponents are rounded alike.
+    """
     mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
     shape, device = query.shape, query.device
     value = torch.empty(shape[:-1], dtype=torch.float64, device=device)
@@ -316,7 +322,9 @@ def _launch_forward(
     dbandwidth = torch.empty(shape[:-1] if want_dbandwidth else 0, dtype=torch.float64, device=device)
     if value.numel() == 0:
         return value, dquery, dbandwidth
-    arguments = (mixture, value_kind, variance, value.data_ptr(), dquery.data_ptr(), dbandwidth.data_ptr())
+    products = _NO_PRODUCTS if for_backward else _TF32 if query.is_cuda and _torch.tf32_allowed() else _SPLIT
+    outputs = (value.data_ptr(), dquery.data_ptr(), dbandwidth.data_ptr())
+    arguments = (mixture, value_kind, variance, products, *outputs)
     if query.is_cuda:
         index = device.index
         size = native().kde_forward_workspace_cuda(*arguments, index)
@@ -395,8 +403,12 @@ def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ..
     return tuple(gradients)
 
 
-def _wanted(ctx: Any, bandwidth: Tensor) -> tuple[bool, bool]:
-    return ctx.needs_input_grad[0], ctx.needs_input_grad[2] and bandwidth.shape[-1] == 1
+def _wanted(ctx: Any, bandwidth: Tensor) -> tuple[bool, bool, bool]:
+    """want_dquery, want_dbandwidth and for_backward."""
+    need_query, need_centers, need_bandwidth, need_weights = ctx.needs_input_grad[:4]
+    per_center = bandwidth.shape[-1] > 1
+    second_pass = need_centers or need_weights or (need_bandwidth and per_center)
+    return need_query, need_bandwidth and not per_center, second_pass
 
 
 class _EagerKde(torch.autograd.Function):
@@ -419,7 +431,7 @@ class _NormalTerms(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs, (shape, variance, divergence, reduction) = arguments[:5], arguments[5:]
-        terms, dquery, _ = _launch_forward(*inputs, True, False, _DIVERGENCES[divergence], variance)  # type: ignore[call-arg]
+        terms, dquery, _ = _launch_forward(*inputs, True, False, False, _DIVERGENCES[divergence], variance)  # type: ignore[call-arg]
         ctx.save_for_backward(*inputs, dquery)
         ctx.settings = shape, variance, divergence, reduction
         return _reduced(_shaped(terms, shape), reduction)
@@ -463,7 +475,7 @@ def _plain_gradients(
 
 _common.library.define(
     "kde(Tensor query, Tensor centers, Tensor bandwidth, Tensor? log_weights, Tensor? exclude, "
-    "bool want_dquery=False, bool want_dbandwidth=False) -> (Tensor, Tensor, Tensor)",
+    "bool want_dquery=False, bool want_dbandwidth=False, bool for_backward=False) -> (Tensor, Tensor, Tensor)",
     tags=_common.TAGS,
 )
 _common.library.define(
@@ -487,6 +499,7 @@ def _fake_forward(
     exclude: Tensor | None,
     want_dquery: bool = False,
     want_dbandwidth: bool = False,
+    for_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         query.new_empty(query.shape[:-1], dtype=torch.float64),
@@ -528,7 +541,7 @@ class _TracedKde(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grad, _backward_operator), None, None)
+        return (*_gradients(ctx, grad, _backward_operator), None, None, None)
 
 
 def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 OPS = ("kde", "omega", "radius", "nearest")
+SPLIT, TF32 = 1, 2  # KdeProducts
 SHARED_BYTES = 227 * 1024  # that a block may have, on an H200
 
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "d": ctypes.c_double, "?": ctypes.c_bool, "P": ctypes.c_void_p}
@@ -27,7 +28,7 @@ def _struct(name: str, fields: str, first: type | None = None) -> type[ctypes.St
 
 
 KdeMixture = _struct("KdeMixture", "iqqqqPPPPP?qqqqq")
-KdeForward = _struct("KdeForward", "idPPP", KdeMixture)
+KdeForward = _struct("KdeForward", "idiPPP", KdeMixture)
 KdeBackward = _struct("KdeBackward", "PPPPP", KdeMixture)
 
 
@@ -59,6 +60,7 @@ class CudaOnHost:
     Attributes:
         multiprocessors: of the device that is played: few make long loops, many make splits and merges.
         shared_bytes: that its blocks may have.
+        tf32: whether products in TF32 are allowed; the package asks torch only for a device that is there.
         backwards: whether a block's threads, where they do not wait for each other, run from the last to the first.
     """
 
@@ -72,6 +74,7 @@ class CudaOnHost:
         self._library = library
         self.multiprocessors = 132
         self.shared_bytes = SHARED_BYTES
+        self.tf32 = False
         self.backwards = False
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -82,6 +85,8 @@ class CudaOnHost:
 
         def call(*arguments: Any) -> None:
             *arguments, _threads = arguments
+            if name == "kde_forward_cpu" and self.tf32 and arguments[3] == SPLIT:
+                arguments[3] = TF32
             args = struct(*arguments) if struct else arguments[0]
             self._library.set_device(self.multiprocessors, self.shared_bytes, self.backwards)
             if error := function(ctypes.byref(args)):

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
@@ -101,7 +102,7 @@ struct Thread {
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStackBytes]};
   bool started, done;
   int turn;  // of the two sets of slots for values
-  std::vector<std::vector<Copy>> copies;
+  std::vector<Copy> copies;
 };
 
 struct Barrier {
@@ -126,7 +127,7 @@ class Block {
       Thread& thread = threads_[i];
       thread.started = thread.done = false;
       thread.turn = 0;
-      thread.copies.assign(1, {});
+      thread.copies.clear();
       ++warps_[i / kWarp].barrier.members;
     }
     while (barrier_.members > 0) {
@@ -235,6 +236,16 @@ inline bool __all_sync(unsigned int, bool mine) {
   bool all = true;
   for (int lane = 0; lane < host::kWarp; ++lane) all = all && values[lane][0];
   return all;
+}
+
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  return std::memcpy(&bits, &x, sizeof(bits)), bits;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  return std::memcpy(&x, &bits, sizeof(x)), x;
 }
 
 // ----------------------------------------------------------------------------------------------------------------

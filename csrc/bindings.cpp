@@ -172,12 +172,18 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           kdejsd::cuda::kde_forward(args, pointer(workspace), device, stream);
         });
-  m.def("kde_backward_cuda", [](const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters,
-                                uintptr_t dlog_weights, uintptr_t dbandwidth, int device, uintptr_t stream) {
-    const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
-    py::gil_scoped_release release;
-    kdejsd::cuda::kde_backward(args, device, stream);
+  m.def("kde_backward_workspace_cuda", [](const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters,
+                                          uintptr_t dlog_weights, uintptr_t dbandwidth, int device) {
+    return kdejsd::cuda::kde_backward_workspace(backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth),
+                                                device);
   });
+  m.def("kde_backward_cuda",
+        [](const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters, uintptr_t dlog_weights,
+           uintptr_t dbandwidth, uintptr_t workspace, int device, uintptr_t stream) {
+          const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
+          py::gil_scoped_release release;
+          kdejsd::cuda::kde_backward(args, pointer(workspace), device, stream);
+        });
   m.def("omega_all_workspace_cuda", &kdejsd::cuda::omega_all_workspace);
   m.def("omega_halves_workspace_cuda", &kdejsd::cuda::omega_halves_workspace);
   m.def("omega_all_cuda", [](const OmegaAll& args, uintptr_t workspace, int device, uintptr_t stream) {

@@ -138,7 +138,8 @@ namespace cuda {
 // queued on the stream of that device and nothing waits for them. Errors are thrown as std::runtime_error.
 int64_t kde_forward_workspace(const KdeForward& args, int device);
 void kde_forward(const KdeForward& args, void* workspace, int device, uintptr_t stream);
-void kde_backward(const KdeBackward& args, int device, uintptr_t stream);
+int64_t kde_backward_workspace(const KdeBackward& args, int device);
+void kde_backward(const KdeBackward& args, void* workspace, int device, uintptr_t stream);
 int64_t omega_all_workspace(const OmegaAll& args);
 void omega_all(const OmegaAll& args, void* workspace, int device, uintptr_t stream);
 int64_t omega_halves_workspace(const OmegaHalves& args);

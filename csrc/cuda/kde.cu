@@ -11,6 +11,7 @@
 // A tile is summed by itself before it is added to the running sums, so long sums have two levels.
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "cuda/kde_mixture.cuh"
 #include "cuda/kde_tensor.cuh"
@@ -446,10 +447,35 @@ __global__ void __launch_bounds__(kMergeThreads)
 // ----------------------------------------------------------------------------------------------------------------
 // Backward
 
-// How a backward call is cut into blocks, as in ForwardPlan; every block goes through all queries.
+// How a backward call is cut into blocks, as in ForwardPlan. Each split of the queries leaves gradients of its own, one
+// array after the other as in KdeBackward; those of a single split are the results.
 struct BackwardPlan {
   int lc, slabs, groups, chunks;
-  int64_t center_tiles;
+  int64_t center_tiles, query_tiles, splits, tiles_per_split;
+  int64_t elements;  // that a split leaves
+
+  int64_t blocks(int64_t batch) const { return center_tiles * groups * splits * batch; }
+};
+
+// Where gradients are to go, [batch, m, l], [batch, m] and [batch, m]; or null.
+template <typename T>
+struct BackwardOutputs {
+  T* dcenters;
+  T* dlog_weights;
+  T* dbandwidth;
+
+  __host__ __device__ explicit BackwardOutputs(const KdeBackward& args)
+      : dcenters(static_cast<T*>(args.dcenters)),
+        dlog_weights(static_cast<T*>(args.dlog_weights)),
+        dbandwidth(static_cast<T*>(args.dbandwidth)) {}
+
+  __device__ BackwardOutputs of_split(int64_t offset) const {
+    BackwardOutputs moved = *this;
+    if (dcenters != nullptr) moved.dcenters += offset;
+    if (dlog_weights != nullptr) moved.dlog_weights += offset;
+    if (dbandwidth != nullptr) moved.dbandwidth += offset;
+    return moved;
+  }
 };
 
 // The queries' part of w[i, j] = grad[i] 2^(x[i, j] - log2_prob[i]).
@@ -539,14 +565,19 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocess
   const int64_t center_tile = block % plan.center_tiles;
   block /= plan.center_tiles;
   const int group = static_cast<int>(block % plan.groups);
-  const int64_t batch = block / plan.groups;
+  block /= plan.groups;
+  const int64_t split = block % plan.splits;
+  const int64_t batch = block / plan.splits;
+  const int64_t first_tile = split * plan.tiles_per_split;
+  const int64_t end_tile =
+      first_tile + plan.tiles_per_split < plan.query_tiles ? first_tile + plan.tiles_per_split : plan.query_tiles;
   Tile<T, LC>& tile = shared_tile<T, LC>();
   const Item<T>& item = tile.item;
   start_tile(tile, args.mixture, batch, false);
   const int64_t first_center = center_tile * kTile;
   const T* grad = static_cast<const T*>(args.grad) + batch * item.n;  // [n]
   const double* log_prob = args.log_prob + batch * item.n;            // [n]
-  T* dcenters = static_cast<T*>(args.dcenters);                       // [batch, m, l] or null
+  const BackwardOutputs<T> to = BackwardOutputs<T>(args).of_split(split * plan.elements);
   Stage<T, LC, kSlabs> stage{tile, first_center};
   load_centers(tile, first_center);
   if (threadIdx.x < 2) {
@@ -557,12 +588,13 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocess
   tile.row_sums[threadIdx.x] = {};
   T queries[kSlabs][kMicro][LC] = {};
   const T same[kMicro] = {T(1), T(1), T(1), T(1)};
-  for (int64_t first_query = 0; first_query < item.n; first_query += kTile) {
+  for (int64_t query_tile = first_tile; query_tile < end_tile; ++query_tile) {
+    const int64_t first_query = query_tile * kTile;
     stage.first_column = first_query;
     T pairs[kMicro][kMicro];
     squared_distances(stage, pairs, [&] { load_queries(tile, item, first_center, first_query, grad, log_prob); });
     backward_weights(tile, pairs);
-    if (dcenters == nullptr) continue;
+    if (to.dcenters == nullptr) continue;
     store_pairs(tile, pairs);
     __syncthreads();
     add_weighted_sums(stage, group * plan.chunks, plan.chunks, same, queries);
@@ -576,12 +608,32 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocess
     const int64_t at = batch * item.m + j;
     if (j >= item.m) continue;
     if (group == 0 && threadIdx.x % kSide == 0) {
-      write_dcenter_scalars(item, j, at, sum, moment, static_cast<T*>(args.dlog_weights),
-                            static_cast<T*>(args.dbandwidth));
+      write_dcenter_scalars(item, j, at, sum, moment, to.dlog_weights, to.dbandwidth);
     }
-    if (dcenters == nullptr) continue;
-    write_dcenter<T, LC, kSlabs>(item, j, group * plan.chunks, plan.chunks, a, sum, queries, dcenters + at * item.l);
+    if (to.dcenters == nullptr) continue;
+    write_dcenter<T, LC, kSlabs>(item, j, group * plan.chunks, plan.chunks, a, sum, queries, to.dcenters + at * item.l);
   }
+}
+
+// Adds up what the splits have left, in their order: [splits, elements] to the arrays of a KdeBackward.
+template <typename T>
+__global__ void __launch_bounds__(kMergeThreads)
+    kde_backward_merge_kernel(const KdeBackward args, const T* parts, int64_t splits, int64_t elements) {
+  int64_t e = static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x;
+  if (e >= elements) return;
+  T sum = T(0);
+  for (int64_t split = 0; split < splits; ++split) sum += parts[split * elements + e];
+  const BackwardOutputs<T> to(args);
+  const int64_t centers = args.mixture.batch * args.mixture.m, coordinates = centers * args.mixture.l;
+  if (to.dcenters != nullptr) {
+    if (e < coordinates) to.dcenters[e] = sum;
+    e -= coordinates;
+  }
+  if (to.dlog_weights != nullptr) {
+    if (e >= 0 && e < centers) to.dlog_weights[e] = sum;
+    e -= centers;
+  }
+  if (to.dbandwidth != nullptr && e >= 0) to.dbandwidth[e] = sum;
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -600,17 +652,18 @@ void plan_chunks(int64_t l, bool with_sums, Plan* plan) {
   plan->chunks = static_cast<int>(ceil_div(chunks, plan->groups));
 }
 
-// Splits the centers so that the device is full, in one wave of blocks or in up to four where that leaves less of the
-// last one empty. A block takes a step for each of its tiles and about one more to start and end.
-void plan_splits(int64_t blocks, int64_t slots, ForwardPlan* plan) {
+// Splits a pass over `tiles` tiles so that the device is full, in one wave of blocks or in up to four where that leaves
+// less of the last one empty. A block takes a step for each of its tiles and about one more to start and end.
+template <typename Plan>
+void plan_splits(int64_t blocks, int64_t slots, int64_t tiles, Plan* plan) {
   int64_t fewest = INT64_MAX;
   for (int64_t waves = 1; waves <= 4; ++waves) {
-    const int64_t most = std::max<int64_t>(1, std::min(plan->center_tiles, waves * slots / blocks));
-    const int64_t tiles = ceil_div(plan->center_tiles, most), splits = ceil_div(plan->center_tiles, tiles);
-    const int64_t steps = ceil_div(blocks * splits, slots) * (tiles + 1);
+    const int64_t most = std::max<int64_t>(1, std::min(tiles, waves * slots / blocks));
+    const int64_t each = ceil_div(tiles, most), splits = ceil_div(tiles, each);
+    const int64_t steps = ceil_div(blocks * splits, slots) * (each + 1);
     if (steps >= fewest) continue;
     fewest = steps;
-    plan->tiles_per_split = tiles;
+    plan->tiles_per_split = each;
     plan->splits = splits;
   }
 }
@@ -633,13 +686,29 @@ ForwardPlan plan_forward(const KdeForward& args, int device) {
     plan.center_tiles = ceil_div(mixture.m, kTile);
     slots *= kBlocksPerMultiprocessor<T>;
   }
-  plan_splits(mixture.batch * plan.query_tiles * plan.groups, slots, &plan);
+  plan_splits(mixture.batch * plan.query_tiles * plan.groups, slots, plan.center_tiles, &plan);
   const int64_t each = plan.splits * mixture.batch * mixture.n;
   plan.sum = plan.max + each;
   plan.moment = plan.sum + each;
   plan.sum_centers = plan.moment + (mixture.per_center || args.dbandwidth != nullptr ? each : 0);
   const bool in_dquery = args.dquery == nullptr || plan.splits == 1;  // the sums of a single split lie in dquery
   plan.elements = plan.sum_centers + (in_dquery ? 0 : each * mixture.l);
+  return plan;
+}
+
+template <typename T>
+BackwardPlan plan_backward(const KdeBackward& args, int device) {
+  const KdeMixture& mixture = args.mixture;
+  BackwardPlan plan = {};
+  plan_chunks<T>(mixture.l, args.dcenters != nullptr, &plan);
+  plan.center_tiles = ceil_div(mixture.m, kTile);
+  plan.query_tiles = ceil_div(mixture.n, kTile);
+  const int64_t slots = multiprocessor_count(device) * (plan.slabs == 1 ? kBlocksPerMultiprocessor<T> : 1);
+  plan_splits(mixture.batch * plan.center_tiles * plan.groups, slots, plan.query_tiles, &plan);
+  const int64_t centers = mixture.batch * mixture.m;
+  if (args.dcenters != nullptr) plan.elements += centers * mixture.l;
+  if (args.dlog_weights != nullptr) plan.elements += centers;
+  if (args.dbandwidth != nullptr) plan.elements += centers;
   return plan;
 }
 
@@ -702,7 +771,7 @@ void write_zeros(void* to, int64_t bytes, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch_backward(const KdeBackward& args, cudaStream_t stream) {
+void launch_backward(const KdeBackward& args, void* workspace, int device, cudaStream_t stream) {
   const KdeMixture& mixture = args.mixture;
   if (mixture.n == 0) {  // sums of nothing, whatever the centers hold
     const int64_t bytes = mixture.batch * mixture.m * static_cast<int64_t>(sizeof(T));
@@ -711,11 +780,27 @@ void launch_backward(const KdeBackward& args, cudaStream_t stream) {
     write_zeros(args.dbandwidth, bytes, stream);
     return;
   }
-  BackwardPlan plan = {};
-  plan_chunks<T>(mixture.l, args.dcenters != nullptr, &plan);
-  plan.center_tiles = ceil_div(mixture.m, kTile);
-  launch("kde_backward_kernel", backward_kernel<T>(plan.lc, plan.slabs),
-         plan.center_tiles * plan.groups * mixture.batch, kThreads, shared_bytes<T>(plan.lc), stream, args, plan);
+  const BackwardPlan plan = plan_backward<T>(args, device);
+  if (plan.elements == 0) return;
+  KdeBackward parts = args;
+  if (plan.splits > 1) {
+    T* next = static_cast<T*>(workspace);
+    const int64_t centers = mixture.batch * mixture.m;
+    if (args.dcenters != nullptr) parts.dcenters = std::exchange(next, next + centers * mixture.l);
+    if (args.dlog_weights != nullptr) parts.dlog_weights = std::exchange(next, next + centers);
+    if (args.dbandwidth != nullptr) parts.dbandwidth = next;
+  }
+  launch("kde_backward_kernel", backward_kernel<T>(plan.lc, plan.slabs), plan.blocks(mixture.batch), kThreads,
+         shared_bytes<T>(plan.lc), stream, parts, plan);
+  if (plan.splits == 1) return;
+  launch("kde_backward_merge_kernel", kde_backward_merge_kernel<T>, ceil_div(plan.elements, kMergeThreads),
+         kMergeThreads, 0, stream, args, static_cast<const T*>(workspace), plan.splits, plan.elements);
+}
+
+template <typename T>
+int64_t backward_bytes(const KdeBackward& args, int device) {
+  const BackwardPlan plan = plan_backward<T>(args, device);
+  return plan.splits == 1 ? 0 : plan.splits * plan.elements * static_cast<int64_t>(sizeof(T));
 }
 
 bool is_empty(const KdeMixture& mixture) { return mixture.batch == 0 || mixture.n == 0; }
@@ -740,13 +825,19 @@ void kde_forward(const KdeForward& args, void* workspace, int device, uintptr_t 
   }
 }
 
-void kde_backward(const KdeBackward& args, int device, uintptr_t stream) {
+int64_t kde_backward_workspace(const KdeBackward& args, int device) {
+  if (is_empty(args.mixture)) return 0;
+  return args.mixture.dtype == DType::kFloat32 ? backward_bytes<float>(args, device)
+                                               : backward_bytes<double>(args, device);
+}
+
+void kde_backward(const KdeBackward& args, void* workspace, int device, uintptr_t stream) {
   if (args.mixture.batch == 0) return;
   const DeviceGuard guard(device);
   if (args.mixture.dtype == DType::kFloat32) {
-    launch_backward<float>(args, reinterpret_cast<cudaStream_t>(stream));
+    launch_backward<float>(args, workspace, device, reinterpret_cast<cudaStream_t>(stream));
   } else {
-    launch_backward<double>(args, reinterpret_cast<cudaStream_t>(stream));
+    launch_backward<double>(args, workspace, device, reinterpret_cast<cudaStream_t>(stream));
   }
 }
 

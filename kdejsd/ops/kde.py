@@ -357,7 +357,10 @@ def _launch_backward(
     outputs = (dcenters, dlog_weights, dbandwidth)
     arguments = (mixture, grad.data_ptr(), log_prob.data_ptr(), *(t.data_ptr() for t in outputs))
     if query.is_cuda:
-        native().kde_backward_cuda(*arguments, query.device.index, _torch.cuda_stream(query.device.index))
+        index = query.device.index
+        size = native().kde_backward_workspace_cuda(*arguments, index)
+        workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
+        native().kde_backward_cuda(*arguments, workspace.data_ptr(), index, _torch.cuda_stream(index))
     else:
         native().kde_backward_cpu(*arguments, torch.get_num_threads())
     return outputs

@@ -41,7 +41,7 @@ const char* kde_forward(const KdeForward& args) {
   return with_workspace(cuda::kde_forward_workspace(args, 0), [&](void* at) { cuda::kde_forward(args, at, 0, 0); });
 }
 const char* kde_backward(const KdeBackward& args) {
-  return error_of([&] { cuda::kde_backward(args, 0, 0); });
+  return with_workspace(cuda::kde_backward_workspace(args, 0), [&](void* at) { cuda::kde_backward(args, at, 0, 0); });
 }
 const char* omega_all(const OmegaAll& args) {
   return with_workspace(cuda::omega_all_workspace(args), [&](void* at) { cuda::omega_all(args, at, 0, 0); });

@@ -145,7 +145,7 @@ fi
 # ---------------------------------------------------------------------------------------------------------------------
 # Tests
 
-mapfile -t tests < <(grep -l cuda "$root"/python_tests/test_*.py)
+mapfile -t tests < <(grep -l cuda "$root"/python_tests/test_*.py | grep -v on_host)
 step tests 150 tests.log '[0-9]+ passed' "$python" -m pytest -q -rs -k cuda -p no:cacheprovider \
   --rootdir "$root" -c "$root/pyproject.toml" "${tests[@]}"
 
@@ -177,6 +177,27 @@ for (n, m, dim), dtype in itertools.product(((1, 1, 1), (33, 257, 3), (70, 1500,
         tolerance = 2e-4 if dtype == torch.float32 else 1e-9
         for ours, truth in zip(*found):
             torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance * (1 + truth.abs().max().item()))
+# Gradients for queries and one bandwidth alone, as in training: on tensor cores from l = 16 on.
+for (n, m, dim), precision in itertools.product(
+    ((1, 1, 16), (33, 257, 40), (150, 700, 65), (20, 130, 200), (70, 300, 17)), ("highest", "high", "medium")
+):
+    torch.set_float32_matmul_precision(precision)
+    for options in ({}, {"exclude_self": torch.arange(n) % m - 1}, {"log_weights": torch.randn(m).log_softmax(-1)}):
+        query, centers, h = torch.randn(n, dim), torch.randn(m, dim), torch.tensor(0.5 + 0.15 * dim**0.5)
+        if m == 1 and options:
+            continue
+        found = []
+        for device, to, module in (("cuda", torch.float32, kdejsd), ("cpu", torch.float64, reference.kde)):
+            z, c, b = query.to(device, to).requires_grad_(), centers.to(device, to), h.to(device, to).requires_grad_()
+            kde = {k: v.to(device, to) if v.is_floating_point() else v.to(device) for k, v in options.items()}
+            log_prob = module.kde_log_prob(z, c, b, **kde)
+            gradients = torch.autograd.grad(log_prob.sum(), (z, b))
+            gradients += torch.autograd.grad(module.jsd_loss(z, c, b.detach(), **kde), z)
+            found.append([t.detach().cpu().double() for t in (log_prob, *gradients)])
+        tolerance = 2e-5 if precision == "highest" else 5e-3
+        for ours, truth in zip(*found):
+            torch.testing.assert_close(ours, truth, rtol=0, atol=tolerance * (1 + truth.abs().max().item()))
+torch.set_float32_matmul_precision("highest")
 for dtype in (torch.float32, torch.float64):
     tolerance = 2e-4 if dtype == torch.float32 else 1e-9
 

@@ -41,6 +41,7 @@ def providers(device: str, levels: list[str]) -> dict[str, Provider | str]:
     found: dict[str, Provider | str] = {}
     if device == "cuda":
         found["kdejsd"] = Provider("kdejsd", _ours)
+        found["kdejsd TF32"] = Provider("kdejsd TF32", _ours_in_tf32)
     else:
         for level in levels:
             name = "kdejsd" if level == levels[0] else f"kdejsd {level}"
@@ -68,6 +69,15 @@ def providers(device: str, levels: list[str]) -> dict[str, Provider | str]:
 
 def _ours(codes: Tensor, lagged: Tensor, bandwidth: float, reduction: str) -> Tensor:
     return kdejsd.jsd_loss(codes, lagged, bandwidth, reduction=reduction)
+
+
+def _ours_in_tf32(codes: Tensor, lagged: Tensor, bandwidth: float, reduction: str) -> Tensor:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return _ours(codes, lagged, bandwidth, reduction)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _loss(log_prob: LogProb) -> Callable[[Tensor, Tensor, float, str], Tensor]:

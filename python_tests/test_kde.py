@@ -625,21 +625,83 @@ def test_no_warnings():
         kdejsd.kde_log_prob(points(4, 2).requires_grad_(), points(5, 2), 0.5).sum().backward()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# CUDA alone; test_cuda_on_host.py runs the kernels' source without a device
+
+
+@pytest.fixture
+def precision(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("device", DEVICES[1:])
-def test_cuda_graph(device):
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"], indirect=True)
+@pytest.mark.parametrize("size", [(1, 1, 16), (33, 300, 40), (700, 5000, 65), (130, 259, 17), (20, 100, 256)], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_tensor_cores(size, offset, precision, device):
+    """Without gradients for the centers: split in two an error like float32's, or TF32's where torch allows it."""
+    call = arguments("scalar tensor", *size, torch.float32, device)
+    call["centers"] = call["centers"].detach() + offset
+    with torch.no_grad():
+        call["query"] += offset
+    plain = {k: v.detach().clone().requires_grad_(k != "centers") for k, v in call.items()}
+    exact = {k: v.detach().double().requires_grad_(k != "centers") for k, v in call.items()}
+    truth = value_and_gradients(reference.kde_log_prob, exact)
+    yardsticks = value_and_gradients(reference.kde_log_prob, plain)
+    ours = value_and_gradients(kdejsd.kde_log_prob, call)
+    again = value_and_gradients(kdejsd.kde_log_prob, call)
+    for i, (got, repeated, yardstick, expected) in enumerate(zip(ours, again, yardsticks, truth, strict=True)):
+        assert torch.equal(got, repeated)
+        if precision == "highest":
+            assert worst(got, expected) <= (2 if i == 0 else 3) * worst(yardstick, expected) + 1.2e-6
+        else:
+            assert worst(got, expected) < (3e-4 if i == 0 else 3e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("size", [(5000, 70, 8), (3000, 3, 200), (100, 20000, 40)], ids=str)
+def test_cuda_gradients_are_the_same_every_time(size, device):
+    """Also where the transposed pass is split over the queries."""
+    call = arguments("per center, weights", *size, torch.float32, device)
+    first = value_and_gradients(kdejsd.kde_log_prob, call)
+    for _ in range(3):
+        for again, expected in zip(value_and_gradients(kdejsd.kde_log_prob, call), first, strict=True):
+            assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+@pytest.mark.parametrize("dim", [8, 40])
+@pytest.mark.parametrize("name", ["value", "gradients", "jsd_loss"])
+def test_cuda_graph(name, dim, device):
     """Capturable: no synchronisation, no allocation outside of torch's pool."""
-    query, centers = (
-        points(100, 8, dtype=torch.float32, device=device),
-        points(3000, 8, dtype=torch.float32, device=device),
-    )
+    query = points(100, dim, dtype=torch.float32, device=device).requires_grad_()
+    centers = points(3000, dim, dtype=torch.float32, device=device, seed=1).requires_grad_(name == "gradients")
+
+    def step(module, z, c):
+        if name == "value":
+            with torch.no_grad():
+                return [module.kde_log_prob(z, c, 1.5)]
+        if name == "jsd_loss":
+            loss = module.jsd_loss(z, c, 1.5)
+            return [loss, *torch.autograd.grad(loss, z)]
+        value = module.kde_log_prob(z, c, 1.5)
+        return [value, *torch.autograd.grad(value.sum(), (z, c))]
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), torch.no_grad():
-        kdejsd.kde_log_prob(query, centers, 0.5)
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(kdejsd, query, centers)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        value = kdejsd.kde_log_prob(query, centers, 0.5)
-    query.copy_(points(100, 8, device=device, seed=9))
+    with torch.cuda.graph(graph):
+        found = step(kdejsd, query, centers)
+    with torch.no_grad():
+        query.copy_(points(100, dim, device=device, seed=9))
     graph.replay()
-    assert worst(value, reference.kde_log_prob(query.double(), centers.double(), 0.5)) < 2e-6
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in (query, centers)]
+    for got, expected in zip(found, step(reference.kde, *wide), strict=True):
+        assert worst(got, expected) < 5e-6

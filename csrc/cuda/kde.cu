@@ -51,12 +51,14 @@ struct alignas(16) RowSums {
 
 template <typename T, int LC>
 struct Tile {
-  static constexpr int kChunk = kSide * LC;  // coordinates that are present at a time
+  static constexpr int kChunk = kSide * LC;        // coordinates that are present at a time
+  static constexpr bool kAhead = LC < kVector<T>;  // there is room for the columns of the next tile
   using Chunk = T[kTile][kChunk + kVector<T>];
   alignas(16) Chunk rows;
   alignas(16) Chunk columns;
-  alignas(16) T pairs[kTile][kTile + kVector<T>];  // [column][row], weights or distances
-  RowSums<T> row_sums[kThreads];                   // here rather than in registers, of which there are few
+  alignas(16) T next_columns[kAhead ? kTile : 1][kChunk];  // as they lie in global memory
+  alignas(16) T pairs[kTile][kTile + kVector<T>];          // [column][row], weights or distances
+  RowSums<T> row_sums[kThreads];                           // here rather than in registers, of which there are few
   Item<T> item;
   Points<T> row_points, column_points;
   CenterTerms<T> centers[kTile];
@@ -94,13 +96,16 @@ __device__ void load_centers(Tile<T, LC>& tile, int64_t first) {
 template <typename T, int LC, int kSlabs>
 struct Stage {
   static constexpr int kChunk = Tile<T, LC>::kChunk;
-  static constexpr int kLoads = kSlabs == 1 ? 8 : 4;  // in flight per thread, as many as the registers have room for
+  static constexpr int kLoads = kSlabs == 1   ? 8
+                                : kSlabs == 2 ? 4
+                                              : 2;  // in flight per thread, as many as the registers have room for
 
   Tile<T, LC>& tile;
   int64_t first_row;
   int64_t first_column = 0;
-  int present = -1;  // the chunk that was loaded last, -1 before the first
-  T shift = T(0);    // of this thread's coordinate in it
+  int present = -1;    // the chunk that was loaded last, -1 before the first
+  T shift = T(0);      // of this thread's coordinate in it
+  bool ahead = false;  // the columns have been asked for
 
   __device__ int chunks() const { return static_cast<int>(ceil_div(tile.item.l, kChunk)); }
 
@@ -110,22 +115,58 @@ struct Stage {
     if (chunk != present) shift = shift_of(tile.item, coordinate(chunk));
     present = chunk;
     if (with_rows && (first || chunks() > 1)) load_points(tile.rows, tile.row_points, first_row);
-    load_points(tile.columns, tile.column_points, first_column);
+    if (ahead) {
+      take_columns();
+    } else {
+      load_points(tile.columns, tile.column_points, first_column);
+    }
+    ahead = false;
   }
+
+  // Asks for the columns of the next tile, to be copied while this one is worked on. Where there is room for them, l
+  // has but one chunk.
+  __device__ void load_ahead(int64_t first) {
+    if constexpr (Tile<T, LC>::kAhead) {
+      const int64_t l = tile.item.l, k = coordinate(0);
+      const T* from = tile.column_points.points + first * l + k;
+      for (int row = threadIdx.x / kChunk; row < rows_inside(tile.column_points, first, k); row += kStep) {
+        copy_async<sizeof(T)>(&tile.next_columns[row][threadIdx.x % kChunk], from + row * l);
+      }
+      ahead = true;
+    }
+  }
+
+ private:
+  static constexpr int kStep = kThreads / kChunk;  // rows that the block loads at once
 
   __device__ int64_t coordinate(int chunk) const { return static_cast<int64_t>(chunk) * kChunk + threadIdx.x % kChunk; }
 
+  // How many of a tile's rows from `first` on have a coordinate k.
+  __device__ int rows_inside(const Points<T>& source, int64_t first, int64_t k) const {
+    const int64_t left = k < tile.item.l ? source.count - first : 0;
+    return static_cast<int>(left < kTile ? left : kTile);
+  }
+
   __device__ void load_points(typename Tile<T, LC>::Chunk& to, const Points<T>& source, int64_t first) const {
-    constexpr int kStep = kThreads / kChunk;  // rows that the block loads at once
-    const int64_t l = tile.item.l, left = coordinate(present) < l ? source.count - first : 0;
-    const int start = threadIdx.x / kChunk, end = static_cast<int>(left < kTile ? left : kTile);
+    const int start = threadIdx.x / kChunk, end = rows_inside(source, first, coordinate(present));
     const T scale = tile.item.scale;
-    const T* from = source.points + (first + start) * l + coordinate(present);
+    const T* from = source.points + (first + start) * tile.item.l + coordinate(present);
 #pragma unroll kLoads
     for (int step = 0; step < kTile / kStep; ++step) {
       const int row = start + step * kStep;
       to[row][threadIdx.x % kChunk] = row < end ? (*from - shift) * scale : T(0);
-      from += kStep * l;
+      from += kStep * tile.item.l;
+    }
+  }
+
+  // Each thread takes what it has asked for itself.
+  __device__ void take_columns() {
+    const int end = rows_inside(tile.column_points, first_column, coordinate(0));
+    wait_for_copies();
+#pragma unroll
+    for (int row = threadIdx.x / kChunk; row < kTile; row += kStep) {
+      const T point = row < end ? (tile.next_columns[row][threadIdx.x % kChunk] - shift) * tile.item.scale : T(0);
+      tile.columns[row][threadIdx.x % kChunk] = point;
     }
   }
 };
@@ -175,11 +216,13 @@ __device__ void add_squared_distances(const Tile<T, LC>& tile, int width, T (&d2
   }
 }
 
+// Of the tile whose columns start at stage.first_column; those of the next one at next_column, or -1: there is none.
 // Chunks from the last to the first, so that the weighted sums find the first one still present. What else the tile
 // needs is loaded beside the first of them. Between chunks the sums wait in shared memory: so there are two levels of
 // them, and registers for what goes on.
 template <typename T, int LC, int kSlabs, typename Load>
-__device__ void squared_distances(Stage<T, LC, kSlabs>& stage, T (&d2)[kMicro][kMicro], const Load& load_beside) {
+__device__ void squared_distances(Stage<T, LC, kSlabs>& stage, int64_t next_column, T (&d2)[kMicro][kMicro],
+                                  const Load& load_beside) {
   constexpr int kChunk = Tile<T, LC>::kChunk;
   const int last = stage.chunks() - 1;
   for (int chunk = last; chunk >= 0; --chunk) {
@@ -188,6 +231,7 @@ __device__ void squared_distances(Stage<T, LC, kSlabs>& stage, T (&d2)[kMicro][k
     if (chunk == last) load_beside();
     stage.load(chunk, true);
     __syncthreads();
+    if (next_column >= 0) stage.load_ahead(next_column);
 #pragma unroll
     for (int a = 0; a < kMicro; ++a) {
 #pragma unroll
@@ -321,7 +365,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
   for (int64_t center_tile = first_tile; center_tile < end_tile; ++center_tile) {
     stage.first_column = center_tile * kTile;
     T pairs[kMicro][kMicro], factor[kMicro];
-    squared_distances(stage, pairs, [&] { load_centers(tile, stage.first_column); });
+    squared_distances(stage, center_tile + 1 < end_tile ? stage.first_column + kTile : -1, pairs,
+                      [&] { load_centers(tile, stage.first_column); });
     forward_weights(tile, stage.first_column, pairs, factor);
     if (partials.sum_centers == nullptr) continue;
     store_pairs(tile, pairs);
@@ -592,7 +637,8 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocess
     const int64_t first_query = query_tile * kTile;
     stage.first_column = first_query;
     T pairs[kMicro][kMicro];
-    squared_distances(stage, pairs, [&] { load_queries(tile, item, first_center, first_query, grad, log_prob); });
+    squared_distances(stage, query_tile + 1 < end_tile ? first_query + kTile : -1, pairs,
+                      [&] { load_queries(tile, item, first_center, first_query, grad, log_prob); });
     backward_weights(tile, pairs);
     if (to.dcenters == nullptr) continue;
     store_pairs(tile, pairs);

@@ -107,7 +107,8 @@ __device__ T shift_of(const Item<T>& item, int64_t k) {
     mean += coordinate / 4;
   }
   const bool far = low > T(0) ? high < 3 * low : high < T(0) && low > 3 * high;
-  const T rounder = (high - low) * T(sizeof(T) == 4 ? 1ll << 21 : 1ll << 50);  // its last place is a quarter of the range
+  const T rounder =
+      (high - low) * T(sizeof(T) == 4 ? 1ll << 21 : 1ll << 50);  // its last place is a quarter of the range
   const T shift = (mean + rounder) - rounder;
   return far && std::fabs(shift) < T(INFINITY) ? shift : T(0);
 }

@@ -48,7 +48,7 @@ __host__ __device__ constexpr int centers_of(int width) { return width <= 8 ? 2 
 template <int kWidth>
 struct alignas(16) Tile {
   static constexpr int kQueries = queries_of(kWidth), kCenters = centers_of(kWidth);
-  struct Column {
+  struct alignas(8) Column {
     float offset, gain;  // of CenterTerms
   };
   Item<float> item;
@@ -60,7 +60,7 @@ struct alignas(16) Tile {
   int64_t exclude[kQueries];
   // Of the two tiles of centers that are present at a time.
   float norms[2][kCenters];
-  alignas(8) Column columns[2][kCenters];
+  Column columns[2][kCenters];
   float precisions[2][kCenters];
 
   __device__ float* queries() { return reinterpret_cast<float*>(this + 1); }
@@ -177,7 +177,7 @@ __device__ void squares_from_products(const float* queries, const float* query_n
   constexpr int kRows = rows_of(kWidth), kEights = kPiece / kEight;
   const int t = threadIdx.x % 4;
   Sum<kSplit> sums[kRows][kEights] = {};
-#pragma unroll 1
+#pragma unroll(kSplit ? 1 : 2)
   for (int step = 0; step < steps; ++step) {
     Factors<kSplit, 4> query[kRows];
 #pragma unroll

@@ -6,7 +6,7 @@
 namespace kdejsd {
 namespace cuda {
 
-// Copies kBytes, 4 or 16 and aligned to as many, from global to shared memory, while the thread goes on.
+// Copies kBytes, 4, 8 or 16 and aligned to as many, from global to shared memory, while the thread goes on.
 template <int kBytes>
 __device__ void copy_async(void* to, const void* from) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
@@ -25,7 +25,8 @@ __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" :::
 //   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)    b: (t, g), (t + 4, g)
 //   sum: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1)
 __device__ inline void add_product_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

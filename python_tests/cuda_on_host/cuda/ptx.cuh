@@ -8,7 +8,7 @@ namespace cuda {
 
 template <int kBytes>
 void copy_async(void* to, const void* from) {
-  static_assert(kBytes == 4 || kBytes == 16, "what the device can copy so");
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "what the device can copy so");
   if (reinterpret_cast<uintptr_t>(to) % kBytes != 0 || reinterpret_cast<uintptr_t>(from) % kBytes != 0) std::abort();
   host::block.thread().copies.push_back({to, from, kBytes});
 }

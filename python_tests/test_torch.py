@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import DEVICES
@@ -130,3 +133,26 @@ def test_cuda_stream(device):
     with torch.cuda.stream(stream):
         assert _torch.cuda_stream(index) == stream.cuda_stream
     assert _torch.cuda_stream(index) == torch.cuda.current_stream(index).cuda_stream != stream.cuda_stream
+
+
+def test_tf32_allowed():
+    """By either of torch's interfaces; in a process of its own, since torch does not like them mixed."""
+    script = """
+import torch
+from kdejsd._torch import tf32_allowed
+found = [tf32_allowed()]
+for precision in ("high", "medium", "highest"):
+    torch.set_float32_matmul_precision(precision)
+    found.append(tf32_allowed())
+torch.backends.cuda.matmul.allow_tf32 = True
+found.append(tf32_allowed())
+if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    found.append(tf32_allowed())
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    found.append(tf32_allowed())
+print(found)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    expected = [False, True, True, False, True, False, True]
+    assert eval(done.stdout) in (expected, expected[:5])

@@ -96,9 +96,7 @@ __device__ void load_centers(Tile<T, LC>& tile, int64_t first) {
 template <typename T, int LC, int kSlabs>
 struct Stage {
   static constexpr int kChunk = Tile<T, LC>::kChunk;
-  static constexpr int kLoads = kSlabs == 1   ? 8
-                                : kSlabs == 2 ? 4
-                                              : 2;  // in flight per thread, as many as the registers have room for
+  static constexpr int kLoads = 8 / kSlabs;  // in flight per thread, as many as the registers have room for
 
   Tile<T, LC>& tile;
   int64_t first_row;

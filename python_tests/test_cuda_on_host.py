@@ -132,6 +132,28 @@ def test_tensor_cores_where_the_expanded_square_loses_digits(h, offset, two_clus
         assert error <= (2 if i == 0 else 3) * plain + 1.2e-6
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("dim", [16, 64, 256])
+def test_tensor_cores_keep_the_bound_on_an_exponent(dim, tf32, host):
+    """2^-17 or 2^-9 of its parts, shortly before pairs are taken from differences; beyond, what differences have."""
+    host.tf32 = tf32
+    bound, limit = (2**-9, min(12 * dim, 512)) if tf32 else (2**-17, 12 * dim)
+    for share in (0.85, 1.4):
+        radius = math.sqrt(share * limit / (dim * math.log2(math.e)))
+        query, center = (radius * test_kde.points(n, dim, dtype=torch.float32, seed=n) for n in (70, 1))
+        centers = torch.cat([center, -center])  # about the origin, so there is no shift; the second has no weight
+        log_weights = torch.tensor([0.0, -math.inf])
+        value = kdejsd.ops.kde._launch_forward(query, centers, torch.ones(1), log_weights, None)[0]
+        wide = query.double(), center.double()
+        exact = -0.5 * ((wide[0] - wide[1]).square().sum(-1) + dim * math.log(2 * math.pi))
+        parts = 0.5 * (wide[0].square().sum(-1) + wide[1].square().sum())
+        error = ((value - exact).abs() / parts).max()
+        if share < 1:
+            assert bound / 500 < error < bound / 4
+        else:
+            assert error < 2**-20
+
+
 def test_tensor_cores_edges(host):
     for tf32 in (False, True):
         host.tf32 = tf32

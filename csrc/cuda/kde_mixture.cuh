@@ -123,7 +123,7 @@ struct CenterTerms {
 
 template <typename T>
 __device__ CenterTerms<T> center_terms(const Item<T>& item, int64_t j) {
-  if (j >= item.m) return {-T(INFINITY), T(1), T(1)};
+  if (j >= item.m) return {-T(INFINITY), item.gain, T(1)};
   CenterTerms<T> terms = {T(0), item.gain, T(1)};
   if (item.log_weights != nullptr) terms.offset = T(kLog2E) * item.log_weights[j];
   if (item.per_center) {

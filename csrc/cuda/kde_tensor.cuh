@@ -13,12 +13,14 @@
 // bring rows t and t + 4 of the right factor to the second; both orders being free, column n of eight stands for center
 // permuted(n), for which the lanes' reads of shared memory meet no bank twice in either product.
 //
-// The expanded square loses digits where norms are large beside the distance. Hence:
-//   error of an exponent <= 2^-18 (split) or 2^-10 (TF32) times its parts gain (|q|^2 + |c|^2)
-// by the roundings of the factors, the products that are left out, sums that are cut off, and the three roundings of
-// the expanded square; typical is a thirtieth of that, as it is of either sign. A warp takes a piece of centers from
-// differences of coordinates, as the other kernels do, where the parts exceed `largest_parts`, and then its sums from
-// split products in any case.
+// The expanded square loses digits where norms are large beside the distance. Its parts in an exponent being
+// gain (|q|^2 + |c|^2), the error of the exponent is at most
+//   2^-17 of its parts, split: 2^-22 each product for what it leaves out and for the factors' last bit, 2^-24 each step
+//         of a sum, of which one that is cut off has up to twelve;
+//   2^-9 of its parts, TF32: 2^-11 for the rounding of each coordinate.
+// Typical is a thirtieth of that, as roundings are of either sign. A warp takes a piece of centers from differences of
+// coordinates, as the other kernels do, where the parts exceed `largest_parts`, and then its sums from split products
+// in any case.
 //
 // While a tile is worked on, the next one is copied. Each thread puts what it has copied itself into the frame.
 #pragma once
@@ -237,12 +239,13 @@ __device__ void squares_from_differences(const float* queries, const float* cent
           load_vector<4>(centers + (kEight * j + permuted(2 * t + column % 2)) * stride + k);
 #pragma unroll
       for (int row = 0; row < 2 * kRows; ++row) {
-        float& square = squares[row / 2][j][2 * (row % 2) + column % 2];
+        float square = 0;
 #pragma unroll
         for (int v = 0; v < 4; ++v) {
           const float difference = query[row].at[v] - center.at[v];
           square = std::fma(difference, difference, square);
         }
+        squares[row / 2][j][2 * (row % 2) + column % 2] += square;
       }
     }
   }
@@ -465,10 +468,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 using Kernel = void (*)(KdeMixture, ForwardPlan, Partials<float>);
 
 inline Kernel kernel(int width, bool split) {
-  if (split)
+  if (split) {
     return width == 8    ? kde_tensor_kernel<true, 8>
            : width == 16 ? kde_tensor_kernel<true, 16>
                          : kde_tensor_kernel<true, 32>;
+  }
   return width == 8    ? kde_tensor_kernel<false, 8>
          : width == 16 ? kde_tensor_kernel<false, 16>
                        : kde_tensor_kernel<false, 32>;
@@ -476,9 +480,8 @@ inline Kernel kernel(int width, bool split) {
 
 inline int shared_bytes(int width, int64_t l) {
   const size_t tile = width == 8 ? sizeof(Tile<8>) : width == 16 ? sizeof(Tile<16>) : sizeof(Tile<32>);
-  const int points = queries_of(width) + 2 * centers_of(width),
-            stride = stride_of(static_cast<int>(ceil_div(l, kEight)));
-  return static_cast<int>(tile + sizeof(float) * points * stride);
+  const int points = queries_of(width) + 2 * centers_of(width);
+  return static_cast<int>(tile + sizeof(float) * points * stride_of(static_cast<int>(ceil_div(l, kEight))));
 }
 
 // The kernel's width for a call; 0: the other kernels do it. Below l = 16 the exponentials are most of the work, and
@@ -493,8 +496,9 @@ inline int width_for(const KdeForward& args, int device) {
   return 0;
 }
 
-// Up to which gain (|q|^2 + |c|^2) a piece is taken from products. Split, the error of an exponent is then about as
-// many units in the last place of exponents like those of near pairs, l/2 log2(e); with TF32 it is 1/2 at the worst.
+// The parts of an exponent up to which pairs are taken from products. They are 1.4 l / h^2 for points of variance 1, so
+// this leaves products to bandwidths from 0.35 on, with errors that grow with l as the values and their rounding do.
+// With TF32 the error of an exponent is 1 at the worst.
 inline float largest_parts(int64_t l, bool split) {
   const float parts = 12.0f * static_cast<float>(l);
   return split || parts < 512.0f ? parts : 512.0f;

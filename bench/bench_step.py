@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdejsd.models import ImageGEN
-from kdejsd.models.gen import reconstruction_error
+from kdejsd.models.images import AE, GEN, ImageAutoencoder
 
 SHAPE = (1, 28, 28)
 PERIOD = 10  # k_b
@@ -37,30 +36,6 @@ QUICK = [(100, 2_000, 8)]
 PLAIN = "autoencoder"
 POLICIES = ("full", "rolling", "queue")
 FIELDS = ("step", "batch", "m", "l", "ms", "p20", "p80", "ratio", "device", "threads", "machine", "versions", "commit")
-
-
-class Plain(ImageGEN):
-    """The same networks, normalisation and optimiser, and no latent term."""
-
-    def on_train_start(self) -> None:
-        pass
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        pass
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        error = reconstruction_error(self.reconstruct(batch[0]), batch[0])
-        self.log_dict({"rec": error}, prog_bar=True)
-        return error
-
-    def on_after_backward(self) -> None:
-        pass
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        pass
-
-    def on_train_epoch_end(self) -> None:
-        pass
 
 
 class Images(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -99,9 +74,10 @@ def turn(step: str, size: tuple[int, int, int], images: Images, device: str, per
     """Milliseconds of a step."""
     batch, m, dim = size
     pl.seed_everything(0, verbose=False)
-    make: type[ImageGEN] = Plain if step == PLAIN else ImageGEN
-    options = {} if step == PLAIN else {"refresh": step}
-    model = make(SHAPE, latent_dim=dim, num_lagged=m, bandwidth=0.5, refresh_every=PERIOD, **options)
+    if step == PLAIN:  # the same networks, normalisation and optimiser, and no latent term
+        model: ImageAutoencoder = AE(SHAPE, latent_dim=dim, normalize_codes=True)
+    else:
+        model = GEN(SHAPE, latent_dim=dim, num_lagged=m, bandwidth=0.5, refresh_every=PERIOD, refresh=step)
     loader = DataLoader(images, batch_size=batch, shuffle=True, drop_last=True)
     clock = Clock(PERIOD)
     trainer = pl.Trainer(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .ops.kde import kde_log_prob
-from .targets import StandardNormal, sample_target, target_dim
+from .targets import checked_target, sample_target
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def optimal_bandwidth(
             raise ValueError(f"{name} must be at least {least}, got {number}")
     if method not in ("root", "fixed-point"):
         raise ValueError(f'method must be "root" or "fixed-point", got {method!r}')
-    target = StandardNormal(latent_dim) if target is None else target
-    if target_dim(target) != latent_dim:
-        raise ValueError(f"target must have latent_dim = {latent_dim} dimensions, got {target_dim(target)}")
+    target = checked_target(target, latent_dim)
 
     # A caller's no_grad or inference_mode would take away the gradient for h.
     with torch.inference_mode(False), torch.enable_grad():

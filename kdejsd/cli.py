@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kdejsd", description=kdejsd.__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("fit", add_help=False, help="train a Generative Encoding Network on images; write a report")
+    commands.add_parser("fit", add_help=False, help="train a model on images; write a report")
     commands.add_parser("evaluate", add_help=False, help="write the report of a checkpoint anew")
     bandwidth = commands.add_parser(
         "bandwidth",

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from .bandwidth import optimal_bandwidth
 from .ops.kde import named_log_prob, normal_divergence_terms
 from .reference.kde import normal_log_prob
-from .targets import IsotropicNormal, Target, target_dim
+from .targets import GaussianMixture, IsotropicNormal, Target, sample_target, target_dim
 
 _LOG2 = math.log(2)
 
@@ -114,6 +115,39 @@ def jsd(
     at_target = _at_target("centers", target_samples, centers, bandwidth, None, target)
     divergence = 0.5 * (at_samples.mean(-1) + at_target.mean(-1))
     return divergence if samples.dtype == torch.float64 else divergence.float()
+
+
+@torch.no_grad()
+def codes_jsd(codes: Tensor, bandwidth: float, law: Target, generator: torch.Generator) -> Tensor:
+    """The Jensen-Shannon divergence in nats (GENs eq. 2) of the kernel density of the codes from a law: a measure of
+    how well they follow it.
+
+    Samples of the kernel density are the codes with the kernel's noise, so the value lies between 0 and log 2 but for
+    the noise of n samples. For codes that do follow the law it is small, not 0, as n is finite: compare it with the
+    value for n samples of the law before it was smoothed.
+
+    Args:
+        codes: [n, l].
+        bandwidth: h, of the kernel.
+        law: the target, or the target smoothed by the kernel.
+        generator: draws the samples; on the device of the codes.
+
+    Returns:
+        The estimate, 0-dim.
+    """
+    noise = torch.randn(codes.shape, generator=generator, device=codes.device, dtype=codes.dtype)
+    law_samples = sample_target(law, len(codes), generator).to(codes)
+    return jsd(codes + bandwidth * noise, codes, bandwidth, law_samples, target=law)
+
+
+def target_jsd(codes: Tensor, target: Target, generator: torch.Generator) -> Tensor:
+    """`codes_jsd` by the bandwidth that is optimal for as many samples of the target (`optimal_bandwidth`), from the
+    target smoothed by the same kernel (from the target itself where that has no `smoothed`): a measure that depends on
+    the codes and the target alone."""
+    count, dim = codes.shape
+    bandwidth = optimal_bandwidth(dim, count, target=target).value
+    law = target.smoothed(bandwidth) if isinstance(target, (IsotropicNormal, GaussianMixture)) else target
+    return codes_jsd(codes, bandwidth, law, generator)
 
 
 def _at_codes(

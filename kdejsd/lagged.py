@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from .bandwidth import optimal_bandwidth
-from .divergence import jsd, jsd_loss
+from .divergence import codes_jsd, jsd_loss
 from .ops.kde import kde_log_prob
-from .targets import GaussianMixture, IsotropicNormal, StandardNormal, Target, sample_target, target_dim
+from .targets import GaussianMixture, IsotropicNormal, Target, checked_target
 
 
 class LaggedKDE(nn.Module):
@@ -69,9 +69,7 @@ class LaggedKDE(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if divergence not in ("js", "kl"):
             raise ValueError(f'divergence must be "js" or "kl", got {divergence!r}')
-        target = StandardNormal(latent_dim) if target is None else target
-        if target_dim(target) != latent_dim:
-            raise ValueError(f"target must have latent_dim = {latent_dim} dimensions, got {target_dim(target)}")
+        target = checked_target(target, latent_dim)
         if smoothed and not isinstance(target, (IsotropicNormal, GaussianMixture)):
             raise ValueError(
                 "smoothed=True needs a target that can be convolved with the kernel (StandardNormal or "
@@ -275,26 +273,10 @@ class LaggedKDE(nn.Module):
             return terms
         return terms.mean() if reduction == "mean" else terms.sum()
 
-    @torch.no_grad()
     def jsd(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        """The Jensen-Shannon divergence in nats (GENs eq. 2) between the kernel density of the codes z and what this
-        one is compared with, the target or the smoothed target: a measure of how well z follows the target.
-
-        It does not look at the lagged codes. Samples of the kernel density are the codes with the kernel's noise, so
-        the value lies between 0 and log 2 but for the noise of n samples. For codes that do follow the target it is
-        small, not 0, as n is finite: compare it with the value for n samples of the target.
-
-        Args:
-            z: codes [n, l].
-            generator: draws the samples; on the device of z.
-
-        Returns:
-            The estimate, 0-dim.
-        """
-        z = z.to(self.codes.dtype)
-        noise = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
-        target_samples = sample_target(self.law, len(z), generator).to(z)
-        return jsd(z + self.bandwidth * noise, z, self.bandwidth, target_samples, target=self.law)
+        """`codes_jsd` of codes z [n, l] by this kernel, from what the loss compares p_e with, the target or the
+        smoothed target; in nats, 0-dim. It does not look at the lagged codes. The generator is on the device of z."""
+        return codes_jsd(z.to(self.codes.dtype), self.bandwidth, self.law, generator)
 
     def _query(self, z: Tensor) -> Tensor:
         self._check_refreshed("log_prob or loss")

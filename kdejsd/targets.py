@@ -160,6 +160,19 @@ def target_dim(target: Target) -> int:
     )
 
 
+def checked_target(target: Target | None, latent_dim: int) -> Target:
+    """The target, None being the standard normal.
+
+    Raises:
+        ValueError: a target that has not latent_dim dimensions, and as in `target_dim`.
+        TypeError: as in `target_dim`.
+    """
+    target = StandardNormal(latent_dim) if target is None else target
+    if target_dim(target) != latent_dim:
+        raise ValueError(f"target must have latent_dim = {latent_dim} dimensions, got {target_dim(target)}")
+    return target
+
+
 def sample_target(target: Target, n: int, generator: torch.Generator) -> Tensor:
     """n samples [n, dim] from any target, on the generator's device, by the generator alone.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .data import ImageData
 from .diversity.labels import Map
 from .diversity.report import diversity_report
 from .metrics import Encoded, code_measures, encode_set
-from .models import GEN, ImageGEN
+from .models import Autoencoder, ImageAutoencoder, ImageGEN
 
 with train_extra():
     import lightning.pytorch as pl
@@ -41,7 +42,7 @@ _INTERRUPTED = "interrupted.ckpt"
 
 
 def fit(args: list[str]) -> int:
-    """Trains a GEN as the arguments say, writes its report and prints where it is; the exit code."""
+    """Trains a model as the arguments say, writes its report and prints where it is; the exit code."""
     _quiet()
     cli = FitCLI(_with_config_of_checkpoint(args))
     cli.datamodule.setup()
@@ -54,13 +55,12 @@ def fit(args: list[str]) -> int:
             raise
         print(f"\nstopped at step {cli.trainer.global_step}; to go on: kdejsd fit --ckpt_path {checkpoint}")
         return 130
-    assert cli.model.stopwatch is not None
     run = {
         "epochs": cli.trainer.current_epoch,
         "steps": cli.trainer.global_step,
         "seed": cli.config.seed_everything,
         "wall_time_s": time.perf_counter() - started,
-        "latent_time_share": cli.model.stopwatch.share("latent", "step"),
+        **cli.model.run_measures(),
     }
     print(write_report(cli.folder, cli.model, cli.datamodule, run))
     print(f"report: {cli.folder}")
@@ -88,7 +88,9 @@ def evaluate(args: list[str]) -> int:
         data.pop("_instantiator")
         parser.set_defaults({"data": {"class_path": data.pop("_class_path"), "init_args": data}})
     config = parser.parse_args(args)
-    model = ImageGEN.load_from_checkpoint(config.checkpoint, map_location="cpu")
+    # The first checkpoints do not name their model: there was none but GEN.
+    model_class = ImageAutoencoder if "_class_path" in checkpoint["hyper_parameters"] else ImageGEN
+    model = model_class.load_from_checkpoint(config.checkpoint, map_location="cpu")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     data_module = parser.instantiate_classes(config).data
     if data_module.image_shape != tuple(model.hparams["image_shape"]):
@@ -108,7 +110,7 @@ def evaluate(args: list[str]) -> int:
 
 
 def write_report(
-    folder: Path, model: GEN, data: ImageData, run: Mapping[str, Any], classifier: Map | None = None
+    folder: Path, model: Autoencoder, data: ImageData, run: Mapping[str, Any], classifier: Map | None = None
 ) -> str:
     """Measures the model on the held-out images and on those it was trained on, and draws its pictures.
 
@@ -126,30 +128,20 @@ def write_report(
         The main numbers as a table.
     """
     held_out, training = encode_set(model, data.held_out), encode_set(model, data.training)
-    lagged = model.lagged
     report = {
         "held_out": code_measures(model, held_out, training=False),
         "training": code_measures(model, training, training=True),
-        "model": {
-            "latent_dim": model.latent_dim,
-            "num_lagged": len(lagged.codes),
-            "bandwidth": lagged.bandwidth,
-            "target": str(lagged.target),
-            "smoothed": lagged.smoothed,
-            "divergence": lagged.divergence,
-            "kernel_noise": model.kernel_noise,
-            "weight": model.weight,
-        },
+        "model": model.settings(),
         "run": {**run, "versions": _versions()},
     }
     text = _table(report["held_out"], report["training"])
     if classifier is not None:
         diversity = diversity_report(
-            model.decoder,
+            model.generator,
             classifier,
             model.latent_dim,
             codes=training.codes,
-            target=lagged.target,
+            target=model.target,
             progress=_tell_progress,
         )
         report["diversity"] = diversity.as_dict()
@@ -168,33 +160,40 @@ def _tell_progress(done: int, total: int) -> None:
 def _table(*parts: Mapping[str, Any]) -> str:
     """The main numbers of the held-out and of the training images."""
 
-    def row(name: str, *keys: str) -> str:
-        cells = [" / ".join("none" if part[key] is None else f"{part[key]:.4g}" for key in keys) for part in parts]
+    def row(name: str, *keys: str, of: Sequence[Mapping[str, Any]] = parts) -> str:
+        cells = [" / ".join("none" if part[key] is None else f"{part[key]:.4g}" for key in keys) for part in of]
         return f"{name:44}" + "".join(f"{cell:>20}" for cell in cells)
 
-    return "\n".join(
-        [
-            " " * 44 + f"{'held-out':>20}{'training':>20}",
-            f"{'images':44}" + "".join(f"{part['count']:>20}" for part in parts),
-            row("reconstruction error per pixel", "reconstruction_error"),
-            row("JSD, nats / of the target's own samples", "jsd", "jsd_of_target"),
-            row("entropy of whitened codes / normal samples", "entropy", "entropy_of_normal"),
-            row("1 - r (0.5 where the codes match)", "gradient_weight"),
+    rows = [
+        " " * 44 + f"{'held-out':>20}{'training':>20}",
+        f"{'images':44}" + "".join(f"{part['count']:>20}" for part in parts),
+        row("reconstruction error per pixel", "reconstruction_error"),
+        row("JSD, nats / of the target's own samples", "jsd", "jsd_of_target"),
+        row("entropy of whitened codes / normal samples", "entropy", "entropy_of_normal"),
+    ]
+    if "gradient_weight" in parts[0]:
+        rows.append(row("1 - r (0.5 where the codes match)", "gradient_weight"))
+    if "posterior" in parts[0]:
+        samples = [part["posterior"] for part in parts]
+        rows += [
+            row("samples of the posterior: JSD / of target's", "jsd", "jsd_of_target", of=samples),
+            row("samples of the posterior: entropy / normal", "entropy", "entropy_of_normal", of=samples),
         ]
-    )
+    return "\n".join(rows)
 
 
 class FitCLI(LightningCLI):
     """`kdejsd fit`: every setting of trainer, model and data, a fresh folder per run, a checkpoint on Ctrl-C."""
 
     config: Any
-    model: ImageGEN
+    model: ImageAutoencoder
     datamodule: ImageData
 
     def __init__(self, args: list[str]) -> None:
         super().__init__(
-            ImageGEN,
+            ImageAutoencoder,
             ImageData,
+            subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -202,21 +201,22 @@ class FitCLI(LightningCLI):
             args=args,
             parser_kwargs={
                 "prog": "kdejsd fit",
-                "usage": "kdejsd fit [--config FILE] [--data NAME] [--data.SETTING ...] [--model.SETTING ...] "
-                "[--trainer.SETTING ...] [--out DIR]",
-                "description": "Trains a Generative Encoding Network on images and writes a report; without settings, "
-                "on scikit-learn's digits in about a minute.",
+                "usage": "kdejsd fit [--config FILE] [--data NAME] [--data.SETTING ...] [--model NAME] "
+                "[--model.SETTING ...] [--trainer.SETTING ...] [--out DIR]",
+                "description": "Trains a model on images and writes a report; without settings, a Generative Encoding "
+                "Network on scikit-learn's digits in about a minute.",
             },
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ImageData, "data", subclass_mode=True)
-        parser.add_lightning_class_args(ImageGEN, "model")
+        parser.add_lightning_class_args(ImageAutoencoder, "model", subclass_mode=True)
         parser.add_lightning_class_args(pl.Trainer, "trainer")
-        parser.link_arguments("data.image_shape", "model.image_shape", apply_on="instantiate")
+        parser.link_arguments("data.image_shape", "model.init_args.image_shape", apply_on="instantiate")
         parser.set_defaults(
             {
                 "data": {"class_path": "kdejsd.data.Digits"},
+                "model": {"class_path": "kdejsd.models.images.GEN"},
                 "trainer.devices": 1,
                 "trainer.log_every_n_steps": 10,
                 "trainer.num_sanity_val_steps": 0,
@@ -231,6 +231,15 @@ class FitCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        model = _named(args, "model", ImageAutoencoder) or ImageGEN
+        _named(args, "data", ImageData)
+        if {"-h", "--help"} & set(args):
+            parser.print_help()
+            print(f"\nThe settings of {model.__name__} (--model NAME --help for another model's):\n")
+            settings = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+            settings.add_class_arguments(model, "model", skip={"image_shape"})
+            settings.print_help()
+            parser.exit()
         self.config = parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -305,16 +314,16 @@ class RunProgressBar(TQDMProgressBar):
         return Tqdm(disable=True)
 
 
-def _draw(folder: Path, model: GEN, data: ImageData, held_out: Encoded, classifier: Map | None) -> None:
+def _draw(folder: Path, model: Autoencoder, data: ImageData, held_out: Encoded, classifier: Map | None) -> None:
     images = data.held_out[torch.arange(min(30, len(data.held_out)))][0]
     with torch.no_grad(), evaluating(model):
         reconstructions = model.reconstruct(images.to(model.device)).cpu()
-    codes, labels, target = held_out.codes, held_out.labels, model.lagged.target
+    codes, labels, target = held_out.codes, held_out.labels, model.target
     plots.latent(codes, labels, target).savefig(folder / "latent.png")
     plots.grid(model.sample(100, torch.Generator().manual_seed(0))).savefig(folder / "samples.png")
     plots.reconstructions(images, reconstructions).savefig(folder / "reconstructions.png")
     if classifier is not None and model.latent_dim == 2:
-        classes = plots.latent_classes(model.decoder, classifier, codes=codes, labels=labels, target=target)
+        classes = plots.latent_classes(model.generator, classifier, codes=codes, labels=labels, target=target)
         classes.savefig(folder / "classes.png")
 
 
@@ -335,6 +344,31 @@ def _fresh_folder(out: str | None, stem: Path) -> Path:
             number += 1
         else:
             return folder
+
+
+def _named(args: list[str], option: str, base: type) -> type | None:
+    """The class that the option names in short, None where it is not given or not a short name.
+
+    Raises:
+        ValueError: a short name of no class.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{option}")
+    name = parser.parse_known_args(args)[0].__dict__[option]
+    if name is None or not name.isidentifier():
+        return None
+    known = {cls.__name__: cls for cls in _subclasses(base)}
+    if name not in known:
+        raise ValueError(f"--{option} must be one of {', '.join(known)} or the import path of a class, got {name}")
+    return known[name]
+
+
+def _subclasses(base: type) -> list[type]:
+    found: list[type] = []
+    cls: type
+    for cls in base.__subclasses__():
+        found += [cls, *_subclasses(cls)]
+    return [cls for cls in found if not inspect.isabstract(cls)]
 
 
 def _with_config_of_checkpoint(args: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from test_data import write_mnist
 from kdejsd import diversity_report
 from kdejsd.cli import main
 from kdejsd.data import Digits
-from kdejsd.models import ImageGEN
+from kdejsd.models import ImageAutoencoder, ImageGEN
 
 SMALL = [
     "--data.train_size=300",
@@ -284,6 +284,63 @@ def test_yaml_network_mixture_and_mnist(run, tmp_path):
     assert metrics(out / "evaluation-1")["held_out"] == report["held_out"]
 
 
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("AE", []),
+        ("AAE", ["--model.weight=0.1", "--model.discriminator_hidden=[16,16,16]"]),
+        ("VAE", []),
+        ("VAE", ["--model.prior=flow", "--model.flow_layers=2"]),
+        ("WAE", ["--model.target=GaussianMixture", "--model.target.means=[[-2,0],[2,0]]", "--model.target.scales=0.5"]),
+        ("GEN", ["--model.num_lagged=200", "--model.bandwidth=0.4"]),
+    ],
+)
+def test_every_model_is_trained_resumed_and_evaluated_by_its_short_name(run, tmp_path, model, settings):
+    args = ["--data.train_size=300", f"--model={model}", "--model.latent_dim=2", "--model.network=FC"]
+    args += ["--model.network.hidden=[32]", "--trainer.accelerator=cpu", *settings]
+    done = run("fit", *args, "--trainer.max_epochs=1", "--out=half", cwd=tmp_path)
+    report = metrics(tmp_path / "half")
+    assert report["model"]["name"] == model and report["run"]["steps"] == 3 and "3/3" in done.out
+    assert ("gradient_weight" in report["held_out"]) == ("latent_time_share" in report["run"]) == (model == "GEN")
+    assert ("1 - r" in done.out) == (model == "GEN") and ("posterior" in done.out) == (model == "VAE")
+    assert {path.name for path in (tmp_path / "half").glob("*.*")} == REPORT
+    run("evaluate", "half/checkpoints/last.ckpt", cwd=tmp_path)
+    again = metrics(tmp_path / "half/evaluation-1")
+    assert again["held_out"] == report["held_out"] and again["model"] == report["model"]
+
+    ends = ["--trainer.max_epochs=2"]
+    run("fit", "--ckpt_path=half/checkpoints/last.ckpt", *ends, "--out=resumed", cwd=tmp_path)
+    run("fit", *args, *ends, "--out=whole", cwd=tmp_path)
+    resumed, whole = last(tmp_path / "resumed"), last(tmp_path / "whole")
+    assert resumed["global_step"] == whole["global_step"] == 6
+    for name, value in whole["state_dict"].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, resumed["state_dict"][name]), name
+
+
+def test_a_checkpoint_that_does_not_name_its_model_is_a_gens(run, trained, tmp_path):
+    folder, _ = trained
+    checkpoint = last(folder / "runs/digits-1")
+    assert checkpoint["hyper_parameters"].pop("_class_path") == "kdejsd.models.images.GEN"
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    run("evaluate", "old.ckpt", "--out=out", cwd=tmp_path)
+    assert metrics(tmp_path / "out")["held_out"] == metrics(folder / "runs/digits-1")["held_out"]
+
+
+def test_the_diversity_of_a_vae_is_that_of_what_its_flow_and_decoder_make(run, classifier, tmp_path):
+    args = ["--model=VAE", "--model.prior=flow", "--model.latent_dim=2", "--trainer.max_epochs=2", "--out=run"]
+    run("fit", *args, "--model.learning_rate=3e-3", "--trainer.accelerator=cpu", cwd=tmp_path)
+    checkpoint = tmp_path / "run/checkpoints/last.ckpt"
+    run("evaluate", checkpoint, f"--classifier={classifier[0]}", "--out=out", cwd=tmp_path)
+    model = ImageAutoencoder.load_from_checkpoint(checkpoint).eval()
+    z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        labels = classifier[1](model.decode(z)).argmax(1)
+    shares = labels.bincount(minlength=10) / len(labels)
+    assert metrics(tmp_path / "out")["diversity"]["probabilities"] == pytest.approx(shares.tolist(), abs=0.02)
+    assert shares.max() < 0.99
+
+
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run, tmp_path):
     args = [*SMALL, "--trainer.max_epochs=100000", "--out=run"]
     process = subprocess.Popen(
@@ -314,6 +371,13 @@ def test_errors_of_a_user_are_one_line(run, tmp_path):
     assert done.err.startswith("kdejsd fit: error: MNIST needs the file train-images-idx3-ubyte.gz")
     done = run("fit", *SMALL[:1], "--model.num_lagged=301", "--model.bandwidth=1", cwd=tmp_path, status=1)
     assert "kdejsd fit: error: num_lagged must be at most 300, the size of the training set, got 301" in done.err
+    done = run("fit", "--model=GAN", cwd=tmp_path, status=1)
+    assert "kdejsd fit: error: --model must be one of AAE, AE, GEN, VAE, WAE or the import path" in done.err
+    assert done.err.endswith("got GAN\n")
+    done = run("fit", "--data=CIFAR", cwd=tmp_path, status=1)
+    assert "kdejsd fit: error: --data must be one of Digits, MNIST, FashionMNIST" in done.err
+    done = run("fit", "--model=AE", "--model.num_lagged=5", cwd=tmp_path, status=2)
+    assert "Option 'num_lagged' is not accepted" in done.err
 
 
 def test_bandwidth(run, tmp_path):
@@ -335,6 +399,9 @@ def test_help_names_the_settings(run, tmp_path):
     assert "--classifier" in run("evaluate", "--help", cwd=tmp_path).out
     for flag in ("--ckpt_path", "--out", "--data", "--model.latent_dim", "--model.num_lagged", "--model.network"):
         assert flag in text
+    assert "--model.discriminator_hidden" not in text and all(name in text for name in ("AAE", "AE", "VAE", "WAE"))
+    text = run("fit", "--model", "AAE", "--help", cwd=tmp_path).out
+    assert "--model.discriminator_hidden" in text and "--model.num_lagged" not in text
     assert "--data.train_size" in run("fit", "--data.help", "Digits", cwd=tmp_path).out
 
 

@@ -1,6 +1,31 @@
-"""Autoencoders with a shaped latent space, as LightningModules; encoder and decoder are arguments."""
+"""Autoencoders with a shaped latent space, as LightningModules; encoder and decoder are arguments.
 
-from .gen import GEN, ImageGEN
+`kdejsd.models.images` has each of them in a form that builds its networks for images of a given shape.
+"""
+
+from .aae import AAE
+from .ae import AE
+from .autoencoder import Autoencoder
+from .flows import RealNVP
+from .gen import GEN
+from .images import GEN as ImageGEN
+from .images import ImageAutoencoder, for_images
 from .networks import FC, AutoencoderNetworks, Conv
+from .vae import VAE
+from .wae import WAE
 
-__all__ = ["FC", "GEN", "AutoencoderNetworks", "Conv", "ImageGEN"]
+__all__ = [
+    "AAE",
+    "AE",
+    "FC",
+    "GEN",
+    "VAE",
+    "WAE",
+    "Autoencoder",
+    "AutoencoderNetworks",
+    "Conv",
+    "ImageAutoencoder",
+    "ImageGEN",
+    "RealNVP",
+    "for_images",
+]

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from .._extras import train_extra
 from .._modes import evaluating
 from ..lagged import LaggedKDE
-from ..targets import GaussianMixture, IsotropicNormal, Target, sample_target
-from .networks import FC, AutoencoderNetworks
+from ..targets import Target
+from .autoencoder import CHUNK, Autoencoder, Batch, CodeNorm, check_weight, checked, reconstruction_error
 from .stopwatch import Stopwatch
 
-with train_extra():
-    import lightning.pytorch as pl
 
-_CHUNK = 1000  # images encoded at a time where no gradient is wanted
-JSD_SAMPLES = 10_000  # a measured divergence is of at most this many codes: its cost grows with their square
-
-Batch = tuple[Tensor, Tensor, Tensor]
-
-
-class GEN(pl.LightningModule):
+class GEN(Autoencoder):
     """Algorithm 1 of GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283).
 
     The loss is the mean squared error per pixel + weight * `LaggedKDE.loss` (eq. 3). The m lagged examples are drawn
@@ -89,79 +77,24 @@ class GEN(pl.LightningModule):
         learning_rate: float = 2e-4,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
-        super().__init__()
         if refresh not in ("full", "rolling", "queue"):
             raise ValueError(f'refresh must be "full", "rolling" or "queue", got {refresh!r}')
         if refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
-        if weight < 0:
-            raise ValueError(f"weight must not be negative, got {weight}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Attribute 'target' is an instance of `nn.Module`")
-            self.save_hyperparameters(ignore=["encoder", "decoder"])
-        for name in ("target", "network"):
-            # A checkpoint holds plain values: the description that the command line gives, not an object.
-            if not isinstance(self.hparams.get(name), dict):
-                self.hparams.pop(name, None)
-        self.encoder = encoder
-        self.decoder = decoder
+        check_weight("weight", weight)
+        super().__init__(encoder, decoder, latent_dim, learning_rate, betas)
         self.lagged = LaggedKDE(num_lagged, latent_dim, bandwidth, target, smoothed=smoothed, divergence=divergence)
-        self.norm = CodeNorm(self.lagged.target, latent_dim) if normalize_codes else nn.Identity()
-        self.latent_dim = latent_dim
+        object.__setattr__(self, "target", self.lagged.target)  # whose parameters the state_dict has already
+        if normalize_codes:
+            self.norm = CodeNorm(self.target, latent_dim)
         self.refresh_policy = refresh
         self.refresh_every = refresh_every
         self.weight = weight
         self.kernel_noise = kernel_noise
-        self.learning_rate = learning_rate
-        self.betas = betas
         self.stopwatch: Stopwatch | None = None
         self._lagged_images: Tensor | None = None
-        self._rng_state: Tensor | None = None
-
-    # Use
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes [n, l] of images [n, C, H, W].
-
-        Raises:
-            ValueError: an encoder whose output has another shape.
-        """
-        codes: Tensor = self.norm(self._raw_codes(images))
-        return codes
-
-    forward = encode
-
-    def _raw_codes(self, images: Tensor) -> Tensor:
-        codes: Tensor = self.encoder(images)
-        if codes.shape != (len(images), self.latent_dim):
-            raise ValueError(
-                f"encoder must return [{len(images)}, latent_dim = {self.latent_dim}], got {list(codes.shape)}"
-            )
-        return codes
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images [n, C, H, W] of codes [n, l]."""
-        images: Tensor = self.decoder(codes)
-        return images
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """The images after encoding and decoding."""
-        return self.decode(self.encode(images))
-
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Images [n, C, H, W] decoded from n samples of the target, drawn by the generator (default: from the global
-        seed)."""
-        if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        codes = sample_target(self.lagged.target, n, generator).to(self.device)
-        with evaluating(self):
-            return torch.cat([self.decode(chunk) for chunk in codes.split(_CHUNK)])
 
     # Training
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, betas=self.betas)
 
     def on_train_start(self) -> None:
         loader = self.trainer.train_dataloader
@@ -184,15 +117,14 @@ class GEN(pl.LightningModule):
             self.lagged.indices.copy_(indices)
         self.lagged.reserve(count)
         if not (resumed and self.refresh_policy == "queue"):
-            chosen = DataLoader(Subset(dataset, indices.tolist()), batch_size=_CHUNK, generator=torch.Generator())
-            self._lagged_images = torch.cat([_checked(batch)[0] for batch in chosen]).to(self.device)
+            chosen = DataLoader(Subset(dataset, indices.tolist()), batch_size=CHUNK, generator=torch.Generator())
+            self._lagged_images = torch.cat([checked(batch)[0] for batch in chosen]).to(self.device)
         if not resumed and self.refresh_policy != "full":
             self.refresh()
         if self.refresh_policy == "queue":
             self._lagged_images = None  # the minibatches bring the codes from here on
         self.stopwatch = Stopwatch(self.device)
-        if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state)
+        super().on_train_start()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -200,7 +132,7 @@ class GEN(pl.LightningModule):
         running statistics of the normalisation, which otherwise trail behind an encoder that changes quickly."""
         assert self._lagged_images is not None
         with evaluating(self.encoder, self.norm):
-            codes = torch.cat([self._raw_codes(chunk) for chunk in self._lagged_images.split(_CHUNK)])
+            codes = torch.cat([self._encoded(chunk, self.latent_dim) for chunk in self._lagged_images.split(CHUNK)])
             if isinstance(self.norm, CodeNorm):
                 self.norm.calibrate(codes)
             self.lagged.refresh(self.norm(codes), self.lagged.indices.clone())
@@ -212,7 +144,7 @@ class GEN(pl.LightningModule):
         m = len(self._lagged_images)
         start, end = m * part // self.refresh_every, m * (part + 1) // self.refresh_every
         with evaluating(self.encoder, self.norm):
-            for chunk in self._lagged_images[start:end].split(_CHUNK):
+            for chunk in self._lagged_images[start:end].split(CHUNK):
                 self.lagged.update(self.encode(chunk), start)
                 start += len(chunk)
 
@@ -222,7 +154,7 @@ class GEN(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.stopwatch is not None
-        images, _, index = _checked(batch)
+        images, _, index = checked(batch)
         self.stopwatch.start("latent")
         if self.refresh_policy == "full" and batch_idx % self.refresh_every == 0:
             self.refresh()
@@ -272,104 +204,36 @@ class GEN(pl.LightningModule):
 
     # Evaluation
 
+    def jsd(self, codes: Tensor, generator: torch.Generator) -> Tensor:
+        """`LaggedKDE.jsd`: by the kernel of the lagged codes, from what the loss compares them with."""
+        return self.lagged.jsd(codes, generator)
+
+    def latent_measures(self, codes: Tensor, index: Tensor | None) -> dict[str, float]:
+        """The training loss's latent term in nats, and the weight 1 - r of its gradient."""
+        terms = self.latent_terms(codes, index)
+        return {"latent_term": float(terms.mean()), "gradient_weight": float(self.gradient_weight(terms))}
+
+    @property
+    def expected_variance(self) -> Tensor:
+        """The target's with the smoothed target, less by h^2 with the target itself."""
+        variance = super().expected_variance
+        return variance if self.lagged.smoothed else variance - self.lagged.bandwidth**2
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "num_lagged": len(self.lagged.codes),
+            "bandwidth": self.lagged.bandwidth,
+            "smoothed": self.lagged.smoothed,
+            "divergence": self.lagged.divergence,
+            "kernel_noise": self.kernel_noise,
+            "weight": self.weight,
+        }
+
+    def run_measures(self) -> dict[str, float]:
+        assert self.stopwatch is not None
+        return {"latent_time_share": self.stopwatch.share("latent", "step")}
+
     def on_validation_epoch_start(self) -> None:
-        self._codes: list[Tensor] = []
+        super().on_validation_epoch_start()
         if self._lagged_images is not None:
             self.refresh()  # measured and saved with the lagged codes and the statistics of this very encoder
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images = _checked(batch)[0]
-        codes = self.encode(images)
-        error = reconstruction_error(self.decode(codes), images)
-        self.log("val_rec", error, prog_bar=True, batch_size=len(images))
-        self._codes.append(codes)
-
-    def on_validation_epoch_end(self) -> None:
-        codes = torch.cat(self._codes)[:JSD_SAMPLES]
-        generator = torch.Generator(self.device).manual_seed(0)  # the same samples every time
-        self.log("val_jsd", self.lagged.jsd(codes, generator), prog_bar=True)
-        self._codes.clear()
-
-    # Checkpoints: lagged codes, their examples and the bandwidth are in the state_dict of `lagged`
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng_state"] = torch.get_rng_state()  # for networks with dropout
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng_state = checkpoint["rng_state"]
-
-
-class ImageGEN(GEN):
-    """A GEN whose networks are built for images of a given shape; what the command `kdejsd fit` trains.
-
-    Args:
-        image_shape: (C, H, W).
-        latent_dim: l, the dimension of the codes.
-        network: builds encoder and decoder from (image_shape, latent_dim): `FC`, `Conv` or another class.
-        kwargs: as in `GEN`.
-    """
-
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        latent_dim: int = 2,
-        network: Callable[[Sequence[int], int], AutoencoderNetworks] = FC,
-        **kwargs: Any,
-    ) -> None:
-        networks = network(image_shape, latent_dim)
-        super().__init__(networks.encoder, networks.decoder, latent_dim, **kwargs)
-
-
-class CodeNorm(nn.BatchNorm1d):
-    """Batch normalisation of codes [n, l] to the target's mean and variance, with nothing to learn."""
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, target: Target, latent_dim: int) -> None:
-        super().__init__(latent_dim, affine=False)
-        mean, variance = target_moments(target)
-        self.register_buffer("shift", mean.float(), persistent=False)
-        self.register_buffer("scale", variance.sqrt().float(), persistent=False)
-
-    def calibrate(self, codes: Tensor) -> None:
-        """Makes the mean and variance of these codes [n, l] the running statistics."""
-        assert self.running_mean is not None and self.running_var is not None
-        self.running_mean.copy_(codes.mean(0))
-        self.running_var.copy_(codes.var(0))
-
-    def forward(self, codes: Tensor) -> Tensor:
-        return self.shift + self.scale * super().forward(codes)
-
-
-def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error per pixel, 0-dim.
-
-    Raises:
-        ValueError: a decoder whose output has another shape than the images.
-    """
-    if reconstruction.shape != images.shape:
-        raise ValueError(
-            f"decoder must return the shape of the images, {list(images.shape)}, got {list(reconstruction.shape)}"
-        )
-    return mse_loss(reconstruction, images)
-
-
-def target_moments(target: Target) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every dimension of the target, each [l]."""
-    if isinstance(target, IsotropicNormal):
-        return torch.zeros(target.dim), torch.full((target.dim,), target.variance)
-    if isinstance(target, GaussianMixture):
-        weights, means = target.log_weights.exp()[:, None], target.means
-        mean = (weights * means).sum(0)
-        second = (weights * (means.square() + target.scales.square()[:, None])).sum(0)
-        return mean, second - mean.square()
-    return target.mean, target.variance
-
-
-def _checked(batch: Any) -> Batch:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 3:
-        got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
-        raise TypeError(f"a batch must be (images, labels, indices in the training set), got {got}")
-    images, labels, index = batch
-    return images, labels, index

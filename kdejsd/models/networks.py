@@ -39,8 +39,8 @@ class FC(AutoencoderNetworks):
         if not hidden or min(hidden) < 1 or latent_dim < 1:
             raise ValueError(f"hidden and latent_dim must be at least 1, got {list(hidden)} and {latent_dim}")
         widths = [math.prod(shape), *hidden, latent_dim]
-        self.encoder = nn.Sequential(nn.Flatten(), *_linear_stack(widths))
-        self.decoder = nn.Sequential(*_linear_stack(widths[::-1]), nn.Sigmoid(), nn.Unflatten(1, shape))
+        self.encoder = nn.Sequential(nn.Flatten(), *linear_stack(widths))
+        self.decoder = nn.Sequential(*linear_stack(widths[::-1]), nn.Sigmoid(), nn.Unflatten(1, shape))
 
 
 class Conv(AutoencoderNetworks):
@@ -81,7 +81,7 @@ class Conv(AutoencoderNetworks):
         )
 
 
-def _linear_stack(widths: Sequence[int]) -> list[nn.Module]:
+def linear_stack(widths: Sequence[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]

@@ -1,0 +1,100 @@
+"""Adversarial autoencoder: the encoder learns to fool a discriminator that tells codes from samples of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from .._extras import train_extra
+from ..targets import Target
+from .autoencoder import Autoencoder, Batch, check_weight, checked, reconstruction_error
+from .networks import linear_stack
+
+with train_extra():
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+
+class AAE(Autoencoder):
+    """The adversarial autoencoder (Makhzani, Shlens, Jaitly, Goodfellow, Frey, arXiv 1511.05644).
+
+    Every minibatch trains in turn, with D the discriminator's probability that a code is a sample of the target:
+
+        the discriminator:        -mean log D(samples of the target) - mean log(1 - D(codes))
+        encoder and decoder:      mean squared error per pixel + weight * -mean log D(codes)
+
+    (the encoder's adversarial loss is the one that does not saturate).
+
+    Logged per step: `rec` (error per pixel), `latent` (-log D(codes), nats: log 2 = 0.69 where the discriminator cannot
+    tell) and `discriminator` (its loss, nats: 2 log 2 = 1.39 there). Per epoch what `Autoencoder` logs.
+
+    Args:
+        encoder, decoder, latent_dim: as in `Autoencoder`.
+        weight: of the encoder's adversarial loss beside the error per pixel.
+        target: law of the codes; None is the standard normal.
+        discriminator_hidden: widths of the discriminator's hidden layers.
+        normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
+        learning_rate, betas: of the two Adams, one for encoder and decoder, one for the discriminator.
+
+    Raises:
+        ValueError: a negative weight, a target of another dimension, or a width below 1.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_dim: int,
+        weight: float = 0.02,
+        target: Target | None = None,
+        discriminator_hidden: Sequence[int] = (256, 256, 256),
+        normalize_codes: bool = False,
+        learning_rate: float = 2e-4,
+        betas: tuple[float, float] = (0.5, 0.999),
+    ) -> None:
+        check_weight("weight", weight)
+        if not discriminator_hidden or min(discriminator_hidden) < 1:
+            raise ValueError(f"discriminator_hidden must be widths of at least 1, got {list(discriminator_hidden)}")
+        super().__init__(encoder, decoder, latent_dim, learning_rate, betas)
+        self._aim_at(target, normalize_codes)
+        self.discriminator = nn.Sequential(*linear_stack([latent_dim, *discriminator_hidden, 1]), nn.Flatten(0))
+        self.weight = weight
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        parts = (chain(self.encoder.parameters(), self.decoder.parameters()), self.discriminator.parameters())
+        return [torch.optim.Adam(part, lr=self.learning_rate, betas=self.betas) for part in parts]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        images = checked(batch)[0]
+        autoencoder, discriminator = cast("list[LightningOptimizer]", self.optimizers())
+        codes = self.encode(images)
+
+        told = self.discriminator_loss(codes.detach(), self.target_samples(len(codes)))
+        discriminator.zero_grad()
+        self.manual_backward(told)
+        # Not discriminator.step(), which the trainer would count as a training step of its own.
+        self.trainer.strategy.optimizer_step(discriminator.optimizer, lambda: None)
+
+        error = reconstruction_error(self.decode(codes), images)
+        with autoencoder.toggle_model():  # the discriminator's weights get no gradient
+            latent = self.adversarial_loss(codes)
+            autoencoder.zero_grad()
+            self.manual_backward(error + self.weight * latent)
+            autoencoder.step()
+        self.log_dict({"rec": error, "latent": latent, "discriminator": told}, prog_bar=True)
+
+    def discriminator_loss(self, codes: Tensor, samples: Tensor) -> Tensor:
+        """-mean log D(samples) - mean log(1 - D(codes)) in nats, 0-dim; samples [n, l] are the target's."""
+        return softplus(-self.discriminator(samples)).mean() + softplus(self.discriminator(codes)).mean()
+
+    def adversarial_loss(self, codes: Tensor) -> Tensor:
+        """-mean log D(codes) in nats, 0-dim."""
+        return softplus(-self.discriminator(codes)).mean()
+
+    def settings(self) -> dict[str, object]:
+        return super().settings() | {"weight": self.weight}

@@ -1,0 +1,42 @@
+"""The plain autoencoder: what the other models are without their latent term."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..targets import Target
+from .autoencoder import Autoencoder, Batch, checked, reconstruction_error
+
+
+class AE(Autoencoder):
+    """The plain autoencoder: its loss is the error per pixel, and nothing makes its codes follow the target.
+
+    Logged: `rec`, and per epoch what `Autoencoder` logs.
+
+    Args:
+        encoder, decoder, latent_dim, learning_rate, betas: as in `Autoencoder`.
+        target: what the codes are measured against and `sample` decodes samples of; None is the standard normal.
+        normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
+
+    Raises:
+        ValueError: a target of another dimension.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_dim: int,
+        target: Target | None = None,
+        normalize_codes: bool = False,
+        learning_rate: float = 2e-4,
+        betas: tuple[float, float] = (0.5, 0.999),
+    ) -> None:
+        super().__init__(encoder, decoder, latent_dim, learning_rate, betas)
+        self._aim_at(target, normalize_codes)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images = checked(batch)[0]
+        error = reconstruction_error(self.reconstruct(images), images)
+        self.log("rec", error, prog_bar=True)
+        return error

@@ -1,0 +1,364 @@
+"""The baselines: their losses against closed forms, training, repeatability, checkpoints."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import generator, points, worst
+from test_gen import DropoutFC, StopAt, assert_same_state, train
+from torch import nn
+from torch.distributions import Independent, Normal, kl_divergence
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from kdejsd import GaussianMixture, LaggedKDE, StandardNormal
+from kdejsd.data import Digits
+from kdejsd.divergence import target_jsd
+from kdejsd.metrics import code_measures, encode_set
+from kdejsd.models import FC, Autoencoder, ImageAutoencoder, for_images, images
+from kdejsd.models.aae import AAE
+from kdejsd.models.ae import AE
+from kdejsd.models.vae import VAE, kl_to_normal, normal_entropy
+from kdejsd.models.wae import SCALES, WAE, imq_mmd
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*LeafSpec",
+    "ignore:.*GPU available but not used",
+    "ignore:.*trainer. reference is not registered",  # a training step without a trainer logs nothing
+)
+
+FLOW = {"prior": "flow", "flow_layers": 4, "flow_hidden": 16}
+MODELS = [
+    pytest.param(images.AE, {}, id="AE"),
+    pytest.param(images.AAE, {}, id="AAE"),
+    pytest.param(images.VAE, {}, id="VAE"),
+    pytest.param(images.VAE, FLOW, id="VAE-flow"),
+    pytest.param(images.WAE, {}, id="WAE"),
+]
+MIXTURE = GaussianMixture([[-3.0, 1.0], [5.0, 1.0]], 0.5, [0.75, 0.25])
+
+
+def make(model: type[ImageAutoencoder], seed: int = 0, **options) -> Autoencoder:
+    pl.seed_everything(seed, verbose=False)
+    return model(Digits.image_shape, **{"latent_dim": 2, "learning_rate": 1e-3} | options)
+
+
+def digits(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return Digits().training[torch.arange(count)]
+
+
+# VAE
+
+
+def posterior(n: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return points(n, dim, seed=1), points(n, dim, seed=2)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_kl_and_entropy_against_torch_distributions(dim):
+    mean, log_variance = posterior(9, dim)
+    law = Independent(Normal(mean, (log_variance / 2).exp()), 1)
+    expected = kl_divergence(law, Independent(Normal(torch.zeros_like(mean), torch.ones_like(mean)), 1))
+    assert worst(kl_to_normal(mean, log_variance), expected) < 1e-14
+    assert worst(normal_entropy(log_variance), law.entropy()) < 1e-14
+
+
+@pytest.mark.parametrize("options", [{}, FLOW], ids=["normal", "flow"])
+def test_the_loss_of_a_vae_is_the_negative_evidence_lower_bound(options):
+    model = make(images.VAE, observation_variance=0.07, **options)
+    if model.flow is not None:
+        with torch.no_grad():
+            for parameter in model.flow.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    batch = digits(50)
+    torch.manual_seed(3)
+    loss = model.training_step(batch, 0)
+    torch.manual_seed(3)
+    mean, log_variance = (part.double() for part in model.posterior(batch[0]))
+    z = mean + (log_variance / 2).exp() * torch.randn(50, 2).double()
+    q = Independent(Normal(mean, (log_variance / 2).exp()), 1)
+    if model.flow is None:
+        kl = kl_divergence(q, Independent(Normal(torch.zeros(2).double(), torch.ones(2).double()), 1))
+    else:
+        kl = -q.entropy() - model.flow.double().log_prob(z)
+    images_law = Independent(Normal(model.double().decoder(z), math.sqrt(0.07)), 3)
+    bound = (images_law.log_prob(batch[0].double()) - kl).mean()
+    constant = 32 * math.log(2 * math.pi * 0.07)  # of 64 pixels
+    assert float(loss) == pytest.approx(float(2 * 0.07 / 64 * (-bound - constant)), rel=1e-5)
+
+
+def test_the_kl_of_a_flow_that_is_the_identity_is_that_of_the_normal_in_the_mean():
+    model = make(images.VAE, **FLOW)
+    mean, log_variance = posterior(5, 2)
+    z = mean + (log_variance / 2).exp() * points(20_000, 5, 2, seed=3)
+    terms = -(normal_entropy(log_variance) + model.flow.double().log_prob(z.flatten(0, 1)).reshape(-1, 5))
+    error = terms.std(0) / math.sqrt(len(terms))
+    assert ((terms.mean(0) - kl_to_normal(mean, log_variance)).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("options", [{}, FLOW], ids=["normal", "flow"])
+def test_codes_of_a_vae(options):
+    model = make(images.VAE, **options)
+    train(model, 3)
+    model.eval()
+    batch = digits(200)[0]
+    mean, log_variance = model.posterior(batch)
+    torch.testing.assert_close(model.reconstruct(batch), model.decoder(mean), rtol=1e-4, atol=1e-5)
+    repeated = model.posterior_samples(batch[:1].expand(4000, -1, -1, -1), generator(1))
+    assert torch.equal(repeated, model.posterior_samples(batch[:1].expand(4000, -1, -1, -1), generator(1)))
+    z = repeated if model.flow is None else model.flow.inverse(repeated)
+    assert ((z.mean(0) - mean[0]).abs() < 5 * z.std(0) / 4000**0.5).all()
+    torch.testing.assert_close(z.var(0).log(), log_variance[0], rtol=0, atol=0.15)
+    if model.flow is not None:
+        assert not torch.allclose(model.encode(batch), mean, atol=0.01)
+
+
+# WAE
+
+
+def test_mmd_against_a_double_loop():
+    codes, samples = points(7, 3, seed=1), 0.5 + 2 * points(5, 3, seed=2)
+
+    def kernel(x, y):
+        return sum(6 * scale / (6 * scale + float((x - y).square().sum())) for scale in SCALES)
+
+    def mean(pairs):
+        pairs = list(pairs)
+        return sum(kernel(x, y) for x, y in pairs) / len(pairs)
+
+    expected = (
+        mean((x, y) for i, x in enumerate(codes) for j, y in enumerate(codes) if i != j)
+        + mean((x, y) for i, x in enumerate(samples) for j, y in enumerate(samples) if i != j)
+        - 2 * mean((x, y) for x in codes for y in samples)
+    )
+    assert float(imq_mmd(codes, samples, 6.0)) == pytest.approx(expected, rel=1e-12)
+    assert float(imq_mmd(codes.float(), samples.float(), 6.0)) == pytest.approx(expected, rel=1e-5)
+    codes.requires_grad_()
+    assert torch.autograd.gradcheck(lambda codes: imq_mmd(codes, samples, 6.0), (codes,))
+
+
+def test_mmd_is_zero_in_the_mean_for_equal_laws_and_positive_for_others():
+    rng = generator(0)
+    same, other = (
+        torch.stack(
+            [imq_mmd(torch.randn(20, 2, generator=rng) * s, torch.randn(30, 2, generator=rng), 4.0) for _ in range(400)]
+        )
+        for s in (1.0, 1.5)
+    )
+    assert abs(float(same.mean())) < 4 * float(same.std()) / 20 and (same < 0).any()
+    assert float(other.mean()) > 10 * float(other.std()) / 20
+
+
+def test_the_kernels_of_a_wae_have_the_width_of_its_target():
+    first, second = MIXTURE.sample(100_000, generator(1)), MIXTURE.sample(100_000, generator(2))
+    expected = float((first - second).square().sum(1).mean())
+    assert make(images.WAE, target=MIXTURE).mean_square == pytest.approx(expected, rel=0.01)
+    assert make(images.WAE).mean_square == 4
+
+
+# AAE
+
+
+def test_the_losses_of_an_aae_are_cross_entropies():
+    model = make(images.AAE)
+    codes, samples = points(30, 2, dtype=torch.float32), 2 * points(40, 2, dtype=torch.float32, seed=1)
+    told = binary_cross_entropy_with_logits(model.discriminator(samples), torch.ones(40))
+    fooled = binary_cross_entropy_with_logits(model.discriminator(codes), torch.zeros(30))
+    torch.testing.assert_close(model.discriminator_loss(codes, samples), told + fooled)
+    expected = binary_cross_entropy_with_logits(model.discriminator(codes), torch.ones(30))
+    torch.testing.assert_close(model.adversarial_loss(codes), expected)
+
+
+def test_each_step_of_an_aae_touches_its_own_networks_alone():
+    model = make(images.AAE)
+    touched, changed, backward = [], [], model.manual_backward
+
+    def weights():
+        return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+    def recorded(loss):
+        changed.append(weights())
+        for parameter in model.parameters():
+            parameter.grad = None
+        backward(loss)
+        touched.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
+
+    model.manual_backward = recorded
+    train(model, 2)
+    discriminator = {name for name, _ in model.named_parameters() if name.startswith("discriminator")}
+    others = {name for name, _ in model.named_parameters()} - discriminator
+    assert len(discriminator) == 8 and len(touched) == 12  # three hidden layers; two steps in each of six minibatches
+    assert all(names == (others if i % 2 else discriminator) for i, names in enumerate(touched))
+    changed.append(weights())
+    for i, names in enumerate(touched):
+        assert {name for name in changed[i] if not torch.equal(changed[i][name], changed[i + 1][name])} == names
+
+
+# All of them
+
+
+def test_a_minibatch_is_one_step_of_every_model():
+    for model in (images.AAE, images.AE):
+        run = train(make(model), 2)
+        assert run.global_step == 6 == run.estimated_stepping_batches
+
+
+@pytest.mark.parametrize(("model", "options"), MODELS)
+def test_training_lowers_the_error_and_the_divergence(model, options):
+    data = Digits()
+    trained = make(model, **options)
+    before = encode_set(trained, data.held_out)
+    run = train(trained, 15, data=data)
+    after = encode_set(trained, data.held_out)
+    assert after.reconstruction_error < 0.55 * before.reconstruction_error
+    assert float(run.callback_metrics["val_rec"]) == pytest.approx(after.reconstruction_error, rel=1e-3)
+    assert all(math.isfinite(value) for value in run.callback_metrics.values())
+    assert {"rec", "val_rec", "val_jsd"} <= set(run.callback_metrics)
+    assert ("latent" in run.callback_metrics) == (model is not images.AE)
+    assert ("discriminator" in run.callback_metrics) == (model is images.AAE)
+
+    first, last = (code_measures(trained, encoded, training=False) for encoded in (before, after))
+    assert "gradient_weight" not in last and last["reconstruction_error"] == after.reconstruction_error
+    assert ("posterior" in last) == (model is images.VAE)
+    if model is images.VAE:
+        first, last = first["posterior"], last["posterior"]
+    assert float(run.callback_metrics["val_jsd"]) == pytest.approx(last["jsd"], abs=0.05)
+    if model is not images.AE:
+        assert last["jsd"] < 0.12
+        assert model is images.VAE or last["jsd"] < 0.5 * first["jsd"]  # a VAE's samples begin at its prior
+        assert max(abs(variance - 1) for variance in last["variance"]) < 0.5
+
+
+def test_the_divergence_depends_on_codes_and_target_alone():
+    codes = points(300, 2, dtype=torch.float32) + 0.5
+    for target in (StandardNormal(2), MIXTURE):
+        expected = LaggedKDE(300, 2, None, target).jsd(codes, generator(1))
+        assert torch.equal(target_jsd(codes, target, generator(1)), expected)
+        assert torch.equal(make(images.AE, target=target).jsd(codes, generator(1)), expected)
+    law = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)  # which cannot be smoothed
+    close = target_jsd(law.sample((300,)), law, generator(1))
+    assert 0 < float(close) < 0.1 < float(target_jsd(codes + 1, law, generator(1)))
+
+
+def test_a_trained_gen_reports_the_matched_divergence_too():
+    model = make(images.GEN, num_lagged=200, bandwidth=0.9)
+    train(model, 1)
+    encoded = encode_set(model, Digits().held_out)
+    measures = code_measures(model, encoded, training=False)
+    assert encoded.posterior is None and "gradient_weight" in measures
+    rng = generator(5)
+    expected = [float(target_jsd(encoded.codes, model.target, rng)) for _ in range(20)]
+    assert min(expected) - 0.02 < measures["matched_jsd"] < max(expected) + 0.02
+    assert measures["jsd"] < min(expected)  # at a bandwidth of 0.9 everything looks alike
+
+
+@pytest.mark.parametrize(("model", "options"), MODELS)
+def test_same_seed_same_weights_and_another_seed_others(model, options):
+    first, second, third = (make(model, seed, **options) for seed in (0, 0, 1))
+    pl.seed_everything(7, verbose=False)
+    train(first, 1)
+    pl.seed_everything(7, verbose=False)
+    train(second, 1)
+    assert_same_state(first, second)
+    assert not torch.equal(first.decoder[0].weight, third.decoder[0].weight)
+
+
+@pytest.mark.parametrize("step", [4, 10])  # within an epoch of five batches, and at the end of one
+@pytest.mark.parametrize(("model", "options"), MODELS)
+def test_resumed_equals_uninterrupted(tmp_path, model, options, step):
+    options = options | {"network": DropoutFC}
+    whole, part, resumed = (make(model, **options) for _ in range(3))
+    pl.seed_everything(5, verbose=False)
+    expected = train(whole, 3, data=Digits(train_size=500))
+    pl.seed_everything(5, verbose=False)
+    train(part, 3, StopAt(step, tmp_path / "part.ckpt"), data=Digits(train_size=500))
+    pl.seed_everything(99, verbose=False)
+    got = train(resumed, 3, ckpt_path=tmp_path / "part.ckpt", data=Digits(train_size=500))
+    assert_same_state(resumed, whole)
+    assert got.global_step == expected.global_step == 15
+    assert len(got.optimizers) == (2 if model is images.AAE else 1)
+    for optimizer, other in zip(got.optimizers, expected.optimizers, strict=True):
+        state, other_state = optimizer.state_dict()["state"], other.state_dict()["state"]
+        assert len(state) == len(other_state) > 0
+        for key, moments in state.items():
+            assert all(torch.equal(value, other_state[key][name]) for name, value in moments.items())
+
+
+@pytest.mark.parametrize(("model", "options"), MODELS)
+def test_encode_decode_sample_and_checkpoint(tmp_path, model, options):
+    made = make(model, **options)
+    train(made, 1).save_checkpoint(tmp_path / "a.ckpt")
+    torch.load(tmp_path / "a.ckpt", weights_only=True)
+    restored = model.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert_same_state(restored, made)
+    assert restored.settings() == made.settings() and made.settings()["name"] == model.__name__
+    made.eval()
+    batch = torch.rand(7, 1, 8, 8)
+    codes = made(batch)
+    assert codes.shape == (7, 2)
+    torch.testing.assert_close(made.reconstruct(batch), made.decode(codes))
+    samples = made.train().sample(3, generator(1))
+    assert made.training and samples.shape == (3, 1, 8, 8)
+    with torch.no_grad():
+        expected = made.eval().decode(StandardNormal(2).sample(3, generator(1)))
+    torch.testing.assert_close(samples, expected)
+
+
+@pytest.mark.parametrize("model", [images.AE, images.AAE, images.WAE])
+def test_a_mixture_as_the_target_and_normalised_codes(model):
+    made = make(model, target=MIXTURE, normalize_codes=True)
+    train(made, 1)
+    codes = made.train().encode(digits(100)[0])
+    torch.testing.assert_close(codes.mean(0), torch.tensor([-1.0, 1.0]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(codes.var(0), torch.tensor([12.25, 0.25]), rtol=0.02, atol=0)
+    torch.testing.assert_close(made.expected_variance.float(), torch.tensor([12.25, 0.25]))
+    drawn = made.target_samples(20_000, generator(1))
+    assert float((drawn[:, 0] < 1).float().mean()) == pytest.approx(0.75, abs=0.02)
+    assert make(model).norm(codes) is codes  # without being asked nothing is normalised
+
+
+def test_a_model_of_ones_own_takes_the_form_for_images():
+    class Halved(AE):
+        def encode(self, images):
+            return super().encode(images) / 2
+
+    model = make(for_images(Halved))
+    assert isinstance(model, Halved) and isinstance(model, ImageAutoencoder) and type(model).__name__ == "Halved"
+    assert model.encode(torch.rand(4, 1, 8, 8)).shape == (4, 2)
+
+
+def networks(width: int = 2) -> tuple[nn.Module, nn.Module]:
+    return FC((1, 8, 8), width).encoder, FC((1, 8, 8), 2).decoder
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: AAE(*networks(), 2, weight=-1.0), r"weight must not be negative, got -1\.0"),
+        (lambda: WAE(*networks(), 2, weight=-1.0), r"weight must not be negative, got -1\.0"),
+        (lambda: AAE(*networks(), 2, discriminator_hidden=()), r"discriminator_hidden must be widths .*, got \[\]"),
+        (lambda: AE(*networks(), 2, target=StandardNormal(3)), "target must have latent_dim = 2 dimensions, got 3"),
+        (lambda: VAE(*networks(4), 2, observation_variance=0.0), r"observation_variance must be positive .*, got 0\.0"),
+        (lambda: VAE(*networks(4), 2, prior="mixture"), 'prior must be "normal" or "flow", got \'mixture\''),
+        (lambda: VAE(*networks(2), 2, prior="flow", flow_layers=0), "layers must be at least 1, got 0"),
+        (
+            lambda: VAE(*networks(2), 2).encode(torch.zeros(3, 1, 8, 8)),
+            r"return \[3, 2 x latent_dim = 4\], got \[3, 2\]",
+        ),
+        (
+            lambda: AE(*networks(3), 2).encode(torch.zeros(3, 1, 8, 8)),
+            r"must return \[3, latent_dim = 2\], got \[3, 3\]",
+        ),
+        (lambda: train(AE(networks()[0], nn.Identity(), 2), 1), "decoder must return the shape of the images"),
+        (lambda: imq_mmd(torch.zeros(1, 2), torch.zeros(5, 2), 4.0), "codes and samples must be at least 2 .* 1 and 5"),
+    ],
+)
+def test_refusals(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_batches_without_indices_are_refused():
+    with pytest.raises(TypeError, match=r"must be \(images, labels, indices in the training set\), got 2 parts"):
+        make(images.AAE).training_step((torch.zeros(2, 1, 8, 8), torch.zeros(2)), 0)

@@ -24,8 +24,7 @@ class GEN(Autoencoder):
     are a choice (`refresh`): a part of them is encoded anew in every minibatch, or the codes of the minibatches
     themselves take the place of the oldest, for which nothing is encoded twice.
 
-    A batch is (images [n, C, H, W], labels [n], indices [n] int64 in the training set); the index lets a code leave out
-    its own lagged copy. The data modules of `kdejsd.data` give such batches.
+    The indices of a batch let a code leave out its own lagged copy.
 
     Logged per step: `rec` (error per pixel), `latent` (the latent term, nats), `1-r` (mean of p_t / (p_e + p_t), the
     weight of the JSD's gradient: 0.5 at p_e = p_t; near 0 the codes are in the dead zone, where nothing pulls them).
@@ -33,9 +32,7 @@ class GEN(Autoencoder):
     latent term takes: refresh, value and gradient).
 
     Args:
-        encoder: images [n, C, H, W] -> codes [n, l].
-        decoder: codes [n, l] -> images [n, C, H, W].
-        latent_dim: l, the dimension of the codes.
+        encoder, decoder, latent_dim, learning_rate, betas: as in `Autoencoder`.
         num_lagged: m, the number of lagged codes, at most the size of the training set.
         refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
@@ -52,8 +49,6 @@ class GEN(Autoencoder):
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
             Without it the codes soon leave the region where the loss has a gradient. At evaluation its running
             statistics are used.
-        learning_rate: of Adam.
-        betas: of Adam.
 
     Raises:
         ValueError: sizes below 1, a negative weight, and what `LaggedKDE` refuses.

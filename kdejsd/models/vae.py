@@ -39,8 +39,9 @@ class VAE(Autoencoder):
         encoder: images [n, C, H, W] -> [n, 2 l], the posterior's means and the logarithms of its variances.
         decoder: z [n, l] -> images [n, C, H, W].
         latent_dim, learning_rate, betas: as in `Autoencoder`.
-        observation_variance: s^2. What the error per pixel comes to makes the images most likely; a larger one gives
-            the prior more weight.
+        observation_variance: s^2. The default, 1/2, is the common loss sum of squared errors + KL. The images are most
+            likely with what the error per pixel comes to, but so little weight of the prior leaves the codes far from
+            it for thousands of steps.
         prior: "normal", or "flow" for a `RealNVP` that is learned along.
         flow_layers: of the flow.
         flow_hidden: width of the flow's networks.
@@ -55,7 +56,7 @@ class VAE(Autoencoder):
         encoder: nn.Module,
         decoder: nn.Module,
         latent_dim: int,
-        observation_variance: float = 0.03,
+        observation_variance: float = 0.5,
         prior: Literal["normal", "flow"] = "normal",
         flow_layers: int = 6,
         flow_hidden: int = 64,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import matplotlib.image
 import pytest
 import torch
-from test_data import write_mnist
+from test_data import write_celeba, write_mnist, write_svhn
 
 from kdejsd import diversity_report
 from kdejsd.cli import main
@@ -339,6 +339,18 @@ def test_the_diversity_of_a_vae_is_that_of_what_its_flow_and_decoder_make(run, c
     shares = labels.bincount(minlength=10) / len(labels)
     assert metrics(tmp_path / "out")["diversity"]["probabilities"] == pytest.approx(shares.tolist(), abs=0.02)
     assert shares.max() < 0.99
+
+
+@pytest.mark.parametrize(("name", "write"), [("SVHN", write_svhn), ("CelebA", write_celeba)])
+def test_images_in_colour(run, tmp_path, name, write):
+    write(tmp_path / "files")
+    data = [f"--data={name}", "--data.root=files", "--data.batch_size=3"]
+    small = ["--model.network=Conv", "--model.network.channels=4", "--model.num_lagged=3", "--model.bandwidth=1"]
+    run("fit", *data, *small, "--trainer.max_steps=2", "--trainer.accelerator=cpu", cwd=tmp_path)
+    out = tmp_path / "runs" / f"{name.lower()}-1"
+    assert {path.name for path in out.iterdir()} >= REPORT
+    run("evaluate", out / "checkpoints/last.ckpt", cwd=tmp_path)
+    assert metrics(out / "evaluation-1")["held_out"] == metrics(out)["held_out"]
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run, tmp_path):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
-from kdejsd.data import MNIST, Digits, FashionMNIST, ImageFolder
+from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, ImageFolder
 
 FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 
@@ -32,6 +33,31 @@ def write_mnist(folder, compressed: bool, counts=(30, 12)) -> dict[str, np.ndarr
         else:
             (folder / name).write_bytes(idx(array))
     return arrays
+
+
+def write_svhn(folder, counts=(30, 12)) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Small .mat files; returns the images [n, 32, 32, 3] and labels (1 to 10) that they hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    arrays = {}
+    for part, count in zip(("train", "test"), counts, strict=True):
+        images = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        labels = 1 + np.arange(count, dtype=np.uint8) % 10
+        savemat(folder / f"{part}_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": labels[:, None]})
+        arrays[part] = images, labels
+    return arrays
+
+
+def write_celeba(folder, count=12, partition=True) -> None:
+    """Pictures that are grey outside of the central 140 x 140 pixels and have a red that tells their number inside."""
+    (folder / "img_align_celeba").mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        picture = Image.new("RGB", (178, 218), (128, 128, 128))
+        picture.paste((20 * number, 0, 255), (19, 39, 159, 179))
+        picture.save(folder / "img_align_celeba" / f"{number + 1:06}.jpg", quality=95, subsampling=0)
+    if partition:
+        lines = [f"{n + 1:06}.jpg {0 if n < count - 5 else 1 if n < count - 3 else 2}\n" for n in range(count)]
+        (folder / "list_eval_partition.txt").write_text("".join(lines))
 
 
 def whole(loader) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -164,11 +190,134 @@ def test_image_folder_refusals(tmp_path):
         ImageFolder(str(tmp_path), batch_size=1).setup()
 
 
+@pytest.mark.parametrize("below", ["", "svhn"])
+def test_svhn(tmp_path, below):
+    arrays = write_svhn(tmp_path / below)
+    data = SVHN(str(tmp_path), batch_size=10)
+    assert data.image_shape == (3, 32, 32) and data.training.images.dtype == torch.uint8
+    for part, held in (("train", data.training), ("test", data.held_out)):
+        images, labels, _ = held[torch.arange(len(held))]
+        expected, numbers = arrays[part]
+        assert torch.equal(images, torch.from_numpy(expected).permute(0, 3, 1, 2).float() / 255)
+        assert labels.tolist() == [0 if number == 10 else number for number in numbers]
+    assert len(SVHN(str(tmp_path), batch_size=10, train_size=20).training) == 20
+
+
+@pytest.mark.parametrize("name", ["train_32x32.mat", "test_32x32.mat"])
+def test_missing_svhn(tmp_path, name):
+    write_svhn(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"SVHN needs {name}, .*--data\.root; to get it: curl -O http://.*{name}"
+    ):
+        SVHN(str(tmp_path), batch_size=10).setup()
+
+
+IMAGES, LABELS = np.zeros((32, 32, 3, 5), np.uint8), np.ones((5, 1), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda p: p.write_bytes(b"<html>not found</html>" * 20), "expected a MATLAB file of version 5 with X and y"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-100]), "expected a MATLAB file of version 5 with X and y"),
+        (lambda p: p.write_bytes(b""), "expected a MATLAB file of version 5 with X and y"),
+        (lambda p: savemat(p, {"X": IMAGES}), r"expected a MATLAB file .*KeyError\('y'\)"),
+        (lambda p: savemat(p, {"X": IMAGES[:28, :28], "y": LABELS}), r"bytes X .*, found uint8 .*\[28, 28, 3, 5\]"),
+        (lambda p: savemat(p, {"X": IMAGES / 255, "y": LABELS}), "bytes X .*, found float64"),
+        (lambda p: savemat(p, {"X": IMAGES, "y": LABELS[:4]}), "expected 5 labels y, one per image, found 4"),
+        (lambda p: savemat(p, {"X": IMAGES, "y": 0 * LABELS}), "expected labels y from 1 to 10, found 0 to 0"),
+    ],
+)
+def test_damaged_svhn(tmp_path, damage, text):
+    write_svhn(tmp_path)
+    damage(tmp_path / "test_32x32.mat")
+    with pytest.raises(ValueError, match=rf"test_32x32\.mat is damaged: .*{text}.*; to get it: curl -O http://"):
+        SVHN(str(tmp_path), batch_size=10).setup()
+
+
+@pytest.mark.parametrize("below", ["", "celeba"])
+def test_celeba(tmp_path, below):
+    write_celeba(tmp_path / below)
+    data = CelebA(str(tmp_path), batch_size=2)
+    assert data.training.images.shape == (7, 3, 64, 64) and data.held_out.images.shape == (3, 3, 64, 64)
+    assert data.training.images.dtype == torch.uint8 and data.training.labels.unique().tolist() == [-1]
+    for part, numbers in ((data.training, range(7)), (data.held_out, range(9, 12))):
+        for image, number in zip(part.images.float(), numbers, strict=True):
+            # The centre reaches to the very edge, where cutting it a pixel wider would mix in grey.
+            expected = torch.tensor([20.0 * number, 0, 255])[:, None, None]
+            assert (image - expected).abs().mean() < 3 and (image - expected).abs().max() < 6
+
+
+def test_celeba_reads_only_what_is_trained_on(tmp_path):
+    write_celeba(tmp_path)
+    chosen = CelebA(str(tmp_path), batch_size=2, train_size=3, seed=1)
+    numbers = [round(float(image[0].float().mean()) / 20) for image in chosen.training.images]
+    assert len(set(numbers)) == 3 and numbers == sorted(numbers)
+    for number in set(range(7)) - set(numbers):
+        (tmp_path / "img_align_celeba" / f"{number + 1:06}.jpg").write_bytes(b"not to be read")
+    again = CelebA(str(tmp_path), batch_size=2, train_size=3, seed=1)
+    assert torch.equal(again.training.images, chosen.training.images)
+    with pytest.raises(ValueError, match="damaged"):
+        CelebA(str(tmp_path), batch_size=2).setup()
+
+
+def test_celeba_without_a_partition_holds_out_one_in_ten(tmp_path):
+    write_celeba(tmp_path, count=20, partition=False)
+    data = CelebA(str(tmp_path), batch_size=2)
+    assert len(data.training) == 18 and len(data.held_out) == 2
+    assert not torch.equal(CelebA(str(tmp_path), batch_size=2, seed=3).held_out.images, data.held_out.images)
+
+
+def test_celeba_refusals(tmp_path):
+    def setup():
+        CelebA(str(tmp_path), batch_size=2).setup()
+
+    source = r"to get it: unpack img_align_celeba\.zip .*CelebA\.html"
+    with pytest.raises(FileNotFoundError, match=rf"CelebA needs img_align_celeba, .*--data\.root; {source}"):
+        setup()
+    (tmp_path / "img_align_celeba").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"CelebA needs pictures .* found 0; {source}"):
+        setup()
+    write_celeba(tmp_path)
+    picture, partition = tmp_path / "img_align_celeba" / "000003.jpg", tmp_path / "list_eval_partition.txt"
+    content = picture.read_bytes()
+    picture.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"000003\.jpg is damaged: .*; {source}"):
+        setup()
+    Image.new("RGB", (178, 178)).save(picture)
+    with pytest.raises(ValueError, match=r"000003\.jpg is damaged: .* 178 x 218 pixels and has 178 x 178; to get it"):
+        setup()
+    picture.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"the picture .*000003\.jpg is missing; {source}"):
+        setup()
+    partition.write_text("000001.jpg 0\n000002.jpg 3\n")
+    with pytest.raises(ValueError, match=r"list_eval_partition\.txt is damaged: .* in line 2, found '000002\.jpg 3'"):
+        setup()
+    partition.write_text("000001.jpg 0\n")
+    with pytest.raises(ValueError, match=r"list_eval_partition\.txt is damaged: .* found none"):
+        setup()
+
+
+def test_labels_are_hidden_but_for_some_drawn_by_the_seed():
+    everything, some = Digits(train_size=500), Digits(train_size=500, labelled_size=120)
+    assert torch.equal(some.training.images, everything.training.images)
+    known = some.training.labels >= 0
+    assert int(known.sum()) == 120 and (some.training.labels[~known] == -1).all()
+    assert torch.equal(some.training.labels[known], everything.training.labels[known])
+    assert torch.equal(some.held_out.labels, everything.held_out.labels)
+    other = Digits(train_size=500, labelled_size=120, seed=1)
+    assert not torch.equal(other.training.labels >= 0, known)
+    assert (Digits(labelled_size=0).training.labels == -1).all()
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
         (lambda: Digits(batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: Digits(train_size=50), "train_size must be at least batch_size = 100, got 50"),
+        (lambda: Digits(labelled_size=-1), "labelled_size must not be negative, got -1"),
+        (lambda: Digits(train_size=300, labelled_size=301).setup(), "labelled_size must be at most 300, .* got 301"),
         (lambda: Digits(seed=-1), "seed must not be negative, got -1"),
         (lambda: Digits(train_size=1439).setup(), "train_size must be at most 1438, .* got 1439"),
         (lambda: Digits(batch_size=1439).setup(), "batch_size must be at most 1438, .* got 1439"),

@@ -1,0 +1,25 @@
+"""Images to train on, as LightningDataModules that hold the whole set in memory.
+
+A batch is (images [n, C, H, W] float32 in [0, 1], labels [n] int64, indices [n] int64): labels are -1 where there are
+none, and an index is the example's place in its set, training or held-out.
+"""
+
+from .base import Batch, BatchLoader, BatchOrder, ImageData, ImageSet
+from .digits import Digits
+from .idx import MNIST, FashionMNIST
+from .pictures import CelebA, ImageFolder
+from .svhn import SVHN
+
+__all__ = [
+    "MNIST",
+    "SVHN",
+    "Batch",
+    "BatchLoader",
+    "BatchOrder",
+    "CelebA",
+    "Digits",
+    "FashionMNIST",
+    "ImageData",
+    "ImageFolder",
+    "ImageSet",
+]

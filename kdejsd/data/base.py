@@ -1,0 +1,233 @@
+"""What all sets of images share: the set in memory, the order of its batches, the data module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .._extras import train_extra
+
+with train_extra():
+    import lightning.pytorch as pl
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class ImageSet(Dataset[Batch]):
+    """Images and labels in memory; a batch is one index operation.
+
+    Args:
+        images: [N, C, H, W], uint8 (0 to 255) or float32 (0 to 1).
+        labels: [N] int64.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int | Tensor) -> Batch:
+        """The example or, for a tensor of indices, the batch."""
+        index = torch.as_tensor(index)
+        images = self.images[index]
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        return images, self.labels[index], index
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The set of the given examples, which are numbered anew."""
+        return ImageSet(self.images[indices], self.labels[indices])
+
+    def read(self) -> ImageSet:
+        """Itself: it has been read."""
+        return self
+
+
+class ImageSource(Protocol):
+    """Images that may still be in their files, so that only those that are used need to be read."""
+
+    def __len__(self) -> int: ...
+
+    def subset(self: Source, indices: Tensor) -> Source:
+        """The given ones."""
+
+    def read(self) -> ImageSet:
+        """All of them, in memory."""
+
+
+Source = TypeVar("Source", bound=ImageSource)
+
+
+class BatchOrder(Sampler[Tensor]):
+    """Batches of indices; shuffled anew every epoch, by the seed and the epoch's number alone.
+
+    Lightning tells the epoch through `set_epoch`. `position` is the number of batches given out in this epoch, `start`
+    the number that the next epoch skips: a run resumed within an epoch goes on with the batches that were left.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int | None) -> None:
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = self.position = self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        # Training leaves out what does not fill a batch: batch statistics of a handful of codes would be poor.
+        return self.count // self.batch_size if self.seed is not None else -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.arange(self.count)
+        if self.seed is not None:
+            # Not seed + epoch: the orders of neighbouring seeds would be shifted copies of each other.
+            mixed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]) >> 1
+            order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mixed))
+        batches = order.split(self.batch_size)[self.start : len(self)]
+        self.position, self.start = self.start, 0
+        for batch in batches:
+            self.position += 1
+            yield batch
+
+
+class BatchLoader(DataLoader[Batch]):
+    """Whole batches by index, in this process; its place in the epoch goes into checkpoints.
+
+    There are no workers: an index operation takes less time than handing a batch over, and a fork after OpenMP has been
+    used hangs the child.
+    """
+
+    def __init__(self, dataset: ImageSet, order: BatchOrder) -> None:
+        # A generator of its own, so that making an iterator does not advance the global random state.
+        super().__init__(dataset, sampler=order, batch_size=None, num_workers=0, generator=torch.Generator())
+        self.order = order
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.order.position % len(self.order)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order.start = state["position"]
+
+
+class ImageData(pl.LightningDataModule):
+    """Images to train on: a training set, a held-out set, and batches of them.
+
+    Args:
+        batch_size: images per training step.
+        train_size: train on this many images, drawn by the seed; None takes all.
+        labelled_size: keep the labels of this many training images, drawn by the seed, and hide those of the others
+            (-1); None keeps all. Held-out images keep theirs.
+        seed: of the draws and of the order of the batches.
+
+    Raises:
+        ValueError: batch_size or train_size below 1 or larger than the training set, labelled_size below 0 or larger
+            than the number of images trained on.
+    """
+
+    image_shape: tuple[int, int, int]
+
+    def __init__(
+        self,
+        batch_size: int = 100,
+        train_size: int | None = None,
+        labelled_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if train_size is not None and train_size < batch_size:
+            raise ValueError(f"train_size must be at least batch_size = {batch_size}, got {train_size}")
+        if labelled_size is not None and labelled_size < 0:
+            raise ValueError(f"labelled_size must not be negative, got {labelled_size}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.batch_size = batch_size
+        self.train_size = train_size
+        self.labelled_size = labelled_size
+        self.seed = seed
+        self._sets: tuple[ImageSet, ImageSet] | None = None
+        self.save_hyperparameters(logger=False)  # so that a checkpoint says what it was trained on
+
+    def load(self) -> tuple[ImageSource, ImageSource]:
+        """All training images and the held-out images."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the images, once."""
+        if self._sets is not None:
+            return
+        training, held_out = self.load()
+        count = len(training)
+        for name, size in (("train_size", self.train_size), ("batch_size", self.batch_size)):
+            if size is not None and size > count:
+                raise ValueError(f"{name} must be at most {count}, the number of training images, got {size}")
+        if self.train_size is not None:
+            training = training.subset(self._shuffled(count)[: self.train_size].sort().values)
+        images = training.read()
+        if self.labelled_size is not None:
+            images = ImageSet(images.images, self._hidden(images.labels, self.labelled_size))
+        self._sets = images, held_out.read()
+
+    @property
+    def training(self) -> ImageSet:
+        """The images trained on."""
+        self.setup()
+        assert self._sets is not None
+        return self._sets[0]
+
+    @property
+    def held_out(self) -> ImageSet:
+        """The images kept out of training."""
+        self.setup()
+        assert self._sets is not None
+        return self._sets[1]
+
+    def train_dataloader(self) -> BatchLoader:
+        return BatchLoader(self.training, BatchOrder(len(self.training), self.batch_size, self.seed))
+
+    def val_dataloader(self) -> BatchLoader:
+        return BatchLoader(self.held_out, BatchOrder(len(self.held_out), max(self.batch_size, 1000), None))
+
+    def _shuffled(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
+
+    def _hidden(self, labels: Tensor, kept: int) -> Tensor:
+        """The labels with all but so many of them replaced by -1."""
+        known = torch.nonzero(labels >= 0)[:, 0]
+        if kept > len(known):
+            raise ValueError(f"labelled_size must be at most {len(known)}, the number of labels trained on, got {kept}")
+        chosen = known[self._shuffled(len(known))[:kept]]
+        return torch.full_like(labels, -1).index_copy(0, chosen, labels[chosen])
+
+    def _split(self, images: Source, held_out: float) -> tuple[Source, Source]:
+        """Two parts, drawn by the seed; the second one is a share of the images, one at least."""
+        order = self._shuffled(len(images))
+        count = max(1, round(held_out * len(images)))
+        return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
+
+
+def find(data: ImageData, root: Path, folder: str, names: Sequence[str], how_to_get: str) -> Path:
+    """The file or folder of one of these names, in the root or in its folder; names that stand first go first.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folders = (root, root / folder)
+    for place in folders:
+        for name in names:
+            if (place / name).exists():
+                return place / name
+    raise FileNotFoundError(
+        f"{type(data).__name__} needs {' or '.join(names)}, which is neither in {folders[0]} nor in {folders[1]}. "
+        f"Name its folder with --data.root; {how_to_get}"
+    )

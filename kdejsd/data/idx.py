@@ -1,0 +1,94 @@
+"""MNIST and what comes in its file format, idx."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import ImageData, ImageSet, find
+
+
+class MNIST(ImageData):
+    """Handwritten digits, 28x28: 60 000 for training, the 10 000 of the test set held out.
+
+    Args:
+        root: folder that holds the four idx files, as they are or gzipped, or that holds a folder mnist/ with them.
+        kwargs: as in `ImageData`.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: a damaged file, and what `ImageData` refuses.
+    """
+
+    image_shape = (1, 28, 28)
+    folder: ClassVar[str] = "mnist"
+    source: ClassVar[str] = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+
+    def __init__(self, root: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root)
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        return self._part("train"), self._part("t10k")
+
+    def _part(self, part: str) -> ImageSet:
+        names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
+        images_path, labels_path = (
+            find(self, self.root, self.folder, (f"{name}.gz", name), self._how_to_get(name)) for name in names
+        )
+        images, labels = self._read(images_path, dimensions=3), self._read(labels_path, dimensions=1)
+        if images.shape[1:] != self.image_shape[1:]:
+            raise self._damaged(images_path, "images of 28 x 28 pixels", f"{images.shape[1]} x {images.shape[2]}")
+        if len(images) != len(labels):
+            raise self._damaged(
+                labels_path, f"{len(images)} labels, one per image of {images_path.name}", f"{len(labels)}"
+            )
+        return ImageSet(images[:, None], labels.long())
+
+    def _read(self, path: Path, dimensions: int) -> Tensor:
+        """One idx file: big-endian magic number 2048 + dimensions, the sizes, then a byte per value."""
+        try:
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+            raise self._damaged(path, "a whole gzip file", str(error)) from error
+        header = 4 + 4 * dimensions
+        if len(content) < header:
+            raise self._damaged(path, f"at least the {header} bytes of an idx header", f"{len(content)} bytes")
+        magic, *shape = struct.unpack(f">{1 + dimensions}I", content[:header])
+        if magic != 2048 + dimensions:
+            raise self._damaged(path, f"the magic number {2048 + dimensions}", f"{magic}")
+        expected = header + int(np.prod(shape, dtype=np.int64))
+        if len(content) != expected:
+            raise self._damaged(path, f"{expected} bytes for sizes {shape}", f"{len(content)} bytes")
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
+
+    def _damaged(self, path: Path, expected: str, found: str) -> ValueError:
+        name = path.name.removesuffix(".gz")
+        return ValueError(f"{path} is damaged: expected {expected}, found {found}; {self._how_to_get(name)}")
+
+    def _how_to_get(self, name: str) -> str:
+        return f"to get it: curl -O {self.source}{name}.gz"
+
+
+class FashionMNIST(MNIST):
+    """Pictures of clothing, 28x28, in ten classes: 60 000 for training, the 10 000 of the test set held out.
+
+    Args:
+        root: folder that holds the four idx files, as they are or gzipped, or that holds a folder fashion-mnist/ with
+            them.
+        kwargs: as in `ImageData`.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: a damaged file, and what `ImageData` refuses.
+    """
+
+    folder = "fashion-mnist"
+    source = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"

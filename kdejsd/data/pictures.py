@@ -1,0 +1,182 @@
+"""Folders of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._extras import train_extra
+from .base import ImageData, ImageSet, find
+
+with train_extra():
+    from PIL import Image, ImageOps
+
+
+class Pictures:
+    """Pictures in their files, and their labels.
+
+    Args:
+        paths: of the files.
+        labels: [N] int64.
+        prepare: makes every picture the size and the colours that it is to have.
+        hint: what an error about a picture ends with.
+    """
+
+    def __init__(
+        self, paths: list[Path], labels: Tensor, prepare: Callable[[Image.Image], Image.Image], hint: str = ""
+    ) -> None:
+        self.paths = paths
+        self.labels = labels
+        self.prepare = prepare
+        self.hint = hint
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, indices: Tensor) -> Pictures:
+        return Pictures([self.paths[i] for i in indices.tolist()], self.labels[indices], self.prepare, self.hint)
+
+    def read(self) -> ImageSet:
+        """All of them as bytes.
+
+        Raises:
+            FileNotFoundError, ValueError: a picture that is not there, or cannot be read.
+        """
+        images = torch.empty(0)
+        for place, path in enumerate(self.paths):
+            image = self._read(path)
+            if place == 0:  # room for all at once: a list of images would need twice the memory when they are joined
+                images = image.new_empty(len(self.paths), *image.shape)
+            images[place] = image
+        return ImageSet(images, self.labels)
+
+    def _read(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as picture:
+                pixels = np.array(self.prepare(picture))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"the picture {path} is missing{self.hint}") from None
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises, by format
+            raise ValueError(f"{path} is damaged: expected a picture, but {error}{self.hint}") from error
+        return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
+
+
+class ImageFolder(ImageData):
+    """A folder of pictures; those in subfolders too, and then the first subfolder is the class.
+
+    Args:
+        root: the folder.
+        size: side in pixels; a picture is cut to a square around its centre and resized.
+        channels: 3 for colour, 1 for grey.
+        held_out: share of the pictures held out, drawn by the seed.
+        kwargs: as in `ImageData`.
+
+    Raises:
+        FileNotFoundError: no such folder, or no picture in it.
+        ValueError: a picture that cannot be read, or a setting out of range.
+    """
+
+    suffixes: ClassVar[tuple[str, ...]] = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+    def __init__(self, root: str, size: int = 32, channels: int = 3, held_out: float = 0.1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        if channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
+        if not 0 < held_out < 1:
+            raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+        self.root = Path(root)
+        self.held_out_share = held_out
+        self.image_shape = (channels, size, size)
+
+    def load(self) -> tuple[Pictures, Pictures]:
+        if not self.root.is_dir():
+            raise FileNotFoundError(
+                f"ImageFolder needs a folder of pictures, and {self.root} is none; name it with --data.root"
+            )
+        paths = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in self.suffixes)
+        if len(paths) < 2:
+            raise FileNotFoundError(
+                f"ImageFolder needs at least two pictures ({', '.join(self.suffixes)}) in {self.root}, "
+                f"found {len(paths)}"
+            )
+        places = [path.relative_to(self.root).parts for path in paths]
+        classes = sorted({place[0] for place in places if len(place) > 1})
+        labels = [classes.index(place[0]) if len(place) > 1 else -1 for place in places]
+        return self._split(Pictures(paths, torch.tensor(labels), self._prepare), self.held_out_share)
+
+    def _prepare(self, picture: Image.Image) -> Image.Image:
+        channels, size, _ = self.image_shape
+        return ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (size, size))
+
+
+class CelebA(ImageData):
+    """Aligned and cropped faces of celebrities in colour, 64x64: the 162 770 training images; the 19 962 of the test
+    set held out.
+
+    Liu et al., Deep Learning Face Attributes in the Wild, 2015. Of the 178 x 218 pixels the central 140 x 140 are taken
+    and resized, as in Wasserstein Auto-Encoders (arXiv 1711.01558). There are no labels. Memory: 12 288 bytes an image,
+    2.0 GB for training and 245 MB held out; with train_size only those images are read.
+
+    Args:
+        root: folder that holds the folder img_align_celeba and the file list_eval_partition.txt, or that holds a folder
+            celeba/ with them. Without the file one in ten images is held out, drawn by the seed.
+        kwargs: as in `ImageData`.
+
+    Raises:
+        FileNotFoundError: no such folder, or a picture that is not there.
+        ValueError: a picture or a line of the file that cannot be read, a picture of another size, and what `ImageData`
+            refuses.
+    """
+
+    image_shape = (3, 64, 64)
+    crop: ClassVar[tuple[int, int, int, int]] = (19, 39, 159, 179)
+    how_to_get: ClassVar[str] = (
+        "to get it: unpack img_align_celeba.zip (Align&Cropped Images) from "
+        "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+    )
+
+    def __init__(self, root: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root)
+
+    def load(self) -> tuple[Pictures, Pictures]:
+        folder = find(self, self.root, "celeba", ("img_align_celeba",), self.how_to_get)
+        partition = folder.with_name("list_eval_partition.txt")
+        if partition.exists():
+            names = self._partition(partition)
+            return self._pictures(folder, names["0"]), self._pictures(folder, names["2"])
+        found = sorted(path.name for path in folder.glob("*.jpg"))
+        if len(found) < 2:
+            raise FileNotFoundError(f"CelebA needs pictures (.jpg) in {folder}, found {len(found)}; {self.how_to_get}")
+        return self._split(self._pictures(folder, found), held_out=0.1)
+
+    def _partition(self, path: Path) -> dict[str, list[str]]:
+        """The names of the pictures for training, validation and test: 0, 1, 2."""
+        names: dict[str, list[str]] = {"0": [], "1": [], "2": []}
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            fields = line.split()
+            if len(fields) != 2 or fields[1] not in names:
+                raise ValueError(
+                    f"{path} is damaged: expected a picture's name and 0, 1 or 2 in line {number}, found {line[:80]!r}"
+                )
+            names[fields[1]].append(fields[0])
+        if not names["0"] or not names["2"]:
+            raise ValueError(f"{path} is damaged: expected pictures for training (0) and for the test (2), found none")
+        return names
+
+    def _pictures(self, folder: Path, names: list[str]) -> Pictures:
+        return Pictures(
+            [folder / name for name in names], torch.full((len(names),), -1), self._prepare, f"; {self.how_to_get}"
+        )
+
+    def _prepare(self, picture: Image.Image) -> Image.Image:
+        if picture.size != (178, 218):
+            raise ValueError(f"it should have 178 x 218 pixels and has {picture.size[0]} x {picture.size[1]}")
+        return picture.convert("RGB").crop(self.crop).resize((64, 64), Image.Resampling.BICUBIC)

@@ -1,0 +1,62 @@
+"""House numbers, from the files of cropped digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.io import loadmat
+
+from .base import ImageData, ImageSet, find
+
+
+class SVHN(ImageData):
+    """Digits of house numbers in colour, 32x32: 73 257 for training, the 26 032 of the test set held out.
+
+    Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, 2011. Labels are the digits; the
+    files' label 10 stands for 0. Memory: 225 MB for training and 80 MB held out, as bytes; twice that while a file is
+    read.
+
+    Args:
+        root: folder that holds train_32x32.mat and test_32x32.mat, or that holds a folder svhn/ with them.
+        kwargs: as in `ImageData`.
+
+    Raises:
+        FileNotFoundError: a file that is not there.
+        ValueError: a damaged file, and what `ImageData` refuses.
+    """
+
+    image_shape = (3, 32, 32)
+    source: ClassVar[str] = "http://ufldl.stanford.edu/housenumbers/"
+
+    def __init__(self, root: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.root = Path(root)
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        return self._part("train_32x32.mat"), self._part("test_32x32.mat")
+
+    def _part(self, name: str) -> ImageSet:
+        path = find(self, self.root, "svhn", (name,), self._how_to_get(name))
+        try:
+            content = loadmat(path, variable_names=("X", "y"))
+            pixels, labels = content["X"], content["y"].reshape(-1)
+        except Exception as error:  # of many kinds: the reader trusts what it reads
+            raise self._damaged(path, "a MATLAB file of version 5 with X and y", repr(error)) from error
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
+            expected = "bytes X of shape [32, 32, 3, N]"
+            raise self._damaged(path, expected, f"{pixels.dtype} of shape {list(pixels.shape)}")
+        if len(labels) != pixels.shape[3]:
+            raise self._damaged(path, f"{pixels.shape[3]} labels y, one per image", f"{len(labels)}")
+        if not np.isin(labels, np.arange(1, 11)).all():
+            raise self._damaged(path, "labels y from 1 to 10", f"{labels.min()} to {labels.max()}")
+        images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)))
+        return ImageSet(images, torch.from_numpy(labels.astype(np.int64) % 10))
+
+    def _damaged(self, path: Path, expected: str, found: str) -> ValueError:
+        return ValueError(f"{path} is damaged: expected {expected}, found {found}; {self._how_to_get(path.name)}")
+
+    def _how_to_get(self, name: str) -> str:
+        return f"to get it: curl -O {self.source}{name}"

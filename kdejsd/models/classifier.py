@@ -1,0 +1,129 @@
+"""A classifier of images whose last hidden layer serves as features."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .._extras import train_extra
+from ..data import Batch, ImageData
+
+with train_extra():
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import LambdaCallback
+    from torchmetrics.classification import MulticlassAccuracy
+
+
+class ImageClassifier(pl.LightningModule):
+    """Two convolutions that halve the side, with batch normalisation, and a hidden layer; images of any size.
+
+    A checkpoint of it says on which images it was trained and how many of the held-out ones it gets right; it is read
+    by `ImageClassifier.load_from_checkpoint(path, weights_only=True)`.
+
+    Args:
+        image_shape: (C, H, W).
+        num_classes: K.
+        data: name of the set of images.
+        num_features: width of the hidden layer.
+        learning_rate: of Adam.
+
+    Attributes:
+        features: images [n, C, H, W] -> [n, num_features], a module.
+        accuracy: share of the held-out images that it gets right, 0-dim; NaN before it is trained.
+    """
+
+    accuracy: Tensor
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        num_classes: int,
+        data: str,
+        num_features: int = 128,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        channels, height, width = image_shape
+        self.features = nn.Sequential(
+            *(nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * -(-height // 4) * -(-width // 4), num_features), nn.ReLU()),
+        )
+        self.head = nn.Linear(num_features, num_classes)
+        self.data = data
+        self.learning_rate = learning_rate
+        self.register_buffer("accuracy", torch.tensor(torch.nan))
+        self._counted = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [n, K] of images [n, C, H, W]."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels, _ = batch
+        return cross_entropy(self(images), labels)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images, labels, _ = batch
+        self._counted.update(self(images), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self.accuracy.copy_(self._counted.compute())
+        self._counted.reset()
+        self.log("val_accuracy", self.accuracy, prog_bar=True)
+
+    def __str__(self) -> str:
+        return f"{self.data} classifier, {100 * float(self.accuracy):.1f} % of held-out images right"
+
+
+def classifier_for(data: ImageData, path: Path, epochs: int = 5, seed: int = 0) -> ImageClassifier:
+    """The classifier in a file, in evaluation mode; trained on the images and stored there if there is no such file.
+
+    Args:
+        data: labelled images.
+        path: of the file.
+        epochs: passes through the training images, in the order of `data`; each is told on stderr.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: images without labels, or a file with the classifier of other images.
+    """
+    name = type(data).__name__
+    if path.exists():
+        classifier = ImageClassifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        if classifier.data != name:
+            raise ValueError(f"{path} must hold a classifier of {name}, got one of {classifier.data}")
+        return classifier.eval()
+    labels = torch.cat([data.training.labels, data.held_out.labels])
+    if int(labels.min()) < 0:
+        raise ValueError(f"a classifier needs a label for every image, and {int((labels < 0).sum())} have none")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        classifier = ImageClassifier(data.image_shape, int(labels.max()) + 1, name)
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            logger=False,
+            callbacks=LambdaCallback(on_validation_end=_tell_progress),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        trainer.fit(classifier, datamodule=data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trainer.save_checkpoint(path, weights_only=True)
+    return classifier.eval()
+
+
+def _tell_progress(trainer: pl.Trainer, classifier: pl.LightningModule) -> None:
+    print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {classifier}", file=sys.stderr)

@@ -45,7 +45,8 @@ class FC(AutoencoderNetworks):
 
 class Conv(AutoencoderNetworks):
     """Convolutional, for square images of side 28, 32 or 64: every layer halves the side (kernel 4, stride 2, padding
-    1) and doubles the channels until the side is 4 (3 for 28), then one linear layer; the decoder mirrors it.
+    1) and doubles the channels until the side is 4 (3 for 28), then one linear layer; the decoder mirrors it. Batch
+    normalisation and ReLU between.
 
     Args:
         image_shape: (C, H, W), H = W = 28, 32 or 64.
@@ -69,10 +70,10 @@ class Conv(AutoencoderNetworks):
         up: list[nn.Module] = []
         side, inputs, outputs = shape[1], shape[0], channels
         while side > 4:
-            down += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.ReLU()]
+            down += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
             # 7 is halved to 3, and one row more is needed to come back to 7
             back = nn.ConvTranspose2d(outputs, inputs, 4, stride=2, padding=1, output_padding=side % 2)
-            up = [nn.ReLU(), back, *up]
+            up = [nn.BatchNorm2d(outputs), nn.ReLU(), back, *up]
             side, inputs, outputs = side // 2, outputs, 2 * outputs
         bottom = (inputs, side, side)
         self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(math.prod(bottom), latent_dim))

@@ -109,6 +109,14 @@ class GaussianMixture(nn.Module):
         means, scales, log_weights = (b.to(z.device, z.dtype) for b in (self.means, self.scales, self.log_weights))
         return kde_log_prob(flat, means, scales, log_weights=log_weights).reshape(z.shape[:-1])
 
+    def component_log_prob(self, z: Tensor) -> Tensor:
+        """log w_k + log N(z; mu_k, sigma_k^2 I) in nats at z [..., dim], as [..., K]: `log_prob` is its logsumexp over
+        the components, and its softmax gives their probabilities at z."""
+        _check_dim(z, self.dim)
+        means, scales, log_weights = (b.to(z.device, z.dtype) for b in (self.means, self.scales, self.log_weights))
+        standard = (z[..., None, :] - means) / scales[:, None]
+        return log_weights - self.dim * scales.log() + normal_log_prob(standard, 1.0)
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n samples as [n, dim] float32, on the generator's device (default: the CPU)."""
         return self.sample_with_component(n, generator)[0]

@@ -333,3 +333,19 @@ def test_target_dim(name):
 def test_errors(error, text, make):
     with pytest.raises(error, match=text):
         make()
+
+
+@pytest.mark.parametrize("shape", [(3,), (7, 3), (2, 5, 3), (0, 3)])
+def test_component_log_prob(shape):
+    weights, scales, means = [0.5, 0.3, 0.2, 1.0], [0.1, 1.0, 30.0, 2.0], points(4, 3, seed=1) * 5
+    mixture = GaussianMixture(means, scales, weights)
+    z = points(*shape) * 4
+    found = mixture.component_log_prob(z)
+    assert found.shape == (*shape[:-1], 4)
+    for k in range(4):
+        law = multivariate_normal(means[k].numpy(), scales[k] ** 2 * np.eye(3))
+        expected = math.log(weights[k] / 2) + law.logpdf(z.reshape(-1, 3).numpy())
+        np.testing.assert_allclose(found[..., k].reshape(-1).numpy(), expected, rtol=1e-12)
+    torch.testing.assert_close(found.logsumexp(-1), mixture.log_prob(z))
+    with pytest.raises(ValueError, match=r"z must have shape \[\.\.\., 3\], got \[4, 2\]"):
+        mixture.component_log_prob(torch.zeros(4, 2))

@@ -6,11 +6,13 @@
 from .aae import AAE
 from .ae import AE
 from .autoencoder import Autoencoder
+from .classifier import ImageClassifier
 from .flows import RealNVP
 from .gen import GEN
 from .images import GEN as ImageGEN
 from .images import ImageAutoencoder, for_images
 from .networks import FC, AutoencoderNetworks, Conv
+from .semi import SemiSupervisedGEN
 from .vae import VAE
 from .wae import WAE
 
@@ -25,7 +27,9 @@ __all__ = [
     "AutoencoderNetworks",
     "Conv",
     "ImageAutoencoder",
+    "ImageClassifier",
     "ImageGEN",
     "RealNVP",
+    "SemiSupervisedGEN",
     "for_images",
 ]

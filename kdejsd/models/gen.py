@@ -164,7 +164,7 @@ class GEN(Autoencoder):
         self.stopwatch.start("latent")
         terms = self.latent_terms(codes, index)
         self.stopwatch.stop("latent")
-        self._batch_codes = codes.detach(), index
+        self._batch_codes = codes, index
         latent = terms.mean()
         self.log_dict({"rec": error, "latent": latent, "1-r": self.gradient_weight(terms)}, prog_bar=True)
         return error + self.weight * latent

@@ -1,0 +1,91 @@
+"""A GEN whose modes are classes, some of whose examples are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import nll_loss
+
+from ..targets import GaussianMixture
+from .autoencoder import Batch
+from .gen import GEN
+
+
+class SemiSupervisedGEN(GEN):
+    """A GEN whose target has one component for each class, into which the labels pull the codes (GENs, section 5.4).
+
+    The joint law of code and class is to be that of the target, p_t(z, y) = w_y N(z; mu_y, sigma_y^2 I). By the chain
+    rule
+
+        KL(p_e(z, y) | p_t(z, y)) = KL(p_e(z) | p_t(z)) + E log p_e(y | z) - E log p_t(y | z).
+
+    The first term is the latent term of a GEN, for which no labels are needed: all images take part. The second is at
+    most 0, and 0 where a code has one class alone; it is left out, which leaves an upper bound. The third is a cross
+    entropy, estimated by the labelled images:
+
+        loss = error per pixel + weight * latent term + label_weight * mean of -log p_t(y | z).
+
+    The density of a code within its mode, -log p(z | y), is not what is minimised: it differs from the third term by
+    log w_y - log p_t(z), which the latent term holds already, and by itself would draw every code to its mode's mean.
+
+    Logged beside what a GEN logs: per step `label`, the third term in nats over the minibatch's labelled images, and
+    per epoch, if the validation set has labels, `val_acc`, the share of them that `classify` gets right.
+
+    Args:
+        encoder, decoder, latent_dim: as in `GEN`.
+        target: one component for each class, in the order of the labels 0 to K - 1.
+        label_weight: of the third term; None is `weight`, as the chain rule has it.
+        kwargs: as in `GEN`.
+
+    Raises:
+        TypeError: a target that is no GaussianMixture.
+        ValueError: a negative label_weight, a label that has no component, and what `GEN` refuses.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_dim: int,
+        target: GaussianMixture,
+        label_weight: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(target, GaussianMixture):
+            raise TypeError(f"target must be a GaussianMixture, one component per class, got {type(target).__name__}")
+        if label_weight is not None and label_weight < 0:
+            raise ValueError(f"label_weight must not be negative, got {label_weight}")
+        super().__init__(encoder, decoder, latent_dim, target=target, **kwargs)
+        self.label_weight = self.weight if label_weight is None else label_weight
+        self.classes = target
+
+    @torch.no_grad()
+    def classify(self, codes: Tensor) -> Tensor:
+        """The most probable class [n] int64 of codes [n, l] under the target: with components of equal scale and weight
+        the one whose mean is nearest."""
+        return self.classes.component_log_prob(codes).argmax(-1)
+
+    def label_term(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Mean of -log p_t(y | z) in nats over the codes [n, l] that have a label [n] int64, 0 if none has; 0-dim."""
+        count = self.classes.means.shape[0]
+        if codes.device.type == "cpu" and len(labels) and int(labels.max()) >= count:
+            raise ValueError(f"labels must be below {count}, one component per class, got {int(labels.max())}")
+        log_posterior = self.classes.component_log_prob(codes).log_softmax(-1)
+        total = nll_loss(log_posterior, labels.clamp_min(-1), ignore_index=-1, reduction="sum")
+        return total / (labels >= 0).sum().clamp_min(1)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        term = self.label_term(self._batch_codes[0], batch[1])
+        self.log("label", term, prog_bar=True)
+        return loss + self.label_weight * term
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        labels = batch[1]
+        known = labels >= 0
+        if bool(known.any()):
+            right = (self.classify(self._codes[-1]) == labels)[known].float().mean()
+            self.log("val_acc", right, prog_bar=True, batch_size=int(known.sum()))

@@ -1,0 +1,77 @@
+"""The scripts and configurations of the papers' image experiments run."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from test_data import write_celeba, write_mnist, write_svhn
+
+PAPERS = Path(__file__).resolve().parent.parent / "bench" / "papers"
+
+
+def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    line = [sys.executable, *map(str, command)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=600, cwd=cwd)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "latent_dim", "shape"),
+    [
+        ("mnist", lambda folder: write_mnist(folder, compressed=True), 8, (512, 784)),
+        ("svhn", write_svhn, 25, (32, 3, 4, 4)),
+        ("celeba", write_celeba, 40, (32, 3, 4, 4)),
+    ],
+)
+def test_configurations(tmp_path, name, write, latent_dim, shape):
+    write(tmp_path / "files")
+    small = ["--data.batch_size=5", "--model.num_lagged=6", "--model.bandwidth=0.9", "--trainer.max_steps=3"]
+    size = ["--data.train_size=20"] if name == "mnist" else []
+    config = PAPERS / "configs" / f"{name}.yaml"
+    fit = ["fit", "--config", config, "--data.root=files", "--trainer.accelerator=cpu", *small, *size, "--out=run"]
+    done = run("-m", "kdejsd", *fit, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert report["run"]["steps"] == 3 and report["model"]["latent_dim"] == latent_dim
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    first = next(value for key, value in state["state_dict"].items() if key.startswith("encoder"))
+    assert first.shape == shape
+    settings = state["hyper_parameters"]
+    assert (settings["learning_rate"], tuple(settings["betas"]), settings["refresh_every"]) == (2e-4, (0.5, 0.999), 10)
+
+
+def test_frechet_table(tmp_path):
+    done = run(PAPERS / "gen_table3.py", "GEN", "--quick", "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Frechet distance (features: Digits classifier" in done.stdout and "FID" not in done.stdout
+    with (tmp_path / "gen_table3.csv").open(newline="") as file:
+        floor, *rows = csv.DictReader(file)
+    assert floor["images of"] == "training images" and 0 < float(floor["distance"]) < 10
+    assert [(row["images of"], row["seed"]) for row in rows] == [("GEN", "0"), ("GEN", "1")]
+    assert all(float(row["distance"]) > 3 * float(floor["distance"]) for row in rows)
+    assert matplotlib.image.imread(tmp_path / "digits_gen.png").std() > 0.05
+    for wrong, text in ((["NONE"], "kdejsd.models.images has no NONE"), (["GEN"], "MNIST needs --root")):
+        refused = run(PAPERS / "gen_table3.py", *wrong, cwd=tmp_path)
+        assert refused.returncode == 2 and text in refused.stderr
+
+
+def test_semi_supervised(tmp_path):
+    done = run(PAPERS / "gen_semisupervised.py", "--quick", "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "gen_semisupervised.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["images"], row["labels"]) for row in rows] == [("1400", "150"), ("150", "150"), ("1400", "0")]
+    labelled, alone, unlabelled = (float(row["accuracy"]) for row in rows)
+    assert labelled > 0.65 and labelled > unlabelled > 0.15 and alone > 0.3
+    for row in rows:
+        assert 0 < float(row["jsd_of_target"]) < float(row["jsd"]) < 0.69
+        picture = tmp_path / f"gen_semisupervised_{row['images']}_{row['labels']}.png"
+        assert matplotlib.image.imread(picture).std() > 0.05
+    refused = run(PAPERS / "gen_semisupervised.py", cwd=tmp_path)
+    assert refused.returncode == 2 and "MNIST needs --root" in refused.stderr

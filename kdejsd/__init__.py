@@ -23,6 +23,7 @@ from .diversity import (
 )
 from .entropy import collision_probability, collision_probability_from_counts, kde_entropy, renyi_entropy
 from .lagged import LaggedKDE
+from .novelty import NoveltyScore, novelty_score, residual_variance
 from .ops.kde import kde_log_prob
 from .ops.nearest import nearest_other_class
 from .ops.omega import omega
@@ -33,6 +34,7 @@ __all__ = [
     "ClassRadius",
     "GaussianMixture",
     "LaggedKDE",
+    "NoveltyScore",
     "RadiusBiasWarning",
     "StandardNormal",
     "__version__",
@@ -53,8 +55,10 @@ __all__ = [
     "latent_holes",
     "max_collision_entropy",
     "nearest_other_class",
+    "novelty_score",
     "omega",
     "optimal_bandwidth",
     "renyi_entropy",
+    "residual_variance",
     "uniform_radius_bound",
 ]

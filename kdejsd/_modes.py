@@ -6,10 +6,12 @@ from torch import nn
 
 
 class evaluating:
-    """Modules in evaluation mode; afterwards every submodule is in the mode it had. Other parts are passed over."""
+    """Modules in evaluation mode; afterwards every submodule is in the mode it had. A method of a module stands for the
+    module; other parts are passed over."""
 
     def __init__(self, *parts: object) -> None:
-        modules = [part for part in parts if isinstance(part, nn.Module)]
+        owners = (getattr(part, "__self__", part) for part in parts)
+        modules = [owner for owner in owners if isinstance(owner, nn.Module)]
         self.modes = [(part, part.training) for module in modules for part in module.modules()]
 
     def __enter__(self) -> None:

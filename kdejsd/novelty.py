@@ -1,0 +1,196 @@
+"""The density that an autoencoder with codes of a known law gives to data: how novel an example is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ._modes import evaluating
+from .targets import StandardNormal
+
+Map = Callable[[Tensor], Tensor]
+
+# An angle between the Jacobian's columns of this many roundings is none: sums over a layer's inputs leave some tens.
+_ROUNDINGS = 100
+
+
+class Density(Protocol):
+    """What has a log-density: a target, a torch Distribution over vectors, a LaggedKDE."""
+
+    def log_prob(self, z: Tensor, /) -> Tensor: ...
+
+
+class NoveltyScore(NamedTuple):
+    """Novelty of n examples and what it is made of: score = -(latent - log_det + residual).
+
+    Attributes:
+        score: [n], negative log-density in data space, in nats; higher is more novel.
+        latent: [n], log-density of the code z' among the codes, in nats.
+        log_det: [n], log sqrt det(J^T J) of the decoder's Jacobian at z', in nats: by how much the decoder stretches
+            the latent space's volume. -inf where J has not full rank.
+        residual: [n], log-density of what the reconstruction leaves, in nats.
+        reconstruction_error: [n], mean squared error per value (pixel).
+    """
+
+    score: Tensor
+    latent: Tensor
+    log_det: Tensor
+    residual: Tensor
+    reconstruction_error: Tensor
+
+
+@torch.no_grad()
+def novelty_score(
+    encoder: Map, decoder: Map, x: Tensor, *, variance: float, target: Density | None = None, chunk: int = 1000
+) -> NoveltyScore:
+    """Negative log-density of examples in data space, through the decoder's Jacobian.
+
+    GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283), section 5.5, eqs. 10-11: with the code z' = encoder(x) and the
+    reconstruction x' = decoder(z'),
+
+        log p(x) = log p(z') - log|det A| + log p(x|x')
+
+    The decoder's images form an l-dimensional surface in the D-dimensional space of the data. A is the decoder's
+    Jacobian J [D, l] at z' as a map onto the surface's tangent space: log|det A| = 1/2 log det(J^T J), taken from a QR
+    decomposition in float64. What is left, x - x', lies across the surface, in D - l dimensions, and is normal there:
+
+        log p(x|x') = -(D - l)/2 log(2 pi variance) - |x - x'|^2 / (2 variance)
+
+    The count D - l of eq. 11's normal is ours, after the same division in Generative Probabilistic Novelty Detection
+    (Pidhorskyi, Almohsen, Doretto, arXiv 1807.02588, section 3). The score is the exact density of z ~ p, x =
+    decoder(z) + noise across the surface, for a linear decoder and an encoder that projects onto its images. Else it
+    is an approximation: the surface's curvature is left out, and so is that x - x' of a trained encoder is not quite
+    perpendicular to the surface.
+
+    Modules, and those whose methods are given, are in evaluation mode meanwhile. No gradient is kept. Computed in the
+    dtype of x but for decompositions and sums. NaN in an example gives NaN for that example.
+
+    Where the decoder squeezes the surroundings of z' into less than l dimensions (saturated or dead units), log_det is
+    -inf and the score too: such a density has no finite value, and the example cannot be compared with others. That
+    counts as so where a column of J lies within 100 roundings of those before it.
+
+    Args:
+        encoder: examples [n, ...] -> codes [n, l]. Of a GEN it is the method `encode`: its attribute `encoder` leaves
+            out the codes' normalisation.
+        decoder: codes [n, l] -> examples [n, ...], of more than l values; it must treat each code by itself and be made
+            of operations that `torch.func.vmap` and `torch.func.jvp` take.
+        x: [n, ...], floating, on the models' device.
+        variance: of the residual in each of the D - l dimensions: `residual_variance` of training examples.
+        target: law of the codes, anything with log_prob: codes [n, l] -> nats [n]. None is the standard normal. A
+            LaggedKDE counts an example's own lagged copy if it is among its codes.
+        chunk: decodings at a time, which bounds the memory: an example takes l of them and one, and l D values in
+            float64.
+
+    Returns:
+        The score, its three parts and the reconstruction error, each [n] in the dtype of x.
+
+    Raises:
+        ValueError: codes or reconstructions of another shape, l not below D, a variance that is not positive and
+            finite, a chunk below 1.
+        TypeError: x that is no floating-point tensor, a target without log_prob.
+    """
+    _check(x, chunk)
+    if not 0 < variance < math.inf:
+        raise ValueError(f"variance must be positive and finite, got {variance}")
+    if target is not None and not hasattr(target, "log_prob"):
+        raise TypeError(f"target must have log_prob(codes), got {type(target).__name__}")
+    if not len(x):
+        return NoveltyScore(*x.new_zeros(5, 0))
+    parts = []
+    with evaluating(encoder, decoder):
+        dim = _codes(encoder, x[:1]).shape[1]
+        law = StandardNormal(dim) if target is None else target
+        for part in x.split(max(1, chunk // dim)):
+            z = _codes(encoder, part)
+            squared, count = _squared_residual(decoder, z, part)
+            latent = law.log_prob(z).double()
+            log_det = _log_det(_jacobian(decoder, z, chunk))
+            residual = -0.5 * (count - dim) * math.log(2 * math.pi * variance) - squared / (2 * variance)
+            score = -(latent - log_det + residual)
+            parts.append(torch.stack([score, latent, log_det, residual, squared / count]).to(x.dtype))
+    return NoveltyScore(*torch.cat(parts, 1))
+
+
+@torch.no_grad()
+def residual_variance(encoder: Map, decoder: Map, x: Tensor, *, chunk: int = 1000) -> float:
+    """The most likely variance of `novelty_score`'s residual: the mean of |x - x'|^2 / (D - l) over training examples.
+
+    Args:
+        encoder, decoder: as in `novelty_score`.
+        x: [n, ...], n at least 1, examples that the models were trained on.
+        chunk: examples at a time.
+
+    Returns:
+        The variance per dimension across the decoder's surface.
+
+    Raises:
+        ValueError, TypeError: as in `novelty_score`, and for no examples.
+    """
+    _check(x, chunk)
+    if not len(x):
+        raise ValueError("x must have at least one example, got none")
+    total = 0.0
+    with evaluating(encoder, decoder):
+        for part in x.split(chunk):
+            z = _codes(encoder, part)
+            squared, count = _squared_residual(decoder, z, part)
+            total += float(squared.sum()) / (count - z.shape[1])
+    return total / len(x)
+
+
+def _codes(encoder: Map, x: Tensor) -> Tensor:
+    z = encoder(x)
+    if z.ndim != 2 or len(z) != len(x):
+        raise ValueError(f"encoder must return codes [{len(x)}, l], got {list(z.shape)}")
+    count = x[0].numel()
+    if not 1 <= z.shape[1] < count:
+        raise ValueError(
+            f"encoder must return codes of at least 1 dimension and less than an example's {count} values, "
+            f"got {z.shape[1]}"
+        )
+    return z
+
+
+def _squared_residual(decoder: Map, z: Tensor, x: Tensor) -> tuple[Tensor, int]:
+    """|x - x'|^2 as [n] in float64, and D."""
+    reconstruction = decoder(z)
+    if reconstruction.shape != x.shape:
+        raise ValueError(f"decoder must return the shape of x, {list(x.shape)}, got {list(reconstruction.shape)}")
+    residual = (x - reconstruction).flatten(1)
+    return residual.double().square().sum(1), residual.shape[1]
+
+
+def _jacobian(decoder: Map, z: Tensor, chunk: int) -> Tensor:
+    """The decoder's Jacobian at each of the codes z [n, l], as [n, D, l]."""
+
+    def derivative(direction: Tensor) -> Tensor:
+        tangent: Tensor = torch.func.jvp(decoder, (z,), (direction.expand_as(z),))[1]
+        return tangent.flatten(1)
+
+    directions = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    columns: Tensor = torch.func.vmap(derivative, out_dims=2, chunk_size=max(1, chunk // len(z)))(directions)
+    return columns
+
+
+def _log_det(jacobian: Tensor) -> Tensor:
+    """log sqrt det(J^T J) of J [n, D, l] as [n] in float64; -inf where a column depends on those before it."""
+    triangle = torch.linalg.qr(jacobian.double(), mode="r").R
+    height = triangle.diagonal(dim1=1, dim2=2).abs()  # of each column above the span of those before it
+    length = torch.linalg.vector_norm(triangle, dim=1)
+    dependent = height <= _ROUNDINGS * torch.finfo(jacobian.dtype).eps * length
+    log_det: Tensor = height.masked_fill(dependent, 0).log().sum(1)
+    return log_det
+
+
+def _check(x: Tensor, chunk: int) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating-point tensor, got {kind}")
+    if x.ndim < 2:
+        raise ValueError(f"x must have shape [n, ...], got {list(x.shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")

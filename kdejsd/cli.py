@@ -5,18 +5,26 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import kdejsd
 
 from .bandwidth import optimal_bandwidth
 
+# The commands that training.py has functions for; they read their arguments themselves.
+_TRAINING = {
+    "fit": "train a model on images; write a report",
+    "evaluate": "write the report of a checkpoint anew",
+    "score": "write how novel each image is to a checkpoint's model",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in ("fit", "evaluate"):
+    if rest and args.command not in _TRAINING:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if args.command == "info":
@@ -25,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
             return _bandwidth(args)
         from . import training  # needs the extra `train`
 
-        return training.fit(rest) if args.command == "fit" else training.evaluate(rest)
+        command: Callable[[list[str]], int] = getattr(training, args.command)
+        return command(rest)
     except Exception as error:
         # An error that kdejsd raises says all a user needs; anything else keeps its traceback.
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
@@ -38,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kdejsd", description=kdejsd.__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("fit", add_help=False, help="train a model on images; write a report")
-    commands.add_parser("evaluate", add_help=False, help="write the report of a checkpoint anew")
+    for name, does in _TRAINING.items():
+        commands.add_parser(name, add_help=False, help=does)
     bandwidth = commands.add_parser(
         "bandwidth",
         help="the optimal kernel bandwidth for a latent space",

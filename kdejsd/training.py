@@ -1,9 +1,11 @@
-"""What `kdejsd fit` and `kdejsd evaluate` do: training by LightningCLI, and the report folder."""
+"""What `kdejsd fit`, `evaluate` and `score` do: training by LightningCLI, the report folder, the scores of images."""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -12,26 +14,29 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from . import plots
 from ._extras import train_extra
 from ._modes import evaluating
 from .classifier import load_classifier
-from .data import ImageData
+from .data import ImageData, ImageSet
 from .diversity.labels import Map
 from .diversity.report import diversity_report
 from .metrics import Encoded, code_measures, encode_set
 from .models import Autoencoder, ImageAutoencoder, ImageGEN
+from .novelty import NoveltyScore, novelty_score, residual_variance
 
 with train_extra():
     import lightning.pytorch as pl
     from jsonargparse import ArgumentParser
+    from jsonargparse.typing import PositiveFloat
     from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -39,6 +44,7 @@ with train_extra():
 
 _DEFAULT_STEPS = 5000  # when neither steps, epochs nor a time are given
 _INTERRUPTED = "interrupted.ckpt"
+_CHUNK = 1000  # images at a time
 
 
 def fit(args: list[str]) -> int:
@@ -71,7 +77,6 @@ def evaluate(args: list[str]) -> int:
     """Writes the report of a checkpoint anew and prints where it is; the exit code."""
     _quiet()
     parser = ArgumentParser(prog="kdejsd evaluate", description="Writes the report of a checkpoint anew.")
-    parser.add_argument("checkpoint", type=str, metavar="CKPT", help="A checkpoint that kdejsd fit has written.")
     parser.add_argument("--out", type=str, help="The report's folder; default: a fresh one beside the checkpoint's.")
     parser.add_argument(
         "--classifier",
@@ -80,6 +85,103 @@ def evaluate(args: list[str]) -> int:
         help="A classifier of the images, saved by torch.export.save with a batch of any size: adds the diversity of "
         "what the decoder makes. Loading a file can run code that is in it; use none that you do not trust.",
     )
+    config, checkpoint, model, data_module = _open(parser, args)
+    classifier = None if config.classifier is None else load_classifier(config.classifier, data_module.image_shape)
+    folder = _fresh_folder(config.out, _run_folder(config.checkpoint) / "evaluation")
+    run = {"checkpoint": config.checkpoint, "epochs": checkpoint["epoch"], "steps": checkpoint["global_step"]}
+    print(write_report(folder, model, data_module, run, classifier))
+    (folder / "config.yaml").write_text(parser.dump(config))
+    print(f"report: {folder}")
+    return 0
+
+
+def score(args: list[str]) -> int:
+    """Writes the novelty of each image of a set, prints which are most and least likely; the exit code."""
+    _quiet()
+    parser = ArgumentParser(
+        prog="kdejsd score",
+        description="Writes how novel each image is to a checkpoint's model: a CSV of kdejsd.novelty_score (nats, "
+        "higher is more novel), its three parts and the reconstruction error; and pictures of the 100 most and least "
+        "likely.",
+    )
+    parser.add_argument("--split", type=Literal["held_out", "training"], default="held_out", help="Which images.")
+    parser.add_argument(
+        "--variance",
+        type=PositiveFloat | None,
+        help="Of the residual in each dimension; default: measured on the training images, those of --data if it is "
+        "the run's kind of data and else the run's own.",
+    )
+    parser.add_argument("--out", type=str, metavar="FILE.csv", help="Default: scores.csv in a fresh folder of the run.")
+    config, _, model, data_module = _open(parser, args)
+    images = data_module.held_out if config.split == "held_out" else data_module.training
+    variance = config.variance
+    if variance is None:
+        own = parser.get_defaults()
+        others = own.data.class_path != config.data.class_path
+        variance = _training_variance(model, parser.instantiate_classes(own).data if others else data_module)
+    if config.out is None:
+        path = _fresh_folder(None, _run_folder(config.checkpoint) / "score") / "scores.csv"
+    else:
+        path = Path(config.out)
+        if path.exists():
+            raise ValueError(f"out must be a new file, and {path} exists")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    scores = _write_scores(path, model, images, variance)
+    print(f"{len(scores)} images, mean score {scores.mean():.5g} nats; the residual's variance is {variance:.4g}")
+    known = scores.isfinite().nonzero().flatten()
+    if len(known) < len(scores):
+        print(f"{len(scores) - len(known)} images have no finite score, and are not among the following")
+    order = known[scores[known].argsort()]
+    for name, chosen in (("most", order[:100]), ("least", order.flip(0)[:100])):
+        print(f"{name} likely: {', '.join(map(str, chosen[:10].tolist()))}")
+        if len(chosen):
+            plots.grid(images[chosen][0]).savefig(path.with_name(f"{path.stem}_{name}_likely.png"))
+    print(f"scores: {path}")
+    return 0
+
+
+def _training_variance(model: Autoencoder, data: ImageData) -> float:
+    try:
+        images = data.training
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the images that the model was trained on are not there, and the residual's variance is measured on them "
+            f"unless --variance gives it: {error}"
+        ) from error
+    total = 0.0
+    for batch, _ in _batches(images, "residuals"):
+        total += len(batch) * residual_variance(model.encode, model.decode, batch.to(model.device))
+    return total / len(images)
+
+
+def _write_scores(path: Path, model: Autoencoder, images: ImageSet, variance: float) -> Tensor:
+    """One line for each image; the scores [n]."""
+    scores: list[Tensor] = []
+    count = itertools.count()
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("index", "label", *NoveltyScore._fields))
+        for batch, labels in _batches(images, "scores"):
+            batch = batch.to(model.device)
+            found = novelty_score(model.encode, model.decode, batch, variance=variance, target=model.target)
+            for label, row in zip(labels.tolist(), torch.stack(found, 1).tolist(), strict=True):
+                writer.writerow((next(count), label, *(f"{number:.9g}" for number in row)))
+            scores.append(found.score.cpu())
+    return torch.cat(scores)
+
+
+def _batches(images: ImageSet, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and labels in order, with a progress bar."""
+    for index in Tqdm(torch.arange(len(images)).split(_CHUNK), desc=name, unit="batch"):
+        yield images[index][:2]
+
+
+def _open(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[str, Any], ImageAutoencoder, ImageData]:
+    """What a command on a checkpoint begins with: the settings, the checkpoint, its model and the images.
+
+    The parser gets the arguments CKPT and --data, whose default are the images of the checkpoint's run.
+    """
+    parser.add_argument("checkpoint", type=str, metavar="CKPT", help="A checkpoint that kdejsd fit has written.")
     parser.add_subclass_arguments(ImageData, "data", help="Other images than the run's own.", required=False)
     checkpoint: dict[str, Any] = {}
     if args and not args[0].startswith("-"):
@@ -98,15 +200,12 @@ def evaluate(args: list[str]) -> int:
             f"--data must have images of shape {tuple(model.hparams['image_shape'])}, as the checkpoint's model, "
             f"got {data_module.image_shape}"
         )
-    classifier = None if config.classifier is None else load_classifier(config.classifier, data_module.image_shape)
-    path = Path(config.checkpoint)
-    run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    folder = _fresh_folder(config.out, run_folder / "evaluation")
-    run = {"checkpoint": str(path), "epochs": checkpoint["epoch"], "steps": checkpoint["global_step"]}
-    print(write_report(folder, model, data_module, run, classifier))
-    (folder / "config.yaml").write_text(parser.dump(config))
-    print(f"report: {folder}")
-    return 0
+    return config, checkpoint, model, data_module
+
+
+def _run_folder(checkpoint: str) -> Path:
+    folder = Path(checkpoint).parent
+    return folder.parent if folder.name == "checkpoints" else folder
 
 
 def write_report(

@@ -1,5 +1,6 @@
 """The command, as a user runs it."""
 
+import csv
 import json
 import math
 import re
@@ -16,9 +17,9 @@ import pytest
 import torch
 from test_data import write_celeba, write_mnist, write_svhn
 
-from kdejsd import diversity_report
+from kdejsd import diversity_report, novelty_score, plots, residual_variance
 from kdejsd.cli import main
-from kdejsd.data import Digits
+from kdejsd.data import MNIST, Digits, FashionMNIST
 from kdejsd.models import ImageAutoencoder, ImageGEN
 
 SMALL = [
@@ -244,6 +245,91 @@ def test_evaluate_refuses_a_classifier(run, trained, classifier, tmp_path):
         done = run("evaluate", checkpoint, "--classifier", name, "--out=out", cwd=tmp_path, status=1)
         assert f"kdejsd evaluate: error: classifier {name} {message}" in done.err
         assert not (tmp_path / "out").exists()
+
+
+def table(path: Path) -> list[dict[str, float]]:
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("split", ["held_out", "training"])
+def test_score_writes_the_density_of_each_image(run, trained, tmp_path, split):
+    checkpoint = tmp_path / "moved.ckpt"
+    checkpoint.write_bytes((trained[0] / "runs/digits-1/checkpoints/last.ckpt").read_bytes())
+    done = run("score", checkpoint, f"--split={split}", cwd=tmp_path)
+    path = tmp_path / "score-1" / "scores.csv"
+    assert f"scores: {path}" in done.out and "scores: 100%" in done.err
+    rows = table(path)
+    model = ImageGEN.load_from_checkpoint(checkpoint)
+    data = Digits(train_size=300)
+    images, labels, _ = getattr(data, split)[torch.arange(len(rows))]
+    variance = residual_variance(model.encode, model.decode, data.training[torch.arange(300)][0])
+    expected = novelty_score(model.encode, model.decode, images, variance=variance)
+    assert [row["index"] for row in rows] == list(range({"held_out": 359, "training": 300}[split]))
+    assert [row["label"] for row in rows] == labels.tolist()
+    for name, values in expected._asdict().items():
+        assert [row[name] for row in rows] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-4)
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["score"])
+    assert f"\nmost likely: {', '.join(map(str, order[:10]))}\n" in done.out
+    assert f"\nleast likely: {', '.join(map(str, order[::-1][:10]))}\n" in done.out
+    for name, chosen in (("most", order[:100]), ("least", order[::-1][:100])):
+        drawn, expected_picture = path.with_name(f"scores_{name}_likely.png"), tmp_path / "expected.png"
+        plots.grid(images[chosen]).savefig(expected_picture)
+        assert (matplotlib.image.imread(drawn) == matplotlib.image.imread(expected_picture)).all()
+
+
+def test_score_of_other_images(run, tmp_path):
+    write_mnist(tmp_path / "mnist", compressed=True, counts=(60, 30))
+    write_mnist(tmp_path / "fashion-mnist", compressed=True, counts=(40, 20))
+    small = ["--model.latent_dim=2", "--model.num_lagged=50", "--model.bandwidth=0.4", "--trainer.accelerator=cpu"]
+    run(
+        *("fit", "--data=MNIST", f"--data.root={tmp_path}", "--data.batch_size=20", *small),
+        *("--trainer.max_epochs=1", "--out=run"),
+        cwd=tmp_path,
+    )
+    checkpoint = "run/checkpoints/last.ckpt"
+    other = ["--data=FashionMNIST", f"--data.root={tmp_path}"]
+    done = run("score", checkpoint, *other, "--out=new/fashion.csv", cwd=tmp_path)
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {
+        "fashion.csv",
+        "fashion_most_likely.png",
+        "fashion_least_likely.png",
+    }
+    rows = table(tmp_path / "new/fashion.csv")
+    model = ImageGEN.load_from_checkpoint(tmp_path / checkpoint)
+    training = MNIST(str(tmp_path), batch_size=20).training[torch.arange(60)][0]
+    variance = residual_variance(model.encode, model.decode, training)
+    assert f"the residual's variance is {variance:.4g}" in done.out
+    fashion = FashionMNIST(str(tmp_path), batch_size=20).held_out[torch.arange(20)][0]
+    expected = novelty_score(model.encode, model.decode, fashion, variance=variance).score
+    assert [row["score"] for row in rows] == pytest.approx(expected.tolist(), rel=1e-4)
+    used = run("score", checkpoint, "--out=new/fashion.csv", cwd=tmp_path, status=1)
+    assert "kdejsd score: error: out must be a new file, and new/fashion.csv exists" in used.err
+
+    # A decoder that gives one image for every code, and training images that are gone.
+    state = torch.load(tmp_path / checkpoint, weights_only=True)
+    for name, value in state["state_dict"].items():
+        if name.startswith("decoder"):
+            value.zero_()
+    torch.save(state, tmp_path / "collapsed.ckpt")
+    (tmp_path / "mnist").rename(tmp_path / "elsewhere")
+    gone = run("score", "collapsed.ckpt", *other, "--out=gone.csv", cwd=tmp_path, status=1)
+    assert "the images that the model was trained on are not there" in gone.err and "--variance" in gone.err
+    assert not (tmp_path / "gone.csv").exists()
+    done = run("score", "collapsed.ckpt", *other, "--variance=0.1", "--out=none.csv", cwd=tmp_path)
+    assert "20 images have no finite score" in done.out
+    assert {row["log_det"] for row in table(tmp_path / "none.csv")} == {-math.inf}
+    assert not (tmp_path / "none_most_likely.png").exists()
+
+
+def test_score_refuses(run, trained, tmp_path):
+    checkpoint = trained[0] / "runs/digits-1/checkpoints/last.ckpt"
+    write_mnist(tmp_path, compressed=True)
+    done = run("score", checkpoint, "--data=MNIST", f"--data.root={tmp_path}", cwd=tmp_path, status=1)
+    assert "--data must have images of shape (1, 8, 8), as the checkpoint's model, got (1, 28, 28)" in done.err
+    assert "PositiveFloat" in run("score", checkpoint, "--variance=-1", cwd=tmp_path, status=2).err
+    assert "held_out" in run("score", checkpoint, "--split=all", cwd=tmp_path, status=2).err
+    assert "the following arguments are required: checkpoint" in run("score", cwd=tmp_path, status=2).err
 
 
 def test_resume_goes_on_with_the_settings_of_the_run(run, trained):

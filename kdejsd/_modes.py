@@ -5,14 +5,17 @@ from __future__ import annotations
 from torch import nn
 
 
+def models_of(*parts: object) -> list[nn.Module]:
+    """The modules among the parts; a method of a module stands for the module."""
+    owners = (getattr(part, "__self__", part) for part in parts)
+    return [owner for owner in owners if isinstance(owner, nn.Module)]
+
+
 class evaluating:
-    """Modules in evaluation mode; afterwards every submodule is in the mode it had. A method of a module stands for the
-    module; other parts are passed over."""
+    """The `models_of` the parts in evaluation mode; afterwards every submodule is in the mode it had."""
 
     def __init__(self, *parts: object) -> None:
-        owners = (getattr(part, "__self__", part) for part in parts)
-        modules = [owner for owner in owners if isinstance(owner, nn.Module)]
-        self.modes = [(part, part.training) for module in modules for part in module.modules()]
+        self.modes = [(part, part.training) for model in models_of(*parts) for part in model.modules()]
 
     def __enter__(self) -> None:
         # Not eval(), which programs loaded by torch.export refuse.

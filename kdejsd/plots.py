@@ -184,6 +184,18 @@ def interpolation(
         ValueError: shapes that do not match, fewer than 2 steps, another path, or, for an arc, directions that are
             opposite or of no length: no arc leads from one to the other rather than another way.
     """
+    latents = between(start, end, steps=steps, path=path)
+    with torch.no_grad(), evaluating(generator):
+        images = generator(latents.flatten(0, 1).to(models_like(generator)))
+    return grid(images, columns=steps)
+
+
+def between(start: Tensor, end: Tensor, *, steps: int = 10, path: Literal["line", "arc"] = "line") -> Tensor:
+    """The latents of `interpolation`: from start [n, d] to end [n, d], as [n, steps, d] in float64.
+
+    Raises:
+        ValueError: as there.
+    """
     if start.ndim != 2 or start.shape != end.shape or start.numel() == 0:
         raise ValueError(
             f"start and end must have the same shape [n, d], got {list(start.shape)} and {list(end.shape)}"
@@ -192,12 +204,9 @@ def interpolation(
         raise ValueError(f"steps must be at least 2, got {steps}")
     if path not in ("line", "arc"):
         raise ValueError(f'path must be "line" or "arc", got {path!r}')
-    share = torch.linspace(0, 1, steps).double()[:, None]
-    start, end = start.detach().double().cpu()[:, None], end.detach().double().cpu()[:, None]
-    latents = start + share * (end - start) if path == "line" else _arc(start, end, share)
-    with torch.no_grad(), evaluating(generator):
-        images = generator(latents.flatten(0, 1).to(models_like(generator)))
-    return grid(images, columns=steps)
+    share = torch.linspace(0, 1, steps, dtype=torch.float64, device=start.device)[:, None]
+    start, end = start.detach().double()[:, None], end.detach().double()[:, None]
+    return start + share * (end - start) if path == "line" else _arc(start, end, share)
 
 
 def grid(images: Tensor, columns: int = 10) -> Figure:

@@ -85,7 +85,7 @@ def evaluate(args: list[str]) -> int:
         help="A classifier of the images, saved by torch.export.save with a batch of any size: adds the diversity of "
         "what the decoder makes. Loading a file can run code that is in it; use none that you do not trust.",
     )
-    config, checkpoint, model, data_module = _open(parser, args)
+    config, checkpoint, model, data_module = open_checkpoint(parser, args)
     classifier = None if config.classifier is None else load_classifier(config.classifier, data_module.image_shape)
     folder = _fresh_folder(config.out, _run_folder(config.checkpoint) / "evaluation")
     run = {"checkpoint": config.checkpoint, "epochs": checkpoint["epoch"], "steps": checkpoint["global_step"]}
@@ -112,7 +112,7 @@ def score(args: list[str]) -> int:
         "the run's kind of data and else the run's own.",
     )
     parser.add_argument("--out", type=str, metavar="FILE.csv", help="Default: scores.csv in a fresh folder of the run.")
-    config, _, model, data_module = _open(parser, args)
+    config, _, model, data_module = open_checkpoint(parser, args)
     images = data_module.held_out if config.split == "held_out" else data_module.training
     variance = config.variance
     if variance is None:
@@ -176,7 +176,7 @@ def _batches(images: ImageSet, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         yield images[index][:2]
 
 
-def _open(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[str, Any], ImageAutoencoder, ImageData]:
+def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[str, Any], ImageAutoencoder, ImageData]:
     """What a command on a checkpoint begins with: the settings, the checkpoint, its model and the images.
 
     The parser gets the arguments CKPT and --data, whose default are the images of the checkpoint's run.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._modes import evaluating
+from .._modes import evaluating, models_of
 
 Map = Callable[[Tensor], Tensor]
 
@@ -56,6 +56,5 @@ def latent_labels(
 
 def models_like(*parts: object) -> Tensor:
     """An empty tensor with the device and dtype of the first parameter among the models; float32 on the CPU if none."""
-    models = (part for part in parts if isinstance(part, nn.Module))
-    parameter = next((parameter for model in models for parameter in model.parameters()), torch.empty(0))
+    parameter = next((parameter for model in models_of(*parts) for parameter in model.parameters()), torch.empty(0))
     return parameter.detach().new_empty(0)

@@ -1,0 +1,222 @@
+"""The steady state of GENs' training, measured: the variance at which codes come to rest (section 4 of the paper).
+
+    python bench/papers/gen_steady_state.py --data DIR     # MNIST for the trained GENs, about 10 minutes on one core
+    python bench/papers/gen_steady_state.py --quick        # under a minute: few codes, a GEN on scikit-learn's digits
+
+Paper: S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. The law, for many
+lagged codes: p_e is the law of the codes convolved with the kernel, so that p_e = p_t leaves the codes the variance
+1 - h^2. Against the target smoothed by the same kernel it leaves them 1, at any h.
+
+Codes in families, from the least to the most of what training is:
+
+    linear   codes x W of normal samples x, the matrix W is trained; the centers are codes of other samples
+    free     each code is free to move; the centers are codes of another population, which is trained likewise
+    kernel   each code is free; eq. 3 is taken at codes with the kernel's noise, under the KDE of all codes, their own
+             kernel among them (`kdejsd.LaggedKDE.loss` with noise, the default of GEN)
+    GEN      the codes of the training images of a GEN without normalisation of its codes, whose lagged codes are
+             encoded anew in every step; "held-out" are the codes of other images, and "k_b = 10" those of the training
+             images where the lagged codes are up to ten steps old, as in the paper
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kdejsd import StandardNormal, jsd_loss, optimal_bandwidth
+from kdejsd._modes import evaluating
+from kdejsd.data import MNIST, BatchLoader, Digits, ImageData
+from kdejsd.models import ImageGEN
+
+FAMILIES = ("linear", "free", "kernel", "GEN", "held-out", "k_b = 10")
+POPULATIONS = 2
+
+
+class Row(NamedTuple):
+    family: str
+    latent_dim: int
+    num_centers: int
+    bandwidth: float
+    smoothed: bool
+    variance: float  # of a code's dimension, their mean
+    law: float
+
+
+def law_of(bandwidth: float, smoothed: bool) -> float:
+    return 1.0 if smoothed else 1 - bandwidth**2
+
+
+def steady_codes(
+    family: str, latent_dim: int, num_centers: int, bandwidth: float, smoothed: bool, steps: int, seed: int
+) -> Tensor:
+    """Codes [2, m, l] after so many steps of Adam whose rate falls to 0; each step takes all codes, and the centers are
+    those of the step itself."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(POPULATIONS, num_centers, latent_dim, generator=generator)
+    matrix = torch.eye(latent_dim)
+    trained = (matrix if family == "linear" else start).requires_grad_()
+    target = StandardNormal(latent_dim)
+    law = target.smoothed(bandwidth) if smoothed else target
+    optimizer = torch.optim.Adam([trained], lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        codes = start @ matrix
+        if family == "kernel":
+            noise = torch.randn(codes.shape, generator=generator)
+            loss = jsd_loss(codes + bandwidth * noise, codes.detach(), bandwidth, target=law)
+        else:
+            loss = jsd_loss(codes, codes.detach().flip(0), bandwidth, target=law)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return (start @ matrix).detach()
+
+
+def gen_codes(
+    data: ImageData, dim: int, num_lagged: int, bandwidth: float, smoothed: bool, every: int, steps: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Codes [n, l] of training and held-out images from a GEN whose latent term weighs ten times the usual: the
+    reconstruction would move the steady state."""
+    pl.seed_everything(seed, verbose=False)
+    model = ImageGEN(
+        data.image_shape,
+        dim,
+        num_lagged=num_lagged,
+        refresh_every=every,
+        bandwidth=bandwidth,
+        smoothed=smoothed,
+        normalize_codes=False,
+        weight=1.0,
+    )
+    trainer = pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    loader: BatchLoader = data.train_dataloader()
+    trainer.fit(model, loader)
+    with torch.no_grad(), evaluating(model):
+        training, held_out = (model.encode(part[torch.arange(len(part))][0]) for part in (data.training, data.held_out))
+    return training, held_out
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each dimension and bandwidth, the variance of each family beside the law."""
+    lines = [
+        f"{'':12}{'the target itself':^63}   {'the smoothed target':^63}",
+        f"{'l':>3}{'h':>8} " + "   ".join(f"{'law':>9}" + "".join(f"{name:>9}" for name in FAMILIES) for _ in "12"),
+    ]
+    found = {(row.latent_dim, row.bandwidth, row.smoothed, row.family): row for row in rows}
+    for dim, bandwidth in sorted({(row.latent_dim, row.bandwidth) for row in rows}):
+        halves = []
+        for smoothed in (False, True):
+            cells = [f"{law_of(bandwidth, smoothed):9.3f}"]
+            for family in FAMILIES:
+                row = found.get((dim, bandwidth, smoothed, family))
+                cells.append(f"{'':9}" if row is None else f"{row.variance:9.3f}")
+            halves.append("".join(cells))
+        lines.append(f"{dim:3}{bandwidth:8.3f} " + "   ".join(halves))
+    return "\n".join(lines)
+
+
+def figure(rows: list[Row]) -> Figure:
+    """Variance by bandwidth, left against the target itself, right against the smoothed one; the curves are the law."""
+    picture = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
+    h = torch.linspace(0.2, 1, 200)
+    dims = sorted({row.latent_dim for row in rows})
+    markers = dict(zip(FAMILIES, "o^sDx+", strict=True))
+    for axes, smoothed in zip(picture.subplots(1, 2, sharey=True), (False, True), strict=True):
+        axes.plot(h.numpy(), [law_of(float(x), smoothed) for x in h], color="k", lw=1, label="law")
+        for family in FAMILIES:
+            for number, dim in enumerate(dims):
+                points = [r for r in rows if (r.family, r.smoothed, r.latent_dim) == (family, smoothed, dim)]
+                inside = [min(r.variance, 1.6) for r in points]
+                axes.plot(
+                    [r.bandwidth for r in points],
+                    inside,
+                    markers[family],
+                    color=f"C{number}",
+                    fillstyle="none",
+                    label=f"{family}, l = {dim}" if points and not smoothed else None,
+                )
+        title = "against the target smoothed by the kernel" if smoothed else "against the target itself (the paper)"
+        axes.set(xlabel="bandwidth h", title=title, ylim=(0, 1.65))
+    picture.axes[0].set_ylabel("variance of the codes (1.6 and more: at 1.6)")
+    picture.legend(loc="outside right center", frameon=False, fontsize=8)
+    return picture
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The steady state of GENs (arXiv 2010.15283, section 4).")
+    parser.add_argument("--quick", action="store_true", help="l = 2, few codes, a GEN on scikit-learn's digits")
+    parser.add_argument("--data", default=os.environ.get("KDEJSD_DATA"), metavar="DIR", help="of MNIST's idx files")
+    parser.add_argument("--seed", type=int, default=0, help="of codes, weights and batches (default 0)")
+    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.csv and STEM.png as well")
+    options = parser.parse_args(arguments)
+    if not options.quick and options.data is None:
+        parser.error("--data names the folder of MNIST's idx files (or set KDEJSD_DATA)")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    if options.quick:
+        dims, centers, steps, gen_steps, data = (2,), 500, 300, 200, Digits(seed=options.seed)
+    else:
+        dims, centers, steps, gen_steps = (2, 8, 16), 2000, 300, 800
+        data = MNIST(options.data, train_size=10_000, seed=options.seed)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+
+    rows: list[Row] = []
+    start = time.perf_counter()
+    for dim in dims:
+        best = optimal_bandwidth(dim, centers).value
+        bandwidths = [round(best + share * (1 - best), 3) for share in (0.0, 0.4, 0.8)]
+        for bandwidth in bandwidths:
+            for smoothed in (False, True):
+                law = law_of(bandwidth, smoothed)
+                for family in FAMILIES[:3]:
+                    codes = steady_codes(family, dim, centers, bandwidth, smoothed, steps, options.seed)
+                    variance = float(codes.var(1).mean())
+                    rows.append(Row(family, dim, centers, bandwidth, smoothed, variance, law))
+                if bandwidth == bandwidths[1]:
+                    lagged = min(centers, 1000)
+                    common = (data, dim, lagged, bandwidth, smoothed)
+                    training, held_out = gen_codes(*common, 1, gen_steps, options.seed)
+                    older, _ = gen_codes(*common, 10, gen_steps, options.seed)
+                    for family, codes in zip(FAMILIES[3:], (training, held_out, older), strict=True):
+                        rows.append(Row(family, dim, lagged, bandwidth, smoothed, float(codes.var(0).mean()), law))
+                done = ", ".join(
+                    f"{row.family} {row.variance:.3f}" for row in rows if row[3:5] == (bandwidth, smoothed)
+                )
+                print(
+                    f"l = {dim:2}, h = {bandwidth:.3f}, {'smoothed target' if smoothed else 'target itself  '}: "
+                    f"law {law:.3f}, {done}   ({time.perf_counter() - start:.0f} s)",
+                    flush=True,
+                )
+    print(f"\nVariance of the codes at rest, mean over their dimensions\n\n{table(rows)}")
+    if options.out:
+        figure(rows).savefig(options.out.with_name(f"{options.out.name}.png"))
+        with options.out.with_name(f"{options.out.name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(Row._fields)
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -270,6 +270,38 @@ def test_an_arc_between_equal_directions_is_a_line():
     assert torch.allclose(length, torch.tensor([[0.5, 0.75, 1.0]]), atol=1e-6)
 
 
+def test_the_latents_between():
+    start, end = points(4, 3), points(4, 3, seed=1)
+    line, arc = (plots.between(start, end, steps=5, path=path) for path in ("line", "arc"))
+    assert line.shape == arc.shape == (4, 5, 3)
+    for way in (line, arc):
+        torch.testing.assert_close(way[:, 0], start)
+        torch.testing.assert_close(way[:, -1], end)
+    torch.testing.assert_close(line[:, 2], (start + end) / 2)
+    torch.testing.assert_close(arc[:, 2].norm(dim=1), (start.norm(dim=1) + end.norm(dim=1)) / 2)
+
+
+def test_a_method_of_a_model_is_asked_on_the_models_terms():
+    model = ImageDecoder().double().train()
+    figure = plots.interpolation(model.forward, torch.zeros(1, 2), torch.ones(1, 2), steps=3)
+    assert model.modes == [False] and model.training and model.dtypes == [torch.float64]
+    assert figure.axes
+
+
+class ImageDecoder(torch.nn.Module):
+    """Notes how it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(2, 4)
+        self.modes, self.dtypes = [], []
+
+    def forward(self, z):
+        self.modes.append(self.training)
+        self.dtypes.append(z.dtype)
+        return self.linear(z).sigmoid().reshape(-1, 1, 2, 2)
+
+
 def test_interpolation_refuses():
     a, model = torch.tensor([[1.0, 0.0]]), LengthAndAngle()
     for start, end, settings, message in (

@@ -1,6 +1,6 @@
 """The steady state of GENs' training, measured: the variance at which codes come to rest (section 4 of the paper).
 
-    python bench/papers/gen_steady_state.py --data DIR     # MNIST for the trained GENs, about 10 minutes on one core
+    python bench/papers/gen_steady_state.py --data DIR     # MNIST for the trained GENs, about 3 minutes on one core
     python bench/papers/gen_steady_state.py --quick        # under a minute: few codes, a GEN on scikit-learn's digits
 
 Paper: S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. The law, for many
@@ -32,6 +32,8 @@ from typing import NamedTuple
 import lightning.pytorch as pl
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from kdejsd import StandardNormal, jsd_loss, optimal_bandwidth
@@ -142,23 +144,18 @@ def figure(rows: list[Row]) -> Figure:
     dims = sorted({row.latent_dim for row in rows})
     markers = dict(zip(FAMILIES, "o^sDx+", strict=True))
     for axes, smoothed in zip(picture.subplots(1, 2, sharey=True), (False, True), strict=True):
-        axes.plot(h.numpy(), [law_of(float(x), smoothed) for x in h], color="k", lw=1, label="law")
-        for family in FAMILIES:
-            for number, dim in enumerate(dims):
-                points = [r for r in rows if (r.family, r.smoothed, r.latent_dim) == (family, smoothed, dim)]
-                inside = [min(r.variance, 1.6) for r in points]
-                axes.plot(
-                    [r.bandwidth for r in points],
-                    inside,
-                    markers[family],
-                    color=f"C{number}",
-                    fillstyle="none",
-                    label=f"{family}, l = {dim}" if points and not smoothed else None,
-                )
+        axes.plot(h.numpy(), [law_of(float(x), smoothed) for x in h], color="k", lw=1)
+        for row in rows:
+            if row.smoothed == smoothed:
+                color, marker = f"C{dims.index(row.latent_dim)}", markers[row.family]
+                axes.plot(row.bandwidth, min(row.variance, 1.6), marker, color=color, fillstyle="none")
         title = "against the target smoothed by the kernel" if smoothed else "against the target itself (the paper)"
         axes.set(xlabel="bandwidth h", title=title, ylim=(0, 1.65))
     picture.axes[0].set_ylabel("variance of the codes (1.6 and more: at 1.6)")
-    picture.legend(loc="outside right center", frameon=False, fontsize=8)
+    handles = [Line2D([], [], color="k", lw=1, label="law")]
+    handles += [Line2D([], [], ls="", marker=m, color="0.4", fillstyle="none", label=f) for f, m in markers.items()]
+    handles += [Patch(color=f"C{number}", label=f"l = {dim}") for number, dim in enumerate(dims)]
+    picture.legend(handles=handles, loc="outside right center", frameon=False)
     return picture
 
 
@@ -176,8 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         dims, centers, steps, gen_steps, data = (2,), 500, 300, 200, Digits(seed=options.seed)
     else:
-        dims, centers, steps, gen_steps = (2, 8, 16), 2000, 300, 800
-        data = MNIST(options.data, train_size=10_000, seed=options.seed)
+        dims, centers, steps, gen_steps = (2, 8, 16), 1000, 300, 600
+        data = MNIST(options.data, train_size=5000, seed=options.seed)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -194,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
                     variance = float(codes.var(1).mean())
                     rows.append(Row(family, dim, centers, bandwidth, smoothed, variance, law))
                 if bandwidth == bandwidths[1]:
-                    lagged = min(centers, 1000)
+                    lagged = min(centers, 500)
                     common = (data, dim, lagged, bandwidth, smoothed)
                     training, held_out = gen_codes(*common, 1, gen_steps, options.seed)
                     older, _ = gen_codes(*common, 10, gen_steps, options.seed)

@@ -93,8 +93,7 @@ def trained(experiment: Experiment, setting: Setting) -> ImageGEN:
     model = ImageGEN(shape, setting.latent_dim, num_lagged=min(setting.num_lagged, count))
     trainer = pl.Trainer(
         max_steps=setting.steps,
-        accelerator="auto",
-        devices=1,
+        accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -173,6 +172,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines + [f"{name:15} {meaning}" for name, meaning in SCORES.items()])
 
 
+def write(path: Path, rows: list[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Row._fields)
+        writer.writerows((*row[:2], *(f"{x:.6f}" for x in row[2:])) for row in rows)
+
+
 def experiments_of(options: argparse.Namespace) -> list[Experiment]:
     if options.quick:
         digits = Digits()
@@ -190,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Novelty detection with GENs (arXiv 2010.15283, section 5.5).")
     parser.add_argument("--quick", action="store_true", help="scikit-learn's digits, two small models")
     parser.add_argument("--data", default=os.environ.get("KDEJSD_DATA"), metavar="DIR", help="of the idx files")
-    parser.add_argument("--digits", type=int, nargs="+", default=range(10), help="each normal once (default: all)")
+    parser.add_argument("--digits", type=int, nargs="*", default=range(10), help="each normal once (default: all)")
     parser.add_argument("--latent_dim", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
     parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.csv and pictures STEM_*.png as well")
@@ -207,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
 
-    rows = []
+    rows: list[Row] = []
     experiments = experiments_of(options)
     start = time.perf_counter()
     for number, experiment in enumerate(experiments, 1):
@@ -222,13 +228,10 @@ def main(arguments: list[str] | None = None) -> int:
         drawn = options.out and (not single or number == 1)
         stem = experiment.name.partition(" (")[0].replace(" ", "_").lower()
         rows += run(experiment, setting, options.out.with_name(f"{options.out.name}_{stem}") if drawn else None)
+        if options.out:
+            write(options.out.with_name(f"{options.out.name}.csv"), rows)  # so far: an interrupted run leaves it
         print(f"  AUROC of the density {100 * rows[-len(SCORES)].auroc:.1f} %   ({time.perf_counter() - start:.0f} s)")
     print(f"\n{table(rows)}\nThe paper's numbers are not available here; one model each, seed {options.seed}.")
-    if options.out:
-        with options.out.with_name(f"{options.out.name}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(Row._fields)
-            writer.writerows((*row[:2], *(f"{x:.6f}" for x in row[2:])) for row in rows)
     return 0
 
 

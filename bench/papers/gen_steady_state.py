@@ -16,6 +16,12 @@ Codes in families, from the least to the most of what training is:
     GEN      the codes of the training images of a GEN without normalisation of its codes, whose lagged codes are
              encoded anew in every step; "held-out" are the codes of other images, and "k_b = 10" those of the training
              images where the lagged codes are up to ten steps old, as in the paper
+
+What bench/results/papers/gen_steady_state.txt shows: codes that generalise (linear) and a GEN with fresh lagged codes
+follow the law where the kernel density is smooth enough; free codes are pushed apart without bound, as every one of
+them can go where the centers happen to be thin; with the kernel's noise they rest, below the law where m is small for
+the dimension (a code's own kernel then outweighs the others' push). Lagged codes ten steps old leave a raw encoder far
+below the law.
 """
 
 from __future__ import annotations

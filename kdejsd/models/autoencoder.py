@@ -148,7 +148,7 @@ class Autoencoder(pl.LightningModule, ABC):
         """The loss of a minibatch, after logging its parts."""
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, betas=self.betas)
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, betas=self.betas, fused=True)
 
     def on_train_start(self) -> None:
         if self._rng_state is not None:

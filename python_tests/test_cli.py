@@ -27,6 +27,7 @@ SMALL = [
     "--model.latent_dim=2",
     "--model.num_lagged=200",
     "--model.bandwidth=0.4",
+    "--model.decay=false",  # so that a run resumed for more epochs is the same as a longer one
     "--trainer.accelerator=cpu",
 ]
 REPORT = {"metrics.json", "latent.png", "samples.png", "reconstructions.png", "config.yaml"}

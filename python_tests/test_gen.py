@@ -138,6 +138,22 @@ def test_the_queue_holds_the_last_examples_and_encodes_nothing_twice():
     assert model._lagged_images is None
 
 
+@pytest.mark.parametrize("decay", [True, False])
+def test_the_learning_rate_falls_to_zero_along_a_half_cosine(decay):
+    class Rates(pl.Callback):
+        def __init__(self):
+            self.rates = []
+
+        def on_before_optimizer_step(self, trainer, model, optimizer):
+            self.rates.append(optimizer.param_groups[0]["lr"])
+
+    rates = Rates()
+    train(make(decay=decay, learning_rate=0.01), 4, rates)  # 12 steps
+    progress = torch.arange(12, dtype=torch.float64) / 12
+    expected = 0.005 * (1 + torch.cos(torch.pi * progress)) if decay else torch.full_like(progress, 0.01)
+    torch.testing.assert_close(torch.tensor(rates.rates, dtype=torch.float64), expected)
+
+
 def test_lagged_examples_are_drawn_once_and_all_differ():
     model = make()
     train(model, 1)
@@ -182,7 +198,8 @@ class DropoutFC(FC):
 
 
 def test_resumed_at_an_epochs_end_equals_uninterrupted(tmp_path):
-    whole, half, resumed = (make(network=DropoutFC) for _ in range(3))
+    # A run that was to end after two epochs has come to the learning rate 0 by then, unless that stays as it is.
+    whole, half, resumed = (make(network=DropoutFC, decay=False) for _ in range(3))
     pl.seed_everything(5, verbose=False)
     train(whole, 4)
     pl.seed_everything(5, verbose=False)
@@ -237,7 +254,7 @@ def test_checkpoint_holds_plain_values_and_restores_the_model(tmp_path):
 def test_codes_are_normalised_to_the_mean_and_variance_of_the_target():
     target = GaussianMixture([[-3.0, 1.0], [5.0, 1.0]], 0.5, [0.75, 0.25])
     model = make(target=target, bandwidth=0.2)
-    train(model, 1)
+    train(model, 3)
     mean, variance = torch.tensor([-1.0, 1.0]), torch.tensor([12.25, 0.25])
     model.train()
     batch = model.encode(Digits().training[torch.arange(100)][0])

@@ -38,7 +38,7 @@ class AAE(Autoencoder):
         target: law of the codes; None is the standard normal.
         discriminator_hidden: widths of the discriminator's hidden layers.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
-        learning_rate, betas: of the two Adams, one for encoder and decoder, one for the discriminator.
+        learning_rate, decay, betas: of the two Adams, one for encoder and decoder, one for the discriminator.
 
     Raises:
         ValueError: a negative weight, a target of another dimension, or a width below 1.
@@ -54,12 +54,13 @@ class AAE(Autoencoder):
         discriminator_hidden: Sequence[int] = (256, 256, 256),
         normalize_codes: bool = False,
         learning_rate: float = 2e-4,
+        decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
         check_weight("weight", weight)
         if not discriminator_hidden or min(discriminator_hidden) < 1:
             raise ValueError(f"discriminator_hidden must be widths of at least 1, got {list(discriminator_hidden)}")
-        super().__init__(encoder, decoder, latent_dim, learning_rate, betas)
+        super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self._aim_at(target, normalize_codes)
         self.discriminator = nn.Sequential(*linear_stack([latent_dim, *discriminator_hidden, 1]), nn.Flatten(0))
         self.weight = weight
@@ -67,7 +68,7 @@ class AAE(Autoencoder):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         parts = (chain(self.encoder.parameters(), self.decoder.parameters()), self.discriminator.parameters())
-        return [torch.optim.Adam(part, lr=self.learning_rate, betas=self.betas) for part in parts]
+        return [torch.optim.Adam(part, lr=self.learning_rate, betas=self.betas, fused=True) for part in parts]
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         images = checked(batch)[0]

@@ -14,7 +14,7 @@ class AE(Autoencoder):
     Logged: `rec`, and per epoch what `Autoencoder` logs.
 
     Args:
-        encoder, decoder, latent_dim, learning_rate, betas: as in `Autoencoder`.
+        encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
         target: what the codes are measured against and `sample` decodes samples of; None is the standard normal.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
 
@@ -29,10 +29,11 @@ class AE(Autoencoder):
         latent_dim: int,
         target: Target | None = None,
         normalize_codes: bool = False,
-        learning_rate: float = 2e-4,
+        learning_rate: float = 1e-3,
+        decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
-        super().__init__(encoder, decoder, latent_dim, learning_rate, betas)
+        super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self._aim_at(target, normalize_codes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -40,6 +41,8 @@ class Autoencoder(pl.LightningModule, ABC):
         decoder: codes [n, l] -> images [n, C, H, W].
         latent_dim: l, the dimension of the codes.
         learning_rate: of Adam.
+        decay: lower the learning rate to 0 along a half cosine over the run, if its end is given in steps or epochs.
+            The noise of the last steps is otherwise a part of what separates the codes from the target.
         betas: of Adam.
 
     Attributes:
@@ -54,7 +57,8 @@ class Autoencoder(pl.LightningModule, ABC):
         encoder: nn.Module,
         decoder: nn.Module,
         latent_dim: int,
-        learning_rate: float = 2e-4,
+        learning_rate: float = 1e-3,
+        decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
         super().__init__()
@@ -70,6 +74,7 @@ class Autoencoder(pl.LightningModule, ABC):
         self.norm: nn.Module = nn.Identity()
         self.latent_dim = latent_dim
         self.learning_rate = learning_rate
+        self.decay = decay
         self.betas = betas
         self._rng_state: Tensor | None = None
 
@@ -153,6 +158,15 @@ class Autoencoder(pl.LightningModule, ABC):
     def on_train_start(self) -> None:
         if self._rng_state is not None:
             torch.set_rng_state(self._rng_state)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if not self.decay:
+            return
+        # Not a scheduler of Lightning's, made with the optimiser: the length of the run is known only from here on.
+        progress = min(self.trainer.global_step / self.trainer.estimated_stepping_batches, 1)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
     # Evaluation
 

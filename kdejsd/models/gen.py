@@ -32,7 +32,7 @@ class GEN(Autoencoder):
     latent term takes: refresh, value and gradient).
 
     Args:
-        encoder, decoder, latent_dim, learning_rate, betas: as in `Autoencoder`.
+        encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
         num_lagged: m, the number of lagged codes, at most the size of the training set.
         refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
@@ -62,14 +62,15 @@ class GEN(Autoencoder):
         num_lagged: int = 1000,
         refresh: Literal["full", "rolling", "queue"] = "full",
         refresh_every: int = 10,
-        weight: float = 0.1,
+        weight: float = 1.0,
         target: Target | None = None,
         bandwidth: float | None = None,
         smoothed: bool = True,
         divergence: Literal["js", "kl"] = "js",
         kernel_noise: bool = True,
         normalize_codes: bool = True,
-        learning_rate: float = 2e-4,
+        learning_rate: float = 1e-3,
+        decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
         if refresh not in ("full", "rolling", "queue"):
@@ -77,7 +78,7 @@ class GEN(Autoencoder):
         if refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
         check_weight("weight", weight)
-        super().__init__(encoder, decoder, latent_dim, learning_rate, betas)
+        super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self.lagged = LaggedKDE(num_lagged, latent_dim, bandwidth, target, smoothed=smoothed, divergence=divergence)
         object.__setattr__(self, "target", self.lagged.target)  # whose parameters the state_dict has already
         if normalize_codes:
@@ -146,6 +147,7 @@ class GEN(Autoencoder):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None
         self.stopwatch.start("step")
+        super().on_train_batch_start(batch, batch_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.stopwatch is not None

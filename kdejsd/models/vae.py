@@ -38,7 +38,7 @@ class VAE(Autoencoder):
     Args:
         encoder: images [n, C, H, W] -> [n, 2 l], the posterior's means and the logarithms of its variances.
         decoder: z [n, l] -> images [n, C, H, W].
-        latent_dim, learning_rate, betas: as in `Autoencoder`.
+        latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
         observation_variance: s^2. The default, 1/2, is the common loss sum of squared errors + KL. The images are most
             likely with what the error per pixel comes to, but so little weight of the prior leaves the codes far from
             it for thousands of steps.
@@ -60,14 +60,15 @@ class VAE(Autoencoder):
         prior: Literal["normal", "flow"] = "normal",
         flow_layers: int = 6,
         flow_hidden: int = 64,
-        learning_rate: float = 2e-4,
+        learning_rate: float = 1e-3,
+        decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
         if not 0 < observation_variance < math.inf:
             raise ValueError(f"observation_variance must be positive and finite, got {observation_variance}")
         if prior not in ("normal", "flow"):
             raise ValueError(f'prior must be "normal" or "flow", got {prior!r}')
-        super().__init__(encoder, decoder, latent_dim, learning_rate, betas)
+        super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self.target = StandardNormal(latent_dim)
         self.observation_variance = observation_variance
         self.flow = RealNVP(latent_dim, flow_layers, flow_hidden) if prior == "flow" else None

@@ -22,7 +22,7 @@ class WAE(Autoencoder):
     Per epoch what `Autoencoder` logs.
 
     Args:
-        encoder, decoder, latent_dim, learning_rate, betas: as in `Autoencoder`.
+        encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
         weight: lambda, the weight of the MMD beside the error per pixel.
         target: law of the codes; None is the standard normal.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
@@ -39,11 +39,12 @@ class WAE(Autoencoder):
         weight: float = 1.0,
         target: Target | None = None,
         normalize_codes: bool = False,
-        learning_rate: float = 2e-4,
+        learning_rate: float = 1e-3,
+        decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
         check_weight("weight", weight)
-        super().__init__(encoder, decoder, latent_dim, learning_rate, betas)
+        super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self._aim_at(target, normalize_codes)
         self.weight = weight
         self.mean_square = 2 * float(target_moments(self.target)[1].sum())

@@ -154,6 +154,24 @@ def test_the_learning_rate_falls_to_zero_along_a_half_cosine(decay):
     torch.testing.assert_close(torch.tensor(rates.rates, dtype=torch.float64), expected)
 
 
+def test_the_encoder_does_not_see_all_pixels_of_a_minibatch():
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = {True: [], False: []}
+
+        def forward(self, x):
+            self.seen[self.training].append((float(x.gt(0).float().mean()), float(x.mean())))
+            return x
+
+    spy, networks = Spy(), FC(Digits.image_shape, 2)
+    encoder = nn.Sequential(spy, networks.encoder)
+    train(GEN(encoder, networks.decoder, 2, num_lagged=300, bandwidth=0.4, input_dropout=0.4), 2)
+    (lit, mean), (all_lit, all_mean) = (torch.tensor(spy.seen[mode]).mean(0).tolist() for mode in (True, False))
+    assert lit == pytest.approx(0.6 * all_lit, rel=0.03)
+    assert mean == pytest.approx(all_mean, rel=0.03)  # the others are scaled up
+
+
 def test_lagged_examples_are_drawn_once_and_all_differ():
     model = make()
     train(model, 1)
@@ -309,6 +327,7 @@ def test_a_convolutional_gen_learns():
     [
         (lambda: make(refresh_every=0), "refresh_every must be at least 1, got 0"),
         (lambda: make(weight=-1.0), r"weight must not be negative, got -1\.0"),
+        (lambda: make(input_dropout=1.0), r"input_dropout must be at least 0 and below 1, got 1\.0"),
         (lambda: make(num_lagged=301) and train(make(num_lagged=301), 1), "num_lagged must be at most 300, .* got 301"),
         (lambda: FC((8, 8), 2), r"image_shape must be \(channels, height, width\), .* got \[8, 8\]"),
         (lambda: FC((1, 8, 8), 2, hidden=()), "hidden and latent_dim must be at least 1"),

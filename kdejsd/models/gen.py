@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .._modes import evaluating
@@ -49,9 +50,12 @@ class GEN(Autoencoder):
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
             Without it the codes soon leave the region where the loss has a gradient. At evaluation its running
             statistics are used.
+        input_dropout: share of the pixels that the encoder does not see of a minibatch's images, drawn anew each time.
+            For a few thousand training images and fewer, whose codes it keeps from being placed one by one: they
+            become more even than samples of the target.
 
     Raises:
-        ValueError: sizes below 1, a negative weight, and what `LaggedKDE` refuses.
+        ValueError: sizes below 1, a negative weight, an input_dropout outside [0, 1), and what `LaggedKDE` refuses.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class GEN(Autoencoder):
         divergence: Literal["js", "kl"] = "js",
         kernel_noise: bool = True,
         normalize_codes: bool = True,
+        input_dropout: float = 0.0,
         learning_rate: float = 1e-3,
         decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
@@ -78,6 +83,8 @@ class GEN(Autoencoder):
         if refresh_every < 1:
             raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
         check_weight("weight", weight)
+        if not 0 <= input_dropout < 1:
+            raise ValueError(f"input_dropout must be at least 0 and below 1, got {input_dropout}")
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self.lagged = LaggedKDE(num_lagged, latent_dim, bandwidth, target, smoothed=smoothed, divergence=divergence)
         object.__setattr__(self, "target", self.lagged.target)  # whose parameters the state_dict has already
@@ -87,6 +94,7 @@ class GEN(Autoencoder):
         self.refresh_every = refresh_every
         self.weight = weight
         self.kernel_noise = kernel_noise
+        self.input_dropout = input_dropout
         self.stopwatch: Stopwatch | None = None
         self._lagged_images: Tensor | None = None
 
@@ -159,7 +167,7 @@ class GEN(Autoencoder):
             self._refresh_part(self.trainer.global_step % self.refresh_every)
         self.stopwatch.stop("latent")
 
-        codes = self.encode(images)
+        codes = self.encode(dropout(images, self.input_dropout))
         error = reconstruction_error(self.decode(codes), images)
 
         # The forward of the latent term gives its gradient too; the backward is a scaling and is not counted.

@@ -16,6 +16,7 @@ import torch
 import kdejsd
 from kdejsd import reference
 from kdejsd._native import cuda_problem
+from kdejsd.data import Digits
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -230,6 +231,45 @@ def test_step_bench_takes_every_way_to_refresh(tmp_path):
     assert set(rows) == {"autoencoder", "full", "rolling", "queue"}
     assert float(rows["autoencoder"]["ratio"]) == 1
     assert all(0 < float(row["p20"]) <= float(row["ms"]) <= float(row["p80"]) for row in rows.values())
+
+
+@pytest.mark.parametrize("ablation", [False, True])
+def test_entropies_of_codes_go_on_where_they_stopped(tmp_path, ablation):
+    table = tmp_path / "table2.csv"
+    names = ("GEN", "no kernel noise") if ablation else ("GEN",)
+    arguments = ["--quick", "--threads", "1", "--csv", str(table), "--sizes", "300", *["--ablation"][: int(ablation)]]
+    first = run(*arguments, "--rows", "GEN", script="papers/gen_table2.py")
+    assert first.returncode == 0, first.stdout + first.stderr
+    before = table.read_text()
+    done = run(*arguments, "--rows", *names, script="papers/gen_table2.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert table.read_text().startswith(before)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["row"], r["codes"]) for r in rows] == [(n, c) for n in names for c in ("training", "held-out")]
+    normal = kdejsd.kde_entropy(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)))
+    for row in rows:
+        assert (row["train_size"], row["count"], row["seed"], row["steps"]) == ("300", "300", "0", "60")
+        assert float(row["normal"]) == pytest.approx(float(normal), abs=1e-3)
+        assert 9 < float(row["entropy"]) < float(normal) + 0.2
+        assert 0.03 < float(row["error_per_pixel"]) < 0.1
+    if ablation:
+        gap = float(rows[2]["entropy"]) - float(rows[2]["normal"])
+        assert f"{gap:+.2f} / " in next(line for line in done.stdout.splitlines() if line.startswith("no kernel noise"))
+    else:
+        assert f"300 images: GEN {float(rows[0]['entropy']) - float(rows[0]['normal']):+.3f} from" in done.stdout
+
+
+def test_every_ingredient_of_the_recipe_can_be_changed(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH / "papers"))
+    table2 = importlib.import_module("gen_table2")
+    data = Digits(100, 300)
+    for name, make in table2.ABLATION.items():
+        model, trained_on = make(data)
+        assert len(model.lagged.codes) == len(trained_on.training) == (150 if name.endswith("apart") else 300)
+    model, halves = table2.lagged_apart(data)
+    together = torch.cat([halves.training.images, model.apart]).flatten(1)
+    assert len(together.unique(dim=0)) == len(data.training.images.flatten(1).unique(dim=0)) == 300
 
 
 def test_gpu_suite_is_a_script():

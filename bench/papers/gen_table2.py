@@ -1,0 +1,392 @@
+"""Table 2 of the GENs paper, computed anew: the entropy of the latent codes of MNIST by the number of training images.
+
+    python bench/papers/gen_table2.py --data DIR                # 5 models a cell; 1 to 2 minutes a model on one core
+    python bench/papers/gen_table2.py --data DIR --ablation     # the recipe of GEN, one ingredient changed at a time
+    python bench/papers/gen_table2.py --quick                   # under a minute: scikit-learn's digits, short runs
+
+Paper: S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283, section 5.2: fully
+connected networks 784-512-256-l and back, l = 8. DIR holds the idx files of MNIST (KDEJSD_DATA names it too). Every
+model has the same networks, images, minibatches, number of epochs, and its own defaults otherwise. The code of a VAE is
+the mean of its posterior.
+
+A cell is the leave-one-out KDE entropy of whitened codes (`kdejsd.kde_entropy`) of the training images and, beside it,
+of as many images held out (at most 10 000). It is biased by its KDE, the more the fewer codes: compare it with that of
+as many samples of the standard normal, the first row, and with nothing else. Whitened codes have no entropy above the
+normal's but by being more even than independent samples: an entropy of training codes above the first row is
+over-fitting, too. With --csv FILE a run goes on where one that wrote the same file was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import logging
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import seed_everything
+
+import kdejsd
+from kdejsd import kde_entropy, models
+from kdejsd.data import MNIST, Digits, ImageData, ImageSet
+from kdejsd.metrics import encode_set
+
+LATENT_DIM = 8
+BATCH = 100
+SIZES = (1000, 2000, 5000, 10_000)
+INPUT_DROPOUT = {1000: 0.4, 2000: 0.3, 5000: 0.15}  # of GEN, for small training sets
+QUICK_SIZES = (300, 600)
+ABLATION_SIZES = (1000, 10_000)
+STEPS = {1000: 2000, 2000: 3000, 5000: 4000, 10_000: 4000}
+QUICK_STEPS = 60
+MODELS = ("GEN", "AAE", "VAE", "WAE")
+NORMAL, RECIPE = "standard normal", "GEN"
+MOST_CODES = 10_000
+FIELDS = ("row", "train_size", "seed", "codes", "count", "entropy", "normal", "error_per_pixel", "steps", "seconds")
+
+Row = dict[str, Any]
+Maker = Callable[[ImageData], tuple[pl.LightningModule, ImageData]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def by_name(name: str, **changes: Any) -> Maker:
+    """Makes a model for a data set by its name in kdejsd.models, with these settings and else its own."""
+
+    def make(data: ImageData) -> tuple[pl.LightningModule, ImageData]:
+        settings = recipe(data) if name == "GEN" else {}
+        return image_model(name)(data.image_shape, LATENT_DIM, **settings | changes), data
+
+    return make
+
+
+def recipe(data: ImageData) -> dict[str, Any]:
+    """What of a GEN's settings goes by the training set: all its codes are lagged codes."""
+    count = len(data.training)
+    return {"num_lagged": count, "input_dropout": INPUT_DROPOUT.get(count, 0.0)}
+
+
+def image_model(name: str) -> Any:
+    """The model that builds its networks for images of a given shape."""
+    model = getattr(models, f"Image{name}", None) or getattr(getattr(models, "images", None), name, None)
+    if model is None:
+        raise ValueError(f"kdejsd.models has no {name}")
+    return model
+
+
+def wider(data: ImageData) -> tuple[pl.LightningModule, ImageData]:
+    h = kdejsd.optimal_bandwidth(LATENT_DIM, len(data.training)).value
+    return by_name("GEN", bandwidth=1.5 * h)(data)
+
+
+class OwnCopies(image_model("GEN")):  # type: ignore[misc]
+    """A GEN that leaves no code's own lagged copy out."""
+
+    def latent_terms(self, codes: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        terms: torch.Tensor = super().latent_terms(codes, None)
+        return terms
+
+
+def own_copies(data: ImageData) -> tuple[pl.LightningModule, ImageData]:
+    return OwnCopies(data.image_shape, LATENT_DIM, **recipe(data)), data
+
+
+class Halves(ImageData):
+    """Of the training images of a data set one half to train on, the other for the lagged codes alone."""
+
+    def __init__(self, data: ImageData) -> None:
+        super().__init__(data.batch_size, seed=data.seed)
+        self.image_shape = data.image_shape
+        self.whole = data
+        order = torch.randperm(len(data.training), generator=torch.Generator().manual_seed(data.seed))
+        used, lagged = order.chunk(2)
+        self.lagged_images = data.training.subset(lagged)
+        self._used = data.training.subset(used)
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        return self._used, self.whole.held_out
+
+
+class LaggedApart(image_model("GEN")):  # type: ignore[misc]
+    """A GEN whose lagged codes are those of images that it is not trained on, given as `apart` [m, C, H, W]."""
+
+    apart: torch.Tensor
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.lagged.indices.fill_(-1)
+        self._lagged_images = self.apart
+
+
+def lagged_apart(data: ImageData) -> tuple[pl.LightningModule, ImageData]:
+    halves = Halves(data)
+    model = LaggedApart(data.image_shape, LATENT_DIM, **recipe(data) | {"num_lagged": len(halves.lagged_images)})
+    model.apart = halves.lagged_images[torch.arange(len(halves.lagged_images))][0]
+    return model, halves
+
+
+ABLATION: dict[str, Maker] = {
+    RECIPE: by_name("GEN"),
+    "no code normalisation": by_name("GEN", normalize_codes=False),
+    "own lagged copy counted": own_copies,
+    "lagged codes of images apart": lagged_apart,
+    "weight / 3": by_name("GEN", weight=1 / 3),
+    "weight x 3": by_name("GEN", weight=3.0),
+    "target not smoothed": by_name("GEN", smoothed=False),
+    "no kernel noise": by_name("GEN", kernel_noise=False),
+    'divergence "kl"': by_name("GEN", divergence="kl"),
+    "bandwidth x 1.5": wider,
+    'refresh "rolling"': by_name("GEN", refresh="rolling"),
+    'refresh "queue"': by_name("GEN", refresh="queue"),
+    "all pixels seen": by_name("GEN", input_dropout=0.0),
+    "no decay": by_name("GEN", decay=False),
+    "learning rate 2e-4, no decay": by_name("GEN", learning_rate=2e-4, decay=False),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One model
+
+
+def entropy(codes: torch.Tensor) -> float:
+    """Of the whitened codes, in nats; NaN where they cannot be whitened."""
+    try:
+        return float(kde_entropy(codes))
+    except ValueError:
+        return float("nan")
+
+
+def normal_entropy(count: int, seed: int) -> float:
+    return entropy(torch.randn(count, LATENT_DIM, generator=torch.Generator().manual_seed(seed)))
+
+
+def train_and_measure(row: str, make: Maker, data: ImageData, seed: int, steps: int) -> list[Row]:
+    """Trains one model and measures its codes: a row for the training images, one for the held-out ones."""
+    seed_everything(seed, verbose=False)
+    size = len(data.training)
+    model, data = make(data)
+    epochs = max(1, steps // (len(data.training) // BATCH))
+    # Epochs, not steps: a model with two optimisers counts two steps a minibatch. The one validation is the last
+    # epoch's: with it a GEN's statistics of the codes are those of the encoder as it is at the end.
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        check_val_every_n_epoch=epochs,
+        num_sanity_val_steps=0,
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    start = time.perf_counter()
+    trainer.fit(model, datamodule=data)
+    seconds = time.perf_counter() - start
+    rows = []
+    count = min(len(data.training), len(data.held_out), MOST_CODES)
+    for part, images in (("training", data.training), ("held-out", data.held_out)):
+        encoded = encode_set(model, images)
+        rows.append(
+            {
+                "row": row,
+                "train_size": size,
+                "seed": seed,
+                "codes": part,
+                "count": count,
+                "entropy": entropy(encoded.codes[:count]),
+                "normal": normal_entropy(count, seed),
+                "error_per_pixel": encoded.reconstruction_error,
+                "steps": epochs * (len(data.training) // BATCH),
+                "seconds": round(seconds, 1),
+            }
+        )
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def spread(values: Iterable[float], form: str) -> str:
+    """Mean ± standard deviation."""
+    numbers = list(values)
+    mean = format(statistics.fmean(numbers), form)
+    return f"{mean} ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else mean
+
+
+def cells(rows: list[Row], name: str, sizes: Iterable[int], part: str, text: Callable[[list[Row]], str]) -> str:
+    columns = []
+    for size in sizes:
+        chosen = [r for r in rows if (r["row"], r["train_size"], r["codes"]) == (name, size, part)]
+        columns.append(f"{text(chosen) if chosen else '-':>16}")
+    return "".join(columns)
+
+
+def entropies(rows: list[Row], names: Iterable[str], sizes: Iterable[int]) -> str:
+    """The paper's table, once for the codes of training images and once for those of held-out images, and the errors
+    of the reconstruction."""
+    lines = []
+    names = list(names)
+    for part in ("training", "held-out"):
+        lines.append(f"{f'codes of {part} images':30}" + "".join(f"{size:>16}" for size in sizes))
+        normal = cells(rows, names[0], sizes, part, lambda found: spread((r["normal"] for r in found), ".2f"))
+        lines.append(f"  {NORMAL:28}" + normal)
+        for name in names:
+            line = cells(rows, name, sizes, part, lambda found: spread((r["entropy"] for r in found), ".2f"))
+            lines.append(f"  {name:28}" + line)
+        lines.append("")
+    lines.append("squared error per pixel, training / held-out")
+    for name in names:
+        pairs = []
+        for size in sizes:
+            errors = [
+                [r["error_per_pixel"] for r in rows if (r["row"], r["train_size"], r["codes"]) == (name, size, part)]
+                for part in ("training", "held-out")
+            ]
+            text = " / ".join(f"{statistics.fmean(e):.4f}" for e in errors if e)
+            pairs.append(f"{text or '-':>16}")
+        lines.append(f"  {name:28}" + "".join(pairs))
+    return "\n".join(lines)
+
+
+def differences(rows: list[Row], names: Iterable[str], sizes: Iterable[int]) -> str:
+    """Entropy less that of as many normal samples, training / held-out, and the held-out images' error per pixel."""
+    lines = [f"{'':30}" + "".join(f"{f'{size} images':>26}" for size in sizes)]
+    for name in names:
+        line = f"{name:30}"
+        for size in sizes:
+            found = {}
+            for part in ("training", "held-out"):
+                chosen = [r for r in rows if (r["row"], r["train_size"], r["codes"]) == (name, size, part)]
+                if chosen:
+                    gap = statistics.fmean(r["entropy"] - r["normal"] for r in chosen)
+                    found[part] = gap, statistics.fmean(r["error_per_pixel"] for r in chosen)
+            if found:
+                (train, _), (held, error) = found["training"], found["held-out"]
+                line += f"{f'{train:+.2f} / {held:+.2f}   {error:.4f}':>26}"
+            else:
+                line += f"{'-':>26}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def verdict(rows: list[Row], names: list[str], sizes: Iterable[int]) -> str:
+    """How far GEN's training codes are from the normal row, and whether they are above the other models', a line per
+    column."""
+    lines = []
+    for size in sizes:
+        means = {}
+        for name in names:
+            chosen = [r for r in rows if (r["row"], r["train_size"], r["codes"]) == (name, size, "training")]
+            if chosen:
+                means[name] = statistics.fmean(r["entropy"] for r in chosen)
+                normal = statistics.fmean(r["normal"] for r in chosen)
+        if RECIPE in means:
+            gap = means[RECIPE] - normal
+            near = "within" if abs(gap) <= 0.1 else "NOT within"
+            others = {name: mean for name, mean in means.items() if name != RECIPE}
+            above = "no other model trained"
+            if others:
+                best = max(others, key=others.__getitem__)
+                above = f"{'above' if means[RECIPE] > others[best] else 'NOT above'} {best}, the best of the others"
+            lines.append(f"{size} images: GEN {gap:+.3f} from the normal row, {near} 0.1; {above}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def read(path: Path | None) -> list[Row]:
+    if path is None or not path.exists():
+        return []
+    kinds = {"train_size": int, "seed": int, "count": int, "steps": int}
+    kinds |= dict.fromkeys(("entropy", "normal", "error_per_pixel", "seconds"), float)
+    with path.open(newline="") as file:
+        return [{key: kinds.get(key, str)(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Table 2 of the GENs paper (arXiv 2010.15283): entropy of the latent codes of MNIST."
+    )
+    parser.add_argument("--quick", action="store_true", help="scikit-learn's digits, few steps: no result to believe")
+    parser.add_argument("--ablation", action="store_true", help="GEN with one ingredient changed at a time instead")
+    parser.add_argument("--data", default=os.environ.get("KDEJSD_DATA"), help="folder of MNIST's idx files")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these: models or ingredients, by their names")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="numbers of training images")
+    parser.add_argument("--trials", type=int, help="models per cell, seeds 0, 1, ... (default 5, --ablation 1)")
+    parser.add_argument("--threads", type=int, help="as torch.set_num_threads")
+    parser.add_argument(
+        "--precision", default="highest", help="as torch.set_float32_matmul_precision (default highest)"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where results go, and from where a run goes on")
+    options = parser.parse_args(arguments)
+    makers = ABLATION if options.ablation else {name: by_name(name) for name in MODELS}
+    if unknown := set(options.rows or ()) - set(makers):
+        parser.error(f"--rows must be of {', '.join(makers)}, got {', '.join(sorted(unknown))}")
+    if options.data is None and not options.quick:
+        parser.error("--data DIR is needed: the folder of MNIST's idx files (or KDEJSD_DATA)")
+    trials = options.trials or (1 if options.quick or options.ablation else 5)
+    sizes = options.sizes or (QUICK_SIZES if options.quick else ABLATION_SIZES if options.ablation else SIZES)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.precision)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+
+    names = options.rows or list(makers)
+    rows = read(options.csv)
+    done = {(r["seed"], r["train_size"], r["row"]) for r in rows}
+    todo = [key for key in itertools.product(range(trials), sizes, names) if key not in done]
+    start = time.perf_counter()
+    for number, (seed, size, name) in enumerate(todo, 1):
+        data: ImageData
+        if options.quick:
+            data, steps = Digits(BATCH, size, seed), QUICK_STEPS
+        else:
+            data, steps = MNIST(options.data, BATCH, size, seed), STEPS.get(size, max(STEPS.values()))
+        found = train_and_measure(name, makers[name], data, seed, steps)
+        rows += found
+        if options.csv:
+            write(options.csv, rows)
+        parts = "; ".join(f"{r['codes']} {r['entropy']:.3f} ({r['error_per_pixel']:.4f})" for r in found)
+        print(
+            f"[{number:2}/{len(todo)}] {name}, {size} images, seed {seed}: {parts}; normal {found[0]['normal']:.3f}"
+            f"   ({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+
+    seeds = sorted({r["seed"] for r in rows if r["row"] in names})
+    print(f"\n{len(seeds)} model{'s' if len(seeds) > 1 else ''} a cell; whitened codes, l = {LATENT_DIM}; nats", end="")
+    if options.ablation:
+        print(": entropy less that of as many normal samples,\ntraining / held-out codes; squared error per pixel\n")
+        print(differences(rows, names, sizes))
+    else:
+        print(", mean ± standard deviation\n")
+        print(entropies(rows, names, sizes))
+        print("\n" + verdict(rows, names, sizes))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

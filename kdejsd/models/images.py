@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from . import aae, ae, gen, vae, wae
+from . import aae, ae, gen, semi, vae, wae
 from .autoencoder import Autoencoder, Network
 from .networks import FC
 
@@ -31,4 +31,6 @@ def for_images(model: type[Autoencoder]) -> type[ImageAutoencoder]:
     return cast("type[ImageAutoencoder]", type(model.__name__, (ImageAutoencoder, model), attributes))
 
 
-AAE, AE, GEN, VAE, WAE = (for_images(model) for model in (aae.AAE, ae.AE, gen.GEN, vae.VAE, wae.WAE))
+AAE, AE, GEN, SemiSupervisedGEN, VAE, WAE = (
+    for_images(model) for model in (aae.AAE, ae.AE, gen.GEN, semi.SemiSupervisedGEN, vae.VAE, wae.WAE)
+)

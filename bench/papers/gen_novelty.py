@@ -1,6 +1,6 @@
 """Novelty detection by the density of a GEN (section 5.5, eqs. 10-11, Figure 4 of the GENs paper).
 
-    python bench/papers/gen_novelty.py --data DIR      # MNIST and Fashion-MNIST, about 20 minutes on one core
+    python bench/papers/gen_novelty.py --data DIR      # MNIST and Fashion-MNIST, about 13 minutes on one core
     python bench/papers/gen_novelty.py --quick         # under a minute: scikit-learn's digits
 
 Paper: S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. A GEN is trained on

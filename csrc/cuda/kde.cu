@@ -51,8 +51,8 @@ struct alignas(16) RowSums {
 
 template <typename T, int LC>
 struct Tile {
-  static constexpr int kChunk = kSide * LC;        // coordinates that are present at a time
-  static constexpr bool kAhead = LC < kVector<T>;  // there is room for the columns of the next tile
+  static constexpr int kChunk = kSide * LC;  // coordinates that are present at a time
+  static constexpr bool kAhead = LC == 1;    // there is room for the columns of the next tile, and registers
   using Chunk = T[kTile][kChunk + kVector<T>];
   alignas(16) Chunk rows;
   alignas(16) Chunk columns;
@@ -620,7 +620,6 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocess
   const int64_t first_center = center_tile * kTile;
   const T* grad = static_cast<const T*>(args.grad) + batch * item.n;  // [n]
   const double* log_prob = args.log_prob + batch * item.n;            // [n]
-  const BackwardOutputs<T> to = BackwardOutputs<T>(args).of_split(split * plan.elements);
   Stage<T, LC, kSlabs> stage{tile, first_center};
   load_centers(tile, first_center);
   if (threadIdx.x < 2) {
@@ -638,12 +637,13 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocess
     squared_distances(stage, query_tile + 1 < end_tile ? first_query + kTile : -1, pairs,
                       [&] { load_queries(tile, item, first_center, first_query, grad, log_prob); });
     backward_weights(tile, pairs);
-    if (to.dcenters == nullptr) continue;
+    if (args.dcenters == nullptr) continue;
     store_pairs(tile, pairs);
     __syncthreads();
     add_weighted_sums(stage, group * plan.chunks, plan.chunks, same, queries);
   }
 
+  const BackwardOutputs<T> to = BackwardOutputs<T>(args).of_split(split * plan.elements);
 #pragma unroll
   for (int a = 0; a < kMicro; ++a) {
     const T sum = sum_over<kSide>(tile.row_sums[threadIdx.x].sum[a]);

@@ -415,8 +415,9 @@ def test_a_checkpoint_that_does_not_name_its_model_is_a_gens(run, trained, tmp_p
 
 
 def test_the_diversity_of_a_vae_is_that_of_what_its_flow_and_decoder_make(run, classifier, tmp_path):
-    args = ["--model=VAE", "--model.prior=flow", "--model.latent_dim=2", "--trainer.max_epochs=2", "--out=run"]
-    run("fit", *args, "--model.learning_rate=3e-3", "--trainer.accelerator=cpu", cwd=tmp_path)
+    args = ["--model=VAE", "--model.prior=flow", "--model.latent_dim=2", "--trainer.max_epochs=6", "--out=run"]
+    args += ["--model.observation_variance=0.03", "--model.learning_rate=3e-3", "--trainer.accelerator=cpu"]
+    run("fit", *args, cwd=tmp_path)
     checkpoint = tmp_path / "run/checkpoints/last.ckpt"
     run("evaluate", checkpoint, f"--classifier={classifier[0]}", "--out=out", cwd=tmp_path)
     model = ImageAutoencoder.load_from_checkpoint(checkpoint).eval()

@@ -263,7 +263,7 @@ def test_entropies_of_codes_go_on_where_they_stopped(tmp_path, ablation):
 def test_every_ingredient_of_the_recipe_can_be_changed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH / "papers"))
     table2 = importlib.import_module("gen_table2")
-    data = Digits(100, 300)
+    data = Digits(batch_size=100, train_size=300)
     for name, make in table2.ABLATION.items():
         model, trained_on = make(data)
         assert len(model.lagged.codes) == len(trained_on.training) == (150 if name.endswith("apart") else 300)

@@ -35,9 +35,10 @@ import torch
 from lightning.pytorch import seed_everything
 
 import kdejsd
-from kdejsd import kde_entropy, models
+from kdejsd import kde_entropy
 from kdejsd.data import MNIST, Digits, ImageData, ImageSet
 from kdejsd.metrics import encode_set
+from kdejsd.models import images
 
 LATENT_DIM = 8
 BATCH = 100
@@ -61,11 +62,11 @@ Maker = Callable[[ImageData], tuple[pl.LightningModule, ImageData]]
 
 
 def by_name(name: str, **changes: Any) -> Maker:
-    """Makes a model for a data set by its name in kdejsd.models, with these settings and else its own."""
+    """Makes a model for a data set by its name in kdejsd.models.images, with these settings and else its own."""
 
     def make(data: ImageData) -> tuple[pl.LightningModule, ImageData]:
         settings = recipe(data) if name == "GEN" else {}
-        return image_model(name)(data.image_shape, LATENT_DIM, **settings | changes), data
+        return getattr(images, name)(data.image_shape, LATENT_DIM, **settings | changes), data
 
     return make
 
@@ -76,20 +77,12 @@ def recipe(data: ImageData) -> dict[str, Any]:
     return {"num_lagged": count, "input_dropout": INPUT_DROPOUT.get(count, 0.0)}
 
 
-def image_model(name: str) -> Any:
-    """The model that builds its networks for images of a given shape."""
-    model = getattr(models, f"Image{name}", None) or getattr(getattr(models, "images", None), name, None)
-    if model is None:
-        raise ValueError(f"kdejsd.models has no {name}")
-    return model
-
-
 def wider(data: ImageData) -> tuple[pl.LightningModule, ImageData]:
     h = kdejsd.optimal_bandwidth(LATENT_DIM, len(data.training)).value
     return by_name("GEN", bandwidth=1.5 * h)(data)
 
 
-class OwnCopies(image_model("GEN")):  # type: ignore[misc]
+class OwnCopies(images.GEN):
     """A GEN that leaves no code's own lagged copy out."""
 
     def latent_terms(self, codes: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
@@ -117,7 +110,7 @@ class Halves(ImageData):
         return self._used, self.whole.held_out
 
 
-class LaggedApart(image_model("GEN")):  # type: ignore[misc]
+class LaggedApart(images.GEN):
     """A GEN whose lagged codes are those of images that it is not trained on, given as `apart` [m, C, H, W]."""
 
     apart: torch.Tensor
@@ -193,8 +186,8 @@ def train_and_measure(row: str, make: Maker, data: ImageData, seed: int, steps: 
     seconds = time.perf_counter() - start
     rows = []
     count = min(len(data.training), len(data.held_out), MOST_CODES)
-    for part, images in (("training", data.training), ("held-out", data.held_out)):
-        encoded = encode_set(model, images)
+    for part, image_set in (("training", data.training), ("held-out", data.held_out)):
+        encoded = encode_set(model, image_set)
         rows.append(
             {
                 "row": row,
@@ -362,9 +355,10 @@ def main(arguments: list[str] | None = None) -> int:
     for number, (seed, size, name) in enumerate(todo, 1):
         data: ImageData
         if options.quick:
-            data, steps = Digits(BATCH, size, seed), QUICK_STEPS
+            data, steps = Digits(batch_size=BATCH, train_size=size, seed=seed), QUICK_STEPS
         else:
-            data, steps = MNIST(options.data, BATCH, size, seed), STEPS.get(size, max(STEPS.values()))
+            data = MNIST(options.data, batch_size=BATCH, train_size=size, seed=seed)
+            steps = STEPS.get(size, max(STEPS.values()))
         found = train_and_measure(name, makers[name], data, seed, steps)
         rows += found
         if options.csv:
@@ -376,8 +370,8 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
 
-    seeds = sorted({r["seed"] for r in rows if r["row"] in names})
-    print(f"\n{len(seeds)} model{'s' if len(seeds) > 1 else ''} a cell; whitened codes, l = {LATENT_DIM}; nats", end="")
+    rows = [row for row in rows if row["seed"] < trials]
+    print(f"\n{trials} model{'s' if trials > 1 else ''} a cell; whitened codes, l = {LATENT_DIM}; nats", end="")
     if options.ablation:
         print(": entropy less that of as many normal samples,\ntraining / held-out codes; squared error per pixel\n")
         print(differences(rows, names, sizes))

@@ -483,10 +483,8 @@ def test_errors_of_a_user_are_one_line(run, tmp_path):
     done = run("fit", *SMALL[:1], "--model.num_lagged=301", "--model.bandwidth=1", cwd=tmp_path, status=1)
     assert "kdejsd fit: error: num_lagged must be at most 300, the size of the training set, got 301" in done.err
     done = run("fit", "--model=GAN", cwd=tmp_path, status=1)
-    assert (
-        "kdejsd fit: error: --model must be one of AAE, AE, GEN, SemiSupervisedGEN, VAE, WAE or the import path"
-        in done.err
-    )
+    names = re.match("kdejsd fit: error: --model must be one of (.*) or the import path of a class", done.err)
+    assert {"AAE", "AE", "GEN", "SemiSupervisedGEN", "VAE", "WAE"} <= set(names[1].split(", "))
     assert done.err.endswith("got GAN\n")
     done = run("fit", "--data=CIFAR", cwd=tmp_path, status=1)
     assert "kdejsd fit: error: --data must be one of Digits, MNIST, FashionMNIST" in done.err

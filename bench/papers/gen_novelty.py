@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import os
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from quiet import quiet_trainer
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
@@ -90,16 +89,10 @@ def trained(experiment: Experiment, setting: Setting) -> ImageGEN:
     pl.seed_everything(setting.seed, verbose=False)
     shape = images_of(experiment.training.subset(torch.arange(1)))[0].shape
     count = len(experiment.training)
-    model = ImageGEN(shape, setting.latent_dim, num_lagged=min(setting.num_lagged, count))
-    trainer = pl.Trainer(
-        max_steps=setting.steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    num_lagged = min(setting.num_lagged, count)
+    training_settings = {"weight": 0.1, "learning_rate": 2e-4, "decay": False}
+    model = ImageGEN(shape, setting.latent_dim, num_lagged=num_lagged, **training_settings)
+    trainer = quiet_trainer(max_steps=setting.steps, accelerator="cpu")
     training = BatchLoader(experiment.training, BatchOrder(count, min(setting.batch_size, count), setting.seed))
     trainer.fit(model, training)
     model.refresh()  # the statistics of the codes' normalisation are then those of the last step
@@ -203,8 +196,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.quick and options.data is None:
         parser.error("--data names the folder of the idx files of MNIST and Fashion-MNIST (or set KDEJSD_DATA)")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
     if options.quick:
         few = many = Setting(options.latent_dim, num_lagged=500, batch_size=50, steps=300, seed=options.seed)
     else:

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import math
 import time
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from quiet import quiet_trainer
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -56,15 +55,8 @@ def train(images: ImageData, num_lagged: int, epochs: int, learning_rate: float,
         refresh="rolling",
         learning_rate=learning_rate,
     )
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=pl.callbacks.LambdaCallback(on_validation_end=tell_progress),
+    trainer = quiet_trainer(
+        max_epochs=epochs, accelerator="cpu", callbacks=pl.callbacks.LambdaCallback(on_validation_end=tell_progress)
     )
     trainer.fit(model, datamodule=images)
     return model
@@ -100,8 +92,6 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("MNIST needs --root (or take --quick)")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
 
     def images_of(train_size: int, labelled_size: int) -> ImageData:
         kind = {"batch_size": 50} if options.quick else {"root": options.root}

@@ -28,10 +28,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import os
 import time
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +38,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from quiet import quiet_trainer
 from torch import Tensor
 
 from kdejsd import StandardNormal, jsd_loss, optimal_bandwidth
@@ -107,16 +106,10 @@ def gen_codes(
         smoothed=smoothed,
         normalize_codes=False,
         weight=1.0,
+        learning_rate=2e-4,
+        decay=False,
     )
-    trainer = pl.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(max_steps=steps, accelerator="cpu")
     loader: BatchLoader = data.train_dataloader()
     trainer.fit(model, loader)
     with torch.no_grad(), evaluating(model):
@@ -174,8 +167,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.quick and options.data is None:
         parser.error("--data names the folder of MNIST's idx files (or set KDEJSD_DATA)")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
     if options.quick:
         dims, centers, steps, gen_steps, data = (2,), 500, 300, 200, Digits(seed=options.seed)
     else:

@@ -21,11 +21,9 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import logging
 import os
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import seed_everything
+from quiet import quiet_trainer
 
 import kdejsd
 from kdejsd import kde_entropy
@@ -171,16 +170,7 @@ def train_and_measure(row: str, make: Maker, data: ImageData, seed: int, steps: 
     epochs = max(1, steps // (len(data.training) // BATCH))
     # Epochs, not steps: a model with two optimisers counts two steps a minibatch. The one validation is the last
     # epoch's: with it a GEN's statistics of the codes are those of the encoder as it is at the end.
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        check_val_every_n_epoch=epochs,
-        num_sanity_val_steps=0,
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(max_epochs=epochs, check_val_every_n_epoch=epochs)
     start = time.perf_counter()
     trainer.fit(model, datamodule=data)
     seconds = time.perf_counter() - start
@@ -343,9 +333,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.precision)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
 
     names = options.rows or list(makers)
     rows = read(options.csv)

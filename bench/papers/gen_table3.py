@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import logging
 import statistics
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from quiet import quiet_trainer
 from torch import Tensor, nn
 
 from kdejsd import data, models, plots
@@ -58,14 +57,7 @@ def features_for(images: data.ImageData, folder: Path, epochs: int) -> tuple[nn.
 def train(name: str, images: data.ImageData, network: Any, latent_dim: int, settings: dict, epochs: int, seed: int):
     pl.seed_everything(seed, verbose=False)
     model = model_class(name)(images.image_shape, latent_dim, network, **settings)
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = quiet_trainer(max_epochs=epochs)
     trainer.fit(model, datamodule=images)
     return model.to("cpu")
 
@@ -101,8 +93,6 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"{name} needs --root")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
 
     start, rows = time.perf_counter(), []
     for set_name in options.data:

@@ -35,7 +35,7 @@ from kdejsd.models.classifier import classifier_for
 MODELS = ("GEN", "AAE", "VAE", "WAE")
 LATENT_DIM = 8
 # Of a model beside what all of them share.
-SETTINGS: dict[str, dict[str, Any]] = {"GEN": {"num_lagged": 10_000, "weight": 0.3, "refresh": "rolling"}}
+SETTINGS: dict[str, dict[str, Any]] = {"GEN": {"num_lagged": 10_000}}
 QUICK: dict[str, dict[str, Any]] = {"GEN": {"num_lagged": 500, "bandwidth": 0.4}}
 
 

@@ -124,9 +124,9 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 if seed == 0:
                     plots.grid(generated[:100]).savefig(options.out / f"{set_name.lower()}_{name.lower()}.png")
-            spread = statistics.stdev(distances) if len(distances) > 1 else float("nan")
+            spread = f" ± {statistics.stdev(distances):.3f}" if len(distances) > 1 else ""
             print(
-                f"{name:16}{statistics.mean(distances):10.3f} ± {spread:.3f}   reconstruction error "
+                f"{name:16}{statistics.mean(distances):10.3f}{spread}   reconstruction error "
                 f"{statistics.mean(errors):.4f}   ({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )

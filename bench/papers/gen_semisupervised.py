@@ -84,10 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="models of each kind (default 1)")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
     parser.add_argument("--out", type=Path, default=Path("runs/gen_semisupervised"), help="for table and pictures")
-    parser.add_argument("--quick", action="store_true", help="Digits, 150 labelled, 20 epochs")
+    parser.add_argument("--quick", action="store_true", help="Digits, 150 labelled, 12 epochs")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.train_size, options.labelled_size, options.num_lagged, options.epochs = 1400, 150, 150, 20
+        options.train_size, options.labelled_size, options.num_lagged, options.epochs = 1400, 150, 150, 12
     elif options.root is None:
         parser.error("MNIST needs --root (or take --quick)")
     options.out.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import points
+from test_gen import train
 
 from kdejsd import GaussianMixture, StandardNormal
 from kdejsd.data import Digits
@@ -27,20 +28,6 @@ def make(target=None, **options) -> SemiSupervisedGEN:
     networks = FC(Digits.image_shape, 2)
     settings = {"num_lagged": 200, "bandwidth": 0.2, "learning_rate": 1e-3} | options
     return SemiSupervisedGEN(networks.encoder, networks.decoder, 2, target or ring(), **settings)
-
-
-def train(model: SemiSupervisedGEN, data: Digits, epochs: int) -> pl.Trainer:
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(model, datamodule=data)
-    return trainer
 
 
 def test_label_term_is_the_cross_entropy_of_the_components():
@@ -87,7 +74,7 @@ def test_labels_pull_codes_to_their_modes():
     for labelled in (150, 0):
         data = Digits(labelled_size=labelled, batch_size=50)
         model = make(num_lagged=1000, weight=0.03, learning_rate=2e-3)
-        trainer = train(model, data, 20)
+        trainer = train(model, 20, data=data)
         held_out = encode_set(model, data.held_out)
         right = model.classify(held_out.codes) == held_out.labels
         accuracy[labelled] = float(right.float().mean())
@@ -102,7 +89,7 @@ def test_every_label_hidden_is_a_gen_of_the_mixture():
     models = []
     for label_weight in (0.0, 7.0):
         models.append(make(label_weight=label_weight))
-        train(models[-1], Digits(train_size=300, labelled_size=0), 1)
+        train(models[-1], 1, data=Digits(train_size=300, labelled_size=0))
     state, other = (model.state_dict() for model in models)
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
@@ -113,7 +100,7 @@ def test_every_label_hidden_is_a_gen_of_the_mixture():
 @pytest.mark.parametrize("refresh", ["full", "rolling", "queue"])
 def test_every_way_to_refresh(refresh):
     model = make(refresh=refresh, refresh_every=3)
-    train(model, Digits(train_size=300, labelled_size=100), 2)
+    train(model, 2, data=Digits(train_size=300, labelled_size=100))
     assert model.lagged.codes.isfinite().all() and not model.lagged.codes.requires_grad
 
 
@@ -123,4 +110,4 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"label_weight must not be negative, got -0\.1"):
         make(label_weight=-0.1)
     with pytest.raises(ValueError, match="labels must be below 7, one component per class, got 9"):
-        train(make(ring(7)), Digits(train_size=300), 1)
+        train(make(ring(7)), 1, data=Digits(train_size=300))

@@ -5,8 +5,8 @@
 
 The target is a ring of ten normals, one for each class (`kdejsd.models.SemiSupervisedGEN`). An image is given the class
 whose mode is the most probable at its code. Three models are trained for as many steps: with labels of some images; on
-those images alone, so that what the unlabelled ones are worth shows; and without any label, where each mode is
-afterwards named after a class of the training images, one to one, so that most of them fit.
+as many images that all have labels, so that what the unlabelled ones are worth shows; and without any label, where each
+mode is afterwards named after a class of the training images, one to one, so that most of them fit.
 
 Paper: S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. Where its modes lie
 and how wide they are is not known here; a ring treats all classes alike.

@@ -122,7 +122,7 @@ struct Tile {
   T* offset;      // [kTile], see Item; in the transposed pass the queries' log p_e
   T* slope;       // [kTile]; in the transposed pass the queries' gradients
   T* precision;   // [kTile]
-  int* kept;      // [kTile], the rows that take part in the weighted sums; all of them unless said otherwise
+  int* kept;      // [kTile], the numbers of all rows, for weighted sums that leave none out
   Vec<T>* pairs;  // [kTile, kQV]
 
   static int64_t bytes(int64_t l) {

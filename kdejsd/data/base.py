@@ -160,7 +160,7 @@ class ImageData(pl.LightningDataModule):
 
     def load(self) -> tuple[ImageSource, ImageSource]:
         """All training images and the held-out images."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define load()")
 
     def setup(self, stage: str | None = None) -> None:
         """Reads the images, once."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
 from ..targets import GaussianMixture
-from .autoencoder import Batch
+from .autoencoder import Batch, check_weight
 from .gen import GEN
 
 
@@ -55,8 +55,8 @@ class SemiSupervisedGEN(GEN):
     ) -> None:
         if not isinstance(target, GaussianMixture):
             raise TypeError(f"target must be a GaussianMixture, one component per class, got {type(target).__name__}")
-        if label_weight is not None and label_weight < 0:
-            raise ValueError(f"label_weight must not be negative, got {label_weight}")
+        if label_weight is not None:
+            check_weight("label_weight", label_weight)
         super().__init__(encoder, decoder, latent_dim, target=target, **kwargs)
         self.label_weight = self.weight if label_weight is None else label_weight
         self.classes = target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -57,7 +56,7 @@ def class_radius_bound(
     dtype = _common.compute_dtype(name, masses)
     if masses.ndim == 0 or masses.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., classes] with at least one class, got {list(masses.shape)}")
-    if (check or os.environ.get("KDEJSD_CHECK") == "1") and not torch.compiler.is_compiling():
+    if _common.checks_values() or (check and not torch.compiler.is_compiling()):
         _check_values(name, masses.detach(), sums=check)
     masses = masses.to(dtype)
     is_log = log_p is not None

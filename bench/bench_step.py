@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdejsd.models.images import AE, GEN, ImageAutoencoder
+from kdejsd.models.images import AE, GEN, ImageModel
 
 SHAPE = (1, 28, 28)
 PERIOD = 10  # k_b
@@ -75,7 +75,7 @@ def turn(step: str, size: tuple[int, int, int], images: Images, device: str, per
     batch, m, dim = size
     pl.seed_everything(0, verbose=False)
     if step == PLAIN:  # the same networks, normalisation and optimiser, and no latent term
-        model: ImageAutoencoder = AE(SHAPE, latent_dim=dim, normalize_codes=True)
+        model: ImageModel = AE(SHAPE, latent_dim=dim, normalize_codes=True)
     else:
         model = GEN(SHAPE, latent_dim=dim, num_lagged=m, bandwidth=0.5, refresh_every=PERIOD, refresh=step)
     loader = DataLoader(images, batch_size=batch, shuffle=True, drop_last=True)

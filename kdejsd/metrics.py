@@ -16,7 +16,8 @@ from ._extras import train_extra
 from ._modes import evaluating
 from .divergence import target_jsd
 from .entropy import kde_entropy
-from .models.autoencoder import CHUNK, JSD_SAMPLES, Autoencoder
+from .models.autoencoder import JSD_SAMPLES, Autoencoder
+from .models.base import CHUNK
 from .targets import sample_target
 
 with train_extra():

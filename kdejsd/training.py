@@ -30,7 +30,7 @@ from .data import ImageData, ImageSet
 from .diversity.labels import Map
 from .diversity.report import diversity_report
 from .metrics import Encoded, code_measures, encode_set
-from .models import Autoencoder, ImageAutoencoder, ImageGEN
+from .models import Autoencoder, ImageGEN, ImageModel
 from .novelty import NoveltyScore, novelty_score, residual_variance
 
 with train_extra():
@@ -176,7 +176,7 @@ def _batches(images: ImageSet, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         yield images[index][:2]
 
 
-def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[str, Any], ImageAutoencoder, ImageData]:
+def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[str, Any], ImageModel, ImageData]:
     """What a command on a checkpoint begins with: the settings, the checkpoint, its model and the images.
 
     The parser gets the arguments CKPT and --data, whose default are the images of the checkpoint's run.
@@ -191,7 +191,7 @@ def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[
         parser.set_defaults({"data": {"class_path": data.pop("_class_path"), "init_args": data}})
     config = parser.parse_args(args)
     # The first checkpoints do not name their model: there was none but GEN.
-    model_class = ImageAutoencoder if "_class_path" in checkpoint["hyper_parameters"] else ImageGEN
+    model_class = ImageModel if "_class_path" in checkpoint["hyper_parameters"] else ImageGEN
     model = model_class.load_from_checkpoint(config.checkpoint, map_location="cpu")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     data_module = parser.instantiate_classes(config).data
@@ -285,12 +285,12 @@ class FitCLI(LightningCLI):
     """`kdejsd fit`: every setting of trainer, model and data, a fresh folder per run, a checkpoint on Ctrl-C."""
 
     config: Any
-    model: ImageAutoencoder
+    model: ImageModel
     datamodule: ImageData
 
     def __init__(self, args: list[str]) -> None:
         super().__init__(
-            ImageAutoencoder,
+            ImageModel,
             ImageData,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -309,7 +309,7 @@ class FitCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ImageData, "data", subclass_mode=True)
-        parser.add_lightning_class_args(ImageAutoencoder, "model", subclass_mode=True)
+        parser.add_lightning_class_args(ImageModel, "model", subclass_mode=True)
         parser.add_lightning_class_args(pl.Trainer, "trainer")
         parser.link_arguments("data.image_shape", "model.init_args.image_shape", apply_on="instantiate")
         parser.set_defaults(
@@ -330,7 +330,7 @@ class FitCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        model = _named(args, "model", ImageAutoencoder) or ImageGEN
+        model = _named(args, "model", ImageModel) or ImageGEN
         _named(args, "data", ImageData)
         if {"-h", "--help"} & set(args):
             parser.print_help()

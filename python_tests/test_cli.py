@@ -20,7 +20,7 @@ from test_data import write_celeba, write_mnist, write_svhn
 from kdejsd import diversity_report, novelty_score, plots, residual_variance
 from kdejsd.cli import main
 from kdejsd.data import MNIST, Digits, FashionMNIST
-from kdejsd.models import ImageAutoencoder, ImageGEN
+from kdejsd.models import ImageGEN, ImageModel
 
 SMALL = [
     "--data.train_size=300",
@@ -431,7 +431,7 @@ def test_the_diversity_of_a_vae_is_that_of_what_its_flow_and_decoder_make(run, c
     run("fit", *args, cwd=tmp_path)
     checkpoint = tmp_path / "run/checkpoints/last.ckpt"
     run("evaluate", checkpoint, f"--classifier={classifier[0]}", "--out=out", cwd=tmp_path)
-    model = ImageAutoencoder.load_from_checkpoint(checkpoint).eval()
+    model = ImageModel.load_from_checkpoint(checkpoint).eval()
     z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         labels = classifier[1](model.decode(z)).argmax(1)

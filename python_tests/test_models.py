@@ -15,7 +15,7 @@ from kdejsd import GaussianMixture, LaggedKDE, StandardNormal
 from kdejsd.data import Digits
 from kdejsd.divergence import target_jsd
 from kdejsd.metrics import code_measures, encode_set
-from kdejsd.models import FC, Autoencoder, ImageAutoencoder, for_images, images
+from kdejsd.models import FC, Autoencoder, ImageModel, for_images, images
 from kdejsd.models.aae import AAE
 from kdejsd.models.ae import AE
 from kdejsd.models.vae import VAE, kl_to_normal, normal_entropy
@@ -39,7 +39,7 @@ MODELS = [
 MIXTURE = GaussianMixture([[-3.0, 1.0], [5.0, 1.0]], 0.5, [0.75, 0.25])
 
 
-def make(model: type[ImageAutoencoder], seed: int = 0, **options) -> Autoencoder:
+def make(model: type[ImageModel], seed: int = 0, **options) -> Autoencoder:
     pl.seed_everything(seed, verbose=False)
     return model(Digits.image_shape, **{"latent_dim": 2, "learning_rate": 1e-3} | options)
 
@@ -324,7 +324,7 @@ def test_a_model_of_ones_own_takes_the_form_for_images():
             return super().encode(images) / 2
 
     model = make(for_images(Halved))
-    assert isinstance(model, Halved) and isinstance(model, ImageAutoencoder) and type(model).__name__ == "Halved"
+    assert isinstance(model, Halved) and isinstance(model, ImageModel) and type(model).__name__ == "Halved"
     assert model.encode(torch.rand(4, 1, 8, 8)).shape == (4, 2)
 
 

@@ -6,11 +6,12 @@
 from .aae import AAE
 from .ae import AE
 from .autoencoder import Autoencoder
+from .base import GenerativeModel
 from .classifier import ImageClassifier
 from .flows import RealNVP
 from .gen import GEN
 from .images import GEN as ImageGEN
-from .images import ImageAutoencoder, for_images
+from .images import ImageModel, for_images
 from .networks import FC, AutoencoderNetworks, Conv
 from .semi import SemiSupervisedGEN
 from .vae import VAE
@@ -26,9 +27,10 @@ __all__ = [
     "Autoencoder",
     "AutoencoderNetworks",
     "Conv",
-    "ImageAutoencoder",
+    "GenerativeModel",
     "ImageClassifier",
     "ImageGEN",
+    "ImageModel",
     "RealNVP",
     "SemiSupervisedGEN",
     "for_images",

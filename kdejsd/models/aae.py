@@ -12,7 +12,8 @@ from torch.nn.functional import softplus
 
 from .._extras import train_extra
 from ..targets import Target
-from .autoencoder import Autoencoder, Batch, check_weight, checked, reconstruction_error
+from .autoencoder import Autoencoder, reconstruction_error
+from .base import Batch, check_weight, checked
 from .networks import linear_stack
 
 with train_extra():

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..targets import Target
-from .autoencoder import Autoencoder, Batch, checked, reconstruction_error
+from .autoencoder import Autoencoder, reconstruction_error
+from .base import Batch, checked
 
 
 class AE(Autoencoder):

@@ -1,56 +1,40 @@
-"""What the models share: encoder and decoder, codes that are to follow a target, validation, checkpoints."""
+"""What the autoencoders share: encoder and decoder, codes that are to follow a target, validation."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from .._extras import train_extra
-from .._modes import evaluating
 from ..divergence import target_jsd
-from ..targets import GaussianMixture, IsotropicNormal, Target, checked_target, sample_target
-from .networks import AutoencoderNetworks
+from ..targets import GaussianMixture, IsotropicNormal, Target, checked_target
+from .base import Batch, GenerativeModel, checked
+from .networks import Network
 
-with train_extra():
-    import lightning.pytorch as pl
-
-CHUNK = 1000  # images encoded or decoded at a time where no gradient is wanted
 JSD_SAMPLES = 10_000  # a measured divergence is of at most this many codes: its cost grows with their square
 
-Batch = tuple[Tensor, Tensor, Tensor]
-Network = Callable[[Sequence[int], int], AutoencoderNetworks]
 
+class Autoencoder(GenerativeModel):
+    """The base of the autoencoders. One adds its constructor, which sets the target, and its `training_step`.
 
-class Autoencoder(pl.LightningModule, ABC):
-    """The base of the models. A model adds its constructor, which sets the target, and its `training_step`.
-
-    A batch is (images [n, C, H, W], labels [n], indices [n] int64 in the training set), as the data modules of
-    `kdejsd.data` give it. The reconstruction error of every model is the mean squared error per pixel; what a model
-    adds to it is logged as `latent`. Per epoch, on the validation set: `val_rec`, and `val_jsd`, the divergence of the
-    codes from the target (`jsd`), or of samples of the posterior where the encoder has one.
+    The reconstruction error of every model is the mean squared error per pixel; what a model adds to it is logged as
+    `latent`. Per epoch, on the validation set: `val_rec`, and `val_jsd`, the divergence of the codes from the target
+    (`jsd`), or of samples of the posterior where the encoder has one.
 
     Args:
         encoder: images [n, C, H, W] -> codes [n, l].
         decoder: codes [n, l] -> images [n, C, H, W].
         latent_dim: l, the dimension of the codes.
-        learning_rate: of Adam.
-        decay: lower the learning rate to 0 along a half cosine over the run, if its end is given in steps or epochs.
-            The noise of the last steps is otherwise a part of what separates the codes from the target.
-        betas: of Adam.
+        learning_rate, decay, betas: as in `GenerativeModel`. The noise of the last steps, which the decay takes away,
+            is otherwise a part of what separates the codes from the target.
 
     Attributes:
         target: the law that the codes are to follow; `sample` decodes its samples.
         norm: what follows the encoder: a `CodeNorm` or nothing.
     """
-
-    target: Target
 
     def __init__(
         self,
@@ -61,22 +45,10 @@ class Autoencoder(pl.LightningModule, ABC):
         decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
-        super().__init__()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Attribute 'target' is an instance of `nn.Module`")
-            self.save_hyperparameters(ignore=["encoder", "decoder"])
-        for name in ("target", "network"):
-            # A checkpoint holds plain values: the description that the command line gives, not an object.
-            if not isinstance(self.hparams.get(name), dict):
-                self.hparams.pop(name, None)
+        super().__init__(latent_dim, learning_rate, decay, betas)
         self.encoder = encoder
         self.decoder = decoder
         self.norm: nn.Module = nn.Identity()
-        self.latent_dim = latent_dim
-        self.learning_rate = learning_rate
-        self.decay = decay
-        self.betas = betas
-        self._rng_state: Tensor | None = None
 
     def _aim_at(self, target: Target | None, normalize_codes: bool) -> None:
         self.target = checked_target(target, self.latent_dim)
@@ -85,7 +57,6 @@ class Autoencoder(pl.LightningModule, ABC):
 
     @staticmethod
     def build_networks(network: Network, image_shape: Sequence[int], latent_dim: int) -> tuple[nn.Module, nn.Module]:
-        """Encoder and decoder as the model takes them, for images of a shape (C, H, W)."""
         networks = network(image_shape, latent_dim)
         return networks.encoder, networks.decoder
 
@@ -114,14 +85,9 @@ class Autoencoder(pl.LightningModule, ABC):
         return output
 
     @property
-    def generator(self) -> nn.Module:
-        """What `decode` applies."""
+    def generator(self) -> nn.Module:  # type: ignore[override]
+        """The decoder, after what stands before it."""
         return self.decoder
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images [n, C, H, W] of codes [n, l]."""
-        images: Tensor = self.generator(codes)
-        return images
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """The images after encoding and decoding."""
@@ -132,41 +98,10 @@ class Autoencoder(pl.LightningModule, ABC):
         where it gives a code."""
         return None
 
-    def target_samples(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n samples [n, l] of the target on the model's device, drawn by the generator (default: from the global
-        seed)."""
-        if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-        return sample_target(self.target, n, generator).to(self.device)
-
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Images [n, C, H, W] decoded from n samples of the target, drawn as in `target_samples`."""
-        codes = self.target_samples(n, generator)
-        with evaluating(self):
-            return torch.cat([self.decode(chunk) for chunk in codes.split(CHUNK)])
-
     # Training
-
-    @abstractmethod
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """The loss of a minibatch, after logging its parts."""
 
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, betas=self.betas, fused=True)
-
-    def on_train_start(self) -> None:
-        if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if not self.decay:
-            return
-        # Not a scheduler of Lightning's, made with the optimiser: the length of the run is known only from here on.
-        progress = min(self.trainer.global_step / self.trainer.estimated_stepping_batches, 1)
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
     # Evaluation
 
@@ -182,14 +117,6 @@ class Autoencoder(pl.LightningModule, ABC):
     def expected_variance(self) -> Tensor:
         """Variance of every dimension of the codes that the loss aims at, [l]."""
         return target_moments(self.target)[1]
-
-    def settings(self) -> dict[str, Any]:
-        """The model and its main settings, as plain values for a report."""
-        return {"name": type(self).__name__, "latent_dim": self.latent_dim, "target": str(self.target)}
-
-    def run_measures(self) -> dict[str, float]:
-        """What the model measured of the run that trained it."""
-        return {}
 
     def on_validation_epoch_start(self) -> None:
         self._codes: list[Tensor] = []
@@ -207,14 +134,6 @@ class Autoencoder(pl.LightningModule, ABC):
         codes = torch.cat(self._codes)[:JSD_SAMPLES]
         self.log("val_jsd", self.jsd(codes, self._generator), prog_bar=True)
         self._codes.clear()
-
-    # Checkpoints
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng_state"] = torch.get_rng_state()  # for what is drawn in training, and networks with dropout
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng_state = checkpoint["rng_state"]
 
 
 class CodeNorm(nn.BatchNorm1d):
@@ -262,22 +181,3 @@ def target_moments(target: Target) -> tuple[Tensor, Tensor]:
         second = (weights * (means.square() + target.scales.square()[:, None])).sum(0)
         return mean, second - mean.square()
     return target.mean, target.variance
-
-
-def checked(batch: Any) -> Batch:
-    """The batch, if it is one.
-
-    Raises:
-        TypeError: something else.
-    """
-    if not isinstance(batch, (tuple, list)) or len(batch) != 3:
-        got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
-        raise TypeError(f"a batch must be (images, labels, indices in the training set), got {got}")
-    images, labels, index = batch
-    return images, labels, index
-
-
-def check_weight(name: str, weight: float) -> None:
-    """Refuses a weight of the loss that is negative."""
-    if weight < 0:
-        raise ValueError(f"{name} must not be negative, got {weight}")

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from .._modes import evaluating
 from ..lagged import LaggedKDE
 from ..targets import Target
-from .autoencoder import CHUNK, Autoencoder, Batch, CodeNorm, check_weight, checked, reconstruction_error
+from .autoencoder import Autoencoder, CodeNorm, reconstruction_error
+from .base import CHUNK, Batch, check_weight, checked
 from .stopwatch import Stopwatch
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from . import aae, ae, gen, semi, vae, wae
-from .autoencoder import Autoencoder, Network
-from .networks import FC
+from .base import GenerativeModel
+from .networks import FC, Network
 
 
-class ImageAutoencoder(Autoencoder):
+class ImageModel(GenerativeModel):
     """A model whose networks are built for images of a given shape.
 
     Args:
@@ -21,14 +21,14 @@ class ImageAutoencoder(Autoencoder):
     """
 
     def __init__(self, image_shape: Sequence[int], latent_dim: int = 2, network: Network = FC, **kwargs: Any) -> None:
-        encoder, decoder = self.build_networks(network, image_shape, latent_dim)
-        super().__init__(encoder, decoder, latent_dim, **kwargs)
+        first, second = self.build_networks(network, image_shape, latent_dim)
+        super().__init__(first, second, latent_dim, **kwargs)  # type: ignore[arg-type]  # of the model, next in line
 
 
-def for_images(model: type[Autoencoder]) -> type[ImageAutoencoder]:
-    """The model, under the same name, with the arguments of `ImageAutoencoder` in place of the networks."""
+def for_images(model: type[GenerativeModel]) -> type[ImageModel]:
+    """The model, under the same name, with the arguments of `ImageModel` in place of the networks."""
     attributes = {"__module__": __name__, "__doc__": model.__doc__}
-    return cast("type[ImageAutoencoder]", type(model.__name__, (ImageAutoencoder, model), attributes))
+    return cast("type[ImageModel]", type(model.__name__, (ImageModel, model), attributes))
 
 
 AAE, AE, GEN, SemiSupervisedGEN, VAE, WAE = (

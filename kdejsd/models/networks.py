@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ class AutoencoderNetworks(nn.Module):
         """The images after encoding and decoding."""
         reconstruction: Tensor = self.decoder(self.encoder(images))
         return reconstruction
+
+
+Network = Callable[[Sequence[int], int], AutoencoderNetworks]  # from (image_shape, latent_dim)
 
 
 class FC(AutoencoderNetworks):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
 from ..targets import GaussianMixture
-from .autoencoder import Batch, check_weight
+from .base import Batch, check_weight
 from .gen import GEN
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..targets import StandardNormal
-from .autoencoder import Autoencoder, Batch, Network, checked, reconstruction_error
+from .autoencoder import Autoencoder, reconstruction_error
+from .base import Batch, checked
 from .flows import Inverse, RealNVP
+from .networks import Network
 
 
 class VAE(Autoencoder):
@@ -103,7 +105,7 @@ class VAE(Autoencoder):
         return self._code(mean + (log_variance / 2).exp() * noise)
 
     @property
-    def generator(self) -> nn.Module:
+    def generator(self) -> nn.Module:  # type: ignore[override]
         """The decoder, after the flow's inverse where there is a flow."""
         return self.decoder if self.flow is None else nn.Sequential(Inverse(self.flow), self.decoder)
 

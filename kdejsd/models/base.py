@@ -1,0 +1,143 @@
+"""What every model shares: images decoded from latents that follow a target, the learning rate's course,
+checkpoints."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._extras import train_extra
+from .._modes import evaluating
+from ..targets import Target, sample_target
+from .networks import Network
+
+with train_extra():
+    import lightning.pytorch as pl
+
+CHUNK = 1000  # images encoded or decoded at a time where no gradient is wanted
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class GenerativeModel(pl.LightningModule, ABC):
+    """The base of the models: images are decoded from latents that are to follow the target.
+
+    A batch is (images [n, C, H, W], labels [n], indices [n] int64 in the training set), as the data modules of
+    `kdejsd.data` give it. A model sets `target` and `generator`, and adds its `training_step`.
+
+    Args:
+        latent_dim: l, the dimension of the latents.
+        learning_rate: of Adam.
+        decay: lower the learning rate to 0 along a half cosine over the run, if its end is given in steps or epochs.
+        betas: of Adam.
+
+    Attributes:
+        target: the law of the latents; `sample` decodes its samples.
+        generator: latents [n, l] -> images [n, C, H, W].
+    """
+
+    target: Target
+    generator: nn.Module
+
+    def __init__(self, latent_dim: int, learning_rate: float, decay: bool, betas: tuple[float, float]) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attribute 'target' is an instance of `nn.Module`")
+            self.save_hyperparameters(ignore=["encoder", "decoder"])
+        for name in ("target", "network"):
+            # A checkpoint holds plain values: the description that the command line gives, not an object.
+            if not isinstance(self.hparams.get(name), dict):
+                self.hparams.pop(name, None)
+        self.latent_dim = latent_dim
+        self.learning_rate = learning_rate
+        self.decay = decay
+        self.betas = betas
+        self._rng_state: Tensor | None = None
+
+    @staticmethod
+    @abstractmethod
+    def build_networks(network: Network, image_shape: Sequence[int], latent_dim: int) -> tuple[nn.Module, nn.Module]:
+        """The two networks as the model's constructor takes them, for images of a shape (C, H, W)."""
+
+    # Use
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images [n, C, H, W] of codes [n, l]."""
+        images: Tensor = self.generator(codes)
+        return images
+
+    def target_samples(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n samples [n, l] of the target on the model's device, drawn by the generator (default: from the global
+        seed)."""
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        return sample_target(self.target, n, generator).to(self.device)
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """Images [n, C, H, W] decoded from n samples of the target, drawn as in `target_samples`."""
+        codes = self.target_samples(n, generator)
+        with evaluating(self):
+            return torch.cat([self.decode(chunk) for chunk in codes.split(CHUNK)])
+
+    # Training
+
+    @abstractmethod
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """The loss of a minibatch, after logging its parts."""
+
+    def on_train_start(self) -> None:
+        if self._rng_state is not None:
+            torch.set_rng_state(self._rng_state)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if not self.decay:
+            return
+        # Not a scheduler of Lightning's, made with the optimiser: the length of the run is known only from here on.
+        progress = min(self.trainer.global_step / self.trainer.estimated_stepping_batches, 1)
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+    # Reports
+
+    def settings(self) -> dict[str, Any]:
+        """The model and its main settings, as plain values for a report."""
+        return {"name": type(self).__name__, "latent_dim": self.latent_dim, "target": str(self.target)}
+
+    def run_measures(self) -> dict[str, float]:
+        """What the model measured of the run that trained it."""
+        return {}
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rng_state"] = torch.get_rng_state()  # for what is drawn in training, and networks with dropout
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._rng_state = checkpoint["rng_state"]
+
+
+def checked(batch: Any) -> Batch:
+    """The batch, if it is one.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 3:
+        got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
+        raise TypeError(f"a batch must be (images, labels, indices in the training set), got {got}")
+    images, labels, index = batch
+    return images, labels, index
+
+
+def check_weight(name: str, weight: float) -> None:
+    """Refuses a weight of the loss that is negative."""
+    if weight < 0:
+        raise ValueError(f"{name} must not be negative, got {weight}")

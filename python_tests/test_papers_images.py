@@ -52,9 +52,22 @@ def test_frechet_table(tmp_path):
     assert "Frechet distance (features: Digits classifier" in done.stdout and "FID" not in done.stdout
     with (tmp_path / "gen_table3.csv").open(newline="") as file:
         floor, *rows = csv.DictReader(file)
-    assert floor["images of"] == "training images" and 0 < float(floor["distance"]) < 10
-    assert [(row["images of"], row["seed"]) for row in rows] == [("GEN", "0"), ("GEN", "1")]
+    assert floor["model"] == "training images" and 0 < float(floor["distance"]) < 10
+    tuning, models = rows[:2], rows[2:]
+    assert [(row["part"], row["seed"], row["factor"]) for row in tuning] == [
+        ("tuning", "100", "0.1"),
+        ("tuning", "100", "1.0"),
+    ]
+    chosen = min(tuning, key=lambda row: float(row["distance"]))["factor"]
+    assert [(row["part"], row["seed"], row["factor"]) for row in models] == [
+        ("test", "0", chosen),
+        ("test", "1", chosen),
+    ]
     assert all(float(row["distance"]) > 3 * float(floor["distance"]) for row in rows)
+    lines = (tmp_path / "gen_table3.csv").read_text()
+    again = run(PAPERS / "gen_table3.py", "GEN", "--quick", "--out", tmp_path, cwd=tmp_path)
+    assert again.returncode == 0 and (tmp_path / "gen_table3.csv").read_text() == lines  # nothing is trained twice
+    assert again.stdout.splitlines()[-1].split("   (")[0] == done.stdout.splitlines()[-1].split("   (")[0]
     assert matplotlib.image.imread(tmp_path / "digits_gen.png").std() > 0.05
     for wrong, text in ((["NONE"], "kdejsd.models.images has no NONE"), (["GEN"], "MNIST needs --root")):
         refused = run(PAPERS / "gen_table3.py", *wrong, cwd=tmp_path)

@@ -5,7 +5,9 @@
 
 Every model is trained on the same images with the same networks, and as many images as are held out are generated from
 its target. Reported is the Frechet distance between features of generated and of held-out images, as the mean over
-seeds and its standard deviation; and, as the floor, that of as many training images.
+seeds and its standard deviation; and, as the floor, that of as many training images. The weight of a model's latent
+term is its default times one of `FACTORS`: the one with the least distance to a part of the training images that one
+model of each factor was not trained on. Run again with the same --out, it goes on where it was stopped.
 
 The features are those of Inception where torch-fidelity and its weights are installed, and only then is the distance
 the FID. Otherwise they are the last hidden layer of a small classifier of the data's own labels, trained here and kept
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import statistics
 import time
 from pathlib import Path
@@ -34,9 +37,14 @@ from kdejsd.models.classifier import classifier_for
 
 MODELS = ("GEN", "AAE", "VAE", "WAE")
 LATENT_DIM = 8
+FACTORS = (0.03, 0.1, 0.3, 1.0)
+QUICK_FACTORS = (0.1, 1.0)
+TUNING_SEED = 100  # of none of the models of the table
+WEIGHTS = {"VAE": "observation_variance"}  # what weighs a model's latent term, where it is not called `weight`
 # Of a model beside what all of them share.
 SETTINGS: dict[str, dict[str, Any]] = {"GEN": {"num_lagged": 10_000}}
 QUICK: dict[str, dict[str, Any]] = {"GEN": {"num_lagged": 500, "bandwidth": 0.4}}
+FIELDS = ("data", "run", "model", "part", "seed", "factor", "distance", "reconstruction_error", "seconds", "measure")
 
 
 def model_class(name: str) -> Any:
@@ -54,6 +62,24 @@ def features_for(images: data.ImageData, folder: Path, epochs: int) -> tuple[nn.
         return classifier.features, f"Frechet distance (features: {classifier})"
 
 
+class Part(data.ImageData):
+    """Of a data set's training images a part to train on and the rest in place of the held-out ones."""
+
+    def __init__(self, whole: data.ImageData) -> None:
+        super().__init__(whole.batch_size, seed=whole.seed)
+        self.image_shape = whole.image_shape
+        self.whole = whole
+
+    def load(self) -> tuple[data.ImageSet, data.ImageSet]:
+        return self._split(self.whole.training, held_out=0.2)
+
+
+def weighted(name: str, factor: float, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the default weight of the latent term times the factor."""
+    weight = WEIGHTS.get(name, "weight")
+    return settings | {weight: factor * inspect.signature(getattr(models, name)).parameters[weight].default}
+
+
 def train(name: str, images: data.ImageData, network: Any, latent_dim: int, settings: dict, epochs: int, seed: int):
     pl.seed_everything(seed, verbose=False)
     model = model_class(name)(images.image_shape, latent_dim, network, **settings)
@@ -65,6 +91,67 @@ def train(name: str, images: data.ImageData, network: Any, latent_dim: int, sett
 def as_tensor(images: data.ImageSet, count: int) -> Tensor:
     """So many images, drawn by a fixed seed."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]][0]
+
+
+class Study:
+    """The rows of one data set, those of an earlier run in the same folder among them; each is written once known."""
+
+    def __init__(self, set_name: str, images: data.ImageData, options: argparse.Namespace) -> None:
+        self.set_name = set_name
+        self.parts = {"test": images, "tuning": Part(images)}
+        self.options = options
+        self.run = (
+            f"{options.network}, l = {options.latent_dim}, {options.epochs} epochs of {len(images.training)} images"
+        )
+        self.features, self.measure = features_for(images, options.out, epochs=5)
+        self.path = options.out / "gen_table3.csv"
+        self.rows = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def known(self, **key: object) -> list[dict[str, str]]:
+        key |= {"data": self.set_name, "run": self.run}
+        return [row for row in self.rows if all(row[name] == str(value) for name, value in key.items())]
+
+    def add(self, **row: object) -> None:
+        row |= {"data": self.set_name, "run": self.run, "measure": self.measure}
+        self.rows.append({name: str(row.get(name, "")) for name in FIELDS})
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def floor(self) -> float:
+        if not self.known(model="training images"):
+            held_out = self.held_out("test")
+            training = as_tensor(self.parts["test"].training, len(held_out))
+            distance = frechet_distance(held_out, training, self.features)
+            self.add(model="training images", part="test", distance=f"{distance:.4f}")
+        return float(self.known(model="training images")[0]["distance"])
+
+    def held_out(self, part: str) -> Tensor:
+        return as_tensor(self.parts[part].held_out, 10_000)
+
+    def measured(self, name: str, part: str, seed: int, factor: float) -> tuple[float, float]:
+        """Distance and reconstruction error of one model, trained here unless an earlier run did."""
+        key = {"model": name, "part": part, "seed": seed, "factor": factor}
+        if not self.known(**key):
+            began = time.perf_counter()
+            settings = weighted(name, factor, (QUICK if self.options.quick else SETTINGS).get(name, {}))
+            network, images = getattr(models, self.options.network), self.parts[part]
+            model = train(name, images, network, self.options.latent_dim, settings, self.options.epochs, seed)
+            real = self.held_out(part)
+            generated = model.sample(len(real), torch.Generator().manual_seed(seed)).clamp(0, 1)
+            distance = frechet_distance(real, generated, self.features)
+            error = encode_set(model, images.held_out).reconstruction_error
+            seconds = time.perf_counter() - began
+            self.add(**key, distance=f"{distance:.4f}", reconstruction_error=f"{error:.6f}", seconds=f"{seconds:.0f}")
+            if (part, seed) == ("test", 0):
+                picture = self.options.out / f"{self.set_name.lower()}_{name.lower()}.png"
+                plots.grid(generated[:100]).savefig(picture)
+        row = self.known(**key)[0]
+        return float(row["distance"]), float(row["reconstruction_error"])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,46 +181,33 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
 
-    start, rows = time.perf_counter(), []
+    start = time.perf_counter()
     for set_name in options.data:
         root = {} if set_name == "Digits" else {"root": options.root}
         images = getattr(data, set_name)(**root, train_size=options.train_size)
-        features, measure = features_for(images, options.out, epochs=5)
-        held_out = as_tensor(images.held_out, 10_000)
-        floor = frechet_distance(held_out, as_tensor(images.training, len(held_out)), features)
+        study = Study(set_name, images, options)
+        floor = study.floor()
         print(
-            f"\n{set_name}: {measure}, {len(held_out)} images; {options.network}, l = {options.latent_dim}, "
-            f"{options.epochs} epochs of {len(images.training)} images, {options.seeds} seeds",
+            f"\n{set_name}: {study.measure}, {len(study.held_out('test'))} images; {study.run}, {options.seeds} seeds",
             flush=True,
         )
         print(f"{'training images':16}{floor:10.3f}", flush=True)
-        rows.append((set_name, "training images", "", f"{floor:.4f}", "", "", measure))
         for name in options.models:
-            distances, errors = [], []
-            for seed in range(options.seeds):
-                began = time.perf_counter()
-                settings = (QUICK if options.quick else SETTINGS).get(name, {})
-                network = getattr(models, options.network)
-                model = train(name, images, network, options.latent_dim, settings, options.epochs, seed)
-                generated = model.sample(len(held_out), torch.Generator().manual_seed(seed)).clamp(0, 1)
-                distances.append(frechet_distance(held_out, generated, features))
-                errors.append(encode_set(model, images.held_out).reconstruction_error)
-                seconds = time.perf_counter() - began
-                rows.append(
-                    (set_name, name, seed, f"{distances[-1]:.4f}", f"{errors[-1]:.6f}", f"{seconds:.0f}", measure)
-                )
-                if seed == 0:
-                    plots.grid(generated[:100]).savefig(options.out / f"{set_name.lower()}_{name.lower()}.png")
+            tuning = {
+                factor: study.measured(name, "tuning", TUNING_SEED, factor)[0]
+                for factor in (QUICK_FACTORS if options.quick else FACTORS)
+            }
+            factor = min(tuning, key=tuning.__getitem__)
+            found = [study.measured(name, "test", seed, factor) for seed in range(options.seeds)]
+            distances, errors = zip(*found, strict=True)
             spread = f" ± {statistics.stdev(distances):.3f}" if len(distances) > 1 else ""
+            tried = ", ".join(f"{key:g}: {distance:.1f}" for key, distance in tuning.items())
             print(
                 f"{name:16}{statistics.mean(distances):10.3f}{spread}   reconstruction error "
-                f"{statistics.mean(errors):.4f}   ({time.perf_counter() - start:.0f} s)",
+                f"{statistics.mean(errors):.4f}; weight x {factor:g} (when tuned {tried})"
+                f"   ({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )
-    with (options.out / "gen_table3.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("data", "images of", "seed", "distance", "reconstruction_error", "seconds", "measure"))
-        writer.writerows(rows)
     return 0
 
 

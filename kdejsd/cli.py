@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bandwidth.add_argument("--latent_dim", type=int, required=True, help="l, the dimension of the codes")
     bandwidth.add_argument("--num_centers", type=int, required=True, help="m, the number of lagged codes")
+    bandwidth.add_argument("--smoothed", action="store_true", help="for a KDE compared with the smoothed target")
     bandwidth.add_argument("--method", choices=["root", "fixed-point"], default="root", help="how to find it")
     bandwidth.add_argument("--trials", type=int, default=10, help="independent sample sets (default: 10)")
     bandwidth.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
@@ -64,7 +65,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bandwidth(args: argparse.Namespace) -> int:
-    found = optimal_bandwidth(args.latent_dim, args.num_centers, method=args.method, trials=args.trials, seed=args.seed)
+    found = optimal_bandwidth(
+        args.latent_dim,
+        args.num_centers,
+        smoothed=args.smoothed,
+        method=args.method,
+        trials=args.trials,
+        seed=args.seed,
+    )
     print(f"bandwidth           {found.value:.6g}")
     print(f"standard deviation  {found.std:.2g} between {len(found.trials)} trials")
     return 0

@@ -168,6 +168,18 @@ def target_dim(target: Target) -> int:
     )
 
 
+def target_moments(target: Target) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every dimension of the target, each [l]."""
+    if isinstance(target, IsotropicNormal):
+        return torch.zeros(target.dim), torch.full((target.dim,), target.variance)
+    if isinstance(target, GaussianMixture):
+        weights, means = target.log_weights.exp()[:, None], target.means
+        mean = (weights * means).sum(0)
+        second = (weights * (means.square() + target.scales.square()[:, None])).sum(0)
+        return mean, second - mean.square()
+    return target.mean, target.variance
+
+
 def checked_target(target: Target | None, latent_dim: int) -> Target:
     """The target, None being the standard normal.
 

@@ -10,9 +10,9 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+from torch.distributions import Distribution, Independent, Laplace, MultivariateNormal, Normal
 
-from kdejsd import bandwidth
+from kdejsd import bandwidth, reference
 from kdejsd.bandwidth import entropy_bandwidth, optimal_bandwidth
 from kdejsd.targets import GaussianMixture, StandardNormal
 
@@ -111,6 +111,39 @@ def test_the_fixed_point_is_the_root_also_where_it_has_to_fall_back(monkeypatch)
         point = optimal_bandwidth(dim, 120, trials=4, seed=2, method="fixed-point")
         assert point.trials == pytest.approx(root.trials, rel=1e-5)
     assert None in ended[:8] and None not in ended[8:]  # it fails for some trials of l = 2 and 5, for none from 10 on
+
+
+def pull_at_1_percent(dim, m, h):
+    """The derivative of the loss against the smoothed target for the scale of codes that are 1 % wider than it, among m
+    centers of the same law: negative where they are pushed further outwards. Plain PyTorch, float64, fresh samples."""
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(12):
+        x = torch.randn(2, m, dim, generator=generator, dtype=torch.float64)
+        centers, query = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+        scale = torch.tensor(1.01, dtype=torch.float64, requires_grad=True)
+        reference.jsd_loss(scale * query, 1.01 * centers, h, target=StandardNormal(dim).smoothed(h)).backward()
+        total += float(scale.grad)
+    return total
+
+
+@pytest.mark.parametrize("dim, m", [(8, 300), (24, 200)])
+def test_the_smoothed_bandwidth_is_the_least_with_which_codes_settle_at_the_target(dim, m):
+    found = optimal_bandwidth(dim, m, smoothed=True, trials=20, seed=3)
+    assert found.value > 1.2 * optimal_bandwidth(dim, m, trials=4).value
+    assert pull_at_1_percent(dim, m, found.value / 1.2) < 0 < pull_at_1_percent(dim, m, 1.2 * found.value)
+
+
+def test_the_smoothed_bandwidth_follows_the_target():
+    unit = optimal_bandwidth(6, 200, target=GaussianMixture([[0.0] * 6]), smoothed=True, trials=4)
+    assert unit.value == pytest.approx(np.mean(unit.trials)) and unit.std == pytest.approx(np.std(unit.trials, ddof=1))
+    assert all(type(h) is float for h in unit.trials)
+    wide = optimal_bandwidth(6, 200, target=GaussianMixture([[50.0] * 6], 100.0), smoothed=True, trials=4)
+    assert wide.value == pytest.approx(100 * unit.value, rel=1e-3)
+    values = [optimal_bandwidth(dim, 300, smoothed=True, trials=8).value for dim in (8, 24, 64)]
+    assert 0.8 < values[0] < values[1] < values[2] < 3.5
+    # In one dimension codes settle near enough without more ado.
+    assert optimal_bandwidth(1, 4000, smoothed=True, trials=2) == optimal_bandwidth(1, 4000, trials=2)
 
 
 def test_result_is_the_summary_of_its_trials():
@@ -212,6 +245,9 @@ def test_may_be_called_from_several_threads():
     assert len(results) == 4 and len(set(results)) == 1
 
 
+LAPLACE = Independent(Laplace(torch.zeros(2), torch.ones(2)), 1)
+
+
 @pytest.mark.parametrize(
     "arguments, options, error, message",
     [
@@ -222,6 +258,8 @@ def test_may_be_called_from_several_threads():
         ((2.0, 10), {}, TypeError, r"latent_dim must be an integer, got 2\.0"),
         ((2, "10"), {}, TypeError, "num_centers must be an integer, got '10'"),
         ((2, 10), {"method": "newton"}, ValueError, 'method must be "root" or "fixed-point", got \'newton\''),
+        ((2, 10), {"smoothed": True, "method": "fixed-point"}, ValueError, 'smoothed=True needs method="root"'),
+        ((2, 10), {"smoothed": True, "target": LAPLACE}, ValueError, "can be convolved .* got Independent"),
         ((2, 10), {"target": StandardNormal(3)}, ValueError, "target must have latent_dim = 2 dimensions, got 3"),
         ((2, 10), {"target": "normal"}, TypeError, "target must be None, StandardNormal"),
         ((2, 10), {"target": Normal(torch.zeros(2), torch.ones(2))}, ValueError, "event_shape"),

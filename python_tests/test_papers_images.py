@@ -55,8 +55,8 @@ def test_frechet_table(tmp_path):
     assert floor["model"] == "training images" and 0 < float(floor["distance"]) < 10
     tuning, models = rows[:2], rows[2:]
     assert [(row["part"], row["seed"], row["factor"]) for row in tuning] == [
-        ("tuning", "100", "0.1"),
         ("tuning", "100", "1.0"),
+        ("tuning", "100", "0.1"),
     ]
     chosen = min(tuning, key=lambda row: float(row["distance"]))["factor"]
     assert [(row["part"], row["seed"], row["factor"]) for row in models] == [

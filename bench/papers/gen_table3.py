@@ -6,8 +6,9 @@
 Every model is trained on the same images with the same networks, and as many images as are held out are generated from
 its target. Reported is the Frechet distance between features of generated and of held-out images, as the mean over
 seeds and its standard deviation; and, as the floor, that of as many training images. The weight of a model's latent
-term is its default times one of `FACTORS`: the one with the least distance to a part of the training images that one
-model of each factor was not trained on. Run again with the same --out, it goes on where it was stopped.
+term is its default times one of `FACTORS`: from 1 on the next one is tried as long as the distance to a part of the
+training images, which the model that is tried is not trained on, falls. Run again with the same --out, it goes on where
+it was stopped.
 
 The features are those of Inception where torch-fidelity and its weights are installed, and only then is the distance
 the FID. Otherwise they are the last hidden layer of a small classifier of the data's own labels, trained here and kept
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import csv
 import inspect
+import math
 import statistics
 import time
 from pathlib import Path
@@ -37,7 +39,7 @@ from kdejsd.models.classifier import classifier_for
 
 MODELS = ("GEN", "AAE", "VAE", "WAE")
 LATENT_DIM = 8
-FACTORS = (0.03, 0.1, 0.3, 1.0)
+FACTORS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 QUICK_FACTORS = (0.1, 1.0)
 TUNING_SEED = 100  # of none of the models of the table
 WEIGHTS = {"VAE": "observation_variance"}  # what weighs a model's latent term, where it is not called `weight`
@@ -153,6 +155,22 @@ class Study:
         row = self.known(**key)[0]
         return float(row["distance"]), float(row["reconstruction_error"])
 
+    def tuned(self, name: str) -> dict[float, float]:
+        """The distances of the factors tried."""
+        factors = QUICK_FACTORS if self.options.quick else FACTORS
+        start = factors.index(1.0)
+        tried = {}
+        for way in (factors[start::-1], factors[start:]):
+            least = math.inf
+            for factor in way:
+                tried[factor] = self.measured(name, "tuning", TUNING_SEED, factor)[0]
+                if not tried[factor] < least:
+                    break
+                least = tried[factor]
+            if least < tried[1.0]:
+                break
+        return tried
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Frechet distances of generated images (GENs paper, Table 3).")
@@ -193,15 +211,12 @@ def main(arguments: list[str] | None = None) -> int:
         )
         print(f"{'training images':16}{floor:10.3f}", flush=True)
         for name in options.models:
-            tuning = {
-                factor: study.measured(name, "tuning", TUNING_SEED, factor)[0]
-                for factor in (QUICK_FACTORS if options.quick else FACTORS)
-            }
+            tuning = study.tuned(name)
             factor = min(tuning, key=tuning.__getitem__)
             found = [study.measured(name, "test", seed, factor) for seed in range(options.seeds)]
             distances, errors = zip(*found, strict=True)
             spread = f" ± {statistics.stdev(distances):.3f}" if len(distances) > 1 else ""
-            tried = ", ".join(f"{key:g}: {distance:.1f}" for key, distance in tuning.items())
+            tried = ", ".join(f"{key:g}: {distance:.1f}" for key, distance in sorted(tuning.items()))
             print(
                 f"{name:16}{statistics.mean(distances):10.3f}{spread}   reconstruction error "
                 f"{statistics.mean(errors):.4f}; weight x {factor:g} (when tuned {tried})"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from ..divergence import target_jsd
-from ..targets import GaussianMixture, IsotropicNormal, Target, checked_target
+from ..targets import Target, checked_target, target_moments
 from .base import Batch, GenerativeModel, checked
 from .networks import Network
 
@@ -169,15 +169,3 @@ def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
             f"decoder must return the shape of the images, {list(images.shape)}, got {list(reconstruction.shape)}"
         )
     return mse_loss(reconstruction, images)
-
-
-def target_moments(target: Target) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every dimension of the target, each [l]."""
-    if isinstance(target, IsotropicNormal):
-        return torch.zeros(target.dim), torch.full((target.dim,), target.variance)
-    if isinstance(target, GaussianMixture):
-        weights, means = target.log_weights.exp()[:, None], target.means
-        mean = (weights * means).sum(0)
-        second = (weights * (means.square() + target.scales.square()[:, None])).sum(0)
-        return mean, second - mean.square()
-    return target.mean, target.variance

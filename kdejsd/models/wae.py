@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..targets import Target
-from .autoencoder import Autoencoder, reconstruction_error, target_moments
+from ..targets import Target, target_moments
+from .autoencoder import Autoencoder, reconstruction_error
 from .base import Batch, check_weight, checked
 
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernels, times the mean squared distance of target samples

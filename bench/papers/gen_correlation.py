@@ -149,19 +149,26 @@ class Discriminators:
         parts = zip(codes.split(500, 1), normal.split(500, 1), strict=True)
         return sum(self.loss(*part) * part[0].shape[1] for part in parts) / codes.shape[1]
 
-    def fit(self, training: Sequence[Tensor], held_out: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    def fit(
+        self,
+        training: Sequence[Tensor],
+        held_out: Sequence[Tensor],
+        generator: torch.Generator,
+        most_steps: int = MOST_STEPS,
+    ) -> Tensor:
         """Train until all are done, and put each back to its best; returns the steps [B] after which it was that.
 
         Args:
             training, held_out: codes and samples of the target, [B, n, l] each.
             generator: draws the minibatches.
+            most_steps: after which all are stopped.
         """
         best = [p.clone() for p in self.parameters]
         best_loss = torch.full((len(training[0]),), math.inf)
         best_step = torch.zeros(len(best_loss), dtype=torch.int64)
         running = torch.arange(len(best_loss))
         optimizer = _adam(self.parameters)
-        for step in range(1, MOST_STEPS + 1):
+        for step in range(1, most_steps + 1):
             drawn = torch.randint(training[0].shape[1], (2, MINIBATCH), generator=generator)
             loss = self.loss(*(law[:, index] for law, index in zip(training, drawn, strict=True)))
             optimizer.zero_grad()

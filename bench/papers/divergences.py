@@ -26,7 +26,8 @@ the divergence that is missing: samples of the target where p_e << p_t have a gr
 
     itself      `jsd_loss` against the target itself, at the optimal bandwidth h: eq. 3 of the paper
     smoothed    against the target smoothed by the kernel, at several h
-    noise       ... and at codes with the kernel's noise, as GEN trains by default
+    noise       ... and at codes with the kernel's noise, which GEN adds by default (there each code's own kernel is
+                among those of p_e; here the lagged codes are others)
     kl          divergence="kl" against the target itself
     W1          the Wasserstein distance of the codes from samples of the target
 

@@ -12,7 +12,8 @@ from .flows import RealNVP
 from .gen import GEN
 from .images import GEN as ImageGEN
 from .images import ImageModel, for_images
-from .networks import FC, AutoencoderNetworks, Conv
+from .lcvae import LCVAE
+from .networks import FC, AutoencoderNetworks, Conv, DeepConv, HalfDeepConv
 from .semi import SemiSupervisedGEN
 from .vae import VAE
 from .wae import WAE
@@ -22,12 +23,15 @@ __all__ = [
     "AE",
     "FC",
     "GEN",
+    "LCVAE",
     "VAE",
     "WAE",
     "Autoencoder",
     "AutoencoderNetworks",
     "Conv",
+    "DeepConv",
     "GenerativeModel",
+    "HalfDeepConv",
     "ImageClassifier",
     "ImageGEN",
     "ImageModel",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from . import aae, ae, gen, semi, vae, wae
+from . import aae, ae, gen, lcvae, semi, vae, wae
 from .base import GenerativeModel
 from .networks import FC, Network
 
@@ -31,6 +31,6 @@ def for_images(model: type[GenerativeModel]) -> type[ImageModel]:
     return cast("type[ImageModel]", type(model.__name__, (ImageModel, model), attributes))
 
 
-AAE, AE, GEN, SemiSupervisedGEN, VAE, WAE = (
-    for_images(model) for model in (aae.AAE, ae.AE, gen.GEN, semi.SemiSupervisedGEN, vae.VAE, wae.WAE)
+AAE, AE, GEN, LCVAE, SemiSupervisedGEN, VAE, WAE = (
+    for_images(model) for model in (aae.AAE, ae.AE, gen.GEN, lcvae.LCVAE, semi.SemiSupervisedGEN, vae.VAE, wae.WAE)
 )

@@ -73,7 +73,7 @@ class Conv(AutoencoderNetworks):
         up: list[nn.Module] = []
         side, inputs, outputs = shape[1], shape[0], channels
         while side > 4:
-            down += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+            down += _halving(inputs, outputs)
             # 7 is halved to 3, and one row more is needed to come back to 7
             back = nn.ConvTranspose2d(outputs, inputs, 4, stride=2, padding=1, output_padding=side % 2)
             up = [nn.BatchNorm2d(outputs), nn.ReLU(), back, *up]
@@ -83,6 +83,60 @@ class Conv(AutoencoderNetworks):
         self.decoder = nn.Sequential(
             nn.Linear(latent_dim, math.prod(bottom)), nn.Unflatten(1, bottom), *up, nn.Sigmoid()
         )
+
+
+class DeepConv(AutoencoderNetworks):
+    """The networks of the LC-VAE paper (Manoj), for images of 28 x 28.
+
+    Encoder: four convolutions of 128, 256, 512 and 1024 channels (kernel 4, stride 2, padding 1: side 28 - 14 - 7 - 3 -
+    1), each with batch normalisation and ReLU, then one linear layer. Decoder: a linear layer to 256 x 7 x 7 and two
+    transposed convolutions that double the side, by way of 128 channels, with batch normalisation and ReLU between and
+    a sigmoid at the end. (Of the paper's decoder nothing but its first shape is known here.)
+
+    Args:
+        image_shape: (C, 28, 28).
+        latent_dim: l.
+        channels: of the first convolution; all others are multiples of it.
+
+    Raises:
+        ValueError: another image size, or sizes below 1.
+    """
+
+    def __init__(self, image_shape: Sequence[int], latent_dim: int, channels: int = 128) -> None:
+        super().__init__()
+        colors, *sides = _image_shape(image_shape)
+        if sides != [28, 28]:
+            raise ValueError(
+                f"{type(self).__name__} takes images of 28 x 28, got image_shape {list(image_shape)}; FC takes any"
+            )
+        if channels < 1 or latent_dim < 1:
+            raise ValueError(f"channels and latent_dim must be at least 1, got {channels} and {latent_dim}")
+        widths = [colors, channels, 2 * channels, 4 * channels, 8 * channels]
+        down = [layer for inputs, outputs in pairwise(widths) for layer in _halving(inputs, outputs)]
+        bottom = (2 * channels, 7, 7)
+        self.encoder = nn.Sequential(*down, nn.Flatten(), nn.Linear(widths[-1], latent_dim))
+        self.decoder = nn.Sequential(
+            *(nn.Linear(latent_dim, math.prod(bottom)), nn.Unflatten(1, bottom)),
+            *(nn.BatchNorm2d(2 * channels), nn.ReLU()),
+            *(nn.ConvTranspose2d(2 * channels, channels, 4, stride=2, padding=1), nn.BatchNorm2d(channels), nn.ReLU()),
+            *(nn.ConvTranspose2d(channels, colors, 4, stride=2, padding=1), nn.Sigmoid()),
+        )
+
+
+class HalfDeepConv(DeepConv):
+    """`DeepConv` at half the width, for the CPU: an encoder of 64, 128, 256 and 512 channels, a decoder from 128 x 7 x
+    7, and about a quarter of the work. Not the paper's network.
+
+    Args and errors: as in `DeepConv`, but for the channels.
+    """
+
+    def __init__(self, image_shape: Sequence[int], latent_dim: int) -> None:
+        super().__init__(image_shape, latent_dim, channels=64)
+
+
+def _halving(inputs: int, outputs: int) -> list[nn.Module]:
+    """A convolution that halves the side of images, with batch normalisation and ReLU."""
+    return [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
 def linear_stack(widths: Sequence[int]) -> list[nn.Module]:

@@ -1,0 +1,116 @@
+"""LC-VAE: a variational autoencoder that pays for codes farther apart than their images are."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from ..ops.omega import omega
+from .base import check_weight
+from .vae import VAE
+
+
+class LCVAE(VAE):
+    """The LC-VAE of Manoj: a VAE with a Lipschitz penalty on its encoder f and a constraint on the encoder's weights.
+
+    The loss is the VAE's with lambda omega beside the KL, everything in nats of one image, times 2 s^2 / D:
+
+        mean squared error per pixel + (2 s^2 / D) (KL(posterior | prior) + lambda omega)
+
+        omega = mean over the minibatch's pairs (i, i + b/2) of |f(x_i) - f(x_j)|^2 / |x_i - x_j|^2
+
+    With the default s^2 = 1/2 it is that of the paper, sum of squared errors + KL + lambda omega, divided by D. The
+    paper's text was not at hand: that its squared errors are summed over the pixels and omega averaged over the pairs
+    is taken from what lambda = 30 then comes to, about a nat on MNIST. f(x) is the code of `encode`, the posterior's
+    mean: omega is a bound on a map, and samples would add their variance to it. The last image of an odd minibatch is
+    in no pair. Equal images in a pair count as 0.
+
+    omega is at most the square of f's Lipschitz constant, and it falls with the square of the codes' scale, whatever
+    their arrangement: an encoder can make it small by shrinking its codes and nothing else. `scale_free` divides it by
+    the mean over the dimensions of the variance of the minibatch's codes, which is omega of codes divided by their
+    standard deviation. One scale for all dimensions: one of its own would blow up those that the posterior leaves to
+    the prior.
+
+    What the constraints bound, and what not:
+
+    * "clip", the paper's: after each step the weights of the encoder's convolution and linear layers are clamped to
+      [-clip, clip]; biases, which have no part in a Lipschitz constant, and batch normalisation are left alone. It
+      bounds each weight and so, very loosely, the norms; layers of many inputs begin and mostly stay far inside it.
+    * "spectral", the better one that the paper asks for: these layers are divided by their largest singular value
+      (`torch.nn.utils.parametrizations.spectral_norm`, one power iteration per step; of a convolution that of its
+      kernel as a matrix [out, in x height x width]). The encoder that is given is changed in place. For
+      fully connected networks f's Lipschitz constant is then at most 1; a convolution of kernel 4 and stride 2 has at
+      most twice its kernel's norm.
+    * Batch normalisation undoes either: it divides by the deviation of what it gets, and has a scale of its own.
+
+    Logged beside what a VAE logs: per step `omega`, as it is in the loss, before lambda.
+
+    Args:
+        encoder, decoder, latent_dim: as in `VAE`.
+        omega_weight: lambda.
+        constraint: "clip", "spectral" or "none".
+        clip: c, the largest absolute value of a weight with "clip".
+        scale_free: divide omega by the variance of the codes; NaN for codes that are all equal.
+        kwargs: as in `VAE`.
+
+    Raises:
+        ValueError: a negative omega_weight, an unknown constraint, a clip that is not positive and finite, a minibatch
+            of a single image, and what `VAE` refuses.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_dim: int,
+        omega_weight: float = 30.0,
+        constraint: Literal["clip", "spectral", "none"] = "clip",
+        clip: float = 0.30,
+        scale_free: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_weight("omega_weight", omega_weight)
+        if constraint not in ("clip", "spectral", "none"):
+            raise ValueError(f'constraint must be "clip", "spectral" or "none", got {constraint!r}')
+        if not 0 < clip < math.inf:
+            raise ValueError(f"clip must be positive and finite, got {clip}")
+        super().__init__(encoder, decoder, latent_dim, **kwargs)
+        self.omega_weight = omega_weight
+        self.constraint = constraint
+        self.clip = clip
+        self.scale_free = scale_free
+        self._weighted = [layer for layer in encoder.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        if constraint == "spectral":
+            for layer in self._weighted:
+                spectral_norm(layer)
+
+    def penalty(self, images: Tensor, mean: Tensor) -> Tensor:
+        """lambda omega, 0-dim, after logging omega."""
+        even = len(images) - len(images) % 2
+        if even == 0:
+            raise ValueError(f"a minibatch of LCVAE must have at least 2 images, got {len(images)}")
+        codes = self._code(mean)[:even].to(images.dtype)  # which mixed precision has made another
+        value = omega(images[:even], codes, pairs="halves", reduction="mean")
+        if self.scale_free:
+            value = value / codes.var(0).mean()
+        self.log("omega", value, prog_bar=True)
+        return self.omega_weight * value
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.constraint == "clip":
+            with torch.no_grad():
+                for layer in self._weighted:
+                    layer.weight.clamp_(-self.clip, self.clip)
+
+    def settings(self) -> dict[str, object]:
+        constraint = f"clip at {self.clip}" if self.constraint == "clip" else self.constraint
+        return super().settings() | {
+            "omega_weight": self.omega_weight,
+            "constraint": constraint,
+            "scale_free": self.scale_free,
+        }

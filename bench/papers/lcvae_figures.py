@@ -1,0 +1,225 @@
+"""Figures 2.2 and 4.1 to 4.3 of the LC-VAE paper, VAE beside LC-VAE, and as numbers what it could judge by eye alone.
+
+    python bench/papers/lcvae_figures.py --data DIR --out DIR   # MNIST
+    python bench/papers/lcvae_figures.py --quick                # scikit-learn's digits, half a minute
+
+Paper: Manoj, on the diversity of latent codes. Its text was not at hand; what each figure shows here, for l = 2:
+
+    2.2  the regions of the latent plane by the class that a classifier sees in the decoded images
+    4.1  codes of held-out images, by class
+    4.2  images decoded from a grid of the plane, at quantiles of the standard normal in both directions
+    4.3  images decoded between the codes of pairs of held-out images of two classes
+
+Compared are a VAE and LC-VAEs (`kdejsd.models.LCVAE`): with clipped weights as in the paper, with spectral
+normalisation, and clipped with the scale-free omega, at the same lambda and at 30 times it. All of a seed begin with
+the same weights and see the same minibatches. The pictures are of the first seed.
+
+The numbers are of held-out images. omega is the mean over all pairs of 2000 of them, once of the codes as they are and
+once of codes divided by their standard deviation (one for all dimensions): an encoder that only shrinks its codes
+lowers the first and not the second. Beside these stands what codes of unit deviation would have that are dealt out to
+other images: no more than that can be won by an arrangement. Under "largest" stands the largest ratio of those pairs, a
+lower bound of the encoder's squared Lipschitz constant, under "clipped" the share of its weights that lie at the bound.
+Collision entropy and class radius are of the classes that a classifier of real images sees in decoded samples of the
+prior. Latent holes are the share of the prior where codes of training images are rare (0.05 if they follow the prior),
+of the posterior's means and of samples of it. The Frechet distance is between features of 10 000 generated and the
+held-out images, of the same classifier, so not the FID.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import matplotlib.image
+import torch
+from gen_interpolation import pairs
+from matplotlib.figure import Figure
+from quiet import quiet_trainer
+from torch import Tensor, nn
+
+from kdejsd import diversity_report, latent_holes, models, omega, plots
+from kdejsd.data import MNIST, Digits, ImageData
+from kdejsd.metrics import encode_set, frechet_distance
+from kdejsd.models.classifier import ImageClassifier, classifier_for
+from kdejsd.models.vae import kl_to_normal
+
+LATENT_DIM = 2
+# lambda as a multiple of --omega_weight, and the other settings. Of a weight of 0 without constraint it is a VAE.
+MODELS: dict[str, tuple[float, dict[str, Any]]] = {
+    "VAE": (0, {"constraint": "none"}),
+    "LC-VAE, clip": (1, {}),
+    "LC-VAE, spectral": (1, {"constraint": "spectral"}),
+    "LC-VAE, scale-free": (1, {"scale_free": True}),
+    "scale-free, 30 lambda": (30, {"scale_free": True}),
+}
+# For so few and small images the prior must weigh less, or nothing is left of the codes.
+QUICK = {"observation_variance": 0.02, "learning_rate": 3e-3}
+OMEGA_IMAGES = 2000
+MEASURES = {  # and what they are called in the table
+    "reconstruction_error": "error per pixel",
+    "kl": "KL, nats",
+    "omega": "omega",
+    "omega_normalised": "  of unit deviation",
+    "omega_shuffled": "  ... and dealt out",
+    "largest": "largest ratio",
+    "largest_normalised": "  of unit deviation",
+    "code_std": "deviation of codes",
+    "clipped": "weights clipped",
+    "collision_entropy": "collision entropy",
+    "class_radius": "class radius",
+    "holes_means": "holes, means",
+    "holes_samples": "holes, samples",
+    "frechet": "Frechet distance",
+}
+
+
+def train(
+    name: str, images: ImageData, network: Any, omega_weight: float, epochs: int, seed: int, **shared: Any
+) -> models.LCVAE:
+    pl.seed_everything(seed, verbose=False)
+    factor, settings = MODELS[name]
+    settings = {"omega_weight": factor * omega_weight, **settings, **shared}
+    model = models.images.LCVAE(images.image_shape, LATENT_DIM, network, **settings)
+    pl.seed_everything(seed, verbose=False)  # the same noise for all: spectral normalisation has drawn some
+    quiet_trainer(max_epochs=epochs, accelerator="cpu").fit(model, datamodule=images)
+    return model.eval()
+
+
+@torch.no_grad()
+def measures(model: models.LCVAE, images: ImageData, classifier: ImageClassifier, samples: int) -> dict[str, float]:
+    """The numbers of `MEASURES`."""
+    held_out, training = encode_set(model, images.held_out), encode_set(model, images.training)
+    batch = some(images.held_out, 10_000)
+    few = batch[:OMEGA_IMAGES]
+    codes = model.encode(few)
+    mean, shuffled = (float(omega(few, z, pairs="all", reduction="mean")) for z in (codes, codes.roll(1, 0)))
+    largest = float(omega(few, codes, pairs="all", reduction="max").value)
+    variance = float(held_out.codes.var(0).mean())
+    report = diversity_report(model.generator, classifier, LATENT_DIM, num_samples=samples, codes=training.codes)
+    generated = model.sample(len(batch), torch.Generator().manual_seed(0)).clamp(0, 1)
+    layers = [layer for layer in model.encoder.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    bound = model.clip if model.constraint == "clip" else math.inf
+    return {
+        "reconstruction_error": held_out.reconstruction_error,
+        "kl": float(kl_to_normal(*model.posterior(batch)).mean()),
+        "omega": mean,
+        "omega_normalised": mean / variance,
+        "omega_shuffled": shuffled / variance,
+        "largest": largest,
+        "largest_normalised": largest / variance,
+        "code_std": math.sqrt(variance),
+        "clipped": float(torch.cat([layer.weight.flatten().abs() >= bound for layer in layers]).double().mean()),
+        "collision_entropy": report.collision_entropy,
+        "class_radius": report.class_radius.mean,
+        "holes_means": report.holes.mass,
+        "holes_samples": latent_holes(training.posterior, level=report.holes.level).mass,
+        "frechet": frechet_distance(batch, generated, classifier.features),
+    }
+
+
+def some(images: Any, count: int) -> Tensor:
+    """So many images, drawn by a fixed seed."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]][0]
+
+
+@torch.no_grad()
+def figures(model: models.LCVAE, images: ImageData, classifier: ImageClassifier) -> dict[str, Figure]:
+    """The paper's figures of one model, by the number that they have there."""
+    encoded = encode_set(model, images.held_out)
+    quantiles = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
+    y, x = torch.meshgrid(-quantiles, quantiles, indexing="ij")
+    ends = [images.held_out[index][0] for index in pairs(images.held_out, 12, seed=0)]
+    start, end = (model.encode(batch) for batch in ends)
+    decoded = model.decode(torch.stack([x, y], -1).reshape(-1, 2))
+    return {
+        "2_2": plots.latent_classes(model.generator, classifier, resolution=200),
+        "4_1": plots.latent(encoded.codes, encoded.labels, model.target),
+        "4_2": plots.grid(decoded, columns=20),
+        "4_3": plots.interpolation(model.decode, start, end, steps=12),
+    }
+
+
+def side_by_side(parts: Mapping[str, Figure]) -> Figure:
+    """One figure of several, under their names."""
+    figure = Figure(figsize=(4 * len(parts), 4.2), dpi=100, layout="constrained")
+    for axes, (name, part) in zip(figure.subplots(1, len(parts)), parts.items(), strict=True):
+        picture = io.BytesIO()
+        part.savefig(picture, format="png")
+        picture.seek(0)
+        axes.imshow(matplotlib.image.imread(picture))
+        axes.set_title(name)
+        axes.set_axis_off()
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="VAE beside LC-VAE (LC-VAE paper, figures 2.2 and 4.1 to 4.3).")
+    parser.add_argument("--data", help="folder of MNIST's files")
+    parser.add_argument("--network", choices=["FC", "HalfDeepConv", "DeepConv"], default="FC", help="default FC")
+    parser.add_argument("--omega_weight", type=float, default=30.0, help="lambda (default 30)")
+    parser.add_argument("--train_size", type=int, default=20_000, help="images trained on (default 20000)")
+    parser.add_argument("--batch_size", type=int, default=300, help="default 300")
+    parser.add_argument("--epochs", type=int, default=10, help="of every model (default 10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first models (default 0)")
+    parser.add_argument("--seeds", type=int, default=2, help="models of each kind (default 2)")
+    parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser.add_argument("--out", type=Path, default=Path("runs/lcvae_figures"), help="for pictures and classifier")
+    parser.add_argument("--csv", type=Path, help="default: lcvae_figures.csv in --out")
+    parser.add_argument("--quick", action="store_true", help="Digits, FC, 10 epochs, one seed")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.network, options.train_size, options.batch_size, options.epochs, options.seeds = "FC", 1400, 50, 10, 1
+    elif options.data is None:
+        parser.error("MNIST needs --data (or take --quick)")
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+
+    name = "digits" if options.quick else "mnist"
+    root = {} if options.quick else {"root": options.data}
+    kind = Digits if options.quick else MNIST
+    classifier = classifier_for(kind(**root), options.out / f"classifier_{name}.ckpt")
+    images = kind(**root, train_size=options.train_size, batch_size=options.batch_size)
+    steps = options.epochs * (options.train_size // options.batch_size)
+    print(
+        f"{options.network}, l = {LATENT_DIM}, lambda = {options.omega_weight:g}, {options.train_size} images, {steps} "
+        f"steps of {options.batch_size}; {classifier}",
+        flush=True,
+    )
+    seeds = range(options.seed, options.seed + options.seeds)
+    rows, found, drawn = [], {}, {}
+    for seed in seeds:
+        for model_name in MODELS:
+            began = time.perf_counter()
+            network, shared = getattr(models, options.network), QUICK if options.quick else {}
+            model = train(model_name, images, network, options.omega_weight, options.epochs, seed, **shared)
+            numbers = measures(model, images, classifier, samples=2000 if options.quick else 10_000)
+            found[model_name, seed] = numbers
+            seconds = round(time.perf_counter() - began)
+            rows.append((model_name, seed, *numbers.values(), seconds))
+            print(f"{model_name}, seed {seed}: {seconds} s", flush=True)
+            if seed == options.seed:
+                drawn[model_name] = figures(model, images, classifier)
+
+    print(f"\n{'seeds ' + ' / '.join(map(str, seeds)):20}{''.join(f'{model_name:>24}' for model_name in MODELS)}")
+    for key, name in MEASURES.items():
+        cells = [" / ".join(f"{found[model_name, seed][key]:.4g}" for seed in seeds) for model_name in MODELS]
+        print(f"{name:20}{''.join(f'{cell:>24}' for cell in cells)}")
+    for number in next(iter(drawn.values())):
+        parts = {model_name: pictures[number] for model_name, pictures in drawn.items()}
+        side_by_side(parts).savefig(options.out / f"lcvae_figures_{number}.png")
+    with (options.csv or options.out / "lcvae_figures.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("model", "seed", *MEASURES, "seconds"))
+        writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -133,16 +133,16 @@ def some(images: Any, count: int) -> Tensor:
 def figures(model: models.LCVAE, images: ImageData, classifier: ImageClassifier) -> dict[str, Figure]:
     """The paper's figures of one model, by the number that they have there."""
     encoded = encode_set(model, images.held_out)
-    quantiles = torch.special.ndtri((torch.arange(20) + 0.5) / 20)
+    quantiles = torch.special.ndtri((torch.arange(13) + 0.5) / 13)
     y, x = torch.meshgrid(-quantiles, quantiles, indexing="ij")
-    ends = [images.held_out[index][0] for index in pairs(images.held_out, 12, seed=0)]
+    ends = [images.held_out[index][0] for index in pairs(images.held_out, 8, seed=0)]
     start, end = (model.encode(batch) for batch in ends)
     decoded = model.decode(torch.stack([x, y], -1).reshape(-1, 2))
     return {
         "2_2": plots.latent_classes(model.generator, classifier, resolution=200),
         "4_1": plots.latent(encoded.codes, encoded.labels, model.target),
-        "4_2": plots.grid(decoded, columns=20),
-        "4_3": plots.interpolation(model.decode, start, end, steps=12),
+        "4_2": plots.grid(decoded, columns=13),
+        "4_3": plots.interpolation(model.decode, start, end, steps=10),
     }
 
 
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first models (default 0)")
     parser.add_argument("--seeds", type=int, default=2, help="models of each kind (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
-    parser.add_argument("--out", type=Path, default=Path("runs/lcvae_figures"), help="for pictures and classifier")
+    parser.add_argument("--out", type=Path, default=Path("runs/lcvae_figures"), help="for table, pictures, classifier")
     parser.add_argument("--csv", type=Path, help="default: lcvae_figures.csv in --out")
     parser.add_argument("--quick", action="store_true", help="Digits, FC, 10 epochs, one seed")
     options = parser.parse_args(arguments)

@@ -23,17 +23,19 @@ class LCVAE(VAE):
 
         omega = mean over the minibatch's pairs (i, i + b/2) of |f(x_i) - f(x_j)|^2 / |x_i - x_j|^2
 
-    With the default s^2 = 1/2 it is that of the paper, sum of squared errors + KL + lambda omega, divided by D. The
-    paper's text was not at hand: that its squared errors are summed over the pixels and omega averaged over the pairs
-    is taken from what lambda = 30 then comes to, about a nat on MNIST. f(x) is the code of `encode`, the posterior's
-    mean: omega is a bound on a map, and samples would add their variance to it. The last image of an odd minibatch is
-    in no pair. Equal images in a pair count as 0.
+    With the default s^2 = 1/2 that is the sum of squared errors + KL + lambda omega, divided by D. The paper's text was
+    not at hand: that its squared errors are summed over the pixels and its omega averaged over the pairs is taken from
+    what lambda = 30 then comes to, about a nat on MNIST. f(x) is the code of `encode`, the posterior's mean: omega is
+    a bound on a map, and samples would add their variance to it. The last image of an odd minibatch is in no pair.
+    Equal images in a pair count as 0.
 
     omega is at most the square of f's Lipschitz constant, and it falls with the square of the codes' scale, whatever
-    their arrangement: an encoder can make it small by shrinking its codes and nothing else. `scale_free` divides it by
-    the mean over the dimensions of the variance of the minibatch's codes, which is omega of codes divided by their
-    standard deviation. One scale for all dimensions: one of its own would blow up those that the posterior leaves to
-    the prior.
+    their arrangement. On MNIST that is all that happens (bench/results/papers): images are about equally far apart, so
+    that omega is little else than the variance of the codes, the encoder shrinks them, and the prior is left with
+    holes. `scale_free` divides omega by the mean over the dimensions of the variance of the minibatch's codes, which is
+    omega of codes divided by their standard deviation. (One scale for all dimensions: one of its own would blow up
+    those that the posterior leaves to the prior.) Codes then keep their scale, but there is little left to win: made
+    heavier, it is met by a few far codes of images that are far from all others.
 
     What the constraints bound, and what not:
 

@@ -75,7 +75,8 @@ def test_the_loss_is_its_parts(options, scale_free):
     if scale_free:
         total = total / torch.cov(codes[:50].T).trace() * 2
     error = (model.decoder(z) - batch).square().sum() / (51 * 64)
-    assert float(loss.detach()) == pytest.approx(float(error + 0.14 / 64 * (kl + 7 * total / 25)), rel=1e-12)
+    expected = error + 0.14 / 64 * (kl + 7 * total / 25)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("options", [{}, FLOW], ids=["normal", "flow"])

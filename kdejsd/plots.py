@@ -19,6 +19,7 @@ from .targets import GaussianMixture, IsotropicNormal, StandardNormal, Target, t
 with train_extra():
     from matplotlib import colormaps
     from matplotlib.axes import Axes
+    from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle, Patch
@@ -216,6 +217,37 @@ def grid(images: Tensor, columns: int = 10) -> Figure:
         ValueError: images of another shape, or columns below 1.
     """
     return _image_figure(_cells(images, columns))
+
+
+def points(points: Tensor, modes: Tensor, radius: float, *, origins: Tensor | None = None) -> Figure:
+    """Points of the plane, over circles around the modes of their law.
+
+    Args:
+        points: [n, 2]; those that are not finite are left out.
+        modes: [K, 2].
+        radius: of the circles.
+        origins: [n, 2], from which lines are drawn to the points.
+
+    Raises:
+        ValueError: another shape.
+    """
+    for name, value in (("points", points), ("modes", modes), ("origins", points if origins is None else origins)):
+        if value.ndim != 2 or value.shape[1] != 2:
+            raise ValueError(f"{name} must have shape [n, 2], got {list(value.shape)}")
+    if origins is not None and origins.shape != points.shape:
+        raise ValueError(f"origins must be as many as points, {len(points)}, got {len(origins)}")
+    points = points.double().cpu()
+    figure, axes = _square_figure()
+    if origins is not None:
+        ways = torch.stack([origins.double().cpu(), points], 1)
+        axes.add_collection(LineCollection(list(ways.numpy()), colors="0.6", linewidths=0.5))
+    x, y = points.T.numpy()
+    axes.scatter(x, y, s=2, linewidths=0, color="C0")
+    for center in modes.tolist():
+        axes.add_patch(Circle(center, radius, fill=False, color="k", lw=0.5))
+    axes.set(xlabel="x", ylabel="y", aspect="equal")
+    axes.autoscale_view()
+    return figure
 
 
 def reconstructions(images: Tensor, reconstructions: Tensor, columns: int = 10) -> Figure:

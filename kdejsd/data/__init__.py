@@ -1,11 +1,13 @@
 """Images to train on, as LightningDataModules that hold the whole set in memory.
 
 A batch is (images [n, C, H, W] float32 in [0, 1], labels [n] int64, indices [n] int64): labels are -1 where there are
-none, and an index is the example's place in its set, training or held-out.
+none, and an index is the example's place in its set, training or held-out. The points of `Grid2D` are images of one
+pixel, anywhere.
 """
 
 from .base import Batch, BatchLoader, BatchOrder, ImageData, ImageSet
 from .digits import Digits
+from .grid import Grid2D
 from .idx import MNIST, FashionMNIST
 from .pictures import CelebA, ImageFolder
 from .svhn import SVHN
@@ -19,6 +21,7 @@ __all__ = [
     "CelebA",
     "Digits",
     "FashionMNIST",
+    "Grid2D",
     "ImageData",
     "ImageFolder",
     "ImageSet",

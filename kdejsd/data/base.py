@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .. import plots
 from .._extras import train_extra
 
 with train_extra():
     import lightning.pytorch as pl
+    from matplotlib.figure import Figure
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -134,6 +136,7 @@ class ImageData(pl.LightningDataModule):
     """
 
     image_shape: tuple[int, int, int]
+    report_samples: ClassVar[int] = 100  # of a model, drawn and measured in its report
 
     def __init__(
         self,
@@ -197,6 +200,24 @@ class ImageData(pl.LightningDataModule):
 
     def val_dataloader(self) -> BatchLoader:
         return BatchLoader(self.held_out, BatchOrder(len(self.held_out), max(self.batch_size, 1000), None))
+
+    # What a set knows of its images, and of those that a model makes like them
+
+    def draw(self, images: Tensor) -> Figure:
+        """A picture of images [n, C, H, W]."""
+        return plots.grid(images)
+
+    def draw_reconstructions(self, images: Tensor, reconstructions: Tensor) -> Figure:
+        """A picture of images [n, C, H, W] and their reconstructions: of the first 30."""
+        return plots.reconstructions(images[:30], reconstructions[:30])
+
+    def sample_measures(self, images: Tensor) -> dict[str, float]:
+        """How good generated images [n, C, H, W] are, by what is known of the law of the set; mostly nothing is."""
+        return {}
+
+    def classifier(self) -> Callable[[Tensor], Tensor] | None:
+        """A classifier that the set comes with, images [n, C, H, W] -> logits [n, K]; mostly there is none."""
+        return None
 
     def _shuffled(self, count: int) -> Tensor:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))

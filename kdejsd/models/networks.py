@@ -25,7 +25,8 @@ Network = Callable[[Sequence[int], int], AutoencoderNetworks]  # from (image_sha
 
 
 class FC(AutoencoderNetworks):
-    """Fully connected: pixels - 512 - 256 - l and back, with ReLU between and a sigmoid at the end.
+    """Fully connected: pixels - 512 - 256 - l and back, with ReLU between and a sigmoid at the end, but for images of
+    one pixel: those are points anywhere (`kdejsd.data.Grid2D`), and no sigmoid keeps them in [0, 1].
 
     Args:
         image_shape: (C, H, W), any.
@@ -43,7 +44,8 @@ class FC(AutoencoderNetworks):
             raise ValueError(f"hidden and latent_dim must be at least 1, got {list(hidden)} and {latent_dim}")
         widths = [math.prod(shape), *hidden, latent_dim]
         self.encoder = nn.Sequential(nn.Flatten(), *linear_stack(widths))
-        self.decoder = nn.Sequential(*linear_stack(widths[::-1]), nn.Sigmoid(), nn.Unflatten(1, shape))
+        end = [] if shape[1:] == (1, 1) else [nn.Sigmoid()]
+        self.decoder = nn.Sequential(*linear_stack(widths[::-1]), *end, nn.Unflatten(1, shape))
 
 
 class Conv(AutoencoderNetworks):
@@ -55,12 +57,16 @@ class Conv(AutoencoderNetworks):
         image_shape: (C, H, W), H = W = 28, 32 or 64.
         latent_dim: l.
         channels: of the first layer.
+        encoder_batch_norm: False leaves batch normalisation out of the encoder. For the discriminator of a GAN with a
+            gradient penalty, where an image's output must not depend on the others of its minibatch.
 
     Raises:
         ValueError: another image size, or sizes below 1.
     """
 
-    def __init__(self, image_shape: Sequence[int], latent_dim: int, channels: int = 32) -> None:
+    def __init__(
+        self, image_shape: Sequence[int], latent_dim: int, channels: int = 32, encoder_batch_norm: bool = True
+    ) -> None:
         super().__init__()
         shape = _image_shape(image_shape)
         if shape[1] != shape[2] or shape[1] not in (28, 32, 64):
@@ -73,7 +79,7 @@ class Conv(AutoencoderNetworks):
         up: list[nn.Module] = []
         side, inputs, outputs = shape[1], shape[0], channels
         while side > 4:
-            down += _halving(inputs, outputs)
+            down += _halving(inputs, outputs, encoder_batch_norm)
             # 7 is halved to 3, and one row more is needed to come back to 7
             back = nn.ConvTranspose2d(outputs, inputs, 4, stride=2, padding=1, output_padding=side % 2)
             up = [nn.BatchNorm2d(outputs), nn.ReLU(), back, *up]
@@ -134,9 +140,10 @@ class HalfDeepConv(DeepConv):
         super().__init__(image_shape, latent_dim, channels=64)
 
 
-def _halving(inputs: int, outputs: int) -> list[nn.Module]:
-    """A convolution that halves the side of images, with batch normalisation and ReLU."""
-    return [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
+def _halving(inputs: int, outputs: int, batch_norm: bool = True) -> list[nn.Module]:
+    """A convolution that halves the side of images, batch normalisation and ReLU."""
+    norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
+    return [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), *norm, nn.ReLU()]
 
 
 def linear_stack(widths: Sequence[int]) -> list[nn.Module]:

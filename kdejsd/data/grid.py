@@ -1,0 +1,122 @@
+"""Points of the plane around the places of a grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .. import plots
+from .._extras import train_extra
+from .base import ImageData, ImageSet
+
+with train_extra():
+    from matplotlib.figure import Figure
+
+
+class Grid2D(ImageData):
+    """2D-Grid: points of a mixture of (2n + 1)^2 normals of equal weight, with variance 0.0025 in each direction and
+    means at the places of a square grid of spacing 2 around 0. A model's collapse onto some of the modes can be seen
+    and counted.
+
+    For the data modules, networks and models a point is an image of one pixel with two channels, (2, 1, 1), not kept in
+    [0, 1]. Its label is its mode: 0 to (2n + 1)^2 - 1, y before x.
+
+    Args:
+        n: places on either side of the middle; 2 makes 25 modes.
+        num_samples: points, of which a share is held out.
+        held_out: that share.
+        batch_size: points per training step.
+        kwargs: as in `ImageData`; the seed is of the points too.
+
+    Attributes:
+        modes: [(2n + 1)^2, 2] float32, the means.
+
+    Raises:
+        ValueError: n negative, num_samples below 2, a share that is not between 0 and 1 or leaves no point on either
+            side, and what `ImageData` refuses.
+    """
+
+    image_shape = (2, 1, 1)
+    report_samples = 10_000
+    spacing: ClassVar[float] = 2.0
+    std: ClassVar[float] = 0.05
+
+    def __init__(
+        self, n: int = 2, num_samples: int = 100_000, held_out: float = 0.1, batch_size: int = 500, **kwargs: Any
+    ) -> None:
+        if n < 0:
+            raise ValueError(f"n must not be negative, got {n}")
+        if num_samples < 2:
+            raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+        if not 0 < held_out < 1 or round(held_out * num_samples) == num_samples:
+            raise ValueError(f"held_out must be above 0 and leave points to train on, got {held_out}")
+        super().__init__(batch_size, **kwargs)
+        self.num_samples = num_samples
+        self.share_held_out = held_out
+        line = self.spacing * torch.arange(-n, n + 1.0)
+        self.modes = torch.cartesian_prod(line, line).flip(1)
+
+    def load(self) -> tuple[ImageSet, ImageSet]:
+        random = torch.Generator().manual_seed(self.seed)
+        labels = torch.randint(len(self.modes), (self.num_samples,), generator=random)
+        points = self.modes[labels] + self.std * torch.randn(self.num_samples, 2, generator=random)
+        return self._split(ImageSet(points[:, :, None, None], labels), self.share_held_out)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [n, K] of the modes for points [n, 2, 1, 1] or [n, 2]: their softmax is a mode's exact probability,
+        and the largest one is the nearest mode's.
+
+        Raises:
+            ValueError: another shape.
+        """
+        points = images.flatten(1)
+        if points.shape[1] != 2:
+            raise ValueError(f"images must have shape [n, 2, 1, 1] or [n, 2], got {list(images.shape)}")
+        # Not by products, as torch.cdist would for many modes: they lose digits.
+        squared = (points[:, None] - self.modes.to(points)).square().sum(2)
+        return -squared / (2 * self.std**2)
+
+    def classify(self, images: Tensor) -> Tensor:
+        """The nearest mode of points [n, 2, 1, 1] or [n, 2], as [n] int64."""
+        return self.logits(images).argmax(1)
+
+    def classifier(self) -> Callable[[Tensor], Tensor]:
+        """`logits`."""
+        return self.logits
+
+    def sample_measures(self, images: Tensor) -> dict[str, float]:
+        """How well generated points [n, 2, 1, 1] or [n, 2] cover the modes, as measured in VEEGAN (Srivastava et al.,
+        arXiv 1705.07761) and PacGAN (Lin et al., arXiv 1712.04086).
+
+        A point is of high quality if it is within three standard deviations of its nearest mode; for the law itself
+        that are 1 - exp(-4.5) = 98.9 % of the points. NaN all of them if a point is.
+
+        Returns:
+            modes_captured: how many modes have a point of high quality.
+            high_quality_share: of the points.
+            reverse_kl: KL(Q || P) in nats, Q the shares of the points in the modes, each point counted for its nearest
+                one, and P the equal shares of the law: 0 to log((2n + 1)^2). For n points of the law itself about
+                (K - 1) / (2 n).
+        """
+        best, nearest = self.logits(images).max(1)
+        if bool(best.isnan().any()):
+            return dict.fromkeys(("modes_captured", "high_quality_share", "reverse_kl"), math.nan)
+        good = best >= -4.5  # a squared distance of nine variances
+        shares = torch.bincount(nearest, minlength=len(self.modes)).double() / len(nearest)
+        return {
+            "modes_captured": len(nearest[good].unique()),
+            "high_quality_share": float(good.double().mean()),
+            "reverse_kl": float(torch.special.xlogy(shares, shares * len(shares)).sum()),
+        }
+
+    def draw(self, images: Tensor) -> Figure:
+        """The points, with circles of three standard deviations around the modes."""
+        return plots.points(images.flatten(1), self.modes, 3 * self.std)
+
+    def draw_reconstructions(self, images: Tensor, reconstructions: Tensor) -> Figure:
+        """The reconstructions, with lines from what they are of."""
+        return plots.points(reconstructions.flatten(1), self.modes, 3 * self.std, origins=images.flatten(1))

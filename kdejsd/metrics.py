@@ -1,5 +1,5 @@
-"""Measures of a trained model: how well its codes follow their target, how near what it generates comes to real
-images."""
+"""Measures of a trained model: how well its codes follow their target, what its discriminator sees, how near what it
+generates comes to real images."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .divergence import target_jsd
 from .entropy import kde_entropy
 from .models.autoencoder import JSD_SAMPLES, Autoencoder
 from .models.base import CHUNK
+from .models.gan import GAN
 from .targets import sample_target
 
 with train_extra():
@@ -129,6 +130,30 @@ def _entropy(codes: Tensor) -> float | None:
         return float(kde_entropy(codes[:JSD_SAMPLES]))
     except ValueError:
         return None
+
+
+@torch.no_grad()
+def divergence_measures(model: GAN, images: Any, *, seed: int = 0) -> dict[str, Any]:
+    """The divergence of what a GAN generates from a set of images (`kdejsd.data.ImageSet`), by its own discriminator.
+
+    Args:
+        model: the trained model, in evaluation mode meanwhile.
+        images: the set.
+        seed: of the latents of as many generated images.
+
+    Returns:
+        count: of images, at most 10 000, and a multiple of the model's packing.
+        divergence: `GAN.divergence`; NaN for a count of 0.
+    """
+    count = min(len(images), JSD_SAMPLES) // model.packing * model.packing
+    generator = torch.Generator().manual_seed(seed)
+    total = 0.0 if count else math.nan
+    with evaluating(model):
+        for index in torch.arange(count).split(max(1, CHUNK // model.packing) * model.packing):
+            real = images[index][0].to(model.device)
+            generated = model.decode(model.target_samples(len(real), generator))
+            total += len(real) * float(model.divergence(real, generated))
+    return {"count": count, "divergence": total / max(count, 1)}
 
 
 def frechet_distance(real: Tensor, generated: Tensor, features: nn.Module) -> float:

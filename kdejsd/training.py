@@ -1,4 +1,4 @@
-"""What `kdejsd fit`, `evaluate` and `score` do: training by LightningCLI, the report folder, the scores of images."""
+"""What `kdejsd fit`, `evaluate` and `score` do: training by LightningCLI, checkpoints, the scores of images."""
 
 from __future__ import annotations
 
@@ -6,32 +6,24 @@ import argparse
 import csv
 import inspect
 import itertools
-import json
 import logging
 import math
-import platform
 import signal
-import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import plots
 from ._extras import train_extra
-from ._modes import evaluating
 from .classifier import load_classifier
 from .data import ImageData, ImageSet
-from .diversity.labels import Map
-from .diversity.report import diversity_report
-from .metrics import Encoded, code_measures, encode_set
 from .models import Autoencoder, ImageGEN, ImageModel
 from .novelty import NoveltyScore, novelty_score, residual_variance
+from .report import write_report
 
 with train_extra():
     import lightning.pytorch as pl
@@ -83,7 +75,7 @@ def evaluate(args: list[str]) -> int:
         type=str,
         metavar="FILE",
         help="A classifier of the images, saved by torch.export.save with a batch of any size: adds the diversity of "
-        "what the decoder makes. Loading a file can run code that is in it; use none that you do not trust.",
+        "what the model makes. Loading a file can run code that is in it; use none that you do not trust.",
     )
     config, checkpoint, model, data_module = open_checkpoint(parser, args)
     classifier = None if config.classifier is None else load_classifier(config.classifier, data_module.image_shape)
@@ -113,6 +105,11 @@ def score(args: list[str]) -> int:
     )
     parser.add_argument("--out", type=str, metavar="FILE.csv", help="Default: scores.csv in a fresh folder of the run.")
     config, _, model, data_module = open_checkpoint(parser, args)
+    if not isinstance(model, Autoencoder):
+        raise ValueError(
+            f"CKPT must be of a model with an encoder, which the density of an image needs, and {config.checkpoint} is "
+            f"of a {type(model).__name__}"
+        )
     images = data_module.held_out if config.split == "held_out" else data_module.training
     variance = config.variance
     if variance is None:
@@ -135,7 +132,7 @@ def score(args: list[str]) -> int:
     for name, chosen in (("most", order[:100]), ("least", order.flip(0)[:100])):
         print(f"{name} likely: {', '.join(map(str, chosen[:10].tolist()))}")
         if len(chosen):
-            plots.grid(images[chosen][0]).savefig(path.with_name(f"{path.stem}_{name}_likely.png"))
+            data_module.draw(images[chosen][0]).savefig(path.with_name(f"{path.stem}_{name}_likely.png"))
     print(f"scores: {path}")
     return 0
 
@@ -206,79 +203,6 @@ def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[
 def _run_folder(checkpoint: str) -> Path:
     folder = Path(checkpoint).parent
     return folder.parent if folder.name == "checkpoints" else folder
-
-
-def write_report(
-    folder: Path, model: Autoencoder, data: ImageData, run: Mapping[str, Any], classifier: Map | None = None
-) -> str:
-    """Measures the model on the held-out images and on those it was trained on, and draws its pictures.
-
-    Writes metrics.json, in which numbers that are not finite are null, latent.png, samples.png and reconstructions.png
-    into the folder; with a classifier and 2-D codes classes.png too.
-
-    Args:
-        folder: exists.
-        model: trained.
-        data: its images.
-        run: what else to write down about the run.
-        classifier: images [n, C, H, W] -> logits [n, K], for the diversity of what the decoder makes.
-
-    Returns:
-        The main numbers as a table.
-    """
-    held_out, training = encode_set(model, data.held_out), encode_set(model, data.training)
-    report = {
-        "held_out": code_measures(model, held_out, training=False),
-        "training": code_measures(model, training, training=True),
-        "model": model.settings(),
-        "run": {**run, "versions": _versions()},
-    }
-    text = _table(report["held_out"], report["training"])
-    if classifier is not None:
-        diversity = diversity_report(
-            model.generator,
-            classifier,
-            model.latent_dim,
-            codes=training.codes,
-            target=model.target,
-            progress=_tell_progress,
-        )
-        report["diversity"] = diversity.as_dict()
-        text += f"\n\n{diversity}"
-    report = {key: _finite(part) for key, part in report.items()}
-    (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-    _draw(folder, model, data, held_out, classifier)
-    return text
-
-
-def _tell_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\rclass radius: {done} of {total} samples", end=end, file=sys.stderr, flush=True)
-
-
-def _table(*parts: Mapping[str, Any]) -> str:
-    """The main numbers of the held-out and of the training images."""
-
-    def row(name: str, *keys: str, of: Sequence[Mapping[str, Any]] = parts) -> str:
-        cells = [" / ".join("none" if part[key] is None else f"{part[key]:.4g}" for key in keys) for part in of]
-        return f"{name:44}" + "".join(f"{cell:>20}" for cell in cells)
-
-    rows = [
-        " " * 44 + f"{'held-out':>20}{'training':>20}",
-        f"{'images':44}" + "".join(f"{part['count']:>20}" for part in parts),
-        row("reconstruction error per pixel", "reconstruction_error"),
-        row("JSD, nats / of the target's own samples", "jsd", "jsd_of_target"),
-        row("entropy of whitened codes / normal samples", "entropy", "entropy_of_normal"),
-    ]
-    if "gradient_weight" in parts[0]:
-        rows.append(row("1 - r (0.5 where the codes match)", "gradient_weight"))
-    if "posterior" in parts[0]:
-        samples = [part["posterior"] for part in parts]
-        rows += [
-            row("samples of the posterior: JSD / of target's", "jsd", "jsd_of_target", of=samples),
-            row("samples of the posterior: entropy / normal", "entropy", "entropy_of_normal", of=samples),
-        ]
-    return "\n".join(rows)
 
 
 class FitCLI(LightningCLI):
@@ -413,19 +337,6 @@ class RunProgressBar(TQDMProgressBar):
         return Tqdm(disable=True)
 
 
-def _draw(folder: Path, model: Autoencoder, data: ImageData, held_out: Encoded, classifier: Map | None) -> None:
-    images = data.held_out[torch.arange(min(30, len(data.held_out)))][0]
-    with torch.no_grad(), evaluating(model):
-        reconstructions = model.reconstruct(images.to(model.device)).cpu()
-    codes, labels, target = held_out.codes, held_out.labels, model.target
-    plots.latent(codes, labels, target).savefig(folder / "latent.png")
-    plots.grid(model.sample(100, torch.Generator().manual_seed(0))).savefig(folder / "samples.png")
-    plots.reconstructions(images, reconstructions).savefig(folder / "reconstructions.png")
-    if classifier is not None and model.latent_dim == 2:
-        classes = plots.latent_classes(model.generator, classifier, codes=codes, labels=labels, target=target)
-        classes.savefig(folder / "classes.png")
-
-
 def _fresh_folder(out: str | None, stem: Path) -> Path:
     """The folder that was asked for, or the first of STEM-1, STEM-2, ... that is not there yet; made here."""
     if out is not None:
@@ -487,26 +398,6 @@ def _load(path: str) -> dict[str, Any]:
     if "_class_path" not in checkpoint.get("datamodule_hyper_parameters", {}):
         raise ValueError(f"{path} was not written by kdejsd fit: it does not say on which images it was trained")
     return checkpoint
-
-
-def _versions() -> dict[str, str]:
-    from . import __version__
-
-    return {
-        "kdejsd": __version__,
-        "torch": torch.__version__,
-        "lightning": version("lightning"),
-        "python": platform.python_version(),
-    }
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _quiet() -> None:

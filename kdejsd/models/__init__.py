@@ -1,4 +1,4 @@
-"""Autoencoders with a shaped latent space, as LightningModules; encoder and decoder are arguments.
+"""Autoencoders with a shaped latent space, and GANs, as LightningModules; their networks are arguments.
 
 `kdejsd.models.images` has each of them in a form that builds its networks for images of a given shape.
 """
@@ -9,6 +9,7 @@ from .autoencoder import Autoencoder
 from .base import GenerativeModel
 from .classifier import ImageClassifier
 from .flows import RealNVP
+from .gan import GAN
 from .gen import GEN
 from .images import GEN as ImageGEN
 from .images import ImageModel, for_images
@@ -22,6 +23,7 @@ __all__ = [
     "AAE",
     "AE",
     "FC",
+    "GAN",
     "GEN",
     "LCVAE",
     "VAE",

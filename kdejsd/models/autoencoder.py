@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,9 @@ class Autoencoder(GenerativeModel):
             self.norm = CodeNorm(self.target, self.latent_dim)
 
     @staticmethod
-    def build_networks(network: Network, image_shape: Sequence[int], latent_dim: int) -> tuple[nn.Module, nn.Module]:
+    def build_networks(
+        network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
+    ) -> tuple[nn.Module, nn.Module]:
         networks = network(image_shape, latent_dim)
         return networks.encoder, networks.decoder
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         super().__init__()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attribute 'target' is an instance of `nn.Module`")
-            self.save_hyperparameters(ignore=["encoder", "decoder"])
+            self.save_hyperparameters(ignore=["encoder", "decoder", "generator", "discriminator"])
         for name in ("target", "network"):
             # A checkpoint holds plain values: the description that the command line gives, not an object.
             if not isinstance(self.hparams.get(name), dict):
@@ -62,8 +62,11 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     @staticmethod
     @abstractmethod
-    def build_networks(network: Network, image_shape: Sequence[int], latent_dim: int) -> tuple[nn.Module, nn.Module]:
-        """The two networks as the model's constructor takes them, for images of a shape (C, H, W)."""
+    def build_networks(
+        network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
+    ) -> tuple[nn.Module, nn.Module]:
+        """The two networks as the model's constructor takes them, for images of a shape (C, H, W); `settings` are those
+        of its other arguments that are given."""
 
     # Use
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from . import aae, ae, gen, lcvae, semi, vae, wae
+from . import aae, ae, gan, gen, lcvae, semi, vae, wae
 from .base import GenerativeModel
 from .networks import FC, Network
 
@@ -15,13 +15,14 @@ class ImageModel(GenerativeModel):
 
     Args:
         image_shape: (C, H, W).
-        latent_dim: l, the dimension of the codes.
-        network: builds encoder and decoder from (image_shape, latent_dim): `FC`, `Conv` or another class.
+        latent_dim: l, the dimension of the latents.
+        network: builds encoder and decoder from (image_shape, latent_dim): `FC`, `Conv` or another class. A GAN's
+            generator is a decoder, its discriminator an encoder to one number.
         kwargs: as in the model.
     """
 
     def __init__(self, image_shape: Sequence[int], latent_dim: int = 2, network: Network = FC, **kwargs: Any) -> None:
-        first, second = self.build_networks(network, image_shape, latent_dim)
+        first, second = self.build_networks(network, image_shape, latent_dim, kwargs)
         super().__init__(first, second, latent_dim, **kwargs)  # type: ignore[arg-type]  # of the model, next in line
 
 
@@ -31,6 +32,7 @@ def for_images(model: type[GenerativeModel]) -> type[ImageModel]:
     return cast("type[ImageModel]", type(model.__name__, (ImageModel, model), attributes))
 
 
-AAE, AE, GEN, LCVAE, SemiSupervisedGEN, VAE, WAE = (
-    for_images(model) for model in (aae.AAE, ae.AE, gen.GEN, lcvae.LCVAE, semi.SemiSupervisedGEN, vae.VAE, wae.WAE)
+AAE, AE, GAN, GEN, LCVAE, SemiSupervisedGEN, VAE, WAE = (
+    for_images(model)
+    for model in (aae.AAE, ae.AE, gan.GAN, gen.GEN, lcvae.LCVAE, semi.SemiSupervisedGEN, vae.VAE, wae.WAE)
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,9 @@ class VAE(Autoencoder):
         self.flow = RealNVP(latent_dim, flow_layers, flow_hidden) if prior == "flow" else None
 
     @staticmethod
-    def build_networks(network: Network, image_shape: Sequence[int], latent_dim: int) -> tuple[nn.Module, nn.Module]:
+    def build_networks(
+        network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
+    ) -> tuple[nn.Module, nn.Module]:
         """Encoder and decoder of two pairs: the encoder's is one of twice the latent dimension."""
         return network(image_shape, 2 * latent_dim).encoder, network(image_shape, latent_dim).decoder
 

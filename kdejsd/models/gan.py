@@ -1,0 +1,344 @@
+"""Generative adversarial networks: a generator learns from a discriminator how its images differ from real ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .._extras import train_extra
+from ..data import ImageData
+from ..divergences import FDivergence, by_name
+from ..targets import StandardNormal
+from .base import Batch, GenerativeModel, checked
+from .networks import Network
+
+with train_extra():
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+Objective = Literal[
+    "minimax",
+    "non-saturating",
+    "wgan",
+    "wgan-gp",
+    "f-kl",
+    "f-reverse-kl",
+    "f-pearson",
+    "f-squared-hellinger",
+    "f-jensen-shannon",
+    "f-gan",
+]
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class GAN(GenerativeModel):
+    """Generative adversarial networks: the discriminator V gives each image a number, and learns to tell real images x
+    from generated ones G(z), z standard normal, by raising a lower bound on a divergence between them; the generator
+    learns to lower it.
+
+    The objective says which divergence. With softplus(v) = log(1 + exp v), and sigmoid(V) the probability that an image
+    is real:
+
+        objective        the discriminator lowers                              the generator lowers
+        minimax          mean softplus(-V(x)) + mean softplus(V(G(z)))         -mean softplus(V(G(z)))
+        non-saturating   the same                                              mean softplus(-V(G(z)))
+        wgan             mean V(G(z)) - mean V(x), weights kept in [-c, c]     -mean V(G(z))
+        wgan-gp          the same + gradient_penalty * penalty, no clipping    the same
+        f-...            mean f*(g_f(V(G(z)))) - mean g_f(V(x))                -mean f*(g_f(V(G(z))))
+
+    "minimax" and "non-saturating" are by Goodfellow et al. (arXiv 1406.2661), "wgan" by Arjovsky, Chintala, Bottou
+    (arXiv 1701.07875), "wgan-gp" by Gulrajani et al. (arXiv 1704.00028; `gradient_penalty`), the others by Nowozin,
+    Cseke, Tomioka (f-GAN, arXiv 1606.00709), with f one of `kdejsd.divergences`. The f-GAN's generator lowers the bound
+    itself (the paper's Algorithm 1), so that the divergence that is named is the one that is minimised; it has the
+    heuristic of its section 3.2 for f = "gan" alone, where that is "non-saturating" ("f-gan" itself is "minimax").
+
+    With packing p the discriminator sees p images at a time, side by side as channels: a generator that makes few
+    different images is told more easily (PacGAN, Lin, Khetan, Fanti, Oh, arXiv 1712.04086).
+
+    A step is a minibatch, in which the discriminator trains; in every `discriminator_steps`-th one the generator trains
+    too, with latents of its own. Both trainings are by Adam.
+
+    Logged per step: `discriminator` and, where it trains, `generator` (the losses above), and `divergence`, the
+    minibatch's estimate of what is minimised, by the discriminator as it is: the JSD in nats ("minimax" and
+    "non-saturating"; 0 to log 2), mean V(x) - mean V(G(z)) of the WGANs (the Wasserstein distance times V's unknown
+    Lipschitz constant, which is about 1 for "wgan-gp"), or the bound of the f-divergence. Per epoch `val_divergence`,
+    the same of held-out images; after the epochs 1, 2, 4, 8, ... a picture of samples (`ImageData.draw`), where
+    the logger is TensorBoard's.
+
+    Args:
+        generator: latents [n, l] -> images [n, C, H, W].
+        discriminator: images [n, p C, H, W] -> V, [n] or [n, 1], any real number.
+        latent_dim: l, the dimension of the latents.
+        objective: as above.
+        packing: p; the minibatch must be a multiple of it.
+        discriminator_steps: in how many steps the discriminator trains for one of the generator's; None is 5 for the
+            WGANs, as in their papers, and else 1.
+        clip: c of "wgan".
+        gradient_penalty: weight of the penalty of "wgan-gp".
+        learning_rate, decay: as in `GenerativeModel`.
+        betas: of Adam; None is (0, 0.9) for the WGANs and else (0.5, 0.999). A critic with clipped weights was found
+            unstable with momentum and trained by RMSProp, which is Adam with a first beta of 0 but for the bias
+            correction.
+
+    Raises:
+        ValueError: an unknown objective, packing or discriminator_steps below 1, a clip that is not positive, a
+            negative gradient_penalty, or a discriminator with batch normalisation for "wgan-gp": the gradient of an
+            image's output would depend on the other images.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        latent_dim: int,
+        objective: Objective = "non-saturating",
+        packing: int = 1,
+        discriminator_steps: int | None = None,
+        clip: float = 0.01,
+        gradient_penalty: float = 10.0,
+        learning_rate: float = 2e-4,
+        decay: bool = True,
+        betas: tuple[float, float] | None = None,
+    ) -> None:
+        if objective not in get_args(Objective):
+            raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
+        if discriminator_steps is not None and discriminator_steps < 1:
+            raise ValueError(f"discriminator_steps must be at least 1, got {discriminator_steps}")
+        if not clip > 0:
+            raise ValueError(f"clip must be positive, got {clip}")
+        if not gradient_penalty >= 0:
+            raise ValueError(f"gradient_penalty must not be negative, got {gradient_penalty}")
+        if objective == "wgan-gp" and any(isinstance(part, _BATCH_NORMS) for part in discriminator.modules()):
+            raise ValueError(
+                'discriminator must have no batch normalisation for objective "wgan-gp", whose penalty is of each '
+                "image's own gradient; Conv leaves it out with --model.network.encoder_batch_norm false"
+            )
+        wasserstein = objective in ("wgan", "wgan-gp")
+        if betas is None:
+            betas = (0.0, 0.9) if wasserstein else (0.5, 0.999)
+        super().__init__(latent_dim, learning_rate, decay, betas)
+        self.target = StandardNormal(latent_dim)
+        self.generator = generator
+        self.discriminator = discriminator
+        self.objective = objective
+        self.packing = _checked_packing(packing)
+        self.discriminator_steps = (5 if wasserstein else 1) if discriminator_steps is None else discriminator_steps
+        self.clip = clip
+        self.gradient_penalty = gradient_penalty
+        self.losses = losses(objective)
+        self.automatic_optimization = False
+
+    @staticmethod
+    def build_networks(
+        network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
+    ) -> tuple[nn.Module, nn.Module]:
+        """The decoder of one pair, and the encoder of another one: of packed images, to one number."""
+        packing = _checked_packing(settings.get("packing", 1))
+        channels, *size = image_shape
+        return network(image_shape, latent_dim).decoder, network((packing * channels, *size), 1).encoder
+
+    # Use
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Images [n, C, H, W] of latents [n, l]."""
+        return self.decode(latents)
+
+    def discriminate(self, images: Tensor) -> Tensor:
+        """V of images [n, C, H, W], p at a time, as [n / p].
+
+        Raises:
+            ValueError: n is no multiple of p, or a discriminator whose output has another shape.
+        """
+        packed = pack(images, self.packing)
+        output: Tensor = self.discriminator(packed)
+        if output.shape not in ((len(packed),), (len(packed), 1)):
+            raise ValueError(
+                f"discriminator must return [{len(packed)}] or [{len(packed)}, 1], got {list(output.shape)}"
+            )
+        return output.reshape(-1)
+
+    def divergence(self, images: Tensor, generated: Tensor) -> Tensor:
+        """The objective's estimate of the divergence between real and generated images, each [n, C, H, W], by the
+        discriminator as it is; 0-dim. `divergence_name` says which divergence and its unit."""
+        return self.losses.divergence(self.discriminate(images), self.discriminate(generated))
+
+    @property
+    def divergence_name(self) -> str:
+        """What `divergence` estimates, with its unit."""
+        return self.losses.name
+
+    # Training
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [
+            torch.optim.Adam(part.parameters(), lr=self.learning_rate, betas=self.betas, fused=True)
+            for part in (self.generator, self.discriminator)
+        ]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        images = checked(batch)[0]
+        generator, discriminator = cast("list[LightningOptimizer]", self.optimizers())
+
+        with torch.no_grad():
+            generated = self.decode(self.target_samples(len(images)))
+        if generated.shape != images.shape:
+            raise ValueError(
+                f"generator must return the shape of the images, {list(images.shape)}, got {list(generated.shape)}"
+            )
+        real, fake = self.discriminate(images), self.discriminate(generated)
+        told = self.losses.discriminator(real, fake)
+        if self.objective == "wgan-gp":
+            told = told + self.gradient_penalty * gradient_penalty(
+                self.discriminator, pack(images, self.packing), pack(generated, self.packing)
+            )
+        discriminator.zero_grad()
+        self.manual_backward(told)
+        discriminator.step()  # which the trainer counts: a step for each minibatch
+        if self.objective == "wgan":
+            with torch.no_grad():
+                for weight in self.discriminator.parameters():
+                    weight.clamp_(-self.clip, self.clip)
+        divergence = self.losses.divergence(real, fake).detach()
+        self.log_dict({"discriminator": told, "divergence": divergence}, prog_bar=True)
+
+        if self.trainer.global_step % self.discriminator_steps == 0:
+            with generator.toggle_model():  # the discriminator's weights get no gradient
+                fooled = self.losses.generator(self.discriminate(self.decode(self.target_samples(len(images)))))
+                generator.zero_grad()
+                self.manual_backward(fooled)
+                # Not generator.step(), which would be counted too.
+                self.trainer.strategy.optimizer_step(generator.optimizer, lambda: None)
+            self.log("generator", fooled, prog_bar=True)
+
+    # Evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self._generator = torch.Generator().manual_seed(0)  # the same latents every time
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images = checked(batch)[0]
+        images = images[: len(images) // self.packing * self.packing]
+        if len(images):  # the last batch can be smaller than a pack
+            generated = self.decode(self.target_samples(len(images), self._generator))
+            self.log("val_divergence", self.divergence(images, generated), prog_bar=True, batch_size=len(images))
+
+    def on_validation_epoch_end(self) -> None:
+        epoch = self.trainer.current_epoch + 1
+        boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
+        data = getattr(self.trainer, "datamodule", None)
+        # Not every epoch: a picture can take longer than an epoch does.
+        if boards and isinstance(data, ImageData) and epoch.bit_count() == 1:
+            figure = data.draw(self.sample(data.report_samples, torch.Generator().manual_seed(0)))
+            for board in boards:
+                board.experiment.add_figure("samples", figure, self.trainer.global_step)
+
+    # Reports
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {
+            "objective": self.objective,
+            "packing": self.packing,
+            "discriminator_steps": self.discriminator_steps,
+        }
+
+
+@dataclass(frozen=True)
+class Wasserstein:
+    """The losses of a critic with outputs [n], each 0-dim; without the penalty."""
+
+    name: ClassVar[str] = "critic's mean difference"
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        """What the discriminator lowers."""
+        return fake.mean() - real.mean()
+
+    def generator(self, fake: Tensor) -> Tensor:
+        """What the generator lowers."""
+        return -fake.mean()
+
+    def divergence(self, real: Tensor, fake: Tensor) -> Tensor:
+        """The estimate that both losses belong to."""
+        return real.mean() - fake.mean()
+
+
+@dataclass(frozen=True)
+class Variational:
+    """The same with the lower bound of an f-divergence.
+
+    Args:
+        f: the divergence.
+        heuristic: the generator raises g_f(V) instead of lowering the bound (f-GAN, section 3.2).
+    """
+
+    f: FDivergence
+    heuristic: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"lower bound of {self.f.name}"
+
+    def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
+        return -self.f.bound(real, fake)
+
+    def generator(self, fake: Tensor) -> Tensor:
+        return -(self.f.output(fake) if self.heuristic else self.f.fake_term(fake)).mean()
+
+    def divergence(self, real: Tensor, fake: Tensor) -> Tensor:
+        return self.f.bound(real, fake)
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Variational):
+    """The same for f = "gan", whose bound is 2 JSD - 2 log 2: the first GANs' losses are cross-entropies."""
+
+    name: ClassVar[str] = "JSD, nats"
+
+    def divergence(self, real: Tensor, fake: Tensor) -> Tensor:
+        return math.log(2) + super().divergence(real, fake) / 2
+
+
+def losses(objective: Objective) -> Wasserstein | Variational:
+    """The losses of an objective."""
+    if objective in ("wgan", "wgan-gp"):
+        return Wasserstein()
+    if objective in ("minimax", "non-saturating"):
+        return CrossEntropy(by_name("gan"), heuristic=objective == "non-saturating")
+    return Variational(by_name(objective.removeprefix("f-")))
+
+
+def _checked_packing(packing: int) -> int:
+    if packing < 1:
+        raise ValueError(f"packing must be at least 1, got {packing}")
+    return packing
+
+
+def pack(images: Tensor, packing: int) -> Tensor:
+    """Images [n, C, H, W] as [n / p, p C, H, W]: p in a row side by side as channels.
+
+    Raises:
+        ValueError: n is no multiple of p.
+    """
+    if len(images) % packing:
+        raise ValueError(f"a batch must be a multiple of packing = {packing} images, got {len(images)}")
+    return images.reshape(-1, packing * images.shape[1], *images.shape[2:])
+
+
+def gradient_penalty(discriminator: nn.Module, images: Tensor, generated: Tensor) -> Tensor:
+    """Mean of (|grad V| - 1)^2 over points on the straight lines from real to generated images, one for each pair,
+    evenly distributed on its line; 0-dim, differentiable in the discriminator's weights (Gulrajani et al., arXiv
+    1704.00028, Algorithm 1).
+
+    Args:
+        discriminator: images [n, C, H, W] -> V, [n] or [n, 1], an image's by itself.
+        images, generated: [n, C, H, W] each.
+    """
+    share = torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
+    between = torch.lerp(images.detach(), generated.detach(), share).requires_grad_()
+    (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
+    lengths: Tensor = torch.linalg.vector_norm(slope.flatten(1), dim=1)
+    return (lengths - 1).square().mean()

@@ -241,10 +241,9 @@ def points(points: Tensor, modes: Tensor, radius: float, *, origins: Tensor | No
     if origins is not None:
         ways = torch.stack([origins.double().cpu(), points], 1)
         axes.add_collection(LineCollection(list(ways.numpy()), colors="0.6", linewidths=0.5))
-    x, y = points.T.numpy()
-    axes.scatter(x, y, s=2, linewidths=0, color="C0")
-    for center in modes.tolist():
-        axes.add_patch(Circle(center, radius, fill=False, color="k", lw=0.5))
+    axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, linewidths=0, color="C0")
+    for x, y in modes.tolist():
+        axes.add_patch(Circle((x, y), radius, fill=False, color="k", lw=0.5))
     axes.set(xlabel="x", ylabel="y", aspect="equal")
     axes.autoscale_view()
     return figure

@@ -263,6 +263,10 @@ class FitCLI(LightningCLI):
             settings.add_class_arguments(model, "model", skip={"image_shape"})
             settings.print_help()
             parser.exit()
+        chosen = parser.parse_args(args)
+        # Values of a default class stay where another class is chosen and knows a setting of the name (a GEN's learning
+        # rate would be any model's), so the chosen ones are made the default.
+        parser.set_defaults({part: {"class_path": chosen[part].class_path} for part in ("model", "data")})
         self.config = parser.parse_args(args)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

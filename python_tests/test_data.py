@@ -1,16 +1,18 @@
 """The data modules: what they give out, in which order, and what they say about files that are missing or damaged."""
 
 import gzip
+import math
 import os
 import struct
 
 import numpy as np
 import pytest
 import torch
+from helpers import generator
 from PIL import Image
 from scipy.io import savemat
 
-from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, ImageFolder
+from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, Grid2D, ImageFolder
 
 FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 
@@ -340,3 +342,74 @@ def test_real_mnist():
     assert data.held_out.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     images, _, _ = data.held_out[torch.arange(10_000)]
     assert images.mean().item() == pytest.approx(0.1325, abs=1e-4)
+
+
+def test_grid_has_the_law_of_its_modes():
+    data = Grid2D(1, 200_000, held_out=0.25)
+    assert len(data.training) == 150_000 and len(data.held_out) == 50_000
+    images, labels, _ = data.training[torch.arange(150_000)]
+    assert images.shape == (150_000, 2, 1, 1) and images.dtype == torch.float32 and data.image_shape == (2, 1, 1)
+    expected = [[x, y] for y in (-2.0, 0.0, 2.0) for x in (-2.0, 0.0, 2.0)]
+    assert data.modes.tolist() == expected and labels.unique().tolist() == list(range(9))
+    counts = labels.bincount()
+    assert (((counts - 150_000 / 9) / math.sqrt(150_000 / 9)).abs() < 4).all()
+    for label in range(9):
+        points = images[labels == label].flatten(1).double()
+        error = 0.05 / math.sqrt(len(points))
+        assert ((points.mean(0) - data.modes[label]).abs() < 4 * error).all()
+        assert ((points.T.cov() - 0.0025 * torch.eye(2)).abs() < 5 * 0.0025 * math.sqrt(2 / len(points))).all()
+    assert torch.equal(data.classify(images), labels)  # no point is 20 standard deviations away
+    assert len(torch.cat([data.training.images, data.held_out.images]).flatten(1).unique(dim=0)) > 199_000
+    assert torch.equal(Grid2D(1, 200_000, held_out=0.25).training.images, data.training.images)
+    assert not torch.equal(Grid2D(1, 200_000, held_out=0.25, seed=1).training.images, data.training.images)
+    assert len(Grid2D(3, 100).modes) == 49 and Grid2D(0, 100).modes.tolist() == [[0.0, 0.0]]
+    assert len(Grid2D(train_size=500, batch_size=100).training) == 500
+
+
+def test_the_classifier_of_a_grid_gives_the_posterior_of_the_modes():
+    data = Grid2D(1, 100)
+    points = torch.rand(50, 2, 1, 1, generator=generator()).double() * 6 - 3
+    parts = torch.distributions.Normal(data.modes.double()[None], 0.05).log_prob(points.flatten(1)[:, None]).sum(2)
+    for form in (points, points.flatten(1)):
+        torch.testing.assert_close(data.classifier()(form).log_softmax(1), parts.log_softmax(1))
+    assert data.logits(points.float()).dtype == torch.float32
+    assert torch.equal(data.classify(points + 100), torch.full((50,), 8))
+    with pytest.raises(ValueError, match=r"images must have shape \[n, 2, 1, 1\] or \[n, 2\], got \[4, 3, 1, 1\]"):
+        data.logits(torch.zeros(4, 3, 1, 1))
+
+
+def test_measures_of_the_modes():
+    data = Grid2D()
+    modes = data.modes
+    perfect = data.sample_measures(modes.repeat(4, 1))
+    assert perfect == {"modes_captured": 25, "high_quality_share": 1.0, "reverse_kl": pytest.approx(0, abs=1e-15)}
+    collapsed = data.sample_measures(modes[7].repeat(10, 1)[:, :, None, None])
+    assert collapsed == {"modes_captured": 1, "high_quality_share": 1.0, "reverse_kl": pytest.approx(math.log(25))}
+    # Three standard deviations are 0.15: two good points, one that counts for mode 1 but is not good, one far outside.
+    points = modes[[0, 0, 1, 24]] + torch.tensor([[0.149, 0.0], [0.0, -0.149], [0.11, 0.11], [50.0, 50.0]])
+    expected = 0.5 * math.log(0.5 * 25) + 2 * 0.25 * math.log(0.25 * 25)
+    assert data.sample_measures(points) == {
+        "modes_captured": 1,
+        "high_quality_share": 0.5,
+        "reverse_kl": pytest.approx(expected),
+    }
+    own = data.sample_measures(data.training.images)
+    assert own["modes_captured"] == 25 and own["high_quality_share"] == pytest.approx(1 - math.exp(-4.5), abs=0.002)
+    assert 0 < own["reverse_kl"] < 3 * 24 / (2 * len(data.training))
+    points[2, 1] = math.nan
+    assert all(math.isnan(value) for value in data.sample_measures(points).values())
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: Grid2D(-1), "n must not be negative, got -1"),
+        (lambda: Grid2D(num_samples=1), "num_samples must be at least 2, got 1"),
+        (lambda: Grid2D(held_out=1.0), r"held_out must be above 0 and leave points to train on, got 1\.0"),
+        (lambda: Grid2D(num_samples=3, held_out=0.9), r"held_out must be above 0 and leave .*, got 0\.9"),
+        (lambda: Grid2D(num_samples=100).training, "batch_size must be at most 90, the number of training images"),
+    ],
+)
+def test_a_grid_refuses(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()

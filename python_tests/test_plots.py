@@ -337,3 +337,25 @@ def test_nothing_touches_the_state_of_matplotlib():
         "assert 'matplotlib.pyplot' not in sys.modules and settings() == before"
     )
     subprocess.run([sys.executable, "-c", code, "/dev/null"], check=True)
+
+
+def test_points_stand_over_the_circles_of_their_modes():
+    modes, drawn = torch.tensor([[0.0, 0.0], [2.0, 0.0]]), points(50, 2)
+    figure = plots.points(drawn, modes, 0.15)
+    assert circles(figure) == [((0.0, 0.0), 0.15), ((2.0, 0.0), 0.15)]
+    (found,) = dots(figure).values()
+    assert torch.equal(found, drawn)
+    lines, scattered = plots.points(drawn, modes, 0.15, origins=drawn + 1).axes[0].collections
+    assert len(scattered.get_offsets()) == len(lines.get_segments()) == 50
+    ends = torch.stack([torch.from_numpy(way) for way in lines.get_segments()])
+    assert torch.equal(ends[:, 0], drawn + 1) and torch.equal(ends[:, 1], drawn)
+    drawn[3] = math.nan
+    assert pixels(plots.points(drawn, modes, 0.15)).isfinite().all()
+    for arguments, message in (
+        ((torch.zeros(4, 3), modes, 1.0), r"points must have shape \[n, 2\], got \[4, 3\]"),
+        ((drawn, torch.zeros(2), 1.0), r"modes must have shape \[n, 2\], got \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plots.points(*arguments)
+    with pytest.raises(ValueError, match="origins must be as many as points, 50, got 3"):
+        plots.points(drawn, modes, 0.15, origins=torch.zeros(3, 2))

@@ -25,26 +25,32 @@ Network = Callable[[Sequence[int], int], AutoencoderNetworks]  # from (image_sha
 
 
 class FC(AutoencoderNetworks):
-    """Fully connected: pixels - 512 - 256 - l and back, with ReLU between and a sigmoid at the end, but for images of
-    one pixel: those are points anywhere (`kdejsd.data.Grid2D`), and no sigmoid keeps them in [0, 1].
+    """Fully connected: pixels - 512 - 256 - l and back, with ReLU between and a sigmoid at the end.
+
+    Images of one pixel are points, anywhere (`kdejsd.data.Grid2D`): there is no sigmoid for them, and the hidden layers
+    are narrower and one more.
 
     Args:
         image_shape: (C, H, W), any.
         latent_dim: l.
-        hidden: widths of the encoder's hidden layers, in order; the decoder has them in reverse.
+        hidden: widths of the encoder's hidden layers, in order; the decoder has them in reverse. None is (512, 256),
+            and (128, 128, 128) for points.
 
     Raises:
         ValueError: sizes below 1, or no hidden layer.
     """
 
-    def __init__(self, image_shape: Sequence[int], latent_dim: int, hidden: Sequence[int] = (512, 256)) -> None:
+    def __init__(self, image_shape: Sequence[int], latent_dim: int, hidden: Sequence[int] | None = None) -> None:
         super().__init__()
         shape = _image_shape(image_shape)
+        points = shape[1:] == (1, 1)
+        if hidden is None:
+            hidden = (128, 128, 128) if points else (512, 256)
         if not hidden or min(hidden) < 1 or latent_dim < 1:
             raise ValueError(f"hidden and latent_dim must be at least 1, got {list(hidden)} and {latent_dim}")
         widths = [math.prod(shape), *hidden, latent_dim]
         self.encoder = nn.Sequential(nn.Flatten(), *linear_stack(widths))
-        end = [] if shape[1:] == (1, 1) else [nn.Sigmoid()]
+        end = [] if points else [nn.Sigmoid()]
         self.decoder = nn.Sequential(*linear_stack(widths[::-1]), *end, nn.Unflatten(1, shape))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import generator, points, worst
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_cli import export
 from test_gen import DropoutFC, StopAt, assert_same_state, train
 from torch import nn
 from torch.distributions import Normal
@@ -411,6 +412,7 @@ def cli(*args: object) -> int:
 def test_the_command_trains_evaluates_and_resumes_a_gan_of_points(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = ["--model=GAN", "--model.objective=wgan-gp", "--data=Grid2D", "--data.num_samples=2000", "--model.packing=2"]
+    args += ["--data.batch_size=500"]
     args += ["--model.network=FC", "--model.network.hidden=[16]", "--model.decay=false", "--trainer.accelerator=cpu"]
     assert cli("fit", *args, "--trainer.max_epochs=2", "--out=half") == 0
     out = capsys.readouterr().out
@@ -448,10 +450,21 @@ def test_the_command_trains_evaluates_and_resumes_a_gan_of_points(tmp_path, monk
 def test_the_command_trains_a_gan_of_images_and_a_gen_of_points(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small = ["--trainer.accelerator=cpu", "--trainer.max_epochs=1"]
-    assert cli("fit", "--model=GAN", "--model.latent_dim=3", "--data.train_size=300", *small, "--out=images") == 0
+    assert cli("fit", "--model=GAN", "--data.train_size=300", *small, "--out=images") == 0
     report = json.loads((tmp_path / "images/metrics.json").read_text())
     assert report["held_out"].keys() == {"count", "divergence"} and "samples" not in report
     assert "JSD, nats" in capsys.readouterr().out and (tmp_path / "images/samples.png").stat().st_size > 5000
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    export(network, tmp_path / "digits.pt2")
+    assert cli("evaluate", "images/checkpoints/last.ckpt", "--classifier=digits.pt2", "--out=classes") == 0
+    found = json.loads((tmp_path / "classes/metrics.json").read_text())
+    assert found["held_out"] == report["held_out"] and found["diversity"]["holes"] is None
+    model = images.GAN.load_from_checkpoint(tmp_path / "images/checkpoints/last.ckpt")
+    drawn = network(model.sample(20_000, generator(1))).argmax(1).bincount(minlength=10) / 20_000
+    assert worst(torch.tensor(found["diversity"]["probabilities"]), drawn) < 0.03
+    assert {path.name for path in (tmp_path / "classes").iterdir()} == {
+        *("metrics.json", "samples.png", "classes.png", "config.yaml")
+    }
     options = ["--model.num_lagged=200", "--model.bandwidth=0.4"]
     assert cli("fit", "--model=GEN", "--data=Grid2D", "--data.num_samples=2000", *options, *small, "--out=gen") == 0
     report = json.loads((tmp_path / "gen/metrics.json").read_text())
@@ -479,7 +492,7 @@ def test_the_defaults_are_those_of_the_chosen_classes(tmp_path, monkeypatch):
         name: torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("gan", "aae")
     }
     gan, aae = (settings[name]["hyper_parameters"] for name in ("gan", "aae"))
-    assert gan["betas"] is None and gan["learning_rate"] == 2e-4
+    assert gan["betas"] is None and gan["learning_rate"] == 1e-3
     assert settings["gan"]["datamodule_hyper_parameters"]["batch_size"] == Grid2D().batch_size
     assert aae["weight"] == 0.02 and aae["learning_rate"] == 2e-4 and not aae["decay"]
 

@@ -46,7 +46,7 @@ class Grid2D(ImageData):
     std: ClassVar[float] = 0.05
 
     def __init__(
-        self, n: int = 2, num_samples: int = 100_000, held_out: float = 0.1, batch_size: int = 500, **kwargs: Any
+        self, n: int = 2, num_samples: int = 100_000, held_out: float = 0.1, batch_size: int = 200, **kwargs: Any
     ) -> None:
         if n < 0:
             raise ValueError(f"n must not be negative, got {n}")
@@ -73,9 +73,9 @@ class Grid2D(ImageData):
         Raises:
             ValueError: another shape.
         """
-        points = images.flatten(1)
-        if points.shape[1] != 2:
+        if images.shape[1:] not in ((2,), (2, 1, 1)):
             raise ValueError(f"images must have shape [n, 2, 1, 1] or [n, 2], got {list(images.shape)}")
+        points = images.flatten(1)
         # Not by products, as torch.cdist would for many modes: they lose digits.
         squared = (points[:, None] - self.modes.to(points)).square().sum(2)
         return -squared / (2 * self.std**2)

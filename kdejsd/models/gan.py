@@ -80,7 +80,9 @@ class GAN(GenerativeModel):
             WGANs, as in their papers, and else 1.
         clip: c of "wgan".
         gradient_penalty: weight of the penalty of "wgan-gp".
-        learning_rate, decay: as in `GenerativeModel`.
+        learning_rate: of Adam. The default is for small fully connected networks; convolutions are usually trained by
+            2e-4. "f-kl" and "f-pearson", whose f* grows faster than V, can diverge by either.
+        decay: as in `GenerativeModel`.
         betas: of Adam; None is (0, 0.9) for the WGANs and else (0.5, 0.999). A critic with clipped weights was found
             unstable with momentum and trained by RMSProp, which is Adam with a first beta of 0 but for the bias
             correction.
@@ -101,7 +103,7 @@ class GAN(GenerativeModel):
         discriminator_steps: int | None = None,
         clip: float = 0.01,
         gradient_penalty: float = 10.0,
-        learning_rate: float = 2e-4,
+        learning_rate: float = 1e-3,
         decay: bool = True,
         betas: tuple[float, float] | None = None,
     ) -> None:

@@ -489,7 +489,7 @@ def test_errors_of_a_user_are_one_line(run, tmp_path):
     assert done.err.endswith("got Diffusion
 ")
     done = run("fit", "--data=CIFAR", cwd=tmp_path, status=1)
-    assert "kdejsd fit: error: --data must be one of Digits, MNIST, FashionMNIST" in done.err
+    assert "kdejsd fit: error: --data must be one of Digits, Grid2D, MNIST, FashionMNIST" in done.err
     done = run("fit", "--model=AE", "--model.num_lagged=5", cwd=tmp_path, status=2)
     assert "Option 'num_lagged' is not accepted" in done.err
 

@@ -79,7 +79,8 @@ class GAN(GenerativeModel):
         discriminator_steps: in how many steps the discriminator trains for one of the generator's; None is 5 for the
             WGANs, as in their papers, and else 1.
         clip: c of "wgan".
-        gradient_penalty: weight of the penalty of "wgan-gp".
+        gradient_penalty: weight of the penalty of "wgan-gp"; the paper's is for images, and points of the plane
+            (`kdejsd.data.Grid2D`) are learnt much faster by 0.1.
         learning_rate: of Adam. The default is for small fully connected networks; convolutions are usually trained by
             2e-4. "f-kl" and "f-pearson", whose f* grows faster than V, can diverge by either.
         decay: as in `GenerativeModel`.

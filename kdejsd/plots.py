@@ -154,7 +154,7 @@ def radius_vs_support(curves: Mapping[str, Sequence[tuple[float, float, float]]]
     axes.plot(numbers.numpy(), uniform_radius_bound(numbers).numpy(), color="k", lw=1, label="bound, equal classes")
     for name, curve in curves.items():
         classes, radii, errors = zip(*sorted(curve), strict=True)
-        axes.errorbar(classes, radii, [2 * error for error in errors], fmt="o-", ms=4, lw=1, capsize=3, label=name)
+        axes.errorbar(classes, radii, [2 * error for error in errors], fmt="o", ms=4, lw=1, capsize=3, label=name)
     axes.set(xscale="log", xlabel="number of classes", ylabel="mean class radius")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -486,8 +486,7 @@ def test_errors_of_a_user_are_one_line(run, tmp_path):
     done = run("fit", "--model=Diffusion", cwd=tmp_path, status=1)
     names = re.match("kdejsd fit: error: --model must be one of (.*) or the import path of a class", done.err)
     assert {"AAE", "AE", "GAN", "GEN", "LCVAE", "SemiSupervisedGEN", "VAE", "WAE"} <= set(names[1].split(", "))
-    assert done.err.endswith("got Diffusion
-")
+    assert done.err.endswith("got Diffusion\n")
     done = run("fit", "--data=CIFAR", cwd=tmp_path, status=1)
     assert "kdejsd fit: error: --data must be one of Digits, Grid2D, MNIST, FashionMNIST" in done.err
     done = run("fit", "--model=AE", "--model.num_lagged=5", cwd=tmp_path, status=2)

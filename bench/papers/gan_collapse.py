@@ -1,0 +1,222 @@
+"""Figures 3.1 and 2.1 of Manoj's paper on latent diversity, on GANs of one's own: does the class radius tell mode
+collapse?
+
+    python bench/papers/gan_collapse.py --out DIR              # 40 GANs, about 15 minutes of one idle core
+    python bench/papers/gan_collapse.py --quick --out DIR      # under a minute: four GANs on nine modes, few steps
+
+GANs of every objective, of two widths, with packing 1 and 2 (PacGAN), each with a seed of its own, are trained on
+2D-Grid (`kdejsd.data.Grid2D`), l = 2, for as many steps each. Some collapse, some do not. Of each, by 10 000 samples:
+the modes captured, the high-quality share and the reverse KL (`Grid2D.sample_measures`); and, a sample's class being
+its nearest mode, the mean class radius, the collision entropy and the most that the radius can be at the probabilities
+of the classes (`kdejsd.diversity_report`).
+
+Shown are Spearman's rank correlations of the class radius with the modes captured and with the collision entropy, with
+95 % intervals: GANs drawn with replacement, two thousand times. Then the pictures: the radius against the modes
+captured, with the bound for as many equal classes (other probabilities allow more); class regions of the latent space
+beside the samples, for the GANs that capture the fewest, the median and the most modes. A GAN with all samples in one
+class has no class radius: it is counted as larger than any (the fewer the classes, the larger the radius), and is not
+in the first picture. One with samples that are not finite is left out of all but the record. Run again with the same
+--out, it goes on where it was stopped.
+
+The paper's text was not at hand: its GANs and its numbers are not known here, and these are not they.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from quiet import quiet_trainer
+from scipy.stats import spearmanr
+
+from kdejsd import diversity_report, plots
+from kdejsd.data import Grid2D
+from kdejsd.models import FC, images
+
+OBJECTIVES = (
+    *("non-saturating", "minimax", "wgan", "wgan-gp"),
+    *("f-kl", "f-reverse-kl", "f-pearson", "f-squared-hellinger", "f-jensen-shannon", "f-gan"),
+)
+WIDTHS = (64, 192)
+PACKINGS = (1, 2)
+STEPS = 5000
+QUICK_OBJECTIVES, QUICK_WIDTHS, QUICK_STEPS = ("non-saturating", "f-pearson"), (64,), 300
+SAMPLES = 10_000
+DRAWS = 2000
+
+Row = dict[str, str]
+FIELDS = (
+    *("objective", "width", "packing", "seed", "steps", "modes", "modes_captured", "high_quality_share", "reverse_kl"),
+    *("class_radius", "standard_error", "radius_bound", "collision_entropy", "seconds"),
+)
+
+
+def train(data: Grid2D, objective: Any, width: int, packing: int, seed: int, steps: int) -> images.GAN:
+    pl.seed_everything(seed, verbose=False)
+    network = partial(FC, hidden=(width, width, width))
+    model = images.GAN(data.image_shape, 2, network, objective=objective, packing=packing)
+    trainer = quiet_trainer(max_steps=steps, limit_val_batches=0)
+    trainer.fit(model, datamodule=data)
+    return model.to("cpu")
+
+
+def measure(model: Any, data: Grid2D) -> Row:
+    samples = model.sample(SAMPLES, torch.Generator().manual_seed(0))
+    row = {name: f"{value:.6g}" for name, value in data.sample_measures(samples).items()}
+    if not bool(samples.isfinite().all()):
+        return row
+    found = diversity_report(model.generator, data.classifier(), 2, num_samples=SAMPLES)
+    assert found.class_radius is not None
+    radius = found.class_radius
+    numbers = radius.mean, radius.standard_error, found.radius_bound, found.collision_entropy
+    names = "class_radius", "standard_error", "radius_bound", "collision_entropy"
+    return row | {name: f"{value:.6g}" for name, value in zip(names, numbers, strict=True)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the GANs show together
+
+
+def known(rows: list[Row]) -> list[Row]:
+    """The GANs whose samples were finite."""
+    return [row for row in rows if row["class_radius"]]
+
+
+def correlation(rows: list[Row], name: str) -> tuple[float, float, float]:
+    """Spearman's correlation of the class radius with another measure, and its 95 % interval; NaN for fewer than three
+    GANs."""
+    data = [(float(row["class_radius"]), float(row[name])) for row in known(rows)]
+    if len(data) < 3:
+        return math.nan, math.nan, math.nan
+
+    def statistic(pairs: Any) -> float:
+        radius, other = pairs.T
+        # A draw of GANs that are all alike has no ranks.
+        constant = len(set(radius)) == 1 or len(set(other)) == 1
+        return math.nan if constant else float(spearmanr(radius, other).statistic)
+
+    pairs, random = np.array(data), np.random.default_rng(0)
+    draws = [statistic(pairs[random.integers(len(pairs), size=len(pairs))]) for _ in range(DRAWS)]
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return statistic(pairs), float(low), float(high)
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        f"{'objective':20}{'width':>6}{'packing':>8}{'modes':>7}{'quality':>9}{'rev. KL':>9}{'radius':>9}{'bound':>8}"
+    ]
+    for row in sorted(rows, key=lambda row: (float(row["modes_captured"]), -float(row["reverse_kl"]))):
+        line = f"{row['objective']:20}{row['width']:>6}{row['packing']:>8}"
+        for name, form, width in (
+            ("modes_captured", ".0f", 7),
+            ("high_quality_share", ".3f", 9),
+            ("reverse_kl", ".3f", 9),
+            ("class_radius", ".4f", 9),
+            ("radius_bound", ".4f", 8),
+        ):
+            line += f"{format(float(row[name]), form) if row[name] else '-':>{width}}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def radius_figure(rows: list[Row]) -> Figure | None:
+    """None if no GAN captures two modes."""
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for row in known(rows):
+        classes, radius = float(row["modes_captured"]), float(row["class_radius"])
+        if classes >= 2 and math.isfinite(radius):
+            curves.setdefault(row["objective"], []).append((classes, radius, float(row["standard_error"])))
+    return plots.radius_vs_support(curves) if curves else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+class Study:
+    """The rows, those of an earlier run in the same folder among them; each is written once it is known."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def find(self, key: Row) -> Row | None:
+        return next((row for row in self.rows if key.items() <= row.items()), None)
+
+    def add(self, row: Row) -> None:
+        self.rows.append({name: row.get(name, "") for name in FIELDS})
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Class radius and mode collapse of GANs on 2D-Grid.")
+    parser.add_argument("--quick", action="store_true", help="nine modes, few GANs and steps: no result to believe")
+    parser.add_argument("--seed", type=int, default=0, help="of the first GAN; the others count on (default 0)")
+    parser.add_argument("--threads", type=int, default=1, help="as torch.set_num_threads (default 1)")
+    parser.add_argument("--out", type=Path, default=Path("runs/gan_collapse"), help="folder of record and pictures")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+
+    n, steps = (1, QUICK_STEPS) if options.quick else (2, STEPS)
+    kinds = (QUICK_OBJECTIVES, QUICK_WIDTHS, PACKINGS) if options.quick else (OBJECTIVES, WIDTHS, PACKINGS)
+    data = Grid2D(n)
+    study, rows = Study(options.out / "gan_collapse.csv"), []
+    start = time.perf_counter()
+    for seed, (objective, width, packing) in enumerate(itertools.product(*kinds), options.seed):
+        settings = {"objective": objective, "width": width, "packing": packing, "seed": seed, "steps": steps}
+        key = {name: str(value) for name, value in settings.items()} | {"modes": str(len(data.modes))}
+        checkpoint = options.out / f"gan_{seed}.pt"
+        if (row := study.find(key)) is None or not checkpoint.exists():
+            began = time.perf_counter()
+            model = train(data, objective, width, packing, seed, steps)
+            torch.save(model.generator.state_dict(), checkpoint)
+            row = key | measure(model, data) | {"seconds": f"{time.perf_counter() - began:.0f}"}
+            study.add(row)
+        rows.append(row)
+        print(
+            f"[{len(rows):2}/{math.prod(map(len, kinds))}] {objective}, width {width}, packing {packing}: "
+            f"{row['modes_captured']} modes   ({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+    rows = [{name: row.get(name, "") for name in FIELDS} for row in rows]
+
+    print(f"\n{len(rows)} GANs of {steps} steps on {len(data.modes)} modes\n\n{table(rows)}\n")
+    print(f"Spearman's correlation of the class radius, {len(known(rows))} GANs, with its 95 % interval")
+    for name in ("modes_captured", "collision_entropy"):
+        value, low, high = correlation(rows, name)
+        print(f"  with {name.replace('_', ' '):20} {value:.3f}   {low:.3f} to {high:.3f}")
+    if (figure := radius_figure(rows)) is not None:
+        figure.savefig(options.out / "gan_collapse_radius.png")
+    if finite := sorted(known(rows), key=lambda row: float(row["modes_captured"])):
+        for name, row in (("fewest", finite[0]), ("median", finite[len(finite) // 2]), ("most", finite[-1])):
+            hidden = (int(row["width"]),) * 3
+            generator = FC(data.image_shape, 2, hidden).decoder
+            generator.load_state_dict(torch.load(options.out / f"gan_{row['seed']}.pt", weights_only=True))
+            plots.latent_classes(generator, data.classifier()).savefig(options.out / f"gan_collapse_{name}_classes.png")
+            with torch.no_grad():
+                samples = generator(torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(0)))
+            data.draw(samples).savefig(options.out / f"gan_collapse_{name}_samples.png")
+            kind = f"{row['objective']}, width {row['width']}, packing {row['packing']}"
+            print(f"{name}: {kind}: {row['modes_captured']} modes")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

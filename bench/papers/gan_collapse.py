@@ -13,10 +13,10 @@ of the classes (`kdejsd.diversity_report`).
 Shown are Spearman's rank correlations of the class radius with the modes captured and with the collision entropy, with
 95 % intervals: GANs drawn with replacement, two thousand times. Then the pictures: the radius against the modes
 captured, with the bound for as many equal classes (other probabilities allow more); class regions of the latent space
-beside the samples, for the GANs that capture the fewest, the median and the most modes. A GAN with all samples in one
-class has no class radius: it is counted as larger than any (the fewer the classes, the larger the radius), and is not
-in the first picture. One with samples that are not finite is left out of all but the record. Run again with the same
---out, it goes on where it was stopped.
+beside the samples, for the GANs that capture the fewest modes (at least one), the median and the most. A GAN with all
+samples in one class has no class radius: it is counted as larger than any (the fewer the classes, the larger the
+radius), and is not in the first picture. One with samples that are not finite is left out of all but the record. Run
+again with the same --out, it goes on where it was stopped.
 
 The paper's text was not at hand: its GANs and its numbers are not known here, and these are not they.
 """
@@ -115,7 +115,9 @@ def table(rows: list[Row]) -> str:
     lines = [
         f"{'objective':20}{'width':>6}{'packing':>8}{'modes':>7}{'quality':>9}{'rev. KL':>9}{'radius':>9}{'bound':>8}"
     ]
-    for row in sorted(rows, key=lambda row: (float(row["modes_captured"]), -float(row["reverse_kl"]))):
+    diverged = [row for row in rows if not row["class_radius"]]
+    ordered = sorted(known(rows), key=lambda row: (float(row["modes_captured"]), -float(row["reverse_kl"])))
+    for row in [*ordered, *diverged]:
         line = f"{row['objective']:20}{row['width']:>6}{row['packing']:>8}"
         for name, form, width in (
             ("modes_captured", ".0f", 7),
@@ -204,8 +206,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  with {name.replace('_', ' '):20} {value:.3f}   {low:.3f} to {high:.3f}")
     if (figure := radius_figure(rows)) is not None:
         figure.savefig(options.out / "gan_collapse_radius.png")
-    if finite := sorted(known(rows), key=lambda row: float(row["modes_captured"])):
-        for name, row in (("fewest", finite[0]), ("median", finite[len(finite) // 2]), ("most", finite[-1])):
+    covering = [row for row in known(rows) if float(row["modes_captured"]) >= 1]
+    covering.sort(key=lambda row: (float(row["modes_captured"]), float(row["high_quality_share"])))
+    if covering:
+        for name, row in (("fewest", covering[0]), ("median", covering[len(covering) // 2]), ("most", covering[-1])):
             hidden = (int(row["width"]),) * 3
             generator = FC(data.image_shape, 2, hidden).decoder
             generator.load_state_dict(torch.load(options.out / f"gan_{row['seed']}.pt", weights_only=True))

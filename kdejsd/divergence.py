@@ -169,8 +169,14 @@ def _at_codes(
         if fused is not None:
             _check_target(target, names[0], codes)
             return fused
-    log_prob = named_log_prob(*kde)
-    gap = _log_target(target, names[0], codes) - _wide(log_prob)
+    return divergence_terms(named_log_prob(*kde), codes, target, divergence, reduction, names[0])
+
+
+def divergence_terms(
+    log_prob: Tensor, codes: Tensor, target: Target | None, divergence: str, reduction: str, name: str = "codes"
+) -> Tensor:
+    """The terms of `jsd_loss` at codes [..., n, l] from log p_e there, [..., n]; in float64."""
+    gap = _log_target(target, name, codes) - _wide(log_prob)
     terms = -gap if divergence == "kl" else _LOG2 - softplus(gap)
     return terms.mean() if reduction == "mean" else terms.sum() if reduction == "sum" else terms
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from .bandwidth import optimal_bandwidth
-from .divergence import codes_jsd, jsd_loss
+from .divergence import codes_jsd, divergence_terms, jsd_loss
 from .ops.kde import kde_log_prob
+from .ops.streamed import streamed_log_prob
 from .targets import GaussianMixture, IsotropicNormal, Target, checked_target
 
 
@@ -27,6 +29,12 @@ class LaggedKDE(nn.Module):
     The state_dict carries the lagged codes, the examples they belong to and the bandwidth: a module that is loaded goes
     on where the saved one stood.
 
+    For millions of codes they may be kept in bfloat16, on the host, or both. They are then streamed: parts of them are
+    converted and moved into a few MiB while the loss is computed, and the loss has no second derivatives. What is
+    computed is the loss, in float32, of the codes as they were rounded. A coordinate in bfloat16 has 8 bits: it moves
+    by at most 2^-8 of itself, a code by d <= 2^-8 |z_i|, and log p_e at z' by at most the largest
+    d (2 |z' - z_i| + d) / (2 h^2). It moves far less, since the errors have both signs.
+
     Args:
         num_centers: m, the number of lagged codes.
         latent_dim: l, their dimension.
@@ -37,16 +45,21 @@ class LaggedKDE(nn.Module):
             optimum at any bandwidth. With the target itself (False, as in the paper) the optimum is narrower by h^2 in
             variance, and there is none from h = 1 on.
         divergence: "js", the paper's loss, or "kl", the log-ratio, whose gradient does not vanish where p_e >> p_t.
+        storage_dtype: torch.float32 or torch.bfloat16, in which the codes are kept.
+        storage_device: "cpu" keeps the codes on the host wherever the module goes: pinned, once it is on a CUDA device,
+            for which they are copied once; `push` and `update` of codes from there then wait for the device. None: the
+            module's device.
 
     Attributes:
-        codes: [m, l] float32, the lagged codes.
+        codes: [m, l], the lagged codes, of storage_dtype unless the module was cast to another one.
         indices: [m] int64, the training example of each code; -1 where it is not known.
         bandwidth: h as a float.
         law: what p_e is compared with: the target, or the smoothed target.
 
     Raises:
         ValueError: sizes below 1, a target of another dimension, a bandwidth that is not positive and finite, an
-            unknown divergence, or `smoothed` with a target that has no `smoothed(h)`.
+            unknown divergence or storage_device, or `smoothed` with a target that has no `smoothed(h)`.
+        TypeError: another storage_dtype.
     """
 
     codes: Tensor
@@ -62,6 +75,8 @@ class LaggedKDE(nn.Module):
         *,
         smoothed: bool = True,
         divergence: Literal["js", "kl"] = "js",
+        storage_dtype: torch.dtype = torch.float32,
+        storage_device: Literal["cpu"] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("num_centers", num_centers), ("latent_dim", latent_dim)):
@@ -69,6 +84,10 @@ class LaggedKDE(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if divergence not in ("js", "kl"):
             raise ValueError(f'divergence must be "js" or "kl", got {divergence!r}')
+        if storage_dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"storage_dtype must be torch.float32 or torch.bfloat16, got {storage_dtype}")
+        if storage_device not in (None, "cpu"):
+            raise ValueError(f'storage_device must be "cpu" or None, got {storage_device!r}')
         target = checked_target(target, latent_dim)
         if smoothed and not isinstance(target, (IsotropicNormal, GaussianMixture)):
             raise ValueError(
@@ -84,7 +103,9 @@ class LaggedKDE(nn.Module):
         self.divergence = divergence
         self.refreshed = False
         self._set_bandwidth(bandwidth)
-        self.register_buffer("codes", torch.zeros(num_centers, latent_dim))
+        self.storage_device = storage_device
+        codes = torch.zeros(num_centers, latent_dim, dtype=storage_dtype, device=storage_device)
+        self.register_buffer("codes", codes)
         self.register_buffer("indices", torch.full((num_centers,), -1))
         # The place of each example's newest code, one entry more for codes whose example is not known, and the place
         # of the oldest code.
@@ -99,12 +120,22 @@ class LaggedKDE(nn.Module):
             assert isinstance(self.target, (IsotropicNormal, GaussianMixture))
             self.law = self.target.smoothed(self.bandwidth)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LaggedKDE:
+        """What `to`, `cuda` and their kin do to every tensor of a module: not to codes that are to stay on the host."""
+        codes = self.codes
+        stays = self.storage_device is not None
+        super()._apply(lambda t: t if stays and t is codes else fn(t), recurse)  # type: ignore[no-untyped-call]
+        if stays and self.indices.is_cuda:
+            self.codes = codes.pin_memory()
+        return self
+
     @torch.no_grad()
-    def refresh(self, codes: Tensor, indices: Tensor | None = None) -> None:
+    def refresh(self, codes: Tensor | Iterable[Tensor], indices: Tensor | None = None) -> None:
         """Replaces the lagged codes.
 
         Args:
-            codes: [m, l], any floating dtype; no gradient is kept.
+            codes: [m, l], any floating dtype, or parts [k, l] of them in their order, which need not exist at once; no
+                gradient is kept.
             indices: [m] int64, the training example that each code belongs to, all different; None when not known, in
                 which case no query's own copy can be left out.
 
@@ -113,8 +144,18 @@ class LaggedKDE(nn.Module):
                 NaN codes give a NaN loss, and KDEJSD_CHECK=1 in the environment makes it an error).
             TypeError: codes that are not floating, indices that are not int64.
         """
-        self._check(codes, indices, len(self.codes))
-        self.codes.copy_(codes)
+        m = len(self.codes)
+        if isinstance(codes, Tensor):
+            self._check(codes, indices, m)
+            self.codes.copy_(codes)
+        else:
+            start = 0
+            for part in codes:
+                self._check(part, None, min(len(part), m - start))
+                self.codes[start : start + len(part)] = part.to(self.codes)
+                start += len(part)
+            if start < m:
+                raise ValueError(f"codes must be {m} in all their parts, got {start}")
         if indices is None:
             self.indices.fill_(-1)
         else:
@@ -163,8 +204,8 @@ class LaggedKDE(nn.Module):
         self._check_refreshed("push")
         m = len(self.codes)
         codes, indices = codes[-m:], indices[-m:].to(self.indices)
-        places = (self.oldest + torch.arange(len(codes), device=self.codes.device)) % m
-        self.codes[places] = codes.to(self.codes)
+        places = (self.oldest + torch.arange(len(codes), device=self.indices.device)) % m
+        self.codes[places.to(self.codes.device)] = codes.to(self.codes)
         self.indices[places] = indices
         self._remember(indices, places)
         self.oldest = (self.oldest + len(codes)) % m
@@ -218,7 +259,20 @@ class LaggedKDE(nn.Module):
         Raises:
             RuntimeError: before the first refresh.
         """
-        return kde_log_prob(self._query(z), self.codes, self.bandwidth, exclude_self=self._excluded(index))
+        query = self._query(z)
+        own = None if index is None else self.own_copy(index)
+        return self._log_prob(query, own).to(query.dtype)
+
+    def _log_prob(self, query: Tensor, own: Tensor | None) -> Tensor:
+        """In float64 where the codes are streamed, in the query's dtype otherwise."""
+        if self._is_streamed():
+            log_prob: Tensor = streamed_log_prob(query, self.codes, self.bandwidth, own)
+            return log_prob
+        return kde_log_prob(query, self.codes, self.bandwidth, exclude_self=False if own is None else own)
+
+    def _is_streamed(self) -> bool:
+        """Whether the codes lie in another dtype or memory than they are computed with."""
+        return self.codes.dtype != self._dtype or self.codes.device != self.indices.device
 
     def loss(
         self,
@@ -251,20 +305,24 @@ class LaggedKDE(nn.Module):
             RuntimeError: before the first refresh.
         """
         z = self._query(z)
+        own = None if index is None else self.own_copy(index)
+        if noise is None and self._is_streamed():
+            return divergence_terms(self._log_prob(z, own), z, self.law, self.divergence, reduction).to(z)
         if noise is None:
             return jsd_loss(
                 z,
                 self.codes,
                 self.bandwidth,
                 target=self.law,
-                exclude_self=self._excluded(index),
+                exclude_self=False if own is None else own,
                 divergence=self.divergence,
                 reduction=reduction,
             )
         h, (m, dim) = self.bandwidth, self.codes.shape
-        own = torch.full((len(z),), -1, device=z.device) if index is None else self.own_copy(index)
+        if own is None:
+            own = torch.full((len(z),), -1, device=z.device)
         query = z + h * noise.to(z)
-        others = (m - (own >= 0).to(z)).log() + kde_log_prob(query, self.codes, h, exclude_self=own)
+        others = (m - (own >= 0).to(z)).log() + self._log_prob(query, own).to(z)
         kernel = -(query - z.detach()).square().sum(-1) / (2 * h * h) - dim * math.log(h * math.sqrt(2 * math.pi))
         log_density = torch.logaddexp(others, kernel) - (m + 1 - (own >= 0).to(z)).log()
         log_ratio = log_density.double() - self.law.log_prob(query).double()
@@ -276,14 +334,16 @@ class LaggedKDE(nn.Module):
     def jsd(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """`codes_jsd` of codes z [n, l] by this kernel, from what the loss compares p_e with, the target or the
         smoothed target; in nats, 0-dim. It does not look at the lagged codes. The generator is on the device of z."""
-        return codes_jsd(z.to(self.codes.dtype), self.bandwidth, self.law, generator)
+        return codes_jsd(z.to(self._dtype), self.bandwidth, self.law, generator)
 
     def _query(self, z: Tensor) -> Tensor:
         self._check_refreshed("log_prob or loss")
-        return z.to(self.codes.dtype)
+        return z.to(self._dtype)
 
-    def _excluded(self, index: Tensor | None) -> bool | Tensor:
-        return False if index is None else self.own_copy(index)
+    @property
+    def _dtype(self) -> torch.dtype:
+        """In which everything is computed."""
+        return torch.promote_types(self.codes.dtype, torch.float32)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"bandwidth": self.bandwidth, "refreshed": self.refreshed, "oldest": self.oldest}
@@ -297,4 +357,8 @@ class LaggedKDE(nn.Module):
 
     def extra_repr(self) -> str:
         m, dim = self.codes.shape
-        return f"{m}, {dim}, bandwidth={self.bandwidth:.4g}, smoothed={self.smoothed}, divergence={self.divergence!r}"
+        storage = f"{self.codes.dtype} on {self.codes.device}"
+        return (
+            f"{m}, {dim}, bandwidth={self.bandwidth:.4g}, smoothed={self.smoothed}, divergence={self.divergence!r}, "
+            f"codes in {storage}"
+        )

@@ -135,7 +135,7 @@ def test_the_queue_holds_the_last_examples_and_encodes_nothing_twice():
     assert recorder.refreshed == [-1]  # to begin with
     seen = list(chain(*recorder.batches))
     assert sorted(model.lagged.indices.tolist()) == sorted(seen[-200:])
-    assert model._lagged_images is None
+    assert model._kept_images is None and model._training_set is None
 
 
 @pytest.mark.parametrize("decay", [True, False])

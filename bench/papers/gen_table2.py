@@ -117,7 +117,7 @@ class LaggedApart(images.GEN):
     def on_train_start(self) -> None:
         super().on_train_start()
         self.lagged.indices.fill_(-1)
-        self._lagged_images = self.apart
+        self._kept_images = self.apart
 
 
 def lagged_apart(data: ImageData) -> tuple[pl.LightningModule, ImageData]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -22,9 +23,14 @@ class GEN(Autoencoder):
 
     The loss is the mean squared error per pixel + weight * `LaggedKDE.loss` (eq. 3). The m lagged examples are drawn
     once from the training set; every k_b minibatches the encoder as it then is encodes them anew, in evaluation mode
-    and without gradient. They are kept on the module's device: m images. Two other ways to keep the lagged codes young
-    are a choice (`refresh`): a part of them is encoded anew in every minibatch, or the codes of the minibatches
-    themselves take the place of the oldest, for which nothing is encoded twice.
+    and without gradient. Two other ways to keep the lagged codes young are a choice (`refresh`): a part of them is
+    encoded anew in every minibatch, or the codes of the minibatches themselves take the place of the oldest, for which
+    nothing is encoded twice.
+
+    Millions of lagged codes take `refresh="queue"` or "rolling", and what memory there is decides on `keep_images`,
+    `lagged_dtype` and `lagged_device`. All m codes are encoded by one encoder at the start and before each validation
+    ("queue": at the start only): bfloat16 codes then need m l float32 numbers beside them, for the mean and variance of
+    the codes before they are rounded.
 
     The indices of a batch let a code leave out its own lagged copy.
 
@@ -51,6 +57,10 @@ class GEN(Autoencoder):
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
             Without it the codes soon leave the region where the loss has a gradient. At evaluation its running
             statistics are used.
+        lagged_dtype: "float32" or "bfloat16", in which the lagged codes are kept (`LaggedKDE`).
+        lagged_device: "cpu" keeps the lagged codes on the host, None on the module's device.
+        keep_images: keep the m lagged images on the module's device. False reads them from the training set whenever
+            they are encoded, which pays where that is in memory already. "queue" never keeps them.
         input_dropout: share of the pixels that the encoder does not see of a minibatch's images, drawn anew each time.
             For a few thousand training images and fewer, whose codes it keeps from being placed one by one: they
             become more even than samples of the target.
@@ -75,6 +85,9 @@ class GEN(Autoencoder):
         kernel_noise: bool = True,
         normalize_codes: bool = True,
         input_dropout: float = 0.0,
+        lagged_dtype: Literal["float32", "bfloat16"] = "float32",
+        lagged_device: Literal["cpu"] | None = None,
+        keep_images: bool = True,
         learning_rate: float = 1e-3,
         decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
@@ -86,8 +99,19 @@ class GEN(Autoencoder):
         check_weight("weight", weight)
         if not 0 <= input_dropout < 1:
             raise ValueError(f"input_dropout must be at least 0 and below 1, got {input_dropout}")
+        if lagged_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f'lagged_dtype must be "float32" or "bfloat16", got {lagged_dtype!r}')
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
-        self.lagged = LaggedKDE(num_lagged, latent_dim, bandwidth, target, smoothed=smoothed, divergence=divergence)
+        self.lagged = LaggedKDE(
+            num_lagged,
+            latent_dim,
+            bandwidth,
+            target,
+            smoothed=smoothed,
+            divergence=divergence,
+            storage_dtype=getattr(torch, lagged_dtype),
+            storage_device=lagged_device,
+        )
         object.__setattr__(self, "target", self.lagged.target)  # whose parameters the state_dict has already
         if normalize_codes:
             self.norm = CodeNorm(self.target, latent_dim)
@@ -96,8 +120,11 @@ class GEN(Autoencoder):
         self.weight = weight
         self.kernel_noise = kernel_noise
         self.input_dropout = input_dropout
+        self.keep_images = keep_images
         self.stopwatch: Stopwatch | None = None
-        self._lagged_images: Tensor | None = None
+        self._training_set: Dataset[Batch] | None = None
+        self._takes_index_tensors = False
+        self._kept_images: Tensor | None = None
 
     # Training
 
@@ -121,13 +148,13 @@ class GEN(Autoencoder):
             indices = torch.randperm(count)[:num_lagged].sort().values
             self.lagged.indices.copy_(indices)
         self.lagged.reserve(count)
-        if not (resumed and self.refresh_policy == "queue"):
-            chosen = DataLoader(Subset(dataset, indices.tolist()), batch_size=CHUNK, generator=torch.Generator())
-            self._lagged_images = torch.cat([checked(batch)[0] for batch in chosen]).to(self.device)
+        self._training_set, self._takes_index_tensors = dataset, loader.batch_size is None
+        if self.keep_images and self.refresh_policy != "queue":
+            self._kept_images = torch.cat(list(self._lagged_images(0, num_lagged)))
         if not resumed and self.refresh_policy != "full":
             self.refresh()
         if self.refresh_policy == "queue":
-            self._lagged_images = None  # the minibatches bring the codes from here on
+            self._training_set = None  # the minibatches bring the codes from here on
         self.stopwatch = Stopwatch(self.device)
         super().on_train_start()
 
@@ -135,23 +162,48 @@ class GEN(Autoencoder):
     def refresh(self) -> None:
         """Encodes the lagged examples by the encoder as it is, in evaluation mode. Their mean and variance become the
         running statistics of the normalisation, which otherwise trail behind an encoder that changes quickly."""
-        assert self._lagged_images is not None
         with evaluating(self.encoder, self.norm):
-            codes = torch.cat([self._encoded(chunk, self.latent_dim) for chunk in self._lagged_images.split(CHUNK)])
-            if isinstance(self.norm, CodeNorm):
-                self.norm.calibrate(codes)
-            self.lagged.refresh(self.norm(codes), self.lagged.indices.clone())
+            self.lagged.refresh(self._lagged_codes(), self.lagged.indices.clone())
+
+    def _lagged_codes(self) -> Iterator[Tensor]:
+        """The codes of all lagged examples, in parts."""
+        m = len(self.lagged.codes)
+        # Before the normalisation, and until their mean is known in the place of the codes, where those are float32.
+        codes = self.lagged.codes
+        encoded = codes.to(torch.promote_types(codes.dtype, torch.float32))
+        start = 0
+        for images in self._lagged_images(0, m):
+            encoded[start : start + len(images)] = self._encoded(images, self.latent_dim)
+            start += len(images)
+        if isinstance(self.norm, CodeNorm):
+            self.norm.calibrate(encoded)
+        for part in encoded.split(CHUNK):
+            yield self.norm(part.to(self.device, self.dtype))
 
     @torch.no_grad()
     def _refresh_part(self, part: int) -> None:
         """The same for one of k_b parts, with the running statistics as they are."""
-        assert self._lagged_images is not None
-        m = len(self._lagged_images)
+        m = len(self.lagged.codes)
         start, end = m * part // self.refresh_every, m * (part + 1) // self.refresh_every
         with evaluating(self.encoder, self.norm):
-            for chunk in self._lagged_images[start:end].split(CHUNK):
-                self.lagged.update(self.encode(chunk), start)
-                start += len(chunk)
+            for images in self._lagged_images(start, end):
+                self.lagged.update(self.encode(images), start)
+                start += len(images)
+
+    def _lagged_images(self, start: int, end: int) -> Iterator[Tensor]:
+        """The images of the lagged examples from place `start` to before `end`, on the module's device, in parts."""
+        if self._kept_images is not None:
+            yield from self._kept_images[start:end].split(CHUNK)
+            return
+        assert self._training_set is not None
+        indices = self.lagged.indices[start:end].cpu()
+        for chosen in indices.split(CHUNK):
+            if self._takes_index_tensors:
+                batch = self._training_set[chosen]
+            else:
+                examples = Subset(self._training_set, chosen.tolist())
+                batch = next(iter(DataLoader(examples, batch_size=len(chosen), generator=torch.Generator())))
+            yield checked(batch)[0].to(self.device)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None
@@ -233,6 +285,8 @@ class GEN(Autoencoder):
             "divergence": self.lagged.divergence,
             "kernel_noise": self.kernel_noise,
             "weight": self.weight,
+            "lagged_dtype": str(self.lagged.codes.dtype).removeprefix("torch."),
+            "lagged_device": self.lagged.storage_device or "module",
         }
 
     def run_measures(self) -> dict[str, float]:
@@ -241,5 +295,5 @@ class GEN(Autoencoder):
 
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        if self._lagged_images is not None:
+        if self._training_set is not None:
             self.refresh()  # measured and saved with the lagged codes and the statistics of this very encoder

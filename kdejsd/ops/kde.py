@@ -72,7 +72,7 @@ def named_log_prob(
     exclude_self: bool | Tensor = False,
 ) -> Tensor:
     """`kde_log_prob` for callers whose arguments have other names, which the errors are to use."""
-    inputs, shape = _checked(names, query, centers, bandwidth, log_weights, exclude_self)
+    inputs, shape = checked_inputs(names, query, centers, bandwidth, log_weights, exclude_self)
     return _shaped(_log_prob(inputs), shape).to(inputs[0].dtype)
 
 
@@ -109,7 +109,7 @@ def normal_divergence_terms(
         needs a gradient, and wherever the kde itself does not take the eager path. The caller then composes the terms
         from `kde_log_prob`.
     """
-    inputs, shape = _checked(names, codes, centers, bandwidth, log_weights, exclude_self)
+    inputs, shape = checked_inputs(names, codes, centers, bandwidth, log_weights, exclude_self)
     query, *others = inputs
     if _common.needs_reference(query) or _common.is_traced(inputs) or _common.needs_grad(others):
         return None
@@ -136,7 +136,7 @@ def _reduced(terms: Tensor, reduction: str) -> Tensor:
 Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def _checked(
+def checked_inputs(
     names: tuple[str, str],
     query: Tensor,
     centers: Tensor,

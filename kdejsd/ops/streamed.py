@@ -1,0 +1,146 @@
+"""The kde op over centers that lie in another dtype or another memory than the queries: a part of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _common
+from .kde import checked_inputs
+
+PART_BYTES = 2**23  # of a part in the queries' dtype: more does not make a pass faster, less does make it slower
+
+
+@torch.compiler.disable
+def streamed_log_prob(query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None = None) -> Tensor:
+    """`kdejsd.kde_log_prob` with constant centers of any floating dtype, on the queries' device or on the host.
+
+    Parts of the centers are converted and moved one after the other, each into the place of an earlier one: beside the
+    centers there is room for one part, or on CUDA for three of host centers. These are copied while the part before is
+    computed, if they lie in pinned memory. The pass gives the gradient for the queries too; the backward is a scaling.
+
+    Args:
+        query: [n, l] float32 or float64, the dtype of the computation. Only it gets a gradient, and no second one.
+        centers: [m, l].
+        bandwidth: h.
+        exclude: [n] int64, the index of the center to leave out for each query, -1 for none.
+
+    Returns:
+        [n] float64, in nats: the value for the centers as they are after conversion.
+
+    Raises:
+        ValueError, TypeError: as `kde_log_prob`.
+        RuntimeError: centers on another device than the query's that is not the host, second derivatives, and as
+            `kde_log_prob`.
+    """
+    if exclude is not None and len(centers) == 1:
+        raise ValueError("exclude_self needs at least 2 centers, got 1")
+    if centers.device not in (query.device, torch.device("cpu")):
+        raise RuntimeError(f"centers must be on {query.device} as the query or on the host, got {centers.device}")
+    if _common.needs_grad((query,)):
+        log_sum: Tensor = _StreamedKde.apply(query, centers, bandwidth, exclude)  # type: ignore[no-untyped-call]
+    else:
+        log_sum, _ = _pass(query, centers, bandwidth, exclude, want_gradient=False)
+    count = len(centers) if exclude is None else len(centers) - (exclude >= 0).to(log_sum)
+    return log_sum - torch.as_tensor(count).to(log_sum).log()
+
+
+def merged(log_sums: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """What all centers give, from what parts of them give.
+
+    With L_p = log sum of exp(a_i) over the centers of part p, and g_p its gradient for the query,
+
+        L = log sum_p exp(L_p),    dL / dquery = sum_p exp(L_p - L) g_p.
+
+    Args:
+        log_sums: [parts, n] float64, -inf where a part has no center for a query.
+        gradients: [parts, n, l]; those of a part whose weight is 0 do not count, whatever they are.
+
+    Returns:
+        [n] and [n, l], in float64.
+    """
+    weights = log_sums.softmax(0).unsqueeze(-1)
+    return log_sums.logsumexp(0), (weights * gradients).masked_fill(weights == 0, 0).sum(0)
+
+
+class _StreamedKde(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None) -> Tensor:
+        log_sum, gradient = _pass(query, centers, bandwidth, exclude, want_gradient=True)
+        ctx.save_for_backward(gradient.to(query.dtype))
+        return log_sum
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable would let a gradient pass for a constant here
+            raise RuntimeError(
+                "a streamed kernel density has no second derivatives (create_graph=True); keep the codes in float32 on "
+                "the device of the query, or call kdejsd.kde_log_prob"
+            )
+        gradient: Tensor = ctx.saved_tensors[0]
+        return grad.to(gradient.dtype).unsqueeze(-1) * gradient, None, None, None
+
+
+def _pass(
+    query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None, want_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """log sum_i N(query; z_i, h^2 I) [n] and its gradient [n, l], in float64; the latter 0 if it is not wanted."""
+    n, dim = query.shape
+    rows = max(1, PART_BYTES // (dim * query.element_size()))
+    equal = query.new_zeros(min(rows, len(centers)))  # log-weights, of a sum that is not divided by its number of terms
+    total = query.new_full((n,), -torch.inf, dtype=torch.float64)
+    gradient = query.new_zeros(n, dim, dtype=torch.float64)
+    start = 0
+    for part in _converted(_brought(centers.split(rows), query.device), query):
+        own: bool | Tensor = False
+        if exclude is not None:
+            own = exclude - start
+            own = own.where((own >= 0) & (own < len(part)), -1)
+        inputs, _ = checked_inputs(("query", "centers"), query, part, bandwidth, equal[: len(part)], own)
+        log_sum, slope, _ = torch.ops.kdejsd.kde(*inputs, want_gradient)
+        if want_gradient:
+            total, gradient = merged(torch.stack((total, log_sum)), torch.stack((gradient, slope.double())))
+        else:
+            total = torch.stack((total, log_sum)).logsumexp(0)
+        start += len(part)
+    return total, gradient
+
+
+def _converted(parts: Iterator[Tensor], like: Tensor) -> Iterator[Tensor]:
+    """The parts in the dtype of another tensor, in the same memory one after the other."""
+    room = like.new_empty(0)
+    for part in parts:
+        if part.dtype == like.dtype:
+            yield part
+            continue
+        if len(room) == 0:  # the first part is the largest
+            room = torch.empty_like(part, dtype=like.dtype)
+        yield room[: len(part)].copy_(part)
+
+
+def _brought(parts: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The parts on the device. From the host to CUDA two places take turns: a part is copied on a stream of its own
+    while the one before is computed."""
+    if device.type != "cuda" or parts[0].device == device:
+        for part in parts:
+            yield part.to(device)
+        return
+    places = [torch.empty_like(part, device=device) for part in parts[:2]]
+    computing, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    copying.wait_stream(computing)  # whose earlier work may still use the memory of the places
+    free: list[torch.cuda.Event | None] = [None, None]
+    for number, part in enumerate(parts):
+        turn = number % 2
+        place = places[turn][: len(part)]
+        if (event := free[turn]) is not None:
+            copying.wait_event(event)
+        with torch.cuda.stream(copying):
+            place.copy_(part, non_blocking=True)
+        copied = copying.record_event()
+        computing.wait_event(copied)
+        yield place
+        free[turn] = computing.record_event()
+    copied.synchronize()  # the host's codes may change as soon as this returns

@@ -256,6 +256,62 @@ def test_resumed_within_an_epoch_equals_uninterrupted(tmp_path, step, refresh):
     assert_same_state(resumed, whole)
 
 
+@pytest.mark.parametrize(
+    ("step", "refresh", "storage"),
+    [
+        (7, "full", {"lagged_dtype": "bfloat16"}),
+        (7, "queue", {"lagged_dtype": "bfloat16", "lagged_device": "cpu"}),
+        (7, "rolling", {"lagged_dtype": "bfloat16", "keep_images": False}),
+    ],
+)
+def test_a_frugal_run_learns_and_resumes_bit_for_bit(tmp_path, step, refresh, storage):
+    def data():
+        return Digits(train_size=500)
+
+    options = {"refresh": refresh, "refresh_every": 3} | storage
+    whole, part, resumed, roomy = (make(**o) for o in (options, options, options, {"refresh": refresh}))
+    before = encode_set(whole, data().held_out).reconstruction_error
+    pl.seed_everything(5, verbose=False)
+    train(whole, 3, data=data())
+    assert encode_set(whole, data().held_out).reconstruction_error < 0.8 * before
+    pl.seed_everything(5, verbose=False)
+    train(part, 3, StopAt(step, tmp_path / "part.ckpt"), data=data())
+    train(resumed, 3, ckpt_path=tmp_path / "part.ckpt", data=data())
+    assert_same_state(resumed, whole)
+    assert whole.lagged.codes.dtype == torch.bfloat16
+    assert whole.settings()["lagged_dtype"] == "bfloat16" and roomy.settings()["lagged_device"] == "module"
+
+
+@pytest.mark.parametrize("refresh", ["full", "rolling"])
+@pytest.mark.parametrize("by_batches", [True, False])
+def test_images_that_are_read_again_train_as_images_that_are_kept(refresh, by_batches):
+    models = []
+    for keep_images in (True, False):
+        model = make(refresh=refresh, refresh_every=3, keep_images=keep_images)
+        pl.seed_everything(5, verbose=False)
+        if by_batches:
+            train(model, 2)
+        else:
+            items = torch.utils.data.Subset(Digits(train_size=300).training, range(300))
+            order = torch.Generator().manual_seed(0)
+            trainer(2).fit(model, torch.utils.data.DataLoader(items, 100, shuffle=True, generator=order))
+        assert (model._kept_images is not None) == keep_images
+        models.append(model)
+    assert_same_state(*models)
+
+
+def test_the_running_statistics_are_those_of_the_codes_before_they_are_rounded():
+    model = make(lagged_dtype="bfloat16", latent_dim=3)
+    train(model, 1)
+    model.refresh()
+    images = Digits(train_size=300).training[model.lagged.indices][0]
+    with torch.no_grad():
+        encoded = model.eval().encoder(images)
+        torch.testing.assert_close(model.norm.running_mean, encoded.mean(0))
+        torch.testing.assert_close(model.norm.running_var, encoded.var(0))
+        assert torch.equal(model.lagged.codes, model.encode(images).bfloat16())
+
+
 def test_checkpoint_holds_plain_values_and_restores_the_model(tmp_path):
     model = make()
     train(model, 1).save_checkpoint(tmp_path / "a.ckpt")
@@ -327,6 +383,7 @@ def test_a_convolutional_gen_learns():
     [
         (lambda: make(refresh_every=0), "refresh_every must be at least 1, got 0"),
         (lambda: make(weight=-1.0), r"weight must not be negative, got -1\.0"),
+        (lambda: make(lagged_dtype="half"), r"lagged_dtype must be \"float32\" or \"bfloat16\", got 'half'"),
         (lambda: make(input_dropout=1.0), r"input_dropout must be at least 0 and below 1, got 1\.0"),
         (lambda: make(num_lagged=301) and train(make(num_lagged=301), 1), "num_lagged must be at most 300, .* got 301"),
         (lambda: FC((8, 8), 2), r"image_shape must be \(channels, height, width\), .* got \[8, 8\]"),

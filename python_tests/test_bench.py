@@ -233,6 +233,31 @@ def test_step_bench_takes_every_way_to_refresh(tmp_path):
     assert all(0 < float(row["p20"]) <= float(row["ms"]) <= float(row["p80"]) for row in rows.values())
 
 
+def test_large_m_bench_keeps_memory_small_and_says_what_rounding_does(tmp_path):
+    table = tmp_path / "large_m.csv"
+    options = ("--quick", "--threads", "1", "--rounds", "2", "--steps", "10", "--csv", str(table))
+    done = run(*options, script="bench_large_m.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bfloat16: time grows like m to the" in done.stdout
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    terms = {(row["codes"], row["m"]): row for row in rows if row["part"] == "term"}
+    assert terms.keys() == {(codes, m) for codes in ("float32", "bfloat16") for m in ("1000", "10000")}
+    for (codes, m), row in terms.items():
+        assert 0 < float(row["p20"]) <= float(row["ms"]) <= float(row["p80"])
+        assert float(row["codes_mib"]) == pytest.approx(int(m) * 64 * (4 if codes == "float32" else 2) / 2**20)
+        assert float(row["plain_mib"]) == pytest.approx(4 * 256 * int(m) / 2**20)
+        assert (float(row["gradient_change"]) == 0) == (codes == "float32")
+        assert abs(float(row["value_change"])) < 1e-3 and float(row["gradient_change"]) < 0.02
+    trained = [row for row in rows if row["part"] == "training"]
+    assert [(row["codes"], row["refresh"]) for row in trained] == [
+        ("float32", "queue"),
+        ("bfloat16", "queue"),
+        ("bfloat16", "rolling"),
+    ]
+    assert all(float(row["last_rec"]) < 0.8 * float(row["first_rec"]) for row in trained)
+
+
 @pytest.mark.parametrize("ablation", [False, True])
 def test_entropies_of_codes_go_on_where_they_stopped(tmp_path, ablation):
     table = tmp_path / "table2.csv"

@@ -300,6 +300,15 @@ def test_images_that_are_read_again_train_as_images_that_are_kept(refresh, by_ba
     assert_same_state(*models)
 
 
+def test_calibration_by_parts_is_that_by_the_whole():
+    codes = 3 + torch.randn(38, 2, generator=torch.Generator().manual_seed(0))
+    norm = make().norm
+    for parts in ([codes], codes.split([7, 1, 30])):
+        norm.calibrate(iter(parts))
+        torch.testing.assert_close(norm.running_mean, codes.mean(0))
+        torch.testing.assert_close(norm.running_var, codes.var(0))
+
+
 def test_the_running_statistics_are_those_of_the_codes_before_they_are_rounded():
     model = make(lagged_dtype="bfloat16", latent_dim=3)
     train(model, 1)

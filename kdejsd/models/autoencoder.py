@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -150,11 +150,19 @@ class CodeNorm(nn.BatchNorm1d):
         self.register_buffer("shift", mean.float(), persistent=False)
         self.register_buffer("scale", variance.sqrt().float(), persistent=False)
 
-    def calibrate(self, codes: Tensor) -> None:
-        """Makes the mean and variance of these codes [n, l] the running statistics."""
+    def calibrate(self, parts: Iterable[Tensor]) -> None:
+        """Makes the mean and variance of the codes in all parts [k, l] together the running statistics."""
         assert self.running_mean is not None and self.running_var is not None
-        self.running_mean.copy_(codes.mean(0))
-        self.running_var.copy_(codes.var(0))
+        moments = [(len(part), part.mean(0), part.var(0, correction=min(1, len(part) - 1))) for part in parts]
+        counts, means, variances = (
+            torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*moments, strict=True)
+        )
+        counts = counts.to(means).unsqueeze(-1)
+        count = counts.sum()
+        mean = (counts / count * means).sum(0)
+        spread = (counts - 1) / (count - 1) * variances + counts / (count - 1) * (means - mean).square()
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(spread.sum(0))
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.shift + self.scale * super().forward(codes)

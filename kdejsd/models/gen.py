@@ -29,8 +29,7 @@ class GEN(Autoencoder):
 
     Millions of lagged codes take `refresh="queue"` or "rolling", and what memory there is decides on `keep_images`,
     `lagged_dtype` and `lagged_device`. All m codes are encoded by one encoder at the start and before each validation
-    ("queue": at the start only): bfloat16 codes then need m l float32 numbers beside them, for the mean and variance of
-    the codes before they are rounded.
+    ("queue": at the start only), bfloat16 ones twice: first for their mean and variance.
 
     The indices of a batch let a code leave out its own lagged copy.
 
@@ -166,19 +165,24 @@ class GEN(Autoencoder):
             self.lagged.refresh(self._lagged_codes(), self.lagged.indices.clone())
 
     def _lagged_codes(self) -> Iterator[Tensor]:
-        """The codes of all lagged examples, in parts."""
-        m = len(self.lagged.codes)
-        # Before the normalisation, and until their mean is known in the place of the codes, where those are float32.
+        """The codes of all lagged examples, in parts. The normalisation waits for the mean of them all: until then they
+        stand in the place of the normalised ones, or, where they would be rounded there, they are encoded twice."""
         codes = self.lagged.codes
-        encoded = codes.to(torch.promote_types(codes.dtype, torch.float32))
-        start = 0
-        for images in self._lagged_images(0, m):
-            encoded[start : start + len(images)] = self._encoded(images, self.latent_dim)
-            start += len(images)
+        rounds = codes.dtype == torch.bfloat16
+        if not rounds:
+            start = 0
+            for part in self._encoded_parts():
+                codes[start : start + len(part)] = part
+                start += len(part)
         if isinstance(self.norm, CodeNorm):
-            self.norm.calibrate(encoded)
-        for part in encoded.split(CHUNK):
-            yield self.norm(part.to(self.device, self.dtype))
+            self.norm.calibrate(self._encoded_parts() if rounds else [codes])
+        for part in self._encoded_parts() if rounds else codes.split(CHUNK):
+            yield self.norm(part.to(self.device, self.dtype))  # type: ignore[arg-type]
+
+    def _encoded_parts(self) -> Iterator[Tensor]:
+        """The codes of all lagged examples before their normalisation, in parts."""
+        for images in self._lagged_images(0, len(self.lagged.codes)):
+            yield self._encoded(images, self.latent_dim)
 
     @torch.no_grad()
     def _refresh_part(self, part: int) -> None:

@@ -1,6 +1,6 @@
 """The latent term of a training step with up to a million lagged codes, and a training with as many.
 
-    python bench/bench_large_m.py --threads 1       # about 4 minutes
+    python bench/bench_large_m.py --threads 1       # about 2 minutes
     python bench/bench_large_m.py --quick           # small sizes, under 30 seconds
     python bench/bench_large_m.py --device cuda --csv large_m.csv
 

@@ -392,6 +392,7 @@ def test_a_convolutional_gen_learns():
     [
         (lambda: make(refresh_every=0), "refresh_every must be at least 1, got 0"),
         (lambda: make(weight=-1.0), r"weight must not be negative, got -1\.0"),
+        (lambda: make(lagged_device="cuda"), "lagged_device must be \"cpu\" or None, got 'cuda'"),
         (lambda: make(lagged_dtype="half"), r"lagged_dtype must be \"float32\" or \"bfloat16\", got 'half'"),
         (lambda: make(input_dropout=1.0), r"input_dropout must be at least 0 and below 1, got 1\.0"),
         (lambda: make(num_lagged=301) and train(make(num_lagged=301), 1), "num_lagged must be at most 300, .* got 301"),

@@ -100,6 +100,8 @@ class GEN(Autoencoder):
             raise ValueError(f"input_dropout must be at least 0 and below 1, got {input_dropout}")
         if lagged_dtype not in ("float32", "bfloat16"):
             raise ValueError(f'lagged_dtype must be "float32" or "bfloat16", got {lagged_dtype!r}')
+        if lagged_device not in (None, "cpu"):
+            raise ValueError(f'lagged_device must be "cpu" or None, got {lagged_device!r}')
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self.lagged = LaggedKDE(
             num_lagged,

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import _common
 from .kde import checked_inputs
 
-PART_BYTES = 2**23  # of a part in the queries' dtype: more does not make a pass faster, less does make it slower
+PART_BYTES = 2**23  # of a part in the queries' dtype; on a CPU a pass is as fast from 2 MiB to 32, slower below
 
 
 @torch.compiler.disable

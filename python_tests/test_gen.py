@@ -300,6 +300,14 @@ def test_images_that_are_read_again_train_as_images_that_are_kept(refresh, by_ba
     assert_same_state(*models)
 
 
+def test_a_second_fit_keeps_the_images_of_its_own_training_set():
+    model = make()
+    for seed in (0, 1):
+        data = Digits(train_size=300, seed=seed)
+        train(model, 1, data=data)
+        assert torch.equal(model._kept_images, data.training[model.lagged.indices][0])
+
+
 def test_calibration_by_parts_is_that_by_the_whole():
     codes = 3 + torch.randn(38, 2, generator=torch.Generator().manual_seed(0))
     norm = make().norm

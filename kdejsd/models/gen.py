@@ -59,7 +59,8 @@ class GEN(Autoencoder):
         lagged_dtype: "float32" or "bfloat16", in which the lagged codes are kept (`LaggedKDE`).
         lagged_device: "cpu" keeps the lagged codes on the host, None on the module's device.
         keep_images: keep the m lagged images on the module's device. False reads them from the training set whenever
-            they are encoded, which pays where that is in memory already. "queue" never keeps them.
+            they are encoded: for the image sets of `kdejsd.data`, which are in memory, that costs a tenth of the
+            encoding. "queue" never keeps them.
         input_dropout: share of the pixels that the encoder does not see of a minibatch's images, drawn anew each time.
             For a few thousand training images and fewer, whose codes it keeps from being placed one by one: they
             become more even than samples of the target.
@@ -151,7 +152,7 @@ class GEN(Autoencoder):
         self.lagged.reserve(count)
         self._training_set, self._takes_index_tensors = dataset, loader.batch_size is None
         if self.keep_images and self.refresh_policy != "queue":
-            self._kept_images = torch.cat(list(self._lagged_images(0, num_lagged)))
+            self._kept_images = torch.cat(list(self._read_images(0, num_lagged))).to(self.device)
         if not resumed and self.refresh_policy != "full":
             self.refresh()
         if self.refresh_policy == "queue":
@@ -200,16 +201,20 @@ class GEN(Autoencoder):
         """The images of the lagged examples from place `start` to before `end`, on the module's device, in parts."""
         if self._kept_images is not None:
             yield from self._kept_images[start:end].split(CHUNK)
-            return
+        else:
+            for images in self._read_images(start, end):
+                yield images.to(self.device)
+
+    def _read_images(self, start: int, end: int) -> Iterator[Tensor]:
+        """The same from the training set."""
         assert self._training_set is not None
-        indices = self.lagged.indices[start:end].cpu()
-        for chosen in indices.split(CHUNK):
+        for chosen in self.lagged.indices[start:end].cpu().split(CHUNK):
             if self._takes_index_tensors:
                 batch = self._training_set[chosen]
             else:
                 examples = Subset(self._training_set, chosen.tolist())
                 batch = next(iter(DataLoader(examples, batch_size=len(chosen), generator=torch.Generator())))
-            yield checked(batch)[0].to(self.device)
+            yield checked(batch)[0]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None

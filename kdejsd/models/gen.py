@@ -49,10 +49,11 @@ class GEN(Autoencoder):
         target: law of the codes; None is the standard normal.
         bandwidth: h, of the kernel; None is the optimal one for (l, m, target).
         smoothed: compare the kernel density with the target smoothed by the same kernel; False is the paper's loss.
-        divergence: "js" (the paper's) or "kl", for 64 dimensions and more, where the gradient of "js" fades.
+        divergence: "js" (the paper's) or "kl", whose gradient does not fade where p_e >> p_t.
         kernel_noise: compare the codes with the kernel's noise, which are samples of p_e (`LaggedKDE.loss`). Without it
             (False, as in the paper) the codes of a small training set are pushed apart without bound, and those of
-            held-out images do not follow.
+            held-out images do not follow. From some 16 dimensions on it shrinks the codes instead: False there, with
+            twice `optimal_bandwidth(l, m, smoothed=True)` as the bandwidth.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
             Without it the codes soon leave the region where the loss has a gradient. At evaluation its running
             statistics are used.

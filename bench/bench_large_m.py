@@ -17,11 +17,9 @@ memory during the whole run, from before the model is made, with the lagged code
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import statistics
 import time
-import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -165,16 +163,7 @@ def training_row(images: ImageSet, codes: str, refresh: str, steps: int, device:
             lagged_dtype=codes,
             keep_images=False,
         )
-        trainer = pl.Trainer(
-            max_steps=steps,
-            accelerator="gpu" if device == "cuda" else "cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[course],
-        )
+        trainer = harness.quiet_trainer(device, max_steps=steps, callbacks=[course])
         trainer.fit(model, BatchLoader(images, BatchOrder(m, min(N, m), 0)))
     middle, low, high = harness.spread(course.ms)
     return {
@@ -215,9 +204,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel("WARNING")
 
     device = arguments.device
     facts = machine.facts(device)
@@ -233,7 +219,7 @@ def main() -> None:
     training_row(random_images(1000), "bfloat16", "rolling", 2, device)  # what the first run loads does not count
     print(f"\ntraining: n = {N}, m = {sizes[-1]} = all images, l = {DIM}, {arguments.steps} steps")
     print(
-        f"  {'codes':10}{'refresh':10}{'ms':>9}{'(p20-p80)':>18}{'codes':>10}{'extra':>9}{'MiB':>5}"
+        f"  {'codes':10}{'refresh':10}{'ms':>9}{'(p20-p80)':>18}{'codes':>10}{'extra':>9}{'MiB':>5} "
         f"{'rec, first':>10}{'last':>9}{'latent':>9}{'others':>9}"
     )
     images = random_images(sizes[-1])

@@ -13,10 +13,8 @@ rounds.
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +78,7 @@ def turn(step: str, size: tuple[int, int, int], images: Images, device: str, per
         model = GEN(SHAPE, latent_dim=dim, num_lagged=m, bandwidth=0.5, refresh_every=PERIOD, refresh=step)
     loader = DataLoader(images, batch_size=batch, shuffle=True, drop_last=True)
     clock = Clock(PERIOD)
-    trainer = pl.Trainer(
-        max_steps=PERIOD * (1 + periods),
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock],
-    )
+    trainer = harness.quiet_trainer(device, max_steps=PERIOD * (1 + periods), callbacks=[clock])
     trainer.fit(model, loader)
     return clock.step_ms
 
@@ -104,9 +93,6 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel("WARNING")
 
     facts = machine.facts(arguments.device)
     harness.print_facts(facts)

@@ -9,10 +9,12 @@ import argparse
 import contextlib
 import csv
 import gc
+import logging
 import math
 import signal
 import statistics
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -393,3 +395,21 @@ def csv_table(path: Path | None, fields: Iterable[str], shared: Row) -> Iterator
         writer = csv.DictWriter(file, list(fields))
         writer.writeheader()
         yield lambda rows: writer.writerows({**shared, **row} for row in rows)
+
+
+def quiet_trainer(device: str, **options: Any) -> Any:
+    """Lightning's trainer on one device, which prints nothing and leaves nothing behind."""
+    import lightning.pytorch as pl  # which the benchmarks of the ops do without
+
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return pl.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )

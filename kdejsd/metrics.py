@@ -96,7 +96,8 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
     ideal = sample_target(model.target, min(len(encoded.codes), JSD_SAMPLES), generator)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        latent_measures = model.latent_measures(encoded.codes, index)
+        followed = encoded.codes if encoded.posterior is None else encoded.posterior
+        latent_measures = model.latent_measures(followed, index)
     measures = {
         "count": len(encoded.codes),
         "reconstruction_error": encoded.reconstruction_error,

@@ -16,6 +16,7 @@ from .images import ImageModel, for_images
 from .lcvae import LCVAE
 from .networks import FC, AutoencoderNetworks, Conv, DeepConv, HalfDeepConv
 from .semi import SemiSupervisedGEN
+from .stochastic import StochasticGEN
 from .vae import VAE
 from .wae import WAE
 
@@ -39,5 +40,6 @@ __all__ = [
     "ImageModel",
     "RealNVP",
     "SemiSupervisedGEN",
+    "StochasticGEN",
     "for_images",
 ]

@@ -195,7 +195,7 @@ class GEN(Autoencoder):
         start, end = m * part // self.refresh_every, m * (part + 1) // self.refresh_every
         with evaluating(self.encoder, self.norm):
             for images in self._lagged_images(start, end):
-                self.lagged.update(self.encode(images), start)
+                self.lagged.update(self.training_codes(images), start)
                 start += len(images)
 
     def _lagged_images(self, start: int, end: int) -> Iterator[Tensor]:
@@ -232,7 +232,7 @@ class GEN(Autoencoder):
             self._refresh_part(self.trainer.global_step % self.refresh_every)
         self.stopwatch.stop("latent")
 
-        codes = self.encode(dropout(images, self.input_dropout))
+        codes = self.training_codes(dropout(images, self.input_dropout))
         error = reconstruction_error(self.decode(codes), images)
 
         # The forward of the latent term gives its gradient too; the backward is a scaling and is not counted.
@@ -243,6 +243,10 @@ class GEN(Autoencoder):
         latent = terms.mean()
         self.log_dict({"rec": error, "latent": latent, "1-r": self.gradient_weight(terms)}, prog_bar=True)
         return error + self.weight * latent
+
+    def training_codes(self, images: Tensor) -> Tensor:
+        """The codes [n, l] of images [n, C, H, W] that the latent term is of."""
+        return self.encode(images)
 
     def on_after_backward(self) -> None:
         assert self.stopwatch is not None

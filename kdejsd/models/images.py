@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from . import aae, ae, gan, gen, lcvae, semi, vae, wae
+from . import aae, ae, gan, gen, lcvae, semi, stochastic, vae, wae
 from .base import GenerativeModel
 from .networks import FC, Network
 
@@ -32,7 +32,10 @@ def for_images(model: type[GenerativeModel]) -> type[ImageModel]:
     return cast("type[ImageModel]", type(model.__name__, (ImageModel, model), attributes))
 
 
-AAE, AE, GAN, GEN, LCVAE, SemiSupervisedGEN, VAE, WAE = (
+AAE, AE, GAN, GEN, LCVAE, SemiSupervisedGEN, StochasticGEN, VAE, WAE = (
     for_images(model)
-    for model in (aae.AAE, ae.AE, gan.GAN, gen.GEN, lcvae.LCVAE, semi.SemiSupervisedGEN, vae.VAE, wae.WAE)
+    for model in (
+        *(aae.AAE, ae.AE, gan.GAN, gen.GEN, lcvae.LCVAE),
+        *(semi.SemiSupervisedGEN, stochastic.StochasticGEN, vae.VAE, wae.WAE),
+    )
 )

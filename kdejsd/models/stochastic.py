@@ -1,0 +1,120 @@
+"""A GEN whose encoder is random: what of a latent space the images do not need is filled with noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from ..bandwidth import optimal_bandwidth
+from ..targets import Target
+from .autoencoder import CodeNorm
+from .gen import GEN
+from .networks import Network
+
+BANDWIDTH_FACTOR = 1.5
+
+
+class StochasticGEN(GEN):
+    """A GEN with a random encoder, for latent spaces of more dimensions than the images have.
+
+    Images that vary in a few ways cannot fill many dimensions by a map: the codes of a GEN lie on a surface, which a
+    kernel density can hide and a classifier finds. Here the encoder gives for each dimension a signal u, normalised
+    over the training images to mean 0 and variance 1, and a share s between 0 and 1 of noise in the variance:
+
+        code = target's mean + target's standard deviation * (sqrt(1 - s) u + sqrt(s) noise),    noise standard normal
+
+    so that every dimension has the target's mean and variance whatever the shares are, if they do not depend on the
+    signal. The latent term, that of a GEN, is of such codes, and its lagged codes are such codes too; the error per
+    pixel lowers the shares where the decoder has use for the signal. As for a VAE, `encode` gives the means of the
+    codes, and what is to follow the target are samples of the codes' laws (`posterior_samples`; `val_jsd` is theirs).
+
+    The kernel density is compared with the smoothed target at the codes as they are (no kernel noise): see
+    `optimal_bandwidth(..., smoothed=True)` for what a bandwidth must reach there, and bench/results/papers for what
+    larger ones do.
+
+    Args:
+        encoder: images [n, C, H, W] -> [n, 2 l], the signals and the logits of the shares.
+        decoder: codes [n, l] -> images [n, C, H, W].
+        latent_dim: l.
+        num_lagged: m.
+        bandwidth: h, of the kernel; None is 1.5 times `optimal_bandwidth(l, m, target, smoothed=True)`.
+        target: a StandardNormal or GaussianMixture; None is the standard normal. A mixture's modes are not known to
+            the noise, which is of the mixture's whole variance.
+        kwargs: as in `GEN`.
+
+    Raises:
+        ValueError: what `GEN` and `optimal_bandwidth` refuse.
+    """
+
+    norm: CodeNorm
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        latent_dim: int,
+        num_lagged: int = 1000,
+        bandwidth: float | None = None,
+        target: Target | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if bandwidth is None:
+            least = optimal_bandwidth(latent_dim, num_lagged, target=target, smoothed=True)
+            bandwidth = BANDWIDTH_FACTOR * least.value
+        super().__init__(
+            encoder,
+            decoder,
+            latent_dim,
+            num_lagged,
+            target=target,
+            bandwidth=bandwidth,
+            smoothed=True,
+            kernel_noise=False,
+            normalize_codes=True,
+            **kwargs,
+        )
+
+    @staticmethod
+    def build_networks(
+        network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
+    ) -> tuple[nn.Module, nn.Module]:
+        return network(image_shape, 2 * latent_dim).encoder, network(image_shape, latent_dim).decoder
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations, each [n, l], of the normal laws of the codes of images [n, C, H, W].
+
+        Raises:
+            ValueError: an encoder whose output has another shape.
+        """
+        return self._law(self._encoded(images, 2 * self.latent_dim))
+
+    def _law(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        signal, logits = encoded.chunk(2, 1)
+        # Not by sqrt(sigmoid), whose slope is infinite where a share is rounded to 0 or 1.
+        kept, added = ((logsigmoid(x) / 2).exp() for x in (-logits, logits))
+        shift = self.norm.shift
+        return shift + kept * (self.norm(signal) - shift), self.norm.scale * added
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Means [n, l] of the codes of images [n, C, H, W]."""
+        return self.posterior(images)[0]
+
+    def posterior_samples(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        mean, scale = self.posterior(images)
+        return mean + scale * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+
+    def training_codes(self, images: Tensor) -> Tensor:
+        mean, scale = self.posterior(images)
+        return mean + scale * torch.randn_like(mean)
+
+    def _lagged_codes(self) -> Iterator[Tensor]:
+        width = 2 * self.latent_dim
+        encoded = [self._encoded(images, width) for images in self._lagged_images(0, len(self.lagged.codes))]
+        self.norm.calibrate(part[:, : self.latent_dim] for part in encoded)
+        for part in encoded:
+            mean, scale = self._law(part)
+            yield mean + scale * torch.randn_like(mean)

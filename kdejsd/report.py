@@ -117,14 +117,14 @@ class Report(Generic[Model]):
         lines = []
         if columns:
             lines += [
-                " " * 44 + f"{'held-out':>20}{'training':>20}",
-                f"{'images':44}" + "".join(f"{column['count']:>20}" for column in columns),
+                " " * 44 + f"{'held-out':>24}{'training':>24}",
+                f"{'images':44}" + "".join(f"{column['count']:>24}" for column in columns),
             ]
         for name, keys in self.rows():
             cells = [" / ".join(_shown(_looked_up(column, key)) for key in keys) for column in columns]
-            lines.append(f"{name:44}" + "".join(f"{cell:>20}" for cell in cells))
+            lines.append(f"{name:44}" + "".join(f"{cell:>24}" for cell in cells))
         for key, value in self.measures.get("samples", {}).items():
-            lines.append(f"{'samples: ' + key.replace('_', ' '):44}{_shown(value):>20}")
+            lines.append(f"{'samples: ' + key.replace('_', ' '):44}{_shown(value):>24}")
         return "\n".join(lines)
 
     def pictures(self) -> dict[str, Figure]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..bandwidth import optimal_bandwidth
 from ..targets import Target
 from .autoencoder import CodeNorm
 from .gen import GEN
-from .networks import Network
+from .vae import VAE
 
 BANDWIDTH_FACTOR = 1.5
 
@@ -78,11 +78,7 @@ class StochasticGEN(GEN):
             **kwargs,
         )
 
-    @staticmethod
-    def build_networks(
-        network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
-    ) -> tuple[nn.Module, nn.Module]:
-        return network(image_shape, 2 * latent_dim).encoder, network(image_shape, latent_dim).decoder
+    build_networks = staticmethod(VAE.build_networks)  # an encoder to twice the latent dimension
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Means and standard deviations, each [n, l], of the normal laws of the codes of images [n, C, H, W].

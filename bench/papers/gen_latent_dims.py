@@ -129,7 +129,9 @@ def main(arguments: list[str] | None = None) -> int:
             model = getattr(images, kind)(data.image_shape, dim, **settings)
             quiet_trainer(max_epochs=epochs, check_val_every_n_epoch=epochs).fit(model, datamodule=data)
             encoded = encode_set(model, data.held_out)
-            codes = (encoded.codes if encoded.posterior is None else encoded.posterior)[:MOST_CODES]
+            codes = encoded.codes if encoded.posterior is None else encoded.posterior
+            # In any order but that of the files: MNIST's first test images are of other writers than its last.
+            codes = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))[:MOST_CODES]]
             samples, others = (normal_samples(len(codes), dim, seed) for seed in (1, 2))
             eigenvalues = torch.linalg.eigvalsh(codes.T.double().cov())
             generated = model.sample(len(real), torch.Generator().manual_seed(options.seed)).clamp(0, 1)

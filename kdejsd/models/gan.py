@@ -67,8 +67,9 @@ class GAN(GenerativeModel):
     minibatch's estimate of what is minimised, by the discriminator as it is: the JSD in nats ("minimax" and
     "non-saturating"; 0 to log 2), mean V(x) - mean V(G(z)) of the WGANs (the Wasserstein distance times V's unknown
     Lipschitz constant, which is about 1 for "wgan-gp"), or the bound of the f-divergence. Per epoch `val_divergence`,
-    the same of held-out images; after the epochs 1, 2, 4, 8, ... a picture of samples (`ImageData.draw`), where
-    the logger is TensorBoard's.
+    the same of held-out images (of a discriminator with batch normalisation a looser bound: its running statistics are
+    those of real and generated images together); after the epochs 1, 2, 4, 8, ... a picture of samples
+    (`ImageData.draw`), where the logger is TensorBoard's.
 
     Args:
         generator: latents [n, l] -> images [n, C, H, W].

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, TypeVar
@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .ops.kde import kde_log_prob
-from .targets import GaussianMixture, IsotropicNormal, checked_target, sample_target, target_moments
+from .targets import (
+    GaussianMixture,
+    IsotropicNormal,
+    checked_smoothable,
+    checked_target,
+    sample_target,
+    target_moments,
+)
 
 Answer = TypeVar("Answer")
 
@@ -120,19 +127,16 @@ def optimal_bandwidth(
     target = checked_target(target, latent_dim)
     if smoothed and method != "root":
         raise ValueError(f'smoothed=True needs method="root", got {method!r}')
-    if smoothed and not isinstance(target, (IsotropicNormal, GaussianMixture)):
-        raise ValueError(
-            "smoothed=True needs a target that can be convolved with the kernel (StandardNormal or GaussianMixture), "
-            f"got {type(target).__name__}"
-        )
+    law = checked_smoothable(target) if smoothed else None
 
     # A caller's no_grad or inference_mode would take away the gradient for h.
     with torch.inference_mode(False), torch.enable_grad():
-        draws = (_draw(target, num_centers, seed, trial) for trial in range(trials))
+        draws: Iterable[_Trial] = (_draw(target, num_centers, seed, trial) for trial in range(trials))
+        if law is not None:
+            draws = drawn = list(draws)
         values = tuple(_remembered(method, [trial], partial(_best, trial, method)) for trial in draws)
-        if smoothed:
-            drawn = [_draw(target, num_centers, seed, trial) for trial in range(trials)]
-            values = _remembered("smoothed", drawn, partial(_settled, drawn, target, values))
+        if law is not None:
+            values = _remembered("smoothed", drawn, partial(_settled, drawn, law, values))
     std = float(np.std(values, ddof=1)) if trials > 1 else math.nan
     return OptimalBandwidth(float(np.mean(values)), std, values)
 

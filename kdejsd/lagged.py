@@ -15,7 +15,7 @@ from .bandwidth import optimal_bandwidth
 from .divergence import codes_jsd, divergence_terms, jsd_loss
 from .ops.kde import kde_log_prob
 from .ops.streamed import streamed_log_prob
-from .targets import GaussianMixture, IsotropicNormal, Target, checked_target
+from .targets import Target, checked_smoothable, checked_target
 
 
 class LaggedKDE(nn.Module):
@@ -89,11 +89,8 @@ class LaggedKDE(nn.Module):
         if storage_device not in (None, "cpu"):
             raise ValueError(f'storage_device must be "cpu" or None, got {storage_device!r}')
         target = checked_target(target, latent_dim)
-        if smoothed and not isinstance(target, (IsotropicNormal, GaussianMixture)):
-            raise ValueError(
-                "smoothed=True needs a target that can be convolved with the kernel (StandardNormal or "
-                f"GaussianMixture), got {type(target).__name__}"
-            )
+        if smoothed:
+            checked_smoothable(target)
         if bandwidth is None:
             bandwidth = optimal_bandwidth(latent_dim, num_centers, target=target).value
         if not 0 < bandwidth < math.inf:
@@ -117,8 +114,7 @@ class LaggedKDE(nn.Module):
         self.bandwidth = float(bandwidth)
         self.law: Target = self.target
         if self.smoothed:
-            assert isinstance(self.target, (IsotropicNormal, GaussianMixture))
-            self.law = self.target.smoothed(self.bandwidth)
+            self.law = checked_smoothable(self.target).smoothed(self.bandwidth)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LaggedKDE:
         """What `to`, `cuda` and their kin do to every tensor of a module: not to codes that are to stay on the host."""

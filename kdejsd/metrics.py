@@ -88,8 +88,9 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
             None if that is negative: there is no such optimum).
         mean: of each dimension.
         covariance_eigenvalues: ascending.
-        posterior: for a model whose encoder gives a law (VAE), the numbers of one sample of each image's posterior,
-            which are what should follow the target; those above are of the posterior means.
+        posterior: for a model whose encoder gives a law (VAE, StochasticGEN), the numbers of one sample of each image's
+            posterior, which are what should follow the target. latent_term and gradient_weight are of these samples;
+            the others above are of the posterior means.
     """
     generator = torch.Generator(encoded.codes.device).manual_seed(seed)
     index = torch.arange(len(encoded.codes), device=encoded.codes.device) if training else None

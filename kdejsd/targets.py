@@ -193,6 +193,20 @@ def checked_target(target: Target | None, latent_dim: int) -> Target:
     return target
 
 
+def checked_smoothable(target: Target) -> IsotropicNormal | GaussianMixture:
+    """The target, if it has a `smoothed`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not isinstance(target, (IsotropicNormal, GaussianMixture)):
+        raise ValueError(
+            "smoothed=True needs a target that can be convolved with the kernel (StandardNormal or GaussianMixture), "
+            f"got {type(target).__name__}"
+        )
+    return target
+
+
 def sample_target(target: Target, n: int, generator: torch.Generator) -> Tensor:
     """n samples [n, dim] from any target, on the generator's device, by the generator alone.
 

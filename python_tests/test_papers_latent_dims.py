@@ -47,4 +47,16 @@ def test_quick_run_and_its_record(gen_latent_dims, tmp_path, capsys):
     for row in rows:
         assert 0.3 < float(row["told_apart"]) <= 1 and 0 < float(row["least"]) < float(row["greatest"])
         assert float(row["sliced"]) > 0.8 * float(row["sliced_of_samples"]) > 0
-    assert "told apart" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "told apart" in text
+
+    # A second call takes its rows from the record.
+    began = (tmp_path / "quick.csv").stat().st_mtime_ns
+    assert gen_latent_dims.main(["--quick", "--out", str(tmp_path), "--csv", str(tmp_path / "quick.csv")]) == 0
+    assert (tmp_path / "quick.csv").stat().st_mtime_ns == began
+    assert capsys.readouterr().out.splitlines()[-7:] == text.splitlines()[-7:]
+
+
+def test_a_model_whose_codes_are_not_finite_has_a_row(gen_latent_dims, tmp_path, capsys):
+    gen_latent_dims.show({"model": "GEN, smoothed", "bandwidth": 2.0, "seconds": 3})
+    assert "not finite" in capsys.readouterr().out

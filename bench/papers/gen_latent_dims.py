@@ -1,12 +1,15 @@
 """GENs and their rivals by the number of latent dimensions: how well do held-out codes follow the normal, and what does
 it cost?
 
-    python bench/papers/gen_latent_dims.py --data DIR --csv FILE    # l = 8, 32, 64; 25 minutes of one idle core
+    python bench/papers/gen_latent_dims.py --data DIR --csv FILE    # l = 8 to 256; about two hours of one core
     python bench/papers/gen_latent_dims.py --quick                  # under a minute: scikit-learn's digits, l = 4
 
-MNIST, the same fully connected networks, images and steps for every model. Codes of 10 000 held-out images (of a model
-with a random encoder one sample of each image's law) against as many samples of the standard normal:
+Rows that FILE holds already are printed and not run again: a stopped run goes on, and other dimensions can be added.
 
+MNIST and Fashion-MNIST, the same fully connected networks, images and steps for every model. Codes of 10 000 held-out
+images (of a model with a random encoder one sample of each image's law) against as many samples of the standard normal:
+
+    variances          least and greatest over the dimensions
     eigenvalues        least and greatest, of the codes' covariance
     told apart         held-out accuracy of a classifier that tells codes from samples (a network of 64 units on the
                        codes and their squares, half of the data to train on): 50 % is the best
@@ -40,18 +43,18 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from kdejsd import optimal_bandwidth
-from kdejsd.data import MNIST, Digits, ImageData
+from kdejsd.data import MNIST, Digits, FashionMNIST, ImageData
 from kdejsd.metrics import encode_set, frechet_distance
 from kdejsd.models import images
 
-LATENT_DIMS, QUICK_DIMS = (8, 32, 64), (4,)
+LATENT_DIMS, QUICK_DIMS = (8, 32, 64, 128, 256), (4,)
 CENTERS, QUICK_CENTERS = 5000, 500
 TRAIN_SIZE, EPOCHS, QUICK_EPOCHS = 20_000, 8, 3
 MOST_CODES = 10_000
 DIRECTIONS = 200
 FIELDS = (
-    *("latent_dim", "model", "seed", "bandwidth", "error_per_pixel", "least", "greatest", "told_apart"),
-    *("sliced", "sliced_of_samples", "frechet", "seconds"),
+    *("data", "latent_dim", "model", "seed", "bandwidth", "error_per_pixel", "least_variance", "greatest_variance"),
+    *("least", "greatest", "told_apart", "sliced", "sliced_of_samples", "frechet", "seconds"),
 )
 
 
@@ -95,73 +98,108 @@ def normal_samples(count: int, dim: int, seed: int) -> Tensor:
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(seed))
 
 
+def measured(
+    data: ImageData, dim: int, kind: str, settings: dict[str, Any], epochs: int, seed: int, features: Any
+) -> dict[str, Any]:
+    """Trains a model and measures it: the columns of its row from "error_per_pixel" on."""
+    began = time.perf_counter()
+    pl.seed_everything(seed, verbose=False)
+    model = getattr(images, kind)(data.image_shape, dim, **settings)
+    quiet_trainer(max_epochs=epochs, check_val_every_n_epoch=epochs).fit(model, datamodule=data)
+    encoded = encode_set(model, data.held_out)
+    codes = encoded.codes if encoded.posterior is None else encoded.posterior
+    if not codes.isfinite().all():
+        return {"seconds": round(time.perf_counter() - began)}
+    # In any order but that of the files: MNIST's first test images are of other writers than its last.
+    codes = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))[:MOST_CODES]]
+    samples, others = (normal_samples(len(codes), dim, seed) for seed in (1, 2))
+    covariance = codes.T.double().cov()
+    variances, eigenvalues = covariance.diagonal(), torch.linalg.eigvalsh(covariance)
+    real = as_tensor(data.held_out, MOST_CODES)
+    generated = model.sample(len(real), torch.Generator().manual_seed(seed)).clamp(0, 1)
+    return {
+        "error_per_pixel": encoded.reconstruction_error,
+        "least_variance": float(variances.min()),
+        "greatest_variance": float(variances.max()),
+        "least": float(eigenvalues[0]),
+        "greatest": float(eigenvalues[-1]),
+        "told_apart": told_apart(codes, samples),
+        "sliced": sliced_wasserstein(codes, samples),
+        "sliced_of_samples": sliced_wasserstein(others, samples),
+        "frechet": frechet_distance(real, generated, features),
+        "seconds": round(time.perf_counter() - began),
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    bandwidth = f"{row['bandwidth']:.3f}" if row.get("bandwidth") else "-"
+    if "told_apart" not in row:
+        print(f"{row['model']:28}{bandwidth:>7}  its codes are not finite", flush=True)
+        return
+    print(
+        f"{row['model']:28}{bandwidth:>7}{row['error_per_pixel']:9.4f}"
+        f"{'{least_variance:.2f} to {greatest_variance:.2f}'.format(**row):>16}"
+        f"{'{least:.3f} to {greatest:.2f}'.format(**row):>16}{100 * row['told_apart']:10.1f} %"
+        f"{'{sliced:.4f} / {sliced_of_samples:.4f}'.format(**row):>18}{row['frechet']:9.1f}",
+        flush=True,
+    )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(newline="") as file:
+        texts = {"data", "model"}
+        return [{k: v if k in texts else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Codes of GENs and other models by the number of latent dimensions.")
     parser.add_argument("--quick", action="store_true", help="digits, four dimensions, few steps: nothing to believe")
-    parser.add_argument("--data", default=os.environ.get("KDEJSD_DATA"), help="folder of MNIST's idx files")
+    parser.add_argument("--data", default=os.environ.get("KDEJSD_DATA"), help="folder of the idx files of both sets")
+    parser.add_argument("--latent-dims", type=int, nargs="+", metavar="L", help="default 8 32 64 128 256")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--threads", type=int, default=1, help="as torch.set_num_threads (default 1)")
-    parser.add_argument("--out", type=Path, default=Path("runs/gen_latent_dims"), help="folder of the classifier")
+    parser.add_argument("--out", type=Path, default=Path("runs/gen_latent_dims"), help="folder of the classifiers")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="where results go")
     options = parser.parse_args(arguments)
     if options.data is None and not options.quick:
-        parser.error("--data DIR is needed: the folder of MNIST's idx files (or KDEJSD_DATA)")
+        parser.error("--data DIR is needed: the folder of the sets' idx files (or KDEJSD_DATA)")
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    data: ImageData = Digits() if options.quick else MNIST(options.data, train_size=TRAIN_SIZE)
-    dims, centers, epochs = (
-        (QUICK_DIMS, QUICK_CENTERS, QUICK_EPOCHS) if options.quick else (LATENT_DIMS, CENTERS, EPOCHS)
+    sets: list[ImageData] = (
+        [Digits()] if options.quick else [kind(options.data, train_size=TRAIN_SIZE) for kind in (MNIST, FashionMNIST)]
     )
-    features, measure = features_for(data, options.out, epochs=5)
-    real = as_tensor(data.held_out, MOST_CODES)
+    centers, epochs = (QUICK_CENTERS, QUICK_EPOCHS) if options.quick else (CENTERS, EPOCHS)
+    dims = options.latent_dims or (QUICK_DIMS if options.quick else LATENT_DIMS)
 
-    rows: list[dict[str, Any]] = []
-    print(f"{epochs} epochs of {len(data.training)} images; {measure}")
-    for dim in dims:
-        print(
-            f"\nl = {dim}, m = {centers}\n{'':28}{'h':>7}{'error':>9}{'eigenvalues':>16}{'told apart':>12}"
-            f"{'sliced W1':>18}{'Frechet':>9}",
-            flush=True,
-        )
-        for name, (kind, settings) in model_settings(dim, centers).items():
-            began = time.perf_counter()
-            pl.seed_everything(options.seed, verbose=False)
-            model = getattr(images, kind)(data.image_shape, dim, **settings)
-            quiet_trainer(max_epochs=epochs, check_val_every_n_epoch=epochs).fit(model, datamodule=data)
-            encoded = encode_set(model, data.held_out)
-            codes = encoded.codes if encoded.posterior is None else encoded.posterior
-            # In any order but that of the files: MNIST's first test images are of other writers than its last.
-            codes = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))[:MOST_CODES]]
-            samples, others = (normal_samples(len(codes), dim, seed) for seed in (1, 2))
-            eigenvalues = torch.linalg.eigvalsh(codes.T.double().cov())
-            generated = model.sample(len(real), torch.Generator().manual_seed(options.seed)).clamp(0, 1)
-            row = {
-                "latent_dim": dim,
-                "model": name,
-                "seed": options.seed,
-                "bandwidth": settings.get("bandwidth", ""),
-                "error_per_pixel": encoded.reconstruction_error,
-                "least": float(eigenvalues[0]),
-                "greatest": float(eigenvalues[-1]),
-                "told_apart": told_apart(codes, samples),
-                "sliced": sliced_wasserstein(codes, samples),
-                "sliced_of_samples": sliced_wasserstein(others, samples),
-                "frechet": frechet_distance(real, generated, features),
-                "seconds": round(time.perf_counter() - began),
-            }
-            rows.append(row)
-            bandwidth = f"{row['bandwidth']:.3f}" if row["bandwidth"] else "-"
+    rows = read_rows(options.csv) if options.csv and options.csv.exists() else []
+    known = {(row["data"], row["latent_dim"], row["model"], row["seed"]): row for row in rows}
+    for data in sets:
+        features, measure = features_for(data, options.out, epochs=5)
+        print(f"\n{type(data).__name__}: {epochs} epochs of {len(data.training)} images; {measure}")
+        for dim in dims:
             print(
-                f"{name:28}{bandwidth:>7}{row['error_per_pixel']:9.4f}"
-                f"{'{least:.3f} to {greatest:.2f}'.format(**row):>16}{100 * row['told_apart']:10.1f} %"
-                f"{'{sliced:.4f} / {sliced_of_samples:.4f}'.format(**row):>18}{row['frechet']:9.1f}",
+                f"\nl = {dim}, m = {centers}\n{'':28}{'h':>7}{'error':>9}{'variances':>16}{'eigenvalues':>16}"
+                f"{'told apart':>12}{'sliced W1':>18}{'Frechet':>9}",
                 flush=True,
             )
-            if options.csv:
-                with options.csv.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+            for name, (kind, settings) in model_settings(dim, centers).items():
+                key = type(data).__name__, dim, name, options.seed
+                if key not in known:
+                    row = dict(zip(("data", "latent_dim", "model", "seed"), key, strict=True))
+                    row["bandwidth"] = settings.get("bandwidth", "")
+                    row |= measured(data, dim, kind, settings, epochs, options.seed, features)
+                    known[key] = row
+                    rows.append(row)
+                    if options.csv:
+                        write_rows(rows, options.csv)
+                show(known[key])
     return 0
 
 

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from ._ranks import gathered, rank_and_size
 from .bandwidth import optimal_bandwidth
 from .divergence import codes_jsd, divergence_terms, jsd_loss
 from .ops.kde import kde_log_prob
 from .ops.streamed import streamed_log_prob
 from .targets import Target, checked_smoothable, checked_target
+
+_PART = 2**17  # codes of a rank that are gathered at a time
 
 
 class LaggedKDE(nn.Module):
@@ -27,7 +30,10 @@ class LaggedKDE(nn.Module):
     themselves take the place of the oldest.
 
     The state_dict carries the lagged codes, the examples they belong to and the bandwidth: a module that is loaded goes
-    on where the saved one stood.
+    on where the saved one stood. They are no buffers, which DistributedDataParallel would make those of the first rank.
+
+    On several ranks of torch.distributed every rank may keep a share of the codes (`shard`): the densities and their
+    gradients are those of all codes together.
 
     For millions of codes they may be kept in bfloat16, on the host, or both. They are then streamed: parts of them are
     converted and moved into a few MiB while the loss is computed, and the loss has no second derivatives. What is
@@ -51,7 +57,9 @@ class LaggedKDE(nn.Module):
             module's device.
 
     Attributes:
-        codes: [m, l], the lagged codes, of storage_dtype unless the module was cast to another one.
+        num_centers: m.
+        codes: [m, l], the lagged codes, of storage_dtype unless the module was cast to another one; this rank's alone
+            where they are sharded.
         indices: [m] int64, the training example of each code; -1 where it is not known.
         bandwidth: h as a float.
         law: what p_e is compared with: the target, or the smoothed target.
@@ -61,10 +69,6 @@ class LaggedKDE(nn.Module):
             unknown divergence or storage_device, or `smoothed` with a target that has no `smoothed(h)`.
         TypeError: another storage_dtype.
     """
-
-    codes: Tensor
-    indices: Tensor
-    places: Tensor
 
     def __init__(
         self,
@@ -100,13 +104,14 @@ class LaggedKDE(nn.Module):
         self.divergence = divergence
         self.refreshed = False
         self._set_bandwidth(bandwidth)
+        self.num_centers = num_centers
+        self.rank, self.ranks = 0, 1
         self.storage_device = storage_device
-        codes = torch.zeros(num_centers, latent_dim, dtype=storage_dtype, device=storage_device)
-        self.register_buffer("codes", codes)
-        self.register_buffer("indices", torch.full((num_centers,), -1))
+        self.codes = torch.zeros(num_centers, latent_dim, dtype=storage_dtype, device=storage_device)
+        self.indices = torch.full((num_centers,), -1)
         # The place of each example's newest code, one entry more for codes whose example is not known, and the place
         # of the oldest code.
-        self.register_buffer("places", torch.full((1,), -1), persistent=False)
+        self.places = torch.full((1,), -1)
         self.oldest = 0
         self._reserved = False
 
@@ -118,12 +123,13 @@ class LaggedKDE(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LaggedKDE:
         """What `to`, `cuda` and their kin do to every tensor of a module: not to codes that are to stay on the host."""
-        codes = self.codes
-        stays = self.storage_device is not None
-        super()._apply(lambda t: t if stays and t is codes else fn(t), recurse)  # type: ignore[no-untyped-call]
-        if stays and self.indices.is_cuda:
-            self.codes = codes.pin_memory()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.indices, self.places = fn(self.indices), fn(self.places)
+        self._keep(fn(self.codes) if self.storage_device is None else self.codes)
         return self
+
+    def _keep(self, codes: Tensor) -> None:
+        self.codes = codes.pin_memory() if self.storage_device == "cpu" and self.indices.is_cuda else codes
 
     @torch.no_grad()
     def refresh(self, codes: Tensor | Iterable[Tensor], indices: Tensor | None = None) -> None:
@@ -198,6 +204,10 @@ class LaggedKDE(nn.Module):
         """
         self._check(codes, indices, len(codes))
         self._check_refreshed("push")
+        if self.num_centers % self.ranks:
+            raise ValueError(
+                f"num_centers must be a multiple of {self.ranks}, the number of ranks, for push, got {self.num_centers}"
+            )
         m = len(self.codes)
         codes, indices = codes[-m:], indices[-m:].to(self.indices)
         places = (self.oldest + torch.arange(len(codes), device=self.indices.device)) % m
@@ -205,6 +215,71 @@ class LaggedKDE(nn.Module):
         self.indices[places] = indices
         self._remember(indices, places)
         self.oldest = (self.oldest + len(codes)) % m
+
+    @torch.no_grad()
+    def shard(self) -> None:
+        """Lets every rank of torch.distributed's default group keep a share of the codes alone: of R ranks, rank r the
+        places r, r + R, r + 2 R and so on. On one process nothing changes.
+
+        From here on `refresh` and `update` are for this rank's share, `push` for the codes of its minibatch, and
+        `log_prob` and `loss` for its queries. These two are called by all ranks together, with as many queries on each,
+        and so is `state_dict`, which has the codes of all ranks and can be loaded on any number of them. In a step each
+        rank does 1 / R of the work for the queries of all ranks, and what it sends does not depend on m. There are no
+        second derivatives, and the loss of a rank is the mean over its own queries: DistributedDataParallel averages
+        the gradients.
+
+        Raises:
+            ValueError: fewer codes than ranks.
+            RuntimeError: a module that is sharded already.
+        """
+        if self.ranks > 1:
+            raise RuntimeError("the codes are sharded already")
+        rank, ranks = rank_and_size()
+        if self.num_centers < ranks:
+            raise ValueError(f"num_centers must be at least {ranks}, the number of ranks, got {self.num_centers}")
+        codes, indices, oldest = self.codes, self.indices, self.oldest
+        self.rank, self.ranks = rank, ranks
+        self._take_share(codes, indices, oldest)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Gives all codes back to every rank; called by all of them. On one process nothing changes."""
+        state = self.get_extra_state()
+        device = self.codes.device
+        self.rank, self.ranks = 0, 1
+        self._take_share(state["codes"].to(device), state["indices"].to(self.indices.device), state["oldest"])
+
+    def share(self, whole: Tensor) -> Tensor:
+        """Of a tensor with an entry for each of the m places the entries of this rank's."""
+        return whole[self.rank :: self.ranks]
+
+    def _take_share(self, codes: Tensor, indices: Tensor, oldest: int) -> None:
+        """Keeps this rank's share of all codes, the oldest of which stands at a place."""
+        if oldest % self.ranks:  # the oldest codes of all ranks have to stand at the same place
+            codes, indices, oldest = codes.roll(-oldest, 0), indices.roll(-oldest), 0
+        self._keep(self.share(codes).clone())
+        self.indices = self.share(indices).clone()
+        self.oldest = oldest // self.ranks
+        self.places = self.places.new_full((len(self.places),), -1)
+        order = (self.oldest + torch.arange(len(self.indices), device=self.indices.device)) % len(self.indices)
+        self._remember(self.indices[order], order)
+
+    def _whole(self, own: Tensor) -> Tensor:
+        """All ranks' entries at their places, on the host; of this rank's, in parts that fit the device."""
+        if self.ranks == 1:
+            return own
+        whole = torch.empty(self.num_centers, *own.shape[1:], dtype=own.dtype)
+        least = self.num_centers // self.ranks
+        device = self.indices.device
+        for start in range(0, least, _PART):
+            part = gathered(own[start : min(start + _PART, least)].to(device), "codes")
+            places = torch.arange(self.ranks * start, self.ranks * start + len(part)).view(-1, self.ranks).T.flatten()
+            whole[places] = part.cpu()
+        rest = self.num_centers - least * self.ranks
+        if rest:  # of the first ranks, one each
+            last = own[-1:].to(device)  # of the others an entry again that is not used
+            whole[least * self.ranks :] = gathered(last, "codes")[:rest].cpu()
+        return whole
 
     def reserve(self, num_examples: int) -> None:
         """Makes room to remember the places of examples 0 to num_examples - 1. Without it room is made as indices come,
@@ -256,19 +331,25 @@ class LaggedKDE(nn.Module):
             RuntimeError: before the first refresh.
         """
         query = self._query(z)
-        own = None if index is None else self.own_copy(index)
-        return self._log_prob(query, own).to(query.dtype)
+        return self._log_density(query, index)[0].to(query.dtype)
 
-    def _log_prob(self, query: Tensor, own: Tensor | None) -> Tensor:
-        """In float64 where the codes are streamed, in the query's dtype otherwise."""
+    def _log_density(self, query: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """log p_e [n] without each query's own lagged copy, in float64 where the codes are streamed and in the query's
+        dtype otherwise; and of how many codes it is, [n]."""
+        own = None
+        if index is not None:
+            own = self.own_copy(index if self.ranks == 1 else gathered(index, "indices"))
         if self._is_streamed():
-            log_prob: Tensor = streamed_log_prob(query, self.codes, self.bandwidth, own)
-            return log_prob
-        return kde_log_prob(query, self.codes, self.bandwidth, exclude_self=False if own is None else own)
+            log_prob, count = streamed_log_prob(query, self.codes, self.bandwidth, own, sharded=self.ranks > 1)
+            return log_prob, count
+        count = torch.full_like(query[:, 0], len(self.codes))
+        if own is not None:
+            count = count - (own >= 0).to(count)
+        return kde_log_prob(query, self.codes, self.bandwidth, exclude_self=False if own is None else own), count
 
     def _is_streamed(self) -> bool:
-        """Whether the codes lie in another dtype or memory than they are computed with."""
-        return self.codes.dtype != self._dtype or self.codes.device != self.indices.device
+        """Whether the codes lie in another dtype or memory than they are computed with, or on other ranks."""
+        return self.ranks > 1 or self.codes.dtype != self._dtype or self.codes.device != self.indices.device
 
     def loss(
         self,
@@ -301,26 +382,24 @@ class LaggedKDE(nn.Module):
             RuntimeError: before the first refresh.
         """
         z = self._query(z)
-        own = None if index is None else self.own_copy(index)
         if noise is None and self._is_streamed():
-            return divergence_terms(self._log_prob(z, own), z, self.law, self.divergence, reduction).to(z)
+            log_density = self._log_density(z, index)[0]
+            return divergence_terms(log_density, z, self.law, self.divergence, reduction).to(z)
         if noise is None:
             return jsd_loss(
                 z,
                 self.codes,
                 self.bandwidth,
                 target=self.law,
-                exclude_self=False if own is None else own,
+                exclude_self=False if index is None else self.own_copy(index),
                 divergence=self.divergence,
                 reduction=reduction,
             )
-        h, (m, dim) = self.bandwidth, self.codes.shape
-        if own is None:
-            own = torch.full((len(z),), -1, device=z.device)
+        h, dim = self.bandwidth, z.shape[-1]
         query = z + h * noise.to(z)
-        others = (m - (own >= 0).to(z)).log() + self._log_prob(query, own).to(z)
+        log_density, count = (t.to(z) for t in self._log_density(query, index))
         kernel = -(query - z.detach()).square().sum(-1) / (2 * h * h) - dim * math.log(h * math.sqrt(2 * math.pi))
-        log_density = torch.logaddexp(others, kernel) - (m + 1 - (own >= 0).to(z)).log()
+        log_density = torch.logaddexp(count.log() + log_density, kernel) - (count + 1).log()
         log_ratio = log_density.double() - self.law.log_prob(query).double()
         terms = (log_ratio if self.divergence == "kl" else math.log(2) + logsigmoid(log_ratio)).to(z)
         if reduction == "none":
@@ -342,17 +421,26 @@ class LaggedKDE(nn.Module):
         return torch.promote_types(self.codes.dtype, torch.float32)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"bandwidth": self.bandwidth, "refreshed": self.refreshed, "oldest": self.oldest}
+        return {
+            "bandwidth": self.bandwidth,
+            "refreshed": self.refreshed,
+            "oldest": self.oldest * self.ranks,
+            "codes": self._whole(self.codes),
+            "indices": self._whole(self.indices),
+        }
 
+    @torch.no_grad()
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        expected = [self.num_centers, self.codes.shape[1]]
+        if list(state["codes"].shape) != expected:
+            raise ValueError(f"the state's codes must have shape {expected}, got {list(state['codes'].shape)}")
         self._set_bandwidth(state["bandwidth"])
         self.refreshed = state["refreshed"]
-        self.oldest = state["oldest"]
-        order = (self.oldest + torch.arange(len(self.indices), device=self.indices.device)) % len(self.indices)
-        self._remember(self.indices[order], order)
+        codes, indices = state["codes"].to(self.codes), state["indices"].to(self.indices)
+        self._take_share(codes, indices, state["oldest"])
 
     def extra_repr(self) -> str:
-        m, dim = self.codes.shape
+        m, dim = self.num_centers, self.codes.shape[1]
         storage = f"{self.codes.dtype} on {self.codes.device}"
         return (
             f"{m}, {dim}, bandwidth={self.bandwidth:.4g}, smoothed={self.smoothed}, divergence={self.divergence!r}, "

@@ -19,6 +19,10 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(streamed, "PART_BYTES", ROWS * DIM * 4)
 
 
+def streamed_log_prob(*arguments):
+    return streamed.streamed_log_prob(*arguments)[0]
+
+
 def with_gradient(log_prob, query, *arguments):
     query = query.detach().clone().requires_grad_()
     value = log_prob(query, *arguments)
@@ -35,19 +39,17 @@ def truth(query, centers, own=None):
 @pytest.mark.parametrize("m", [1, 2, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS, 3 * ROWS + 17])
 def test_value_and_gradient_of_parts_are_those_of_the_whole(m, storage):
     query, centers = points(33, DIM, dtype=torch.float32), points(m, DIM, seed=1).to(storage)
-    value, gradient = with_gradient(streamed.streamed_log_prob, query, centers, H)
+    value, gradient = with_gradient(streamed_log_prob, query, centers, H)
     expected, slope = truth(query, centers)
     assert value.dtype == torch.float64 and gradient.dtype == torch.float32
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradient.double(), slope, rtol=1e-5, atol=1e-4)
-    assert torch.equal(streamed.streamed_log_prob(query, centers, H), value)
+    assert torch.equal(streamed_log_prob(query, centers, H), value)
 
 
 def test_float64_queries_are_computed_in_float64():
     query, centers = points(9, DIM), points(200, DIM, seed=1, dtype=torch.float32)
-    for found, expected in zip(
-        with_gradient(streamed.streamed_log_prob, query, centers, H), truth(query, centers), strict=True
-    ):
+    for found, expected in zip(with_gradient(streamed_log_prob, query, centers, H), truth(query, centers), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -56,19 +58,19 @@ def test_each_query_leaves_out_its_own_center_whatever_part_it_is_in():
     centers = points(2 * ROWS + 1, DIM, seed=1).bfloat16()
     own = torch.tensor([0, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS - 1, 2 * ROWS, 2 * ROWS, -1, 70])
     query = centers[own].float() + 1e-3
-    value, gradient = with_gradient(streamed.streamed_log_prob, query, centers, H, own)
+    value, gradient = with_gradient(streamed_log_prob, query, centers, H, own)
     expected, slope = truth(query, centers, own)
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradient.double(), slope, rtol=1e-5, atol=1e-4)
     with pytest.raises(ValueError, match="at least 2 centers, got 1"):
-        streamed.streamed_log_prob(query[:1], centers[:1], H, torch.tensor([0]))
+        streamed_log_prob(query[:1], centers[:1], H, torch.tensor([0]))
 
 
 @pytest.mark.parametrize("distance", [30.0, 1e4, 1e10])
 def test_far_queries(distance):
     """The parts' densities differ by more than any number holds, and all of them underflow."""
     query, centers = points(7, DIM, dtype=torch.float32) * distance, points(3 * ROWS, DIM, seed=1).bfloat16()
-    value, gradient = with_gradient(streamed.streamed_log_prob, query, centers, H)
+    value, gradient = with_gradient(streamed_log_prob, query, centers, H)
     expected, slope = truth(query, centers)
     assert value.isfinite().all() and gradient.isfinite().all()
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
@@ -77,24 +79,24 @@ def test_far_queries(distance):
 
 def test_duplicates_count_as_often_as_they_come():
     query, one = points(6, DIM, dtype=torch.float32), points(1, DIM, seed=1).bfloat16()
-    value, gradient = with_gradient(streamed.streamed_log_prob, query, one.expand(3 * ROWS + 5, DIM).contiguous(), H)
+    value, gradient = with_gradient(streamed_log_prob, query, one.expand(3 * ROWS + 5, DIM).contiguous(), H)
     expected, slope = truth(query, one)
     torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gradient.double(), slope, rtol=1e-5, atol=1e-4)
 
 
 def test_no_queries():
-    value, gradient = with_gradient(streamed.streamed_log_prob, torch.zeros(0, DIM), points(200, DIM).bfloat16(), H)
+    value, gradient = with_gradient(streamed_log_prob, torch.zeros(0, DIM), points(200, DIM).bfloat16(), H)
     assert value.shape == (0,) and gradient.shape == (0, DIM)
 
 
 def test_nan_in_a_query_is_its_own_and_in_a_center_everyones():
     query, centers = points(4, DIM, dtype=torch.float32), points(3 * ROWS, DIM, seed=1).bfloat16()
     query[2, 1] = math.nan
-    value, gradient = with_gradient(streamed.streamed_log_prob, query, centers, H)
+    value, gradient = with_gradient(streamed_log_prob, query, centers, H)
     assert value.isnan().tolist() == gradient.isnan().any(-1).tolist() == [False, False, True, False]
     centers[ROWS + 3, 0] = math.nan
-    value, gradient = with_gradient(streamed.streamed_log_prob, query, centers, H)
+    value, gradient = with_gradient(streamed_log_prob, query, centers, H)
     assert value.isnan().all() and gradient.isnan().any(-1).all()
 
 
@@ -110,7 +112,7 @@ def test_merged_parts_are_the_whole_and_empty_parts_do_not_count():
 
 def test_second_derivatives_are_refused():
     query = points(3, DIM, dtype=torch.float32).requires_grad_()
-    value = streamed.streamed_log_prob(query, points(100, DIM).bfloat16(), H).sum()
+    value = streamed_log_prob(query, points(100, DIM).bfloat16(), H).sum()
     with pytest.raises(RuntimeError, match="streamed kernel density has no second derivatives"):
         torch.autograd.grad(value, query, create_graph=True)
 
@@ -118,13 +120,13 @@ def test_second_derivatives_are_refused():
 def test_what_the_kde_refuses_is_refused(monkeypatch):
     query, centers = points(3, DIM, dtype=torch.float32), points(100, DIM).bfloat16()
     with pytest.raises(ValueError, match="same number of dimensions l"):
-        streamed.streamed_log_prob(query[:, :3], centers, H)
+        streamed_log_prob(query[:, :3], centers, H)
     with pytest.raises(ValueError, match="bandwidth must be positive"):
-        streamed.streamed_log_prob(query, centers, -1.0)
+        streamed_log_prob(query, centers, -1.0)
     monkeypatch.setenv("KDEJSD_CHECK", "1")
     centers[90, 0] = math.inf
     with pytest.raises(ValueError, match="centers must be finite, got 1 values"):
-        streamed.streamed_log_prob(query, centers, H)
+        streamed_log_prob(query, centers, H)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def test_codes_that_are_to_stay_on_the_host_do():
     module.to("meta")
     assert torch.equal(module[0].codes, stays) and module[0].indices.is_meta
     assert module[1].codes.is_meta and module[1].codes.shape == goes.shape
-    assert module.state_dict().keys() >= {"0.codes", "1.codes"}
+    assert torch.equal(module.state_dict()["0._extra_state"]["codes"], stays)
 
 
 @pytest.mark.parametrize("device", [CUDA])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .. import plots
 from .._extras import train_extra
@@ -68,37 +68,39 @@ class ImageSource(Protocol):
 Source = TypeVar("Source", bound=ImageSource)
 
 
-class BatchOrder(Sampler[Tensor]):
+class BatchOrder(DistributedSampler[Tensor]):
     """Batches of indices; shuffled anew every epoch, by the seed and the epoch's number alone.
+
+    Of several ranks each gets its own `batch_size` indices of batches that are `ranks` times as large. Being a
+    DistributedSampler tells Lightning that it has to put none in place of this.
 
     Lightning tells the epoch through `set_epoch`. `position` is the number of batches given out in this epoch, `start`
     the number that the next epoch skips: a run resumed within an epoch goes on with the batches that were left.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int | None) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int | None, rank: int = 0, ranks: int = 1) -> None:
+        super().__init__(range(count), ranks, rank)  # type: ignore[arg-type]
         self.count = count
         self.batch_size = batch_size
-        self.seed = seed
+        self.shuffle_seed = seed
         self.epoch = self.position = self.start = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         # Training leaves out what does not fill a batch: batch statistics of a handful of codes would be poor.
-        return self.count // self.batch_size if self.seed is not None else -(-self.count // self.batch_size)
+        size = self.batch_size * self.num_replicas
+        return self.count // size if self.shuffle_seed is not None else -(-self.count // size)
 
     def __iter__(self) -> Iterator[Tensor]:
         order = torch.arange(self.count)
-        if self.seed is not None:
+        if self.shuffle_seed is not None:
             # Not seed + epoch: the orders of neighbouring seeds would be shifted copies of each other.
-            mixed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)[0]) >> 1
+            mixed = int(np.random.SeedSequence((self.shuffle_seed, self.epoch)).generate_state(1, np.uint64)[0]) >> 1
             order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mixed))
-        batches = order.split(self.batch_size)[self.start : len(self)]
+        batches = order.split(self.batch_size * self.num_replicas)[self.start : len(self)]
         self.position, self.start = self.start, 0
         for batch in batches:
             self.position += 1
-            yield batch
+            yield batch.split(self.batch_size)[self.rank]
 
 
 class BatchLoader(DataLoader[Batch]):
@@ -124,7 +126,7 @@ class ImageData(pl.LightningDataModule):
     """Images to train on: a training set, a held-out set, and batches of them.
 
     Args:
-        batch_size: images per training step.
+        batch_size: images per training step, on each device.
         train_size: train on this many images, drawn by the seed; None takes all.
         labelled_size: keep the labels of this many training images, drawn by the seed, and hide those of the others
             (-1); None keeps all. Held-out images keep theirs.
@@ -196,9 +198,11 @@ class ImageData(pl.LightningDataModule):
         return self._sets[1]
 
     def train_dataloader(self) -> BatchLoader:
-        return BatchLoader(self.training, BatchOrder(len(self.training), self.batch_size, self.seed))
+        rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return BatchLoader(self.training, BatchOrder(len(self.training), self.batch_size, self.seed, rank, ranks))
 
     def val_dataloader(self) -> BatchLoader:
+        """All of the held-out images on every rank: what is measured is the same on any number of them."""
         return BatchLoader(self.held_out, BatchOrder(len(self.held_out), max(self.batch_size, 1000), None))
 
     # What a set knows of its images, and of those that a model makes like them

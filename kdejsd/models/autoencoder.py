@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import mse_loss
+from torch.nn.functional import batch_norm, mse_loss
 
+from .._ranks import gathered, summed
 from ..divergence import target_jsd
 from ..targets import Target, checked_target, target_moments
 from .base import Batch, GenerativeModel, checked
@@ -102,6 +103,15 @@ class Autoencoder(GenerativeModel):
 
     # Training
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and isinstance(self.norm, CodeNorm):
+            self.norm.synchronized = self.trainer.world_size > 1
+
+    def on_fit_end(self) -> None:
+        if isinstance(self.norm, CodeNorm):
+            self.norm.synchronized = False
+
     def configure_optimizers(self) -> Any:
         return torch.optim.Adam(self.parameters(), lr=self.learning_rate, betas=self.betas, fused=True)
 
@@ -128,44 +138,87 @@ class Autoencoder(GenerativeModel):
         images = checked(batch)[0]
         codes = self.encode(images)
         error = reconstruction_error(self.decode(codes), images)
-        self.log("val_rec", error, prog_bar=True, batch_size=len(images))
+        self.log("val_rec", error, prog_bar=True, batch_size=len(images), sync_dist=True)
         samples = self.posterior_samples(images, self._generator)
         self._codes.append(codes if samples is None else samples)
 
     def on_validation_epoch_end(self) -> None:
         codes = torch.cat(self._codes)[:JSD_SAMPLES]
-        self.log("val_jsd", self.jsd(codes, self._generator), prog_bar=True)
+        self.log("val_jsd", self.jsd(codes, self._generator), prog_bar=True, sync_dist=True)
         self._codes.clear()
 
 
-class CodeNorm(nn.BatchNorm1d):
-    """Batch normalisation of codes [n, l] to the target's mean and variance, with nothing to learn."""
+class CodeNorm(nn.Module):
+    """Batch normalisation of codes [n, l] to the target's mean and variance, with nothing to learn.
+
+    No nn.BatchNorm1d, for which nn.SyncBatchNorm.convert_sync_batchnorm would put a normalisation to mean 0 and
+    variance 1: this one knows several ranks itself.
+
+    Attributes:
+        synchronized: the batch is that of all ranks of torch.distributed's default group, which call this together.
+    """
 
     shift: Tensor
     scale: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: ClassVar[float] = 0.1
+    eps: ClassVar[float] = 1e-5
 
     def __init__(self, target: Target, latent_dim: int) -> None:
-        super().__init__(latent_dim, affine=False)
+        super().__init__()
         mean, variance = target_moments(target)
+        self.register_buffer("running_mean", torch.zeros(latent_dim))
+        self.register_buffer("running_var", torch.ones(latent_dim))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.register_buffer("shift", mean.float(), persistent=False)
         self.register_buffer("scale", variance.sqrt().float(), persistent=False)
+        self.synchronized = False
 
     def calibrate(self, parts: Iterable[Tensor]) -> None:
         """Makes the mean and variance of the codes in all parts [k, l] together the running statistics."""
-        assert self.running_mean is not None and self.running_var is not None
         moments = [(len(part), part.mean(0), part.var(0, correction=min(1, len(part) - 1))) for part in parts]
         counts, means, variances = (
             torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*moments, strict=True)
         )
-        counts = counts.to(means).unsqueeze(-1)
-        count = counts.sum()
-        mean = (counts / count * means).sum(0)
-        spread = (counts - 1) / (count - 1) * variances + counts / (count - 1) * (means - mean).square()
+        merged = _merged_moments(counts.to(means).unsqueeze(-1), means, variances)
+        if self.synchronized:
+            merged = _merged_moments(*(gathered(moment.unsqueeze(0), "moments") for moment in merged))
+        _, mean, variance = merged
         self.running_mean.copy_(mean)
-        self.running_var.copy_(spread.sum(0))
+        self.running_var.copy_(variance)
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self.shift + self.scale * super().forward(codes)
+        if self.training:
+            self.num_batches_tracked += 1
+        if self.training and self.synchronized:
+            normalized = self._over_ranks(codes)
+        else:
+            normalized = batch_norm(
+                codes, self.running_mean, self.running_var, None, None, self.training, self.momentum, self.eps
+            )
+        return self.shift + self.scale * normalized
+
+    def _over_ranks(self, codes: Tensor) -> Tensor:
+        """`batch_norm` in training with the statistics of all ranks' codes."""
+        ones = torch.ones_like(codes[:, :1])
+        sums = summed(torch.cat([codes, ones], 1).sum(0))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
+        squares = summed((codes - mean).square().sum(0))
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((squares / (count - 1)).to(self.running_var), self.momentum)
+        return (codes - mean) * (squares / count + self.eps).rsqrt()
+
+
+def _merged_moments(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number [1], mean and variance [l] of all codes from those of their parts, [k, 1] and [k, l] twice."""
+    count = counts.sum(0)
+    mean = (counts / count * means).sum(0)
+    spread = (counts - 1) / (count - 1) * variances + counts / (count - 1) * (means - mean).square()
+    return count, mean, spread.sum(0)
 
 
 def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:

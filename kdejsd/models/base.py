@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._extras import train_extra
 from .._modes import evaluating
+from .._ranks import rank_and_size
 from ..targets import Target, sample_target
 from .networks import Network
 
@@ -77,9 +78,9 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     def target_samples(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n samples [n, l] of the target on the model's device, drawn by the generator (default: from the global
-        seed)."""
+        seed, others on each rank)."""
         if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank_and_size()[0])
         return sample_target(self.target, n, generator).to(self.device)
 
     @torch.no_grad()
@@ -90,6 +91,21 @@ class GenerativeModel(pl.LightningModule, ABC):
             return torch.cat([self.decode(chunk) for chunk in codes.split(CHUNK)])
 
     # Training
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.trainer.world_size > 1 and not self.automatic_optimization:
+            raise ValueError(
+                f"{type(self).__name__} trains on one device, got {self.trainer.world_size}: its networks take turns, "
+                "and the gradients of one would not be averaged before its step"
+            )
+
+    def random(self) -> torch.Generator | None:
+        """What draws noise in training, on the model's device: None, the global generator, on one process. On several,
+        whose global generators are alike, one of this rank's own; every rank asks as often."""
+        rank, size = rank_and_size()
+        if size == 1:
+            return None
+        return torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())) + rank)
 
     @abstractmethod
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
@@ -125,6 +141,11 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._rng_state = checkpoint["rng_state"]
+
+
+def noise_like(t: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Samples of the standard normal of the shape, dtype and device of t."""
+    return torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device)
 
 
 def checked(batch: Any) -> Batch:

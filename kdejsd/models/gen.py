@@ -11,10 +11,11 @@ from torch.nn.functional import dropout
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from .._modes import evaluating
+from .._ranks import of_first
 from ..lagged import LaggedKDE
 from ..targets import Target
 from .autoencoder import Autoencoder, CodeNorm, reconstruction_error
-from .base import CHUNK, Batch, check_weight, checked
+from .base import CHUNK, Batch, check_weight, checked, noise_like
 from .stopwatch import Stopwatch
 
 
@@ -32,6 +33,9 @@ class GEN(Autoencoder):
     ("queue": at the start only), bfloat16 ones twice: first for their mean and variance.
 
     The indices of a batch let a code leave out its own lagged copy.
+
+    On several devices (Lightning's "ddp") each keeps and encodes its share of the lagged codes (`LaggedKDE.shard`), the
+    codes are normalised over the minibatches of all, and the steps are those of one device with the whole minibatch.
 
     Logged per step: `rec` (error per pixel), `latent` (the latent term, nats), `1-r` (mean of p_t / (p_e + p_t), the
     weight of the JSD's gradient: 0.5 at p_e = p_t; near 0 the codes are in the dead zone, where nothing pulls them).
@@ -131,12 +135,22 @@ class GEN(Autoencoder):
 
     # Training
 
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.trainer.world_size > 1:
+            self.lagged.shard()
+
+    def on_fit_end(self) -> None:
+        super().on_fit_end()
+        if self.trainer.world_size > 1:
+            self.lagged.gather()
+
     def on_train_start(self) -> None:
         loader = self.trainer.train_dataloader
         assert loader is not None
         dataset: Dataset[Batch] = loader.dataset
         count = len(dataset)  # type: ignore[arg-type]
-        num_lagged = len(self.lagged.indices)
+        num_lagged = self.lagged.num_centers
         if num_lagged > count:
             raise ValueError(f"num_lagged must be at most {count}, the size of the training set, got {num_lagged}")
         resumed = self.lagged.refreshed
@@ -148,12 +162,12 @@ class GEN(Autoencoder):
                     f"examples, this one has {count}"
                 )
         else:
-            indices = torch.randperm(count)[:num_lagged].sort().values
-            self.lagged.indices.copy_(indices)
+            indices = of_first(torch.randperm(count)[:num_lagged]).sort().values
+            self.lagged.indices.copy_(self.lagged.share(indices))
         self.lagged.reserve(count)
         self._training_set, self._takes_index_tensors = dataset, loader.batch_size is None
         if self.keep_images and self.refresh_policy != "queue":
-            self._kept_images = torch.cat(list(self._read_images(0, num_lagged))).to(self.device)
+            self._kept_images = torch.cat(list(self._read_images(0, len(self.lagged.indices)))).to(self.device)
         if not resumed and self.refresh_policy != "full":
             self.refresh()
         if self.refresh_policy == "queue":
@@ -266,7 +280,7 @@ class GEN(Autoencoder):
     def latent_terms(self, codes: Tensor, index: Tensor | None) -> Tensor:
         """The latent term of each code [n, l] in nats, as [n]; `index` [n] of the training examples, None for
         others."""
-        noise = torch.randn_like(codes) if self.kernel_noise else None
+        noise = noise_like(codes, self.random()) if self.kernel_noise else None
         return self.lagged.loss(codes, index, noise=noise, reduction="none")
 
     def gradient_weight(self, terms: Tensor) -> Tensor:
@@ -295,7 +309,7 @@ class GEN(Autoencoder):
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {
-            "num_lagged": len(self.lagged.codes),
+            "num_lagged": self.lagged.num_centers,
             "bandwidth": self.lagged.bandwidth,
             "smoothed": self.lagged.smoothed,
             "divergence": self.lagged.divergence,

@@ -88,4 +88,4 @@ class SemiSupervisedGEN(GEN):
         known = labels >= 0
         if bool(known.any()):
             right = (self.classify(self._codes[-1]) == labels)[known].float().mean()
-            self.log("val_acc", right, prog_bar=True, batch_size=int(known.sum()))
+            self.log("val_acc", right, prog_bar=True, batch_size=int(known.sum()), sync_dist=True)

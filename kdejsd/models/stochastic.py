@@ -12,6 +12,7 @@ from torch.nn.functional import logsigmoid
 from ..bandwidth import optimal_bandwidth
 from ..targets import Target
 from .autoencoder import CodeNorm
+from .base import noise_like
 from .gen import GEN
 from .vae import VAE
 
@@ -101,16 +102,17 @@ class StochasticGEN(GEN):
 
     def posterior_samples(self, images: Tensor, generator: torch.Generator) -> Tensor:
         mean, scale = self.posterior(images)
-        return mean + scale * torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + scale * noise_like(mean, generator)
 
     def training_codes(self, images: Tensor) -> Tensor:
         mean, scale = self.posterior(images)
-        return mean + scale * torch.randn_like(mean)
+        return mean + scale * noise_like(mean, self.random())
 
     def _lagged_codes(self) -> Iterator[Tensor]:
         width = 2 * self.latent_dim
         encoded = [self._encoded(images, width) for images in self._lagged_images(0, len(self.lagged.codes))]
         self.norm.calibrate(part[:, : self.latent_dim] for part in encoded)
+        random = self.random()
         for part in encoded:
             mean, scale = self._law(part)
-            yield mean + scale * torch.randn_like(mean)
+            yield mean + scale * noise_like(mean, random)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..targets import StandardNormal
 from .autoencoder import Autoencoder, reconstruction_error
-from .base import Batch, checked
+from .base import Batch, checked, noise_like
 from .flows import Inverse, RealNVP
 from .networks import Network
 
@@ -103,8 +103,7 @@ class VAE(Autoencoder):
 
     def posterior_samples(self, images: Tensor, generator: torch.Generator) -> Tensor:
         mean, log_variance = self.posterior(images)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-        return self._code(mean + (log_variance / 2).exp() * noise)
+        return self._code(mean + (log_variance / 2).exp() * noise_like(mean, generator))
 
     @property
     def generator(self) -> nn.Module:  # type: ignore[override]
@@ -114,7 +113,7 @@ class VAE(Autoencoder):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = checked(batch)[0]
         mean, log_variance = self.posterior(images)
-        z = mean + (log_variance / 2).exp() * torch.randn_like(mean)
+        z = mean + (log_variance / 2).exp() * noise_like(mean, self.random())
         error = reconstruction_error(self.decoder(z), images)
         if self.flow is None:
             latent = kl_to_normal(mean, log_variance).mean()

@@ -1,4 +1,5 @@
-"""The kde op over centers that lie in another dtype or another memory than the queries: a part of them at a time."""
+"""The kde op over centers that lie in another dtype or another memory than the queries, a part of them at a time, or on
+other ranks."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from .._ranks import gathered, rank_and_size
 from . import _common
 from .kde import checked_inputs
 
@@ -15,37 +18,47 @@ PART_BYTES = 2**23  # of a part in the queries' dtype; on a CPU a pass is as fas
 
 
 @torch.compiler.disable
-def streamed_log_prob(query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None = None) -> Tensor:
+def streamed_log_prob(
+    query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None = None, sharded: bool = False
+) -> tuple[Tensor, Tensor]:
     """`kdejsd.kde_log_prob` with constant centers of any floating dtype, on the queries' device or on the host.
 
     Parts of the centers are converted and moved one after the other, each into the place of an earlier one: beside the
     centers there is room for one part, or on CUDA for three of host centers. These are copied while the part before is
     computed, if they lie in pinned memory. The pass gives the gradient for the queries too; the backward is a scaling.
 
+    With centers that are sharded over R ranks each rank brings its own n queries and its own centers. The queries of
+    all ranks are gathered, each rank passes its centers for all of them, and two sums over the ranks merge what they
+    find: a rank sends about n (3 R l) numbers, whatever the number of centers.
+
     Args:
         query: [n, l] float32 or float64, the dtype of the computation. Only it gets a gradient, and no second one.
         centers: [m, l].
         bandwidth: h.
-        exclude: [n] int64, the index of the center to leave out for each query, -1 for none.
+        exclude: [n] int64, the index of the center to leave out for each query, -1 for none; of sharded centers
+            [R n], for the queries of all ranks in their order.
+        sharded: every rank of torch.distributed's default group calls this with as many queries.
 
     Returns:
-        [n] float64, in nats: the value for the centers as they are after conversion.
+        The log-densities [n] float64 in nats, of the centers as they are after conversion, and how many centers they
+        are of, [n] float64.
 
     Raises:
-        ValueError, TypeError: as `kde_log_prob`.
+        ValueError, TypeError: as `kde_log_prob`; ranks that have different numbers of queries.
         RuntimeError: centers on another device than the query's that is not the host, second derivatives, and as
             `kde_log_prob`.
     """
-    if exclude is not None and len(centers) == 1:
+    if exclude is not None and len(centers) == 1 and not sharded:
         raise ValueError("exclude_self needs at least 2 centers, got 1")
     if centers.device not in (query.device, torch.device("cpu")):
         raise RuntimeError(f"centers must be on {query.device} as the query or on the host, got {centers.device}")
+    log_sum: Tensor
+    count: Tensor
     if _common.needs_grad((query,)):
-        log_sum: Tensor = _StreamedKde.apply(query, centers, bandwidth, exclude)  # type: ignore[no-untyped-call]
+        log_sum, count = _StreamedKde.apply(query, centers, bandwidth, exclude, sharded)  # type: ignore[no-untyped-call]
     else:
-        log_sum, _ = _pass(query, centers, bandwidth, exclude, want_gradient=False)
-    count = len(centers) if exclude is None else len(centers) - (exclude >= 0).to(log_sum)
-    return log_sum - torch.as_tensor(count).to(log_sum).log()
+        log_sum, count, _ = _whole_pass(query, centers, bandwidth, exclude, sharded, want_gradient=False)
+    return log_sum - count.log(), count
 
 
 def merged(log_sums: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,20 +81,51 @@ def merged(log_sums: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
 
 class _StreamedKde(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None) -> Tensor:
-        log_sum, gradient = _pass(query, centers, bandwidth, exclude, want_gradient=True)
+    def forward(
+        ctx: Any, query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None, sharded: bool
+    ) -> tuple[Tensor, Tensor]:
+        log_sum, count, gradient = _whole_pass(query, centers, bandwidth, exclude, sharded, want_gradient=True)
         ctx.save_for_backward(gradient.to(query.dtype))
-        return log_sum
+        ctx.mark_non_differentiable(count)
+        return log_sum, count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # once_differentiable would let a gradient pass for a constant here
             raise RuntimeError(
                 "a streamed kernel density has no second derivatives (create_graph=True); keep the codes in float32 on "
                 "the device of the query, or call kdejsd.kde_log_prob"
             )
         gradient: Tensor = ctx.saved_tensors[0]
-        return grad.to(gradient.dtype).unsqueeze(-1) * gradient, None, None, None
+        return grad.to(gradient.dtype).unsqueeze(-1) * gradient, None, None, None, None
+
+
+def _whole_pass(
+    query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None, sharded: bool, want_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_pass` over the centers of all ranks, with the number of centers between its results."""
+    n = len(query)
+    if sharded:
+        query = gathered(query.detach(), "queries")
+    count = query.new_full((len(query),), len(centers), dtype=torch.float64)
+    if exclude is not None:
+        count -= (exclude >= 0).to(count)
+    log_sum, gradient = _pass(query, centers, bandwidth, exclude, want_gradient)
+    if not sharded:
+        return log_sum, count, gradient
+
+    # The rule of `merged` as sums over the ranks.
+    greatest = log_sum.clone()
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    weight = (log_sum - greatest).exp().unsqueeze(-1)
+    columns = [weight, count.unsqueeze(-1)]
+    if want_gradient:
+        columns.append((weight * gradient).masked_fill(weight == 0, 0))
+    sums = torch.cat(columns, 1).to(query.dtype)
+    dist.all_reduce(sums)
+    own = slice(n * rank_and_size()[0], n * (rank_and_size()[0] + 1))
+    total, count, gradient = sums[own].double().tensor_split((1, 2), 1)
+    return greatest[own] + total[:, 0].log(), count[:, 0], gradient / total
 
 
 def _pass(

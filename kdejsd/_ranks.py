@@ -1,0 +1,66 @@
+"""What the processes of torch.distributed's default group tell each other. One process alone is a group of one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number in the group, and how many there are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gathered(t: Tensor, name: str) -> Tensor:
+    """[R n, ...] in the order of the ranks, from [n, ...] of each; no gradient passes.
+
+    Raises:
+        ValueError: a rank has another n (on a GPU finding out would wait for the device: there KDEJSD_CHECK=1 in the
+            environment makes it an error).
+    """
+    size = dist.get_world_size()
+    if t.device.type == "cpu" or os.environ.get("KDEJSD_CHECK") == "1":
+        own = torch.tensor([len(t)], device=t.device)
+        counts = own.new_empty(size)
+        dist.all_gather_into_tensor(counts, own)
+        if bool((counts != own).any()):
+            raise ValueError(f"{name} must be as many on every rank, got {counts.tolist()}")
+    whole = t.new_empty(size * len(t), *t.shape[1:])
+    if t.numel():
+        dist.all_gather_into_tensor(whole, t.detach().contiguous())
+    return whole
+
+
+def of_first(t: Tensor) -> Tensor:
+    """The first rank's tensor, of the same shape and dtype as the others'; moved through the group's own device."""
+    if rank_and_size()[1] > 1:
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+        sent = t.to(device)
+        dist.broadcast(sent, 0)
+        t = sent.to(t.device)
+    return t
+
+
+def summed(t: Tensor) -> Tensor:
+    """The sum of all ranks' tensors of the same shape, differentiable: the gradient is that of the sum of all ranks'
+    losses."""
+    result: Tensor = _Sum.apply(t)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        total = t.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _Sum.apply(grad)  # type: ignore[no-untyped-call, no-any-return]

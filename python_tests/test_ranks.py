@@ -1,0 +1,271 @@
+"""Lagged codes that are sharded over the ranks of torch.distributed, against one process that has them all: real
+processes, which talk through gloo."""
+
+import contextlib
+import math
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import points
+
+from kdejsd import GaussianMixture
+from kdejsd.lagged import LaggedKDE
+
+DIM, H = 4, 0.7
+N = 6  # queries of all ranks
+
+
+def started(rank, ranks, port, folder, work):
+    """One process of a group, whose results go into a file."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    torch.save(work(rank, ranks), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def results(ranks, folder, work):
+    """What `work(rank, ranks)` returns in each process of a group, in the order of the ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    mp.spawn(started, (ranks, port, folder, work), nprocs=ranks)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+# ---- The density and the loss. Each case gives a module and its queries; run on one process and on several.
+
+
+def lagged(m, dtype=torch.float64, **settings):
+    module = LaggedKDE(m, DIM, H, **settings)
+    return module.to(dtype) if dtype == torch.float64 else module
+
+
+def mixture():
+    return GaussianMixture(points(3, DIM, seed=5), torch.full((3,), 0.8), torch.tensor([0.2, 0.3, 0.5])).float()
+
+
+CASES = {
+    "even": lambda: (lagged(60), points(N, DIM)),
+    "uneven": lambda: (lagged(61), points(N, DIM)),
+    "float32": lambda: (lagged(61, torch.float32), points(N, DIM, dtype=torch.float32)),
+    "bfloat16": lambda: (lagged(61, torch.float32, storage_dtype=torch.bfloat16), points(N, DIM, dtype=torch.float32)),
+    "as many as ranks": lambda: (lagged(3), points(N, DIM)),
+    "kl": lambda: (lagged(60, divergence="kl"), points(N, DIM)),
+    "mixture": lambda: (lagged(60, target=mixture()), points(N, DIM)),
+    "paper": lambda: (lagged(60, smoothed=False), points(N, DIM)),
+    "far": lambda: (lagged(60), 1e6 * points(N, DIM)),
+    "no queries": lambda: (lagged(60), points(0, DIM)),
+    "NaN query": lambda: (lagged(60), points(N, DIM).index_fill(0, torch.tensor([4]), math.nan)),
+    "duplicates": lambda: (lagged(60), points(1, DIM).repeat(N, 1)),
+}
+INDEX = torch.tensor([5, 59, -1, 2, 41, 70])  # the examples of the queries; one has no lagged code, one no example
+
+
+def measures(module, queries, share, examples):
+    """All that a rank computes of its share of the queries."""
+    module.refresh(module.share(points(module.num_centers, DIM, seed=1)), module.share(examples))
+    index, noise = INDEX[: len(queries)][share], points(len(queries), DIM, seed=2)[share]
+    found = {"log_prob": module.log_prob(queries[share])}
+    for name, arguments in {
+        "loss": {},
+        "loss without own copy": {"index": index},
+        "loss with noise": {"index": index, "noise": noise.to(queries)},
+        "loss with noise of unknown examples": {"noise": noise.to(queries)},
+    }.items():
+        z = queries[share].clone().requires_grad_()
+        terms = module.loss(z, reduction="none", **arguments)
+        (found[f"{name}: gradient"],) = torch.autograd.grad(terms.sum(), z)
+        found[name] = terms.detach()
+    return found
+
+
+def examples_of(m):
+    return torch.randperm(80, generator=torch.Generator().manual_seed(3))[:m]
+
+
+def sharded_measures(rank, ranks):
+    found = {}
+    for name, make in CASES.items():
+        module, queries = make()
+        module.shard()
+        n = len(queries) // ranks
+        found[name] = measures(module, queries, slice(n * rank, n * (rank + 1)), examples_of(module.num_centers))
+    return found | {"state": states(rank, ranks), "errors": errors(rank, ranks), "sent": sent(), "nan": nan(rank)}
+
+
+def states(rank, ranks):
+    """Of each life of a module the state at its end."""
+    found = {}
+    for name, m in (("even", 60), ("uneven", 61)):
+        module = lagged(m)
+        module.refresh(points(m, DIM, seed=1), examples_of(m))
+        module.shard()
+        module.update(module.share(points(m, DIM, seed=4))[:5], 0)
+        found[name] = module.state_dict()
+        other = lagged(m)
+        other.shard()
+        other.load_state_dict(found[name])
+        assert torch.equal(other.codes, module.codes) and torch.equal(other.indices, module.indices)
+        module.gather()
+        found[name, "gathered"] = module.state_dict()
+    queue = lagged(60)
+    queue.refresh(points(60, DIM, seed=1), examples_of(60))
+    queue.shard()
+    for step in range(9):
+        pushed, examples = points(12, DIM, seed=10 + step), (torch.arange(12) + 12 * step) % 80
+        n = 12 // ranks
+        queue.push(pushed[n * rank : n * (rank + 1)], examples[n * rank : n * (rank + 1)])
+    found["queue"] = queue.state_dict()
+    return found
+
+
+def errors(rank, ranks):
+    found = {}
+    module = lagged(60)
+    for name, wrong in {
+        "fewer codes than ranks": lambda: LaggedKDE(1, DIM, H).shard(),
+        "sharded twice": lambda: (module.shard(), module.shard()),
+        "whole refresh": lambda: module.refresh(points(60, DIM)),
+        "queries of other number": lambda: (
+            module.refresh(points(60 // ranks, DIM)),
+            module.loss(points(2 + rank, DIM)),
+        ),
+        "second derivative": lambda: torch.autograd.grad(
+            module.loss((z := points(2, DIM)).requires_grad_()), z, create_graph=True
+        ),
+        "uneven queue": lambda: (
+            (uneven := LaggedKDE(61, DIM, H)).shard(),
+            uneven.refresh(uneven.share(points(61, DIM))),
+            uneven.push(points(3, DIM), torch.arange(3)),
+        ),
+    }.items():
+        with contextlib.suppress(AssertionError):
+            try:
+                wrong()
+                found[name] = "nothing was raised"
+            except (ValueError, RuntimeError) as error:
+                found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def sent():
+    """Numbers that go into collectives in a step, by m."""
+    found = {}
+    collectives = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor", "broadcast")}
+    for m in (60, 6000):
+        module = lagged(m, torch.float32)
+        module.shard()
+        module.refresh(module.share(points(m, DIM)), module.share(torch.arange(m)))
+        counts = []
+
+        def counted(collective, counts=counts):
+            def call(t, *arguments, **settings):
+                counts.append(t.numel())
+                return collective(t, *arguments, **settings)
+
+            return call
+
+        for name, collective in collectives.items():
+            setattr(dist, name, counted(collective))
+        module.loss(points(5, DIM, dtype=torch.float32).requires_grad_(), torch.arange(5)).backward()
+        for name, collective in collectives.items():
+            setattr(dist, name, collective)
+        found[m] = sum(counts)
+    return found
+
+
+def nan(rank):
+    module = lagged(60)
+    module.shard()
+    module.refresh(module.share(points(60, DIM)))
+    if rank == 1:
+        module.codes[3, 1] = math.nan
+    return module.loss(points(2, DIM), reduction="none")
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def found(request, tmp_path_factory):
+    return results(request.param, tmp_path_factory.mktemp("ranks"), sharded_measures)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_density_and_gradient_are_those_of_one_process_with_all_codes(found, case):
+    module, queries = CASES[case]()
+    expected = measures(module, queries, slice(None), examples_of(module.num_centers))
+    tolerance = 1e-12 if module.codes.dtype == torch.float64 else 2e-6
+    for name, whole in expected.items():
+        parts = torch.cat([of_rank[case][name] for of_rank in found])
+        assert parts.dtype == whole.dtype
+        torch.testing.assert_close(parts, whole, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
+
+
+def test_nan_on_one_rank_reaches_all(found):
+    assert all(of_rank["nan"].isnan().all() for of_rank in found)
+
+
+def test_what_is_sent_does_not_depend_on_the_number_of_codes(found):
+    ranks = len(found)
+    for of_rank in found:
+        few, many = of_rank["sent"].values()
+        queries = 5 * ranks
+        sizes = 2 * ranks  # of the two gatherings, in numbers
+        assert few == many == queries * (DIM + 1) + queries * (DIM + 3) + sizes
+
+
+@pytest.mark.parametrize("name, m", [("even", 60), ("uneven", 61)])
+def test_the_state_is_that_of_one_process(found, name, m):
+    expected = lagged(m)
+    expected.refresh(points(m, DIM, seed=1), examples_of(m))
+    expected.update(points(m, DIM, seed=4)[: 5 * len(found)], 0)
+    for of_rank in found:
+        torch.testing.assert_close(of_rank["state"][name], expected.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(of_rank["state"][name, "gathered"], expected.state_dict(), rtol=0, atol=0)
+
+
+def test_a_queue_over_ranks_holds_the_newest_codes_in_their_order(found):
+    expected = lagged(60)
+    expected.refresh(points(60, DIM, seed=1), examples_of(60))
+    for step in range(9):
+        expected.push(points(12, DIM, seed=10 + step), (torch.arange(12) + 12 * step) % 80)
+    whole = lagged(60)
+    whole.load_state_dict(found[0]["state"]["queue"])
+    assert whole.oldest == expected.oldest
+    # Of a minibatch the codes of one rank stand by turns with those of the others.
+    for module in (whole, expected):
+        module.by_age = module.indices.roll(-module.oldest).view(5, 12).sort().values
+        module.sorted = module.codes[module.indices.sort().indices]
+    assert torch.equal(whole.by_age, expected.by_age) and torch.equal(whole.sorted, expected.sorted)
+    z, index = points(7, DIM), torch.tensor([0, 79, 27, 28, -1, 3, 50])
+    torch.testing.assert_close(whole.loss(z, index), expected.loss(z, index))
+
+
+def test_what_cannot_be_done_is_refused_on_every_rank(found):
+    ranks = len(found)
+    for of_rank in found:
+        text = of_rank["errors"]
+        assert text["fewer codes than ranks"] == (
+            f"ValueError: num_centers must be at least {ranks}, the number of ranks, got 1"
+        )
+        assert text["sharded twice"] == "RuntimeError: the codes are sharded already"
+        assert f"codes must have shape [{60 // ranks}, 4], got [60, 4]" in text["whole refresh"]
+        counts = list(range(2, 2 + ranks))
+        assert text["queries of other number"] == f"ValueError: queries must be as many on every rank, got {counts}"
+        assert "no second derivatives" in text["second derivative"]
+        assert f"num_centers must be a multiple of {ranks}, the number of ranks, for push" in text["uneven queue"]
+
+
+def test_one_process_shards_nothing():
+    module, queries = CASES["even"]()
+    expected = measures(module, queries, slice(None), examples_of(60))
+    module.shard()
+    torch.testing.assert_close(measures(module, queries, slice(None), examples_of(60)), expected, rtol=0, atol=0)
+    module.gather()
+    torch.testing.assert_close(measures(module, queries, slice(None), examples_of(60)), expected, rtol=0, atol=0)

@@ -26,14 +26,16 @@ def gathered(t: Tensor, name: str) -> Tensor:
     """
     size = dist.get_world_size()
     if t.device.type == "cpu" or os.environ.get("KDEJSD_CHECK") == "1":
-        own = torch.tensor([len(t)], device=t.device)
-        counts = own.new_empty(size)
-        dist.all_gather_into_tensor(counts, own)
-        if bool((counts != own).any()):
-            raise ValueError(f"{name} must be as many on every rank, got {counts.tolist()}")
+        counts = _gathered(torch.tensor([len(t)], device=t.device), size).tolist()
+        if counts != [len(t)] * size:
+            raise ValueError(f"{name} must be as many on every rank, got {counts}")
+    return _gathered(t.detach().contiguous(), size)
+
+
+def _gathered(t: Tensor, size: int) -> Tensor:
     whole = t.new_empty(size * len(t), *t.shape[1:])
     if t.numel():
-        dist.all_gather_into_tensor(whole, t.detach().contiguous())
+        dist.all_gather(list(whole.chunk(size)), t)  # into views: no copy of the whole is made
     return whole
 
 

@@ -167,7 +167,7 @@ class GEN(Autoencoder):
         self.lagged.reserve(count)
         self._training_set, self._takes_index_tensors = dataset, loader.batch_size is None
         if self.keep_images and self.refresh_policy != "queue":
-            self._kept_images = torch.cat(list(self._read_images(0, len(self.lagged.indices)))).to(self.device)
+            self._kept_images = torch.cat(list(self._read_images(0, len(self.lagged.indices))))
         if not resumed and self.refresh_policy != "full":
             self.refresh()
         if self.refresh_policy == "queue":
@@ -217,8 +217,7 @@ class GEN(Autoencoder):
         if self._kept_images is not None:
             yield from self._kept_images[start:end].split(CHUNK)
         else:
-            for images in self._read_images(start, end):
-                yield images.to(self.device)
+            yield from self._read_images(start, end)
 
     def _read_images(self, start: int, end: int) -> Iterator[Tensor]:
         """The same from the training set."""
@@ -229,7 +228,7 @@ class GEN(Autoencoder):
             else:
                 examples = Subset(self._training_set, chosen.tolist())
                 batch = next(iter(DataLoader(examples, batch_size=len(chosen), generator=torch.Generator())))
-            yield checked(batch)[0]
+            yield checked(batch)[0].to(self.device, self.dtype)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None

@@ -258,6 +258,27 @@ def test_large_m_bench_keeps_memory_small_and_says_what_rounding_does(tmp_path):
     assert all(float(row["last_rec"]) < 0.8 * float(row["first_rec"]) for row in trained)
 
 
+def test_ranks_bench_holds_its_model_against_real_ranks(tmp_path):
+    table = tmp_path / "ranks.csv"
+    done = run("--quick", "--csv", str(table), script="bench_ranks.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    measured = [row for row in rows if row["part"] == "measured"]
+    assert [(row["m"], row["l"]) for row in measured] == [("2000", "8"), ("4000", "64")]
+    for row in measured:
+        parts = [float(row[f"{part}_ms"]) for part in ("kernel", "gather", "sum")]
+        assert min(parts) > 0 and float(row["model_ms"]) == pytest.approx(sum(parts))
+        assert 0 < float(row["p20"]) <= float(row["ms"]) <= float(row["p80"])
+    reckoned = {(row["ranks"], row["m"], row["l"]): row for row in rows if row["part"] == "reckoned"}
+    alone, many = (reckoned[ranks, "1000000", "64"] for ranks in ("1", "64"))
+    # The work of a rank, its own share of pairs, stays the same; memory and refresh are shared.
+    assert float(alone["kernel_ms"]) == pytest.approx(float(many["kernel_ms"]), rel=0.01)
+    assert float(alone["kernel_ms"]) == pytest.approx(1e3 * 2 * 512 * 1_000_000 * 64 / 33.5e12 / 0.7)
+    assert float(alone["codes_mib"]) == pytest.approx(64 * float(many["codes_mib"]))
+    assert float(alone["gather_ms"]) == float(alone["sum_ms"]) == 0
+
+
 @pytest.mark.parametrize("ablation", [False, True])
 def test_entropies_of_codes_go_on_where_they_stopped(tmp_path, ablation):
     table = tmp_path / "table2.csv"

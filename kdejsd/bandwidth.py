@@ -46,7 +46,7 @@ class OptimalBandwidth:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of `value`: std / sqrt(number of trials)."""
+        """The standard error of `value`, std / sqrt(number of trials)."""
         return self.std / math.sqrt(len(self.trials))
 
 

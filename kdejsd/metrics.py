@@ -75,22 +75,22 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
         seed: of the samples that the codes are compared with.
 
     Returns:
-        count: number of images.
-        reconstruction_error: mean squared error per pixel.
-        latent_term: the training loss's, in nats (GEN).
-        gradient_weight: mean of 1 - r = p_t / (p_e + p_t); 0.5 where p_e = p_t, near 0 in the dead zone (GEN).
-        jsd, jsd_of_target: `Autoencoder.jsd` of at most 10 000 codes, in nats, and of as many samples of the target.
-            GEN measures by the kernel that it was trained with, the other models by the optimal one.
-        matched_jsd, matched_jsd_of_target: `target_jsd` of both, by the optimal kernel for every model.
-        entropy, entropy_of_normal: of the whitened codes and of as many samples of the standard normal, in nats, each
-            from at most 10 000 (`kde_entropy`, which is biased alike for both); None for codes that cannot be whitened.
-        variance, expected_variance: of each dimension, and what the loss aims at (`Autoencoder.expected_variance`;
-            None if that is negative: there is no such optimum).
-        mean: of each dimension.
-        covariance_eigenvalues: ascending.
-        posterior: for a model whose encoder gives a law (VAE, StochasticGEN), the numbers of one sample of each image's
-            posterior, which are what should follow the target. latent_term and gradient_weight are of these samples;
-            the others above are of the posterior means.
+        * count: number of images.
+        * reconstruction_error: mean squared error per pixel.
+        * latent_term: the training loss's, in nats (GEN).
+        * gradient_weight: mean of 1 - r = p_t / (p_e + p_t); 0.5 where p_e = p_t, near 0 in the dead zone (GEN).
+        * jsd, jsd_of_target: `Autoencoder.jsd` of at most 10 000 codes, in nats, and of as many samples of the target.
+          GEN measures by the kernel that it was trained with, the other models by the optimal one.
+        * matched_jsd, matched_jsd_of_target: `target_jsd` of both, by the optimal kernel for every model.
+        * entropy, entropy_of_normal: of the whitened codes and of as many samples of the standard normal, in nats, each
+          from at most 10 000 (`kde_entropy`, which is biased alike for both); None for codes that cannot be whitened.
+        * variance, expected_variance: of each dimension, and what the loss aims at (`Autoencoder.expected_variance`;
+          None if that is negative: there is no such optimum).
+        * mean: of each dimension.
+        * covariance_eigenvalues: ascending.
+        * posterior: for a model whose encoder gives a law (VAE, StochasticGEN), the numbers of one sample of each
+          image's posterior, which are what should follow the target. latent_term and gradient_weight are of these
+          samples; the others above are of the posterior means.
     """
     generator = torch.Generator(encoded.codes.device).manual_seed(seed)
     index = torch.arange(len(encoded.codes), device=encoded.codes.device) if training else None
@@ -144,8 +144,8 @@ def divergence_measures(model: GAN, images: Any, *, seed: int = 0) -> dict[str, 
         seed: of the latents of as many generated images.
 
     Returns:
-        count: of images, at most 10 000, and a multiple of the model's packing.
-        divergence: `GAN.divergence`; NaN for a count of 0.
+        * count: of images, at most 10 000, and a multiple of the model's packing.
+        * divergence: `GAN.divergence`; NaN for a count of 0.
     """
     count = min(len(images), JSD_SAMPLES) // model.packing * model.packing
     generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,5 @@
-"""Pictures of a trained model. Each function returns a figure, `.savefig(path)` writes it; nothing here touches
-matplotlib's backend or its global state."""
+"""Pictures of a trained model. Each function returns a figure, which its `savefig(path)` writes; nothing here
+touches matplotlib's backend or its global state."""
 
 from __future__ import annotations
 

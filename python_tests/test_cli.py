@@ -345,6 +345,12 @@ def test_resume_goes_on_with_the_settings_of_the_run(run, trained):
             assert torch.equal(value, resumed["state_dict"][name]), name
 
 
+def test_resume_of_a_finished_run_writes_its_report(run, trained):
+    folder, _ = trained
+    run("fit", "--ckpt_path=runs/digits-1/checkpoints/last.ckpt", "--out=finished", cwd=folder)
+    assert metrics(folder / "finished")["held_out"] == metrics(folder / "runs/digits-1")["held_out"]
+
+
 def test_yaml_network_mixture_and_mnist(run, tmp_path):
     write_mnist(tmp_path / "files" / "mnist", compressed=True, counts=(60, 30))
     (tmp_path / "settings.yaml").write_text(

@@ -96,11 +96,11 @@ class Grid2D(ImageData):
         that are 1 - exp(-4.5) = 98.9 % of the points. NaN all of them if a point is.
 
         Returns:
-            modes_captured: how many modes have a point of high quality.
-            high_quality_share: of the points.
-            reverse_kl: KL(Q || P) in nats, Q the shares of the points in the modes, each point counted for its nearest
-                one, and P the equal shares of the law: 0 to log((2n + 1)^2). For n points of the law itself about
-                (K - 1) / (2 n).
+            * modes_captured: how many modes have a point of high quality.
+            * high_quality_share: of the points.
+            * reverse_kl: KL(Q || P) in nats, Q the shares of the points in the modes, each point counted for its
+              nearest one, and P the equal shares of the law: 0 to log((2n + 1)^2). For n points of the law itself about
+              (K - 1) / (2 n).
         """
         best, nearest = self.logits(images).max(1)
         if bool(best.isnan().any()):

@@ -71,7 +71,7 @@ class DiversityReport:
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Of the classes under the prior: the share of the samples that are of each."""
+        """Of the classes under the prior, as the share of the samples that are of each."""
         return tuple(count / self.num_samples for count in self.counts)
 
     def as_dict(self) -> dict[str, Any]:
@@ -261,7 +261,7 @@ class DiversityComparison:
 
     @property
     def more_diverse(self) -> Literal["a", "b"] | None:
-        """The generator of the greater collision entropy; None where the interval holds 0: the data cannot tell."""
+        """The generator of the greater collision entropy; None where the interval holds 0 and the data cannot tell."""
         low, high = self.entropy_interval
         return "a" if low > 0 else "b" if high < 0 else None
 

@@ -319,7 +319,8 @@ class GEN(Autoencoder):
         }
 
     def run_measures(self) -> dict[str, float]:
-        assert self.stopwatch is not None
+        if self.stopwatch is None:  # resumed where there was nothing left to do
+            return {}
         return {"latent_time_share": self.stopwatch.share("latent", "step")}
 
     def on_validation_epoch_start(self) -> None:

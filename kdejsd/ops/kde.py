@@ -30,7 +30,7 @@ def kde_log_prob(
 ) -> Tensor:
     """Log-density of a kernel density estimate with normalised Gaussian kernels, in nats.
 
-    log p_e(z') = logsumexp_i [log w_i - l log h_i - |z' - z_i|^2 / (2 h_i^2)] - (l/2) log(2 pi)   (GENs, eqs. 5-6)
+        log p_e(z') = logsumexp_i [log w_i - l log h_i - |z' - z_i|^2 / (2 h_i^2)] - (l/2) log(2 pi)   (GENs, eqs. 5-6)
 
     One streamed pass gives the value and the gradient for the queries (and for a single bandwidth); gradients for the
     centers, the weights and a bandwidth per center take a second, deterministic pass. No n x m array is ever made,

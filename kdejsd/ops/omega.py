@@ -38,7 +38,7 @@ def omega(
 ) -> Tensor | OmegaMax:
     """Pairwise Lipschitz ratio of an encoder f, the regulariser of LC-VAE (Manoj).
 
-    omega(I1, I2) = |f(I1) - f(I2)|^2 / |I1 - I2|^2
+        omega(I1, I2) = |f(I1) - f(I2)|^2 / |I1 - I2|^2
 
     Every ratio is a lower bound of the squared Lipschitz constant of f, the largest one (reduction "max") the best of
     them. A pair of equal inputs, whose squared distance is 0 in the dtype of the computation, counts as 0 and has no

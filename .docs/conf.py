@@ -1,0 +1,64 @@
+"""The site: `pip install ".[docs]" && sphinx-build -W .docs build/docs` from the root of the repository."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+import kdejsd
+
+project = "kdejsd"
+release = kdejsd.__version__
+copyright = "the authors of kdejsd, MIT licence"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+myst_enable_extensions = ["dollarmath", "deflist"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = f"kdejsd {release}"
+html_copy_source = False
+
+default_role = "py:obj"  # a name in single backticks is a link where it is a name of ours
+highlight_language = "none"
+python_maximum_signature_line_length = 100
+toc_object_entries_show_parents = "hide"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # what Lightning says of its methods is told there
+autodoc_default_options = {"members": True}
+napoleon_use_param = False  # "encoder, decoder: ..." is one entry for two arguments
+napoleon_use_ivar = True
+napoleon_custom_sections = ["Returns"]  # as text: what stands before a colon there is no type
+
+_QUOTED = re.compile(r"(``?[^`]+``?)")
+_SPECIAL = re.compile(r"[\\*|]|(?<=\w)_(?!\w)|(?<=\b\w)\.(?!\S)")  # the last: "l." is no number of a list
+
+
+def as_rst(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text but for their sections, lists and backticks: a block that is indented after an empty
+    line is a formula or a table, to be shown as it is; elsewhere `|x|` and `a * b` are no markup."""
+    found: list[str] = []
+    depth = 0  # of the last line that was no formula
+    literal = False
+    for before, line in pairwise(["", *lines]):
+        indent = len(line) - len(line.lstrip())
+        if line and not before and found:
+            begins = indent > depth and not literal
+            if begins:
+                found += [" " * depth + "::", ""]
+            literal = indent > depth
+        if line and not literal:
+            depth = indent
+            parts = _QUOTED.split(line)
+            parts[::2] = [_SPECIAL.sub(r"\\\g<0>", part) for part in parts[::2]]
+            line = "".join(parts)
+            if re.match(r" *\\\* ", line):  # a list
+                line = line.replace("\\*", "*", 1)
+        found.append(line)
+    lines[:] = found
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon's

@@ -4,6 +4,7 @@ import gzip
 import math
 import os
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from helpers import generator
 from PIL import Image
 from scipy.io import savemat
 
-from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, Grid2D, ImageFolder
+from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, Grid2D, ImageData, ImageFolder, base
 
 FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 
@@ -413,3 +414,33 @@ def test_measures_of_the_modes():
 def test_a_grid_refuses(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_data_with_images_that_are_not_finite_are_refused():
+    class Spoiled(ImageData):
+        def load(self):
+            training, held_out = Digits().load()
+            training.images[[3, 5], 0, 0, 0] = torch.nan
+            return training, held_out
+
+    with pytest.raises(
+        ValueError, match=r"Spoiled must have finite images, and 2 of its 1438 training images .*: 3, 5"
+    ):
+        Spoiled().setup()
+
+
+@pytest.mark.parametrize(("data", "write"), [(MNIST, write_mnist), (SVHN, write_svhn)])
+def test_a_file_that_vanishes_while_it_is_looked_for(tmp_path, monkeypatch, data, write):
+    write(tmp_path, **({"compressed": True} if data is MNIST else {}))
+    found = base.find
+
+    def find_and_lose(*args):
+        path = found(*args)
+        path.unlink()
+        return path
+
+    monkeypatch.setattr(sys.modules[data.__module__], "find", find_and_lose)
+    with pytest.raises(
+        FileNotFoundError, match=f"{data.__name__} cannot read {tmp_path}/train.*: No such file.*to get it"
+    ):
+        data(str(tmp_path)).setup()

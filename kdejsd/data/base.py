@@ -181,7 +181,7 @@ class ImageData(pl.LightningDataModule):
         images = training.read()
         if self.labelled_size is not None:
             images = ImageSet(images.images, self._hidden(images.labels, self.labelled_size))
-        self._sets = images, held_out.read()
+        self._sets = _finite(self, "training", images), _finite(self, "held-out", held_out.read())
 
     @property
     def training(self) -> ImageSet:
@@ -241,6 +241,19 @@ class ImageData(pl.LightningDataModule):
         return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
 
 
+def _finite(data: ImageData, part: str, images: ImageSet) -> ImageSet:
+    """The images, if all their values are finite."""
+    if images.images.is_floating_point():
+        bad = (~images.images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        if bad:
+            some = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
+            raise ValueError(
+                f"{type(data).__name__} must have finite images, and {len(bad)} of its {len(images)} {part} images "
+                f"have NaN or infinity: {some}"
+            )
+    return images
+
+
 def find(data: ImageData, root: Path, folder: str, names: Sequence[str], how_to_get: str) -> Path:
     """The file or folder of one of these names, in the root or in its folder; names that stand first go first.
 
@@ -256,3 +269,8 @@ def find(data: ImageData, root: Path, folder: str, names: Sequence[str], how_to_
         f"{type(data).__name__} needs {' or '.join(names)}, which is neither in {folders[0]} nor in {folders[1]}. "
         f"Name its folder with --data.root; {how_to_get}"
     )
+
+
+def unreadable(data: ImageData, path: Path, error: OSError, how_to_get: str) -> OSError:
+    """The error for a file that was there when it was looked for."""
+    return type(error)(f"{type(data).__name__} cannot read {path}: {error.strerror}; {how_to_get}")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ImageData, ImageSet, find
+from .base import ImageData, ImageSet, find, unreadable
 
 
 class MNIST(ImageData):
@@ -58,6 +58,8 @@ class MNIST(ImageData):
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise self._damaged(path, "a whole gzip file", str(error)) from error
+        except OSError as error:
+            raise unreadable(self, path, error, self._how_to_get(path.name.removesuffix(".gz"))) from error
         header = 4 + 4 * dimensions
         if len(content) < header:
             raise self._damaged(path, f"at least the {header} bytes of an idx header", f"{len(content)} bytes")

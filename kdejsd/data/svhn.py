@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from scipy.io import loadmat
 
-from .base import ImageData, ImageSet, find
+from .base import ImageData, ImageSet, find, unreadable
 
 
 class SVHN(ImageData):
@@ -41,8 +41,11 @@ class SVHN(ImageData):
     def _part(self, name: str) -> ImageSet:
         path = find(self, self.root, "svhn", (name,), self._how_to_get(name))
         try:
-            content = loadmat(path, variable_names=("X", "y"))
+            with path.open("rb") as file:
+                content = loadmat(file, variable_names=("X", "y"))
             pixels, labels = content["X"], content["y"].reshape(-1)
+        except FileNotFoundError as error:
+            raise unreadable(self, path, error, self._how_to_get(name)) from error
         except Exception as error:  # of many kinds: the reader trusts what it reads
             raise self._damaged(path, "a MATLAB file of version 5 with X and y", repr(error)) from error
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):

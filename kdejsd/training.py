@@ -1,4 +1,4 @@
-"""What `kdejsd fit`, `evaluate` and `score` do: training by LightningCLI, checkpoints, the scores of images."""
+"""What `kdejsd fit`, `evaluate` and `score` do: training by LightningCLI, reports, the scores of images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ._extras import train_extra
+from .checkpoints import RunCheckpoint, WholeCheckpointIO, load_checkpoint
 from .classifier import load_classifier
 from .data import ImageData, ImageSet
 from .models import Autoencoder, ImageGEN, ImageModel
@@ -29,13 +31,12 @@ with train_extra():
     import lightning.pytorch as pl
     from jsonargparse import ArgumentParser
     from jsonargparse.typing import PositiveFloat
-    from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+    from lightning.pytorch.callbacks import TQDMProgressBar
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from lightning.pytorch.loggers import TensorBoardLogger
 
 _DEFAULT_STEPS = 5000  # when neither steps, epochs nor a time are given
-_INTERRUPTED = "interrupted.ckpt"
 _CHUNK = 1000  # images at a time
 
 
@@ -44,15 +45,24 @@ def fit(args: list[str]) -> int:
     _quiet()
     cli = FitCLI(_with_config_of_checkpoint(args))
     cli.datamodule.setup()
+    checkpoint = cli.checkpoint
     started = time.perf_counter()
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.ckpt_path)
-    except SystemExit:  # how Lightning ends after Ctrl-C
-        checkpoint = cli.folder / "checkpoints" / _INTERRUPTED
-        if not checkpoint.exists():
+    except SystemExit:  # how Lightning ends after Ctrl-C or SIGTERM
+        if checkpoint.step is None:
             raise
-        print(f"\nstopped at step {cli.trainer.global_step}; to go on: kdejsd fit --ckpt_path {checkpoint}")
-        return 130
+        print(f"\nstopped; {checkpoint.how_to_go_on()}")
+        return 128 + (signal.SIGTERM if cli.trainer.received_sigterm else signal.SIGINT)
+    except Exception as error:
+        if checkpoint.step is not None:
+            print(f"\nstopped by an error; {checkpoint.how_to_go_on()}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno is not None:  # not one of ours: the logger's, of a full disk
+            raise OSError(f"the run cannot write to {cli.folder}: {error.strerror}") from error
+        raise
+    # Of a run that a limit of time has stopped: Lightning has validated it once more, which renews a GEN's codes.
+    if checkpoint.path.exists():
+        cli.model.load_state_dict(load_checkpoint(checkpoint.path)["state_dict"])
     run = {
         "epochs": cli.trainer.current_epoch,
         "steps": cli.trainer.global_step,
@@ -60,7 +70,12 @@ def fit(args: list[str]) -> int:
         "wall_time_s": time.perf_counter() - started,
         **cli.model.run_measures(),
     }
-    print(write_report(cli.folder, cli.model, cli.datamodule, run))
+    try:
+        print(write_report(cli.folder, cli.model, cli.datamodule, run))
+    except OSError as error:
+        raise OSError(
+            f"the report cannot be written to {cli.folder}: {error}; once it can: kdejsd evaluate {checkpoint.path}"
+        ) from error
     print(f"report: {cli.folder}")
     return 0
 
@@ -80,7 +95,8 @@ def evaluate(args: list[str]) -> int:
     config, checkpoint, model, data_module = open_checkpoint(parser, args)
     classifier = None if config.classifier is None else load_classifier(config.classifier, data_module.image_shape)
     folder = _fresh_folder(config.out, _run_folder(config.checkpoint) / "evaluation")
-    run = {"checkpoint": config.checkpoint, "epochs": checkpoint["epoch"], "steps": checkpoint["global_step"]}
+    begun = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["started"]  # "epoch" may be the one before
+    run = {"checkpoint": config.checkpoint, "epochs": begun, "steps": checkpoint["global_step"]}
     print(write_report(folder, model, data_module, run, classifier))
     (folder / "config.yaml").write_text(parser.dump(config))
     print(f"report: {folder}")
@@ -206,7 +222,7 @@ def _run_folder(checkpoint: str) -> Path:
 
 
 class FitCLI(LightningCLI):
-    """`kdejsd fit`: every setting of trainer, model and data, a fresh folder per run, a checkpoint on Ctrl-C."""
+    """`kdejsd fit`: every setting of trainer, model and data, a fresh folder per run."""
 
     config: Any
     model: ImageModel
@@ -220,6 +236,7 @@ class FitCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            save_config_callback=RunConfig,
             run=False,
             args=args,
             parser_kwargs={
@@ -279,43 +296,27 @@ class FitCLI(LightningCLI):
             config.trainer.max_steps = kwargs["max_steps"] = _DEFAULT_STEPS
         # The saved configuration is for the next run, which has a folder of its own and starts where it is told to.
         config.out = config.ckpt_path = None
+        self.save_config_kwargs = {"folder": self.folder, "save_to_log_dir": False}
         if given.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(save_dir=self.folder, name="", version="")
-        checkpoints = self.folder / "checkpoints"
-        self.trainer_defaults["callbacks"] = [
-            ModelCheckpoint(checkpoints, "last", save_top_k=1, enable_version_counter=False),
-            InterruptCheckpoint(checkpoints / _INTERRUPTED),
-        ]
+        self.checkpoint = RunCheckpoint(self.folder / "checkpoints" / "last.ckpt")
+        self.trainer_defaults["callbacks"] = [self.checkpoint]
+        plugins = given.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
         if given.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(RunProgressBar())
         return super().instantiate_trainer(**kwargs)
 
 
-class InterruptCheckpoint(pl.Callback):
-    """On Ctrl-C lets the training step end, saves a checkpoint, and then stops; a second Ctrl-C stops at once."""
+class RunConfig(SaveConfigCallback):
+    """Writes config.yaml into the run's folder, wherever the logger writes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.requested = False
-        self._previous: Any = None
+    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.folder = folder
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._previous = signal.signal(signal.SIGINT, self._request)
-
-    def _request(self, *_: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.requested:
-            trainer.save_checkpoint(self.path)
-            raise KeyboardInterrupt
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.parser.save(self.config, self.folder / self.config_filename, skip_none=False, multifile=False)
 
 
 class RunProgressBar(TQDMProgressBar):
@@ -347,17 +348,26 @@ def _fresh_folder(out: str | None, stem: Path) -> Path:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"out must be a new or empty folder, and {folder} is not")
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder, exist_ok=True)
         return folder
     number = 1
     while True:
         folder = stem.with_name(f"{stem.name}-{number}")
         try:
-            folder.mkdir(parents=True)
+            _make(folder, exist_ok=False)
         except FileExistsError:
             number += 1
         else:
             return folder
+
+
+def _make(folder: Path, exist_ok: bool) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(f"the folder {folder} cannot be made: {error.strerror}; name another one with --out") from error
 
 
 def _named(args: list[str], option: str, base: type) -> type | None:
@@ -394,11 +404,14 @@ def _with_config_of_checkpoint(args: list[str]) -> list[str]:
     if known.ckpt_path is None or known.config is not None:
         return args
     config = Path(known.ckpt_path).parent.parent / "config.yaml"
-    return [f"--config={config}", *args] if config.is_file() else args
+    if config.is_file():
+        return [f"--config={config}", *args]
+    print(f"there is no {config}: the settings are those of this command and the defaults", file=sys.stderr)
+    return args
 
 
 def _load(path: str) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    checkpoint = load_checkpoint(path)
     if "_class_path" not in checkpoint.get("datamodule_hyper_parameters", {}):
         raise ValueError(f"{path} was not written by kdejsd fit: it does not say on which images it was trained")
     return checkpoint
@@ -411,5 +424,4 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.export").setLevel(logging.ERROR)  # it logs a traceback beside the error that it raises
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message="The dirpath has changed from")  # a resumed run has a folder of its own
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

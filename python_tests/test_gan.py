@@ -9,7 +9,7 @@ import torch
 from helpers import generator, points, worst
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import export
-from test_gen import DropoutFC, StopAt, assert_same_state, train
+from test_gen import assert_same_state, train
 from torch import nn
 from torch.distributions import Normal
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -311,27 +311,6 @@ def test_same_seed_same_weights_and_another_seed_others(objective):
         train(model, 1)
     assert_same_state(first, second)
     assert not torch.equal(first.generator[0].weight, third.generator[0].weight)
-
-
-@pytest.mark.parametrize("step", [4, 10])  # within an epoch of five batches, and at the end of one
-@pytest.mark.parametrize("objective", ["minimax", "wgan", "wgan-gp", "f-kl"])
-def test_resumed_equals_uninterrupted(tmp_path, objective, step):
-    whole, part, resumed = (make(objective, network=DropoutFC, discriminator_steps=3) for _ in range(3))
-    pl.seed_everything(5, verbose=False)
-    expected = train(whole, 3, data=Digits(train_size=500))
-    pl.seed_everything(5, verbose=False)
-    train(part, 3, StopAt(step, tmp_path / "part.ckpt"), data=Digits(train_size=500))
-    pl.seed_everything(99, verbose=False)
-    got = train(resumed, 3, ckpt_path=tmp_path / "part.ckpt", data=Digits(train_size=500))
-    assert_same_state(resumed, whole)
-    assert got.global_step == expected.global_step == 15
-    assert len(got.optimizers) == 2
-    for optimizer, other, steps in zip(got.optimizers, expected.optimizers, (5, 15), strict=True):
-        state, other_state = optimizer.state_dict()["state"], other.state_dict()["state"]
-        assert len(state) == len(other_state) > 0
-        for key, moments in state.items():
-            assert all(torch.equal(value, other_state[key][name]) for name, value in moments.items())
-            assert moments["step"] == steps
 
 
 def test_checkpoints_and_samples(tmp_path):

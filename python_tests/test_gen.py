@@ -232,25 +232,6 @@ class StopAt(pl.Callback):
 
 
 @pytest.mark.parametrize(
-    ("step", "refresh"),  # within and at the end of an epoch of five batches
-    [(4, "full"), (5, "full"), (9, "full"), (10, "full"), (7, "rolling"), (7, "queue"), (10, "queue")],
-)
-def test_resumed_within_an_epoch_equals_uninterrupted(tmp_path, step, refresh):
-    def data():
-        return Digits(train_size=500)
-
-    whole, part, resumed = (make(refresh=refresh, refresh_every=3) for _ in range(3))
-    recorder, rest = Recorder(), Recorder()
-    pl.seed_everything(5, verbose=False)
-    train(whole, 3, recorder, data=data())
-    pl.seed_everything(5, verbose=False)
-    train(part, 3, StopAt(step, tmp_path / "part.ckpt"), data=data())
-    train(resumed, 3, rest, ckpt_path=tmp_path / "part.ckpt", data=data())
-    assert rest.batches == recorder.batches[step:]
-    assert_same_state(resumed, whole)
-
-
-@pytest.mark.parametrize(
     ("step", "refresh", "storage"),
     [
         (7, "full", {"lagged_dtype": "bfloat16"}),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import generator, points
 from test_data import write_mnist
-from test_gen import DropoutFC, StopAt, assert_same_state, train
+from test_gen import assert_same_state, train
 from test_models import FLOW, digits, make
 from test_papers_images import PAPERS, run
 from torch import nn
@@ -183,19 +183,6 @@ def test_a_spectrally_normalised_encoder_of_linear_layers_puts_no_images_farther
             model.encode(batch)
         largest = omega(batch, model.eval().encode(batch), pairs="all", reduction="max").value
     assert 0 < float(largest) <= 1
-
-
-@pytest.mark.parametrize("step", [4, 10])  # within an epoch of five batches, and at the end of one
-@pytest.mark.parametrize("options", CONSTRAINTS)
-def test_resumed_equals_uninterrupted(tmp_path, options, step):
-    whole, part, resumed = (make(images.LCVAE, network=DropoutFC, **options) for _ in range(3))
-    pl.seed_everything(5, verbose=False)
-    train(whole, 3, data=Digits(train_size=500))
-    pl.seed_everything(5, verbose=False)
-    train(part, 3, StopAt(step, tmp_path / "part.ckpt"), data=Digits(train_size=500))
-    pl.seed_everything(99, verbose=False)
-    train(resumed, 3, ckpt_path=tmp_path / "part.ckpt", data=Digits(train_size=500))
-    assert_same_state(resumed, whole)
 
 
 @pytest.mark.parametrize("options", CONSTRAINTS)

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import generator, points, worst
-from test_gen import DropoutFC, StopAt, assert_same_state, train
+from test_gen import assert_same_state, train
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -262,27 +262,6 @@ def test_same_seed_same_weights_and_another_seed_others(model, options):
     train(second, 1)
     assert_same_state(first, second)
     assert not torch.equal(first.decoder[0].weight, third.decoder[0].weight)
-
-
-@pytest.mark.parametrize("step", [4, 10])  # within an epoch of five batches, and at the end of one
-@pytest.mark.parametrize(("model", "options"), MODELS)
-def test_resumed_equals_uninterrupted(tmp_path, model, options, step):
-    options = options | {"network": DropoutFC}
-    whole, part, resumed = (make(model, **options) for _ in range(3))
-    pl.seed_everything(5, verbose=False)
-    expected = train(whole, 3, data=Digits(train_size=500))
-    pl.seed_everything(5, verbose=False)
-    train(part, 3, StopAt(step, tmp_path / "part.ckpt"), data=Digits(train_size=500))
-    pl.seed_everything(99, verbose=False)
-    got = train(resumed, 3, ckpt_path=tmp_path / "part.ckpt", data=Digits(train_size=500))
-    assert_same_state(resumed, whole)
-    assert got.global_step == expected.global_step == 15
-    assert len(got.optimizers) == (2 if model is images.AAE else 1)
-    for optimizer, other in zip(got.optimizers, expected.optimizers, strict=True):
-        state, other_state = optimizer.state_dict()["state"], other.state_dict()["state"]
-        assert len(state) == len(other_state) > 0
-        for key, moments in state.items():
-            assert all(torch.equal(value, other_state[key][name]) for name, value in moments.items())
 
 
 @pytest.mark.parametrize(("model", "options"), MODELS)

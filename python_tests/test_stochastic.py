@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import generator, points
-from test_gen import DropoutFC, StopAt, assert_same_state, train
+from test_gen import train
 from torch import nn
 
 from kdejsd import GaussianMixture, optimal_bandwidth
@@ -96,20 +96,6 @@ def test_it_fills_dimensions_that_a_map_of_the_images_cannot():
 def test_the_bandwidth_is_one_and_a_half_times_the_least():
     least = optimal_bandwidth(3, 200, smoothed=True).value
     assert make(3, num_lagged=200, bandwidth=None).lagged.bandwidth == pytest.approx(1.5 * least)
-
-
-@pytest.mark.parametrize("refresh", ["full", "rolling", "queue"])
-def test_resumed_equals_uninterrupted(tmp_path, refresh):
-    options = {"network": DropoutFC, "refresh": refresh, "refresh_every": 3}
-    whole, part, resumed = (make(**options) for _ in range(3))
-    pl.seed_everything(5, verbose=False)
-    train(whole, 3, data=Digits(train_size=500))
-    pl.seed_everything(5, verbose=False)
-    train(part, 3, StopAt(4, tmp_path / "part.ckpt"), data=Digits(train_size=500))
-    pl.seed_everything(99, verbose=False)
-    train(resumed, 3, ckpt_path=tmp_path / "part.ckpt", data=Digits(train_size=500))
-    assert_same_state(resumed, whole)
-    assert not torch.equal(whole.lagged.codes, part.lagged.codes)
 
 
 def test_errors():

@@ -66,7 +66,11 @@ def train(data: Grid2D, objective: Any, width: int, packing: int, seed: int, ste
     network = partial(FC, hidden=(width, width, width))
     model = images.GAN(data.image_shape, 2, network, objective=objective, packing=packing)
     trainer = quiet_trainer(max_steps=steps, limit_val_batches=0)
-    trainer.fit(model, datamodule=data)
+    try:
+        trainer.fit(model, datamodule=data)
+    except FloatingPointError:  # diverged: what it makes is no number, and its row says so
+        for weight in model.generator.parameters():
+            weight.data.fill_(math.nan)
     return model.to("cpu")
 
 

@@ -105,7 +105,10 @@ def measured(
     began = time.perf_counter()
     pl.seed_everything(seed, verbose=False)
     model = getattr(images, kind)(data.image_shape, dim, **settings)
-    quiet_trainer(max_epochs=epochs, check_val_every_n_epoch=epochs).fit(model, datamodule=data)
+    try:
+        quiet_trainer(max_epochs=epochs, check_val_every_n_epoch=epochs).fit(model, datamodule=data)
+    except FloatingPointError:
+        return {"seconds": round(time.perf_counter() - began)}
     encoded = encode_set(model, data.held_out)
     codes = encoded.codes if encoded.posterior is None else encoded.posterior
     if not codes.isfinite().all():

@@ -74,8 +74,8 @@ class BatchOrder(DistributedSampler[Tensor]):
     Of several ranks each gets its own `batch_size` indices of batches that are `ranks` times as large. Being a
     DistributedSampler tells Lightning that it has to put none in place of this.
 
-    Lightning tells the epoch through `set_epoch`. `position` is the number of batches given out in this epoch, `start`
-    the number that the next epoch skips: a run resumed within an epoch goes on with the batches that were left.
+    Lightning tells the epoch through `set_epoch`. `position` is the number of batches given out in this epoch. A run
+    resumed within an epoch goes on with the batches that were left: `start` is that epoch and how many it skips.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None, rank: int = 0, ranks: int = 1) -> None:
@@ -83,7 +83,8 @@ class BatchOrder(DistributedSampler[Tensor]):
         self.count = count
         self.batch_size = batch_size
         self.shuffle_seed = seed
-        self.epoch = self.position = self.start = 0
+        self.position = 0
+        self.start = (0, 0)
 
     def __len__(self) -> int:
         # Training leaves out what does not fill a batch: batch statistics of a handful of codes would be poor.
@@ -96,9 +97,9 @@ class BatchOrder(DistributedSampler[Tensor]):
             # Not seed + epoch: the orders of neighbouring seeds would be shifted copies of each other.
             mixed = int(np.random.SeedSequence((self.shuffle_seed, self.epoch)).generate_state(1, np.uint64)[0]) >> 1
             order = torch.randperm(self.count, generator=torch.Generator().manual_seed(mixed))
-        batches = order.split(self.batch_size * self.num_replicas)[self.start : len(self)]
-        self.position, self.start = self.start, 0
-        for batch in batches:
+        epoch, skipped = self.start
+        self.position = skipped if epoch == self.epoch else 0
+        for batch in order.split(self.batch_size * self.num_replicas)[self.position : len(self)]:
             self.position += 1
             yield batch.split(self.batch_size)[self.rank]
 
@@ -116,10 +117,32 @@ class BatchLoader(DataLoader[Batch]):
         self.order = order
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.order.position % len(self.order)}
+        order = self.order
+        return {
+            "epoch": order.epoch,
+            "position": order.position,
+            "batch_size": order.batch_size * order.num_replicas,
+            "count": order.count,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order.start = state["position"]
+        """Goes on where the state was taken.
+
+        Raises:
+            ValueError: other batches, of a state from within an epoch.
+        """
+        now = self.state_dict()
+        changed = [
+            f"{name} must stay {state[name]}, got {now[name]}"
+            for name in ("batch_size", "count")
+            if state.get(name, now[name]) != now[name]
+        ]
+        if changed and state["position"] < state["count"] // state["batch_size"]:
+            raise ValueError(
+                f"the checkpoint is from within an epoch, after {state['position']} batches, and the rest of the epoch "
+                f"needs the same batches: {'; '.join(changed)} (batch_size: of all ranks; count: of training images)"
+            )
+        self.order.start = (state.get("epoch", 0), state["position"])  # the first checkpoints are of an epoch's end
 
 
 class ImageData(pl.LightningDataModule):

@@ -77,6 +77,7 @@ class AAE(Autoencoder):
         codes = self.encode(images)
 
         told = self.discriminator_loss(codes.detach(), self.target_samples(len(codes)))
+        self.log("discriminator", told, prog_bar=True)
         discriminator.zero_grad()
         self.manual_backward(told)
         # Not discriminator.step(), which the trainer would count as a training step of its own.
@@ -85,10 +86,10 @@ class AAE(Autoencoder):
         error = reconstruction_error(self.decode(codes), images)
         with autoencoder.toggle_model():  # the discriminator's weights get no gradient
             latent = self.adversarial_loss(codes)
+            self.log_dict({"rec": error, "latent": latent}, prog_bar=True)
             autoencoder.zero_grad()
             self.manual_backward(error + self.weight * latent)
             autoencoder.step()
-        self.log_dict({"rec": error, "latent": latent, "discriminator": told}, prog_bar=True)
 
     def discriminator_loss(self, codes: Tensor, samples: Tensor) -> Tensor:
         """-mean log D(samples) - mean log(1 - D(codes)) in nats, 0-dim; samples [n, l] are the target's."""

@@ -7,7 +7,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ with train_extra():
     import lightning.pytorch as pl
 
 CHUNK = 1000  # images encoded or decoded at a time where no gradient is wanted
+LOSSES_KEPT = {"cpu": 1, "cuda": 50}  # before they are looked at: a GPU would have to be waited for
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -59,7 +60,11 @@ class GenerativeModel(pl.LightningModule, ABC):
         self.learning_rate = learning_rate
         self.decay = decay
         self.betas = betas
-        self._rng_state: Tensor | None = None
+        self._rng_state: dict[str, Tensor] = {}
+        self._planned_steps: float | None = None
+        self._terms: dict[str, Tensor] = {}
+        self._losses: list[_Loss] = []
+        self._place = _Place(0, 0, 0, None)
 
     @staticmethod
     @abstractmethod
@@ -112,10 +117,27 @@ class GenerativeModel(pl.LightningModule, ABC):
         """The loss of a minibatch, after logging its parts."""
 
     def on_train_start(self) -> None:
-        if self._rng_state is not None:
-            torch.set_rng_state(self._rng_state)
+        planned = self.trainer.estimated_stepping_batches
+        if self.decay and self._planned_steps not in (None, planned):
+            warnings.warn(
+                f"the learning rate was to come to 0 after {self._planned_steps} steps, and is now to after {planned}: "
+                "the run does not go on as it would have without a stop",
+                stacklevel=1,
+            )
+        self._planned_steps = planned
+        self._losses.clear()
+        if self._rng_state:
+            torch.set_rng_state(self._rng_state["cpu"])
+            if "cuda" in self._rng_state and self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._rng_state["cuda"], self.device)
+            self._rng_state = {}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._terms = {}
+        known = isinstance(batch, (tuple, list)) and len(batch) == 3
+        self._place = _Place(
+            self.trainer.global_step, self.trainer.current_epoch, batch_idx, batch[2] if known else None
+        )
         if not self.decay:
             return
         # Not a scheduler of Lightning's, made with the optimiser: the length of the run is known only from here on.
@@ -123,6 +145,59 @@ class GenerativeModel(pl.LightningModule, ABC):
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+    # A loss that is no number
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; what a training step logs before its loss is used are the terms that an error names."""
+        if isinstance(value, (Tensor, float)):
+            self._terms[name] = torch.as_tensor(value).detach()
+        super().log(name, value, *args, **kwargs)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Keeps in mind every loss, and stops the training at one that is not finite: at once on the CPU, before it has
+        a part in a gradient; on a GPU at the latest after 50 losses or before the next checkpoint, when the weights may
+        be spoiled, and the last checkpoint is not.
+
+        Raises:
+            FloatingPointError: names the batch, the terms, and images or weights that are not finite.
+        """
+        self._losses.append(_Loss(loss.detach(), dict(self._terms), self._place))
+        if len(self._losses) >= LOSSES_KEPT.get(loss.device.type, 1):
+            self._check_losses()
+
+    def _check_losses(self) -> None:
+        losses, self._losses = self._losses, []
+        if not losses or bool(torch.stack([item.value.float() for item in losses]).isfinite().all()):
+            return
+        first = next(item for item in losses if not bool(item.value.isfinite()))
+        terms = ", ".join(f"{name} is {float(value):.4g}" for name, value in first.terms.items())
+        cause = self._cause(first.place.examples) or "its images and the weights are finite"
+        raise FloatingPointError(f"the loss is {float(first.value)} in {self._named(first.place)}: {terms}; {cause}")
+
+    def _named(self, place: _Place) -> str:
+        return (
+            f"epoch {place.epoch + 1}, batch {place.batch + 1} of {self.trainer.num_training_batches} "
+            f"(after {place.step} steps)"
+        )
+
+    def _cause(self, examples: Tensor | None) -> str | None:
+        """What is not finite: examples of the training set among those given [n], or weights; None if all are."""
+        loader = self.trainer.train_dataloader
+        bad: list[str] = []
+        if examples is not None and loader is not None:
+            bad = [str(i) for i in examples.tolist() if not bool(loader.dataset[i][0].isfinite().all())]
+        if bad:
+            return f"images that are not finite in the training set: {', '.join(bad)}"
+        weights = self._strange_weights()
+        return f"weights that are not finite: {', '.join(weights)}" if weights else None
+
+    def _strange_weights(self) -> list[str]:
+        """The names of weights with NaN or infinity and of buffers with NaN."""
+        return [
+            *(name for name, value in self.named_parameters() if not bool(value.isfinite().all())),
+            *(name for name, value in self.named_buffers() if bool(value.isnan().any())),
+        ]
 
     # Reports
 
@@ -137,10 +212,45 @@ class GenerativeModel(pl.LightningModule, ABC):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng_state"] = torch.get_rng_state()  # for what is drawn in training, and networks with dropout
+        """Adds the random state and the length of the run that `decay` follows.
+
+        Raises:
+            FloatingPointError: a loss or a weight that is not finite.
+        """
+        self._check_losses()
+        strange = self._strange_weights()
+        if strange:
+            raise FloatingPointError(
+                f"the weights {', '.join(strange)} are not finite after {checkpoint['global_step']} steps, though "
+                "every loss was: a gradient was not finite, or a step too large"
+            )
+        rng_state = {"cpu": torch.get_rng_state()}  # for what is drawn in training, and networks with dropout
+        if self.device.type == "cuda":
+            rng_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["rng_state"] = rng_state
+        checkpoint["planned_steps"] = self._planned_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._rng_state = checkpoint["rng_state"]
+        state = checkpoint["rng_state"]
+        self._rng_state = {"cpu": state} if isinstance(state, Tensor) else state  # the first checkpoints have one only
+        self._planned_steps = checkpoint.get("planned_steps")
+
+
+class _Place(NamedTuple):
+    """Of a training step: steps and epochs before it, its number in the epoch, the examples [n] of its batch."""
+
+    step: int
+    epoch: int
+    batch: int
+    examples: Tensor | None
+
+
+class _Loss(NamedTuple):
+    """A loss and the terms logged before it, each 0-dim."""
+
+    value: Tensor
+    terms: dict[str, Tensor]
+    place: _Place
 
 
 def noise_like(t: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -200,6 +200,8 @@ class GAN(GenerativeModel):
             told = told + self.gradient_penalty * gradient_penalty(
                 self.discriminator, pack(images, self.packing), pack(generated, self.packing)
             )
+        divergence = self.losses.divergence(real, fake).detach()
+        self.log_dict({"discriminator": told, "divergence": divergence}, prog_bar=True)
         discriminator.zero_grad()
         self.manual_backward(told)
         discriminator.step()  # which the trainer counts: a step for each minibatch
@@ -207,17 +209,15 @@ class GAN(GenerativeModel):
             with torch.no_grad():
                 for weight in self.discriminator.parameters():
                     weight.clamp_(-self.clip, self.clip)
-        divergence = self.losses.divergence(real, fake).detach()
-        self.log_dict({"discriminator": told, "divergence": divergence}, prog_bar=True)
 
         if self.trainer.global_step % self.discriminator_steps == 0:
             with generator.toggle_model():  # the discriminator's weights get no gradient
                 fooled = self.losses.generator(self.discriminate(self.decode(self.target_samples(len(images)))))
+                self.log("generator", fooled, prog_bar=True)
                 generator.zero_grad()
                 self.manual_backward(fooled)
                 # Not generator.step(), which would be counted too.
                 self.trainer.strategy.optimizer_step(generator.optimizer, lambda: None)
-            self.log("generator", fooled, prog_bar=True)
 
     # Evaluation
 

@@ -1,0 +1,209 @@
+"""Checkpoints that no kill, full disk or diverging loss can spoil, and from which a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._extras import train_extra
+
+with train_extra():
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import Checkpoint
+    from lightning.pytorch.plugins.io import TorchCheckpointIO
+    from lightning.pytorch.trainer.states import TrainerFn
+
+INTERVAL = 60.0  # seconds between two checkpoints
+COST = 20  # but at least so many times as long as writing one takes
+
+
+def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """What is in a checkpoint, which holds tensors and plain values only (`weights_only`).
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: a file that cannot be read.
+        ValueError: a damaged file, or one of another kind.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"the checkpoint {path} does not exist") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise OSError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # of many kinds, by what is wrong with the file
+        raise ValueError(f"{path} is damaged or no checkpoint of plain values: {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} must hold a checkpoint, a dict, got {type(checkpoint).__name__}")
+    return checkpoint
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, to the disk, and renames it: at any moment the file is the old one or the
+    new one, whole. What a killed process leaves, FILE.part, is written over by the next checkpoint.
+
+    (Lightning's own writes into the system's folder of temporary files and moves the file from there, which is a copy
+    where that is another file system; a full disk or a kill meanwhile takes the old checkpoint along.)
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes it to a path of this machine.
+
+        Raises:
+            OSError: it cannot be written; what was there before is untouched.
+        """
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        _write(Path(path), content.getbuffer())
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """`load_checkpoint`, whatever `weights_only` says."""
+        return load_checkpoint(path, map_location)
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if os.name == "posix":  # where a folder can be opened, for the rename to survive a loss of power
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(f"a checkpoint of {len(content)} bytes cannot be written to {path}: {error.strerror}") from error
+
+
+class RunCheckpoint(Checkpoint):
+    """Keeps a run's newest state in one file: after its first step, then every minute or, where writing takes more than
+    3 seconds, as seldom as keeps that to a twentieth of the time, and at the end of the run. On Ctrl-C or SIGTERM it
+    lets the step end, saves and stops the run; a second Ctrl-C stops it at once.
+
+    A run that goes on from the file equals one that was never stopped. For that a checkpoint is made where Lightning's
+    loops can take up the thread: at the end of a batch without a validation after it, or at the end of a validation;
+    not at the end of an epoch, from where a run with `max_steps` goes on in another order.
+
+    A resumed run has the checkpoint that it began with as its first one.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.step: int | None = None  # of the checkpoint in the file
+        self.interrupted = False
+        self._due = 0.0
+        self._previous: Any = None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        parts = (("model", "hyper_parameters", pl_module), ("data", "datamodule_hyper_parameters", trainer.datamodule))  # type: ignore[attr-defined]
+        changed = [
+            f"--{part}.{name} was {then!r} and is {now[name]!r}"
+            for part, key, holder in parts
+            for now in [{} if holder is None else holder.hparams]
+            for name, then in checkpoint.get(key, {}).items()
+            if name != "root" and name in now and now[name] != then  # the same files may lie elsewhere
+        ]
+        if changed:
+            warnings.warn(
+                "the run goes on with other settings than it began with, so not as it would have without a stop: "
+                + "; ".join(changed),
+                stacklevel=1,
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.ckpt_path is not None and trainer.is_global_zero:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                os.link(trainer.ckpt_path, self.path)  # a checkpoint's file is replaced and never changed
+            except OSError:  # another file system, or one without links
+                _write(self.path, Path(trainer.ckpt_path).read_bytes())
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.ckpt_path is not None:
+            self.step = trainer.global_step
+        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *_: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not _is_validated_next(trainer):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and _is_validated_next(trainer):
+            self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
+        batches = trainer.fit_loop.batch_idx + 1
+        if batches % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return  # gradients that wait for more are in no checkpoint
+        ends = (
+            trainer.should_stop
+            or trainer.received_sigterm
+            or 0 <= trainer.max_steps <= trainer.global_step
+            or _is_last_epoch_over(trainer)
+        )
+        if trainer.strategy.broadcast(ends or self.interrupted or time.monotonic() >= self._due):
+            self._save(trainer)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        began = time.monotonic()
+        trainer.save_checkpoint(self.path)
+        self.step = trainer.global_step
+        now = time.monotonic()
+        self._due = now + max(INTERVAL, COST * (now - began))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.step != trainer.global_step:  # stopped by a callback at the end of an epoch
+            self._save(trainer)
+
+    def how_to_go_on(self) -> str:
+        """What to tell a user whose run has stopped after a checkpoint."""
+        return f"the last checkpoint is of step {self.step}; to go on: kdejsd fit --ckpt_path {self.path}"
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+
+def _is_validated_next(trainer: pl.Trainer) -> bool:
+    """Whether the plan has a validation after the batch that has just ended. One that comes only because the run stops
+    is not in it."""
+    every = trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every):
+        return False
+    done = 1 + (trainer.fit_loop.total_batch_idx if every is None else trainer.fit_loop.batch_idx)
+    between = trainer.val_check_batch
+    if between is None:  # by the clock: there is no plan
+        return False
+    return trainer.is_last_batch if between == float("inf") else done % between == 0
+
+
+def _is_last_epoch_over(trainer: pl.Trainer) -> bool:
+    return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs

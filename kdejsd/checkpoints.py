@@ -23,6 +23,7 @@ with train_extra():
 
 INTERVAL = 60.0  # seconds between two checkpoints
 COST = 20  # but at least so many times as long as writing one takes
+ASKED = 10  # steps after which several ranks ask each other whether one is due
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -44,6 +45,9 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} must hold a checkpoint, a dict, got {type(checkpoint).__name__}")
     return checkpoint
+
+
+_NOTHING, _SAVE, _STOP = range(3)  # what a rank wishes
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -93,7 +97,8 @@ def _write(path: Path, content: bytes | memoryview) -> None:
 class RunCheckpoint(Checkpoint):
     """Keeps a run's newest state in one file: after its first step, then every minute or, where writing takes more than
     3 seconds, as seldom as keeps that to a twentieth of the time, and at the end of the run. On Ctrl-C or SIGTERM it
-    lets the step end, saves and stops the run; a second Ctrl-C stops it at once.
+    lets the step end, saves and stops the run; a second Ctrl-C stops it at once. Several ranks agree on all that after
+    every tenth step.
 
     A run that goes on from the file equals one that was never stopped. For that a checkpoint is made where Lightning's
     loops can take up the thread: at the end of a batch without a validation after it, or at the end of a validation;
@@ -160,16 +165,23 @@ class RunCheckpoint(Checkpoint):
         batches = trainer.fit_loop.batch_idx + 1
         if batches % trainer.accumulate_grad_batches and not trainer.is_last_batch:
             return  # gradients that wait for more are in no checkpoint
-        ends = (
-            trainer.should_stop
-            or trainer.received_sigterm
-            or 0 <= trainer.max_steps <= trainer.global_step
-            or _is_last_epoch_over(trainer)
-        )
-        if trainer.strategy.broadcast(ends or self.interrupted or time.monotonic() >= self._due):
+        ends = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step or _is_last_epoch_over(trainer)
+        due = time.monotonic() >= self._due or trainer.received_sigterm
+        wish = self._agreed(trainer, _STOP if self.interrupted else _SAVE if due else _NOTHING)
+        if ends or wish != _NOTHING:
             self._save(trainer)
-        if self.interrupted:
+        if wish == _STOP:
             raise KeyboardInterrupt
+
+    @staticmethod
+    def _agreed(trainer: pl.Trainer, wish: int) -> int:
+        """The strongest wish of all ranks."""
+        if trainer.world_size == 1:
+            return wish
+        if trainer.global_step % ASKED:
+            return _NOTHING
+        wishes = torch.tensor(wish, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(wishes, reduce_op="max"))
 
     def _save(self, trainer: pl.Trainer) -> None:
         began = time.monotonic()

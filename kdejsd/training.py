@@ -35,6 +35,7 @@ with train_extra():
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from lightning.pytorch.loggers import TensorBoardLogger
+    from lightning.pytorch.utilities import rank_zero_only
 
 _DEFAULT_STEPS = 5000  # when neither steps, epochs nor a time are given
 _CHUNK = 1000  # images at a time
@@ -50,16 +51,18 @@ def fit(args: list[str]) -> int:
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.ckpt_path)
     except SystemExit:  # how Lightning ends after Ctrl-C or SIGTERM
-        if checkpoint.step is None:
+        if checkpoint.step is None or not cli.trainer.is_global_zero:
             raise
         print(f"\nstopped; {checkpoint.how_to_go_on()}")
         return 128 + (signal.SIGTERM if cli.trainer.received_sigterm else signal.SIGINT)
     except Exception as error:
-        if checkpoint.step is not None:
+        if checkpoint.step is not None and cli.trainer.is_global_zero:
             print(f"\nstopped by an error; {checkpoint.how_to_go_on()}", file=sys.stderr)
         if isinstance(error, OSError) and error.errno is not None:  # not one of ours: the logger's, of a full disk
             raise OSError(f"the run cannot write to {cli.folder}: {error.strerror}") from error
         raise
+    if not cli.trainer.is_global_zero:
+        return 0
     # Of a run that a limit of time has stopped: Lightning has validated it once more, which renews a GEN's codes.
     if checkpoint.path.exists():
         cli.model.load_state_dict(load_checkpoint(checkpoint.path)["state_dict"])
@@ -290,7 +293,9 @@ class FitCLI(LightningCLI):
         config = self.config
         self.ckpt_path = config.ckpt_path
         name = config.data.class_path.rpartition(".")[2].lower()
-        self.folder = _fresh_folder(config.out, Path("runs") / name)
+        stem = Path("runs") / name
+        # Of several ranks the first one writes.
+        self.folder = _fresh_folder(config.out, stem) if rank_zero_only.rank == 0 else Path(config.out or stem)  # type: ignore[attr-defined]
         given = self.config_init.trainer
         if given.max_epochs is None and given.max_time is None and given.max_steps == -1:
             config.trainer.max_steps = kwargs["max_steps"] = _DEFAULT_STEPS

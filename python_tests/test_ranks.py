@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import socket
+import subprocess
+import sys
 import warnings
 
 import lightning.pytorch as pl
@@ -412,3 +414,19 @@ def test_models_with_two_optimisers_refuse_several_devices(runs):
     for of_rank in runs[0]:
         for kind in ("AAE", "GAN"):
             assert of_rank[kind].startswith(f"{kind} trains on one device, got {len(runs[0])}")
+
+
+def test_the_command_trains_on_two_processes_and_leaves_one_report(tmp_path):
+    options = "--trainer.accelerator cpu --trainer.devices 2 --trainer.max_steps 12 --trainer.enable_progress_bar false"
+    done = subprocess.run(
+        [sys.executable, "-m", "kdejsd", "fit", *options.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report: runs/digits-1") == 1 and [run.name for run in (tmp_path / "runs").iterdir()] == [
+        "digits-1"
+    ]
+    found = {path.name for path in (tmp_path / "runs" / "digits-1").iterdir()}
+    assert found >= {"config.yaml", "metrics.json", "latent.png", "samples.png", "checkpoints"}
+    checkpoint = torch.load(tmp_path / "runs" / "digits-1" / "checkpoints" / "last.ckpt", weights_only=True)
+    lagged = checkpoint["state_dict"]["lagged._extra_state"]
+    assert len(lagged["codes"]) == len(lagged["indices"].unique()) == 1000

@@ -241,7 +241,7 @@ class GEN(Autoencoder):
             else:
                 examples = Subset(self._training_set, chosen.tolist())
                 batch = next(iter(DataLoader(examples, batch_size=len(chosen), generator=torch.Generator())))
-            yield checked(batch)[0].to(self.device, self.dtype)
+            yield checked(batch)[0].to(self.device, self.dtype)  # type: ignore[arg-type]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None
@@ -287,7 +287,7 @@ class GEN(Autoencoder):
 
     def on_train_epoch_end(self) -> None:
         assert self.stopwatch is not None
-        self.log("time", self.stopwatch.share("latent", "step"), prog_bar=True)
+        self.log("time", self.stopwatch.share("latent", "step"), prog_bar=True, sync_dist=True)
 
     def latent_terms(self, codes: Tensor, index: Tensor | None) -> Tensor:
         """The latent term of each code [n, l] in nats, as [n]; `index` [n] of the training examples, None for

@@ -91,6 +91,16 @@ def fit(folder: Path, args: list[str], saved: Connection | None) -> None:
     raise SystemExit(main(["fit", *args]))
 
 
+@pytest.fixture(scope="module")
+def processes():
+    """Makes processes that have imported all that takes long, with one thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kdejsd.training", "test_resume"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield context
+
+
 def newest(folder: Path) -> list[str]:
     """How a user goes on: from the checkpoint of the newest run that has one."""
     runs = sorted((folder / "runs").glob("*/checkpoints/last.ckpt"), key=lambda path: int(path.parts[-3][7:]))
@@ -98,10 +108,7 @@ def newest(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("model", KILLED)
-def test_a_run_killed_ten_times_ends_as_one_that_never_was(tmp_path, monkeypatch, model):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    processes = multiprocessing.get_context("forkserver")  # which has imported all that takes long
-    processes.set_forkserver_preload(["kdejsd.training", "test_resume"])
+def test_a_run_killed_ten_times_ends_as_one_that_never_was(tmp_path, processes, model):
     args = [f"--model={model}", *SMALL, *KILLED[model], "--trainer.max_steps=92"]  # within the 31st epoch of 3 batches
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     chance = random.Random(0)
@@ -145,9 +152,27 @@ def test_a_run_killed_ten_times_ends_as_one_that_never_was(tmp_path, monkeypatch
         assert measures[0][part] == measures[1][part]
 
 
-def test_a_run_told_to_end_saves_its_last_step(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    processes = multiprocessing.get_context("forkserver")
+def die_while_saving(path: Path) -> None:
+    WholeCheckpointIO().save_checkpoint({"step": 1}, path)
+    os.fsync = lambda _: os.kill(
+        os.getpid(), signal.SIGKILL
+    )  # all is written, and nothing is certain to be on the disk
+    WholeCheckpointIO().save_checkpoint({"step": 2}, path)
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, processes):
+    path = tmp_path / "last.ckpt"
+    for _ in range(2):
+        process = processes.Process(target=die_while_saving, args=(path,))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and load_checkpoint(path) == {"step": 1}
+        assert sorted(tmp_path.iterdir()) == [path, tmp_path / "last.ckpt.part"]
+    WholeCheckpointIO().save_checkpoint({"step": 3}, path)
+    assert load_checkpoint(path) == {"step": 3} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_told_to_end_saves_its_last_step(tmp_path, processes):
     told, saved = processes.Pipe(duplex=False)
     args = ["--model=AE", *SMALL, "--trainer.max_steps=100000"]
     process = processes.Process(target=fit, args=(tmp_path, args, saved))
@@ -195,6 +220,7 @@ class EachStep(RunCheckpoint):
 
     def _save(self, trainer):
         self.path = self.path.with_name(f"{trainer.global_step:02}.ckpt")
+        assert not self.path.exists()  # once for each step, where it can be gone on from
         super()._save(trainer)
 
 

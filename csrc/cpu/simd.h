@@ -32,17 +32,21 @@ template <>
 struct VectorOf<float> {
   typedef float Type __attribute__((vector_size(kVectorBytes)));
   typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct VectorOf<double> {
   typedef double Type __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
 };
 
 template <class T>
 using Vec = typename VectorOf<T>::Type;
 template <class T>
 using Mask = typename VectorOf<T>::Mask;
+template <class T>
+using Bits = typename VectorOf<T>::Bits;  // for sums and left shifts, which may pass the ends of a signed number
 template <class T>
 constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
@@ -147,7 +151,7 @@ inline Vec<T> exp2_portable(Vec<T> x) {
   x = clamp(T(-E::kBias), x, T(E::kBias + 1));
   const Vec<T> shifted = x + E::kRound;
   const Vec<T> r = x - (shifted - E::kRound);
-  const Mask<T> bits = (reinterpret_cast<Mask<T>>(shifted) + E::kBias) << E::kMantissa;
+  const Bits<T> bits = (reinterpret_cast<Bits<T>>(shifted) + E::kBias) << E::kMantissa;
   return E::polynomial(r) * reinterpret_cast<Vec<T>>(bits);
 }
 
@@ -239,7 +243,7 @@ inline Vec<T> exp_negative(Vec<T> x) {
   const Vec<T> shifted = x * kLog2E + E::kRound;
   const Vec<T> n = shifted - E::kRound;
   const Vec<T> r = (x - n * L::kLn2High) - n * L::kLn2Low;
-  const Mask<T> bits = (reinterpret_cast<Mask<T>>(shifted) + E::kBias) << E::kMantissa;
+  const Bits<T> bits = (reinterpret_cast<Bits<T>>(shifted) + E::kBias) << E::kMantissa;
   return (T(1) + expm1_small<T>(r)) * reinterpret_cast<Vec<T>>(bits);
 }
 
@@ -252,9 +256,10 @@ inline Vec<T> log(Vec<T> x) {
   x = tiny ? x * L::kScale : x;
   // x = 2^n m with m from sqrt(1/2) to sqrt(2): the exponent field counts from the bits of sqrt(1/2) on.
   const Vec<T> root = broadcast(T(0.70710678118654752440));
-  const Mask<T> from_root = reinterpret_cast<Mask<T>>(x) - reinterpret_cast<Mask<T>>(root);
-  const Mask<T> exponent = from_root >> E::kMantissa;
-  const Vec<T> m = reinterpret_cast<Vec<T>>(reinterpret_cast<Mask<T>>(x) - (exponent << E::kMantissa));
+  const Bits<T> from_root = reinterpret_cast<Bits<T>>(x) - reinterpret_cast<Bits<T>>(root);
+  const Mask<T> exponent = reinterpret_cast<Mask<T>>(from_root) >> E::kMantissa;
+  const Bits<T> power = reinterpret_cast<Bits<T>>(exponent) << E::kMantissa;
+  const Vec<T> m = reinterpret_cast<Vec<T>>(reinterpret_cast<Bits<T>>(x) - power);
   const Mask<T> whole = tiny ? exponent - L::kScaleBits : exponent;
   const Vec<T> n = reinterpret_cast<Vec<T>>(whole + reinterpret_cast<Mask<T>>(broadcast(E::kRound))) - E::kRound;
   // log(1 + f) = f - (f^2/2 - r (f^2/2 + z series)) with r = f / (2 + f): the parts after f are small beside it.

@@ -1,7 +1,6 @@
 // Chooses, once and at run time, the instruction set whose copy of the kernels is called.
 
-#include <cstdlib>
-#include <stdexcept>
+#include <pthread.h>
 
 #include "kernels.h"
 
@@ -73,10 +72,14 @@ const Level* best() {
 
 const Level* current = best();
 
+// A forked process has the thread that forked alone, but OpenMP waits for those that it had before: no second one then.
+bool is_forked = false;
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+
 }  // namespace
 
 #define KDEJSD_CALL_OP(name, Args) \
-  void name(const Args& args, int threads) { current->name(args, threads); }
+  void name(const Args& args, int threads) { current->name(args, is_forked ? 1 : threads); }
 KDEJSD_CPU_OPS(KDEJSD_CALL_OP)
 
 const char* level() { return current->level; }

@@ -1,0 +1,140 @@
+"""Calls from several threads of Python, from a forked process, and what they leave to others meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import generator, points
+from torch import Tensor
+
+import kdejsd
+from kdejsd._native import native
+
+LONG = "kdejsd.kde_log_prob(torch.zeros(20_000, 8), torch.zeros(20_000, 8), 1.0)"  # half a second of one core, or more
+
+
+def gradients(value: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return [value.detach(), *torch.autograd.grad(value.sum(), inputs)]
+
+
+def kde(seed: int) -> list[Tensor]:
+    query = points(200, 5, dtype=torch.float32, seed=seed).requires_grad_()
+    centers = points(700, 5, dtype=torch.float32, seed=seed + 50).requires_grad_()
+    return gradients(kdejsd.kde_log_prob(query, centers, 0.5), query, centers)
+
+
+def wide_kde(seed: int) -> list[Tensor]:
+    """Few queries, many centers: the threads share the centers of one chunk."""
+    query = points(3, 40, dtype=torch.float32, seed=seed).requires_grad_()
+    return gradients(kdejsd.jsd_loss(query, points(5000, 40, dtype=torch.float32, seed=seed + 50), 2.0), query)
+
+
+def omega(seed: int) -> list[Tensor]:
+    inputs, codes = points(300, 20, seed=seed).requires_grad_(), points(300, 3, seed=seed + 50).requires_grad_()
+    return gradients(kdejsd.omega(inputs, codes, pairs="all"), inputs, codes)
+
+
+def radius(seed: int) -> list[Tensor]:
+    masses = points(40, 1000, seed=seed).softmax(-1).requires_grad_()
+    return gradients(kdejsd.class_radius_bound(masses), masses)
+
+
+def nearest(seed: int) -> list[Tensor]:
+    labels = torch.randint(0, 5, (3000,), generator=generator(seed))
+    return list(kdejsd.nearest_other_class(points(3000, 3, seed=seed), labels))
+
+
+@pytest.mark.parametrize("op", [kde, wide_kde, omega, radius, nearest])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_concurrent_calls_give_the_bits_of_single_ones(op, threads):
+    """Of the same arguments and of different ones, whatever else is computed meanwhile."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)  # the threads of Python take it over
+        expected = [op(seed) for seed in range(3)]
+        with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+            found = list(pool.map(op, [seed % 3 for seed in range(60)]))
+        for number, tensors in enumerate(found):
+            assert all(torch.equal(a, b) for a, b in zip(tensors, expected[number % 3], strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_other_threads_go_on_meanwhile():
+    """The kernels do not hold Python's lock: a data loader's thread is not kept waiting."""
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (eval(LONG), done.set()))
+    thread.start()
+    steps = 0
+    while not done.is_set():
+        time.sleep(0.001)
+        steps += 1
+    thread.join()
+    assert steps > 20
+
+
+def python(code: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.skipif(not native().has_openmp(), reason="built without OpenMP")
+def test_a_forked_process_computes_with_one_thread():
+    """Where OpenMP would wait for ever for threads that the fork left behind, as torch's own operators do."""
+    code = """
+import os, signal, torch, kdejsd
+torch.set_num_threads(2)
+query, centers = torch.linspace(-1, 1, 3000).reshape(1000, 3), torch.linspace(-2, 1, 3000).reshape(1000, 3)
+latents, labels = query.double(), torch.arange(1000) % 3
+masses = torch.eye(1000)
+def values():
+    found = [kdejsd.kde_log_prob(query, centers, 0.5), kdejsd.omega(latents, latents, pairs="all")]
+    return found + [kdejsd.class_radius_bound(masses), kdejsd.nearest_other_class(latents, labels).index]
+expected = values()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    for a, b in zip(values(), expected):
+        torch.testing.assert_close(a, b)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    process = python(code)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert out.strip() == "7", err
+
+
+def test_an_interrupt_waits_for_the_kernel():
+    """Ctrl-C is heard when the kernel returns, and leaves the process in order."""
+    code = f"""
+import torch, kdejsd
+print("ready", flush=True)
+try:
+    while True:
+        {LONG}
+except KeyboardInterrupt:
+    value = kdejsd.kde_log_prob(torch.zeros(4, 2), torch.zeros(5, 2), 1.0)
+    print("interrupted", bool(value.isfinite().all()))
+"""
+    process = python(code)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert out.strip() == "interrupted True", err

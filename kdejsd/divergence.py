@@ -6,9 +6,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from .bandwidth import optimal_bandwidth
+from .ops._common import broadcast_batch
 from .ops.kde import named_log_prob, normal_divergence_terms
 from .reference.kde import normal_log_prob
 from .targets import GaussianMixture, IsotropicNormal, Target, sample_target, target_dim
@@ -113,6 +114,7 @@ def jsd(
     names = ("samples", "centers")
     at_samples = _at_codes(names, samples, centers, bandwidth, None, False, target, "js", "none")
     at_target = _at_target("centers", target_samples, centers, bandwidth, None, target)
+    broadcast_batch({"samples": at_samples.shape[:-1], "target_samples": at_target.shape[:-1]})
     divergence = 0.5 * (at_samples.mean(-1) + at_target.mean(-1))
     return divergence if samples.dtype == torch.float64 else divergence.float()
 
@@ -177,7 +179,7 @@ def divergence_terms(
 ) -> Tensor:
     """The terms of `jsd_loss` at codes [..., n, l] from log p_e there, [..., n]; in float64."""
     gap = _log_target(target, name, codes) - _wide(log_prob)
-    terms = -gap if divergence == "kl" else _LOG2 - softplus(gap)
+    terms = -gap if divergence == "kl" else _LOG2 + logsigmoid(-gap)
     return terms.mean() if reduction == "mean" else terms.sum() if reduction == "sum" else terms
 
 
@@ -191,7 +193,7 @@ def _at_target(
 ) -> Tensor:
     """log 2 + log p_t / (p_e + p_t) at samples of the target, [..., k]; in float64."""
     log_prob = named_log_prob(("target_samples", name), target_samples, centers, bandwidth, log_weights)
-    return _LOG2 - softplus(_wide(log_prob) - _log_target(target, "target_samples", target_samples))
+    return _LOG2 + logsigmoid(_log_target(target, "target_samples", target_samples) - _wide(log_prob))
 
 
 def _check_target(target: Target | None, name: str, z: Tensor) -> None:

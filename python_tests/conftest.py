@@ -1,6 +1,18 @@
-"""Workers of a parallel run (`-n`) take one thread each: two OpenMP teams on the same cores wait for each other."""
+"""Workers of a parallel run (`-n`) take one thread each: two OpenMP teams on the same cores wait for each other.
+
+Property tests run the same examples every time; `--hypothesis-profile=search` looks for new ones, many more.
+"""
 
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which comes later
+
+from hypothesis import HealthCheck, settings
+
+# No deadline: the first call of an op takes longest. Hangs are the watchdog's, in test_properties.py.
+settings.register_profile("ci", deadline=None, derandomize=True, database=None, max_examples=100)
+settings.register_profile(
+    "search", deadline=None, max_examples=20_000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("ci")

@@ -6,7 +6,7 @@
 //   1. squared distances, in registers over the dimensions        -> pairs[kTile][QV]
 //   2. weights, in place: 2^(exponent - reference) or its product with an upstream gradient
 //   3. sums[l][QV] += weights * tile points, in registers over the tile
-// All points are moved by a point amid the centers and divided by the (first) bandwidth when they are packed, so that
+// All points are moved by a point amid the centers and divided by the (middle) bandwidth when they are packed, so that
 // what is squared and summed is of order one. Distances come from differences, never from the expanded square.
 // Sums over many points run in two levels: in registers over a tile, then over the tiles.
 
@@ -31,13 +31,24 @@ constexpr int64_t kSerialWork = 1 << 14;  // n m (l + 8) below which a second th
 constexpr int64_t kShiftSample = 256;     // centers whose mean is the shift
 constexpr int64_t kSkipDims = 96;         // dimensions from which looking for rows to skip pays
 
-// An excluded pair is this far apart: the weight is 0, and 0 times it is 0.
+// An excluded pair is this far apart: the weight is 0.
 template <class T>
-constexpr T kExcluded = std::numeric_limits<T>::max();
+constexpr T kExcluded = std::numeric_limits<T>::infinity();
+
+// A squared distance as a factor of its weight: 0 times it is 0.
+template <class T>
+Vec<T> finite(Vec<T> distance) {
+  const Vec<T> most = broadcast(std::numeric_limits<T>::max());
+  return distance < most ? distance : most;
+}
 
 // The reference of a lane that has seen no weight yet: finite, so that differences from it are never inf - inf.
 template <class T>
 constexpr T kNoReference = -std::numeric_limits<T>::max() / 2;
+
+// The largest ratio of two bandwidths: its root and the square of that are far from the ends of T's range.
+template <class T>
+constexpr double kMostRatio = sizeof(T) == 4 ? 1e30 : 1e300;
 
 // A reference is raised only where the weights of a tile sum to more than this: almost always once, at the first tile.
 template <class T>
@@ -55,7 +66,7 @@ struct Item {
   const T* log_weights;    // [m] or null
   const int64_t* exclude;  // [n] or null
   bool per_center;
-  double h0;    // the first bandwidth
+  double h0;    // the bandwidth, or the middle one
   T scale;      // of the packed points: 1 / h0, rounded
   double unit;  // h0 * scale, which is not quite 1: the bandwidth in packed units
 
@@ -69,9 +80,22 @@ struct Item {
         log_weights(mix.log_weights ? static_cast<const T*>(mix.log_weights) + b * mix.log_weights_stride : nullptr),
         exclude(mix.exclude ? mix.exclude + b * mix.exclude_stride : nullptr),
         per_center(mix.per_center) {
-    h0 = static_cast<double>(kdejsd::checked_bandwidth(bandwidth[0]));
-    scale = static_cast<T>(1.0 / h0);
+    h0 = per_center ? middle_bandwidth() : static_cast<double>(kdejsd::checked_bandwidth(bandwidth[0]));
+    const double most = static_cast<double>(std::numeric_limits<T>::max());  // less than 1 / h0 where that is subnormal
+    scale = static_cast<T>(1.0 / h0 > most ? most : 1.0 / h0);
     unit = h0 * static_cast<double>(scale);
+  }
+
+  // The geometric mean of the least and the greatest; NaN where they are too far apart.
+  double middle_bandwidth() const {
+    T least = std::numeric_limits<T>::infinity(), greatest = 0;
+    for (int64_t j = 0; j < m; j++) {
+      if (!(bandwidth[j] > T(0) && bandwidth[j] < std::numeric_limits<T>::infinity())) continue;  // h(j) is NaN
+      least = bandwidth[j] < least ? bandwidth[j] : least;
+      greatest = bandwidth[j] > greatest ? bandwidth[j] : greatest;
+    }
+    const double low = static_cast<double>(least), high = static_cast<double>(greatest);
+    return high / low <= kMostRatio<T> ? std::sqrt(low) * std::sqrt(high) : std::numeric_limits<double>::quiet_NaN();
   }
 
   double h(int64_t j) const { return per_center ? static_cast<double>(kdejsd::checked_bandwidth(bandwidth[j])) : h0; }
@@ -247,7 +271,7 @@ bool forward_weights(const Tile<T>& tile, int count, const Vec<T>* reference, Ve
       // The exponent as it was rounded for the maximum: a far query's must not differ from its reference by an ulp.
       Vec<T> w = exp2((offset - slope * distance) - base[v]);
       tile_weight[v] += w;
-      if (M == Moment::kDistance) tile_moment[v] += w * distance;
+      if (M == Moment::kDistance) tile_moment[v] += w * finite<T>(distance);
       if (M == Moment::kPrecision) {
         w *= precision;
         tile_moment[v] += w;
@@ -513,7 +537,7 @@ void backward_weights(const Tile<T>& tile, int count, const Vec<T>* offset, cons
       // The exponent as the forward pass rounded it: for a far query the difference is worth whole digits.
       const Vec<T> w = grad * exp2((offset[v] - slope[v] * distance) - log_prob);
       tile_weight[v] += w;
-      tile_moment[v] += w * distance;
+      tile_moment[v] += w * finite<T>(distance);
       pairs[j * QV + v] = w;
     }
   }

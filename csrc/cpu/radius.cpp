@@ -58,7 +58,7 @@ TailRatios<Vec<T>> tail_ratios(Vec<T> t) {
 // F, and its derivative for the masses as they are given: p or log p.
 template <class T, bool kIsLog>
 RadiusTerm<Vec<T>> radius_term(Vec<T> mass) {
-  const Vec<T> p = kIsLog ? exp_negative<T>(mass) : mass;
+  const Vec<T> p = kIsLog ? exp_negative<T>(mass) : mass + T(0);  // -0 becomes 0, of which log makes a number
   // Beyond kMost p is 0, and so are value and derivative whatever the ratios are.
   Vec<T> surprise = kIsLog ? -mass : -log<T>(p);
   surprise = surprise < NormalTail<T>::kMost ? surprise : broadcast(NormalTail<T>::kMost);

@@ -50,6 +50,8 @@ def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
 def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     return value
 
 
@@ -68,6 +70,16 @@ def check_companion(name: str, value: Tensor, first: str, like: Tensor, dtypes: 
         )
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must have the dtype of {first}, {like.dtype}; got {value.dtype}")
+
+
+def broadcast_batch(batches: dict[str, torch.Size]) -> torch.Size:
+    """The one shape of the leading dimensions of several arguments, by their names."""
+    try:
+        shape: torch.Size = torch.broadcast_shapes(*batches.values())
+        return shape
+    except RuntimeError:
+        names, shapes = " and ".join(batches), " and ".join(str(list(batch)) for batch in batches.values())
+        raise ValueError(f"the leading dimensions of {names} must broadcast, got {shapes}") from None
 
 
 def checks_values() -> bool:

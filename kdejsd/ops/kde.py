@@ -52,11 +52,18 @@ def kde_log_prob(
 
     Returns:
         [..., n], float64 for float64 input and float32 otherwise. NaN in a query gives NaN at that query; NaN in a
-        center, or a bandwidth tensor with an entry that is not positive and finite, gives NaN everywhere. With the
-        environment variable KDEJSD_CHECK=1 such values are errors instead (this waits for the device).
+        center, a bandwidth tensor with an entry that is not positive and finite, or a log-weight that is NaN or
+        infinity gives NaN everywhere. With the environment variable KDEJSD_CHECK=1 such values are errors instead (this
+        waits for the device). -inf where no center has a weight that the dtype holds; the gradient is NaN there.
+
+        What float32 cannot hold, float64 can. In float32 squares pass its range at distances of 1e19 h (the density is
+        then 0, from 1e38 h on NaN). Points are resolved to a unit in the last place of their distance from amid the
+        centers: a bandwidth of less than 1e-6 of their spread leaves no digit of the gradient. Of bandwidths per
+        center, h above is the geometric mean of the least and the greatest; on the CPU, one that is 1e30 times another
+        gives NaN everywhere.
 
     Raises:
-        ValueError: shapes that do not match, m = 0, a bandwidth number that is not positive and finite.
+        ValueError: shapes that do not match, m = 0, a bandwidth number that is not positive and finite in the dtype.
         TypeError: an argument of another type, mixed or unsupported dtypes.
         RuntimeError: mixed devices; a CUDA tensor where CUDA cannot be used; no compiled module.
     """
@@ -168,6 +175,9 @@ def checked_inputs(
     elif isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool):
         if not 0 < bandwidth < math.inf:
             raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
+        limits = torch.finfo(dtype)
+        if not limits.smallest_normal * limits.eps <= bandwidth <= limits.max:
+            raise ValueError(f"bandwidth must be in the range of {dtype}, got {bandwidth}")
         h = torch.full((1,), float(bandwidth), dtype=dtype, device=query.device)
     else:
         raise TypeError(f"bandwidth must be a number or a tensor, got {type(bandwidth).__name__}")
@@ -210,11 +220,14 @@ def checked_inputs(
         return (query, centers, h, log_weights, exclude), (n,)
 
     # The batch of the mixture: dimensions before those that every argument has anyway.
-    batches = [centers.shape[:-2], h.shape[:-1]]
+    batches = {centers_name: centers.shape[:-2], "bandwidth": h.shape[:-1]}
     if log_weights is not None:
-        batches.append(log_weights.shape[:-1])
-    mixture_batch = torch.broadcast_shapes(*batches)
-    batch = torch.broadcast_shapes(query.shape[:-2], mixture_batch, *([] if exclude is None else [exclude.shape[:-1]]))
+        batches["log_weights"] = log_weights.shape[:-1]
+    mixture_batch = _common.broadcast_batch(batches)
+    batches[query_name] = query.shape[:-2]
+    if exclude is not None:
+        batches["exclude_self"] = exclude.shape[:-1]
+    batch = _common.broadcast_batch(batches)
     shape = (*batch, n)
     items = math.prod(batch)
     if math.prod(mixture_batch) == 1:

@@ -21,7 +21,8 @@ def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
 
     Exact: what comparing all pairs finds, from differences of coordinates; of samples at the same distance the one of
     lowest index. The distance has a gradient for both samples of the pair, the difference divided by the distance, and
-    0 where the distance is 0; the index has none.
+    0 where the distance is 0; the index has none. Squares are of the dtype: in float32 distances under 1e-18 lose
+    digits and end as 0, so scale such latents.
 
     Args:
         latents: [..., N, d], d at least 1. N may be 0.
@@ -71,11 +72,7 @@ def _check(latents: Tensor, labels: Tensor) -> tuple[torch.dtype, torch.Size]:
     if labels.ndim == 0 or labels.shape[-1] != n:
         raise ValueError(f"labels must have shape [..., {n}], one per sample; got {list(labels.shape)}")
     _common.check_companion("labels", labels, "latents", latents, (torch.int64,))
-    try:
-        batch = torch.broadcast_shapes(latents.shape[:-2], labels.shape[:-1])
-    except RuntimeError:
-        shapes = f"latents {list(latents.shape)} and labels {list(labels.shape)}"
-        raise ValueError(f"the leading dimensions of latents and labels must broadcast, got {shapes}") from None
+    batch = _common.broadcast_batch({"latents": latents.shape[:-2], "labels": labels.shape[:-1]})
     if _common.checks_values():
         _common.check_finite("latents", latents)
     return dtype, batch

@@ -45,9 +45,10 @@ def omega(
     gradient, whatever its codes.
 
     Distances and gradients come from differences, not from |a|^2 + |b|^2 - 2 a.b, so that samples far from the origin
-    and close to each other keep their digits. Sums come with the gradients in one pass over the pairs, which takes
-    each distance once, in memory of the size of the arguments; second derivatives, function transforms and
-    forward-mode AD run the plain reference, with all pairs' differences in memory.
+    and close to each other keep their digits. Squares are of the dtype: in float32 distances under 1e-18 lose digits
+    and end as 0, those over 1e19 are infinite, so scale such inputs and codes. Sums come with the gradients in one pass
+    over the pairs, which takes each distance once, in memory of the size of the arguments; second derivatives, function
+    transforms and forward-mode AD run the plain reference, with all pairs' differences in memory.
 
     Args:
         inputs: [b, ...], the samples I; all dimensions but the first are one vector, of at least one number.

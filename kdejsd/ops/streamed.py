@@ -109,7 +109,7 @@ def _whole_pass(
         query = gathered(query.detach(), "queries")
     count = query.new_full((len(query),), len(centers), dtype=torch.float64)
     if exclude is not None:
-        count -= (exclude >= 0).to(count)
+        count -= _among(exclude, len(centers)).to(count)
     log_sum, gradient = _pass(query, centers, bandwidth, exclude, want_gradient)
     if not sharded:
         return log_sum, count, gradient
@@ -142,7 +142,7 @@ def _pass(
         own: bool | Tensor = False
         if exclude is not None:
             own = exclude - start
-            own = own.where((own >= 0) & (own < len(part)), -1)
+            own = own.where(_among(own, len(part)), -1)
         inputs, _ = checked_inputs(("query", "centers"), query, part, bandwidth, equal[: len(part)], own)
         log_sum, slope, _ = torch.ops.kdejsd.kde(*inputs, want_gradient)
         if want_gradient:
@@ -151,6 +151,10 @@ def _pass(
             total = torch.stack((total, log_sum)).logsumexp(0)
         start += len(part)
     return total, gradient
+
+
+def _among(index: Tensor, count: int) -> Tensor:
+    return (index >= 0) & (index < count)
 
 
 def _converted(parts: Iterator[Tensor], like: Tensor) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid  # softplus, as torch has it, leaves out what is below 2e-9
 
 
 def kde_log_prob(
@@ -33,7 +33,7 @@ def kde_log_prob(
     squared_distance = (query.unsqueeze(-2) - centers.unsqueeze(-3)).square().sum(-1)
     logits = -squared_distance / (2 * h * h) - dim * h.log()
     if log_weights is not None:
-        logits = logits + log_weights.unsqueeze(-2)
+        logits = logits + log_weights.where(log_weights < math.inf, math.nan).unsqueeze(-2)
     log_count: float | Tensor = math.log(m) if log_weights is None else 0.0
     if exclude_self is not False:
         own = torch.arange(n, device=query.device) if exclude_self is True else exclude_self
@@ -58,7 +58,7 @@ def normal_divergence_terms(
 
 
 def _terms(log_ratio: Tensor, divergence: str) -> Tensor:
-    return log_ratio if divergence == "kl" else math.log(2) - softplus(-log_ratio)
+    return log_ratio if divergence == "kl" else math.log(2) + logsigmoid(log_ratio)
 
 
 def _log_ratio(query: Tensor, centers: Tensor, bandwidth: float | Tensor, target: Any, **kde: Any) -> Tensor:
@@ -84,7 +84,7 @@ def jsd_loss(
     terms = _terms(log_ratio, divergence)
     if target_samples is not None:
         at_target = _log_ratio(target_samples, lagged, bandwidth, target, log_weights=log_weights)
-        terms = terms.mean() + math.log(2) - softplus(at_target).mean()
+        terms = terms.mean() + math.log(2) + logsigmoid(-at_target).mean()
     if reduction != "none":
         terms = terms.mean() if reduction == "mean" else terms.sum()
     return terms if codes.dtype == torch.float64 else terms.float()

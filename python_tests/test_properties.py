@@ -286,6 +286,25 @@ def test_a_bandwidth_that_is_not_a_normal_number(dtype, h):
     torch.testing.assert_close(value.double(), expected.double(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("distance", [1e15, 1e20, INF])
+def test_a_far_query_takes_nothing_from_the_center_it_leaves_out(distance):
+    """Whose bandwidth is the widest."""
+    query = torch.tensor([[distance]])
+    centers, h = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([1.0, 1.0, 1e8])
+    call = {"query": query, "centers": centers, "bandwidth": h, "exclude_self": torch.tensor([2])}
+    value = kdejsd.kde_log_prob(**call)
+    assert value.isneginf() if distance > 1e19 else value.item() == pytest.approx(-0.5e30, rel=1e-5)
+    (gradient,) = torch.autograd.grad(kdejsd.kde_log_prob(**call | {"bandwidth": h.requires_grad_()}), h)
+    assert gradient[2] == 0 if distance < 1e19 else gradient.isnan().any()
+
+
+def test_a_loss_keeps_digits_below_those_of_torchs_softplus():
+    codes = torch.tensor([[math.sqrt(2 * 21)]], dtype=torch.float64)
+    for module in (kdejsd, reference):  # log p_e - log p_t is 21
+        loss = module.jsd_loss(codes, codes, 1.0, target_samples=codes)
+        assert loss.item() == pytest.approx(2 * math.log(2) - 21 - 2 * math.log1p(math.exp(-21)), rel=1e-15)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is built on the kde
 
@@ -472,6 +491,14 @@ def test_class_radius_bound(data, is_log, dtype):
     assert right.all(), f"{found[~right][0]} for {expected[~right][0]} at {ours[~right][0]}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mass_of_minus_0(dtype):
+    masses = torch.tensor([[-0.0, 0.5, 0.5]], dtype=dtype, requires_grad=True)
+    value = kdejsd.class_radius_bound(masses)
+    assert torch.equal(value, kdejsd.class_radius_bound(masses.detach().abs()))
+    assert torch.autograd.grad(value, masses)[0][0, 0] == 0
+
+
 @given(st.data(), dtypes)
 def test_nearest_other_class(data, dtype):
     start_watch()
@@ -549,6 +576,27 @@ def test_an_odd_argument_is_served_or_named(name, data):
     else:
         tensors = result if isinstance(result, tuple) else (result,)
         assert all(isinstance(t, Tensor) for t in tensors)
+
+
+@pytest.mark.parametrize(
+    ("text", "function", "arguments"),
+    [
+        (
+            "centers and bandwidth and query.*got \\[5\\] and \\[\\] and \\[2\\]",
+            kdejsd.kde_log_prob,
+            (Z.expand(2, 4, 3), C.expand(5, 5, 3), 0.5),
+        ),
+        (
+            "centers and bandwidth must broadcast, got \\[2\\] and \\[3\\]",
+            kdejsd.kde_log_prob,
+            (Z, C.expand(2, 5, 3), torch.ones(3, 5)),
+        ),
+        ("samples and target_samples must", kdejsd.jsd, (Z.expand(2, 4, 3), C, 0.5, Z.expand(3, 4, 3))),
+    ],
+)
+def test_leading_dimensions_that_do_not_broadcast(text, function, arguments):
+    with pytest.raises(ValueError, match=f"the leading dimensions of {text}"):
+        function(*arguments)
 
 
 @pytest.mark.parametrize("bandwidth", [1e-300, 1e300, 10**400])

@@ -173,7 +173,8 @@ class Allowed:
             + slack * log_weights.abs()
         )
         self.error = self.error.masked_fill(self.exponents == -INF, 0)
-        self.out_of_range = (reach / self.h > 0.03 * self.largest).any(-1)
+        too_far_apart = self.h.amax(-1) / self.h.amin(-1) > (1e30 if dtype == torch.float32 else 1e300)
+        self.out_of_range = (reach / self.h > 0.03 * self.largest).any(-1) | too_far_apart
         # Squares of distances in the middle bandwidth pass the range: those of the nearest center too.
         middle = (self.h.amin(-1, keepdim=True) * self.h.amax(-1, keepdim=True)).sqrt()
         squares_pass = reach / middle > math.sqrt(0.03 * self.largest)

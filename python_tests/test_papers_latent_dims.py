@@ -43,7 +43,7 @@ def test_quick_run_and_its_record(gen_latent_dims, tmp_path, capsys):
     assert gen_latent_dims.main(["--quick", "--out", str(tmp_path), "--csv", str(tmp_path / "quick.csv")]) == 0
     with (tmp_path / "quick.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["model"] for row in rows[:2]] == ["GEN, paper", "GEN, smoothed"] and len(rows) == 7
+    assert [row["model"] for row in rows[:2]] == ["GEN, paper", "GEN, smoothed"] and len(rows) == 8
     for row in rows:
         assert 0.3 < float(row["told_apart"]) <= 1 and 0 < float(row["least"]) < float(row["greatest"])
         assert float(row["sliced"]) > 0.8 * float(row["sliced_of_samples"]) > 0
@@ -54,7 +54,7 @@ def test_quick_run_and_its_record(gen_latent_dims, tmp_path, capsys):
     began = (tmp_path / "quick.csv").stat().st_mtime_ns
     assert gen_latent_dims.main(["--quick", "--out", str(tmp_path), "--csv", str(tmp_path / "quick.csv")]) == 0
     assert (tmp_path / "quick.csv").stat().st_mtime_ns == began
-    assert capsys.readouterr().out.splitlines()[-7:] == text.splitlines()[-7:]
+    assert capsys.readouterr().out.splitlines()[-8:] == text.splitlines()[-8:]
 
 
 def test_a_model_whose_codes_are_not_finite_has_a_row(gen_latent_dims, tmp_path, capsys):

@@ -19,7 +19,7 @@ images (of a model with a random encoder one sample of each image's law) against
 
 Models: "paper" is GEN as in the paper but for normalised codes (target itself, its optimal bandwidth, no kernel noise);
 "smoothed" compares with the smoothed target by twice `optimal_bandwidth(..., smoothed=True)`, no kernel noise;
-"stochastic" is StochasticGEN at two weights; the others are as they are by default. One seed.
+"stochastic" is StochasticGEN at three weights; the others are as they are by default. One seed.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def model_settings(dim: int, centers: int) -> dict[str, tuple[str, dict[str, Any
         "GEN, paper": ("GEN", plain | {"smoothed": False, "bandwidth": best}),
         "GEN, smoothed": ("GEN", plain | {"bandwidth": 2 * least}),
         "GEN, stochastic": ("StochasticGEN", random),
+        "GEN, stochastic, weight 0.3": ("StochasticGEN", random | {"weight": 0.3}),
         "GEN, stochastic, weight 0.1": ("StochasticGEN", random | {"weight": 0.1}),
         "WAE": ("WAE", {}),
         "AAE": ("AAE", {}),

@@ -1,7 +1,7 @@
 """GENs and their rivals by the number of latent dimensions: how well do held-out codes follow the normal, and what does
 it cost?
 
-    python bench/papers/gen_latent_dims.py --data DIR --csv FILE    # l = 8 to 256; about two hours of one core
+    python bench/papers/gen_latent_dims.py --data DIR --csv FILE    # l = 8 to 256; an hour of one core
     python bench/papers/gen_latent_dims.py --quick                  # under a minute: scikit-learn's digits, l = 4
 
 Rows that FILE holds already are printed and not run again: a stopped run goes on, and other dimensions can be added.
@@ -19,7 +19,7 @@ images (of a model with a random encoder one sample of each image's law) against
 
 Models: "paper" is GEN as in the paper but for normalised codes (target itself, its optimal bandwidth, no kernel noise);
 "smoothed" compares with the smoothed target by twice `optimal_bandwidth(..., smoothed=True)`, no kernel noise;
-"stochastic" is StochasticGEN at three weights; the others are as they are by default. One seed.
+"stochastic" is StochasticGEN at three weights; the others are as they are by default.
 """
 
 from __future__ import annotations

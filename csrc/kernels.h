@@ -26,8 +26,8 @@ enum class KdeProducts {
   kTf32,   // numbers rounded to TF32
 };
 
-// The mixture itself. Bandwidths that are not positive and finite count as NaN, and on the CPU so do all of them where
-// one is more than 1e30 (double: 1e300) times another.
+// The mixture itself. Bandwidths that are not positive and finite count as NaN, and so do all of them where one is more
+// than 1e30 (double: 1e300) times another.
 //   a[i, j]  = log_weights[j] - l log h[j] - |query[i] - centers[j]|^2 / (2 h[j]^2),  a[i, exclude[i]] = -inf
 //   log p_e(query[i]) = logsumexp_j a[i, j] - l/2 log(2 pi)
 // Without log_weights every center has weight 1/m, or 1/(m - 1) for a query that excludes one.

@@ -12,6 +12,7 @@ import pytest
 import test_kde
 import test_nearest
 import test_omega
+import test_properties
 import test_radius
 import torch
 from cuda_on_host import OPS, CudaOnHost, build, missing
@@ -213,6 +214,47 @@ def test_kde_edges(dtype, host):
         test_kde.test_batches_broadcast(*call, weighted=True, device="cpu")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [2, 20])
+def test_kde_bandwidths_far_apart(dim, dtype, host):
+    """In l = 20 the tensor cores take float32."""
+    test_properties.test_bandwidths_far_apart(dtype, dim)
+
+
+@pytest.mark.parametrize("places", [(0, 1099), (1050, 40), (1024, 1023)])
+def test_kde_bandwidths_too_far_apart_wherever_they_are(places, host):
+    """The least and the greatest of a batch item, which the threads of a block look for."""
+    query, centers = (test_kde.points(2, n, 2, dtype=torch.float32, seed=n) for n in (3, 1100))
+    bandwidth = torch.ones(2, 1100)
+    bandwidth[0, list(places)] = torch.tensor([1e-16, 1e16])
+    value = kdejsd.kde_log_prob(query, centers, bandwidth)
+    assert value[0].isnan().all() and value[1].isfinite().all()
+    bandwidth[0, list(places)] = torch.tensor([-1.0, 1.0])
+    value = kdejsd.kde_log_prob(query, centers, bandwidth, exclude_self=torch.full((3,), places[0]))
+    assert value[0].isnan().all() and value[1].isfinite().all()
+
+
+def test_kde_numbers_at_the_ends_of_their_range(host):
+    for dtype, h in [(torch.float32, 1e-44), (torch.float64, 5e-324)]:
+        test_properties.test_a_bandwidth_that_is_not_a_normal_number(dtype, h)
+    for distance in (1e15, 1e20, math.inf):
+        test_properties.test_a_far_query_takes_nothing_from_the_center_it_leaves_out(distance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [3, 20])
+@pytest.mark.parametrize("weight", [math.nan, math.inf])
+def test_kde_log_weights_that_are_no_weights(weight, dim, dtype, host):
+    query, centers = (test_kde.points(n, dim, dtype=dtype, seed=n) for n in (70, 130))
+    query[0] = math.inf
+    for place in (0, 129):
+        log_weights = torch.zeros(130, dtype=dtype)
+        log_weights[place] = weight
+        call = {"query": query, "centers": centers.requires_grad_(), "bandwidth": 1.0, "log_weights": log_weights}
+        for tensor in test_kde.value_and_gradients(kdejsd.kde_log_prob, call):
+            assert tensor.isnan().all()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The other ops
 
@@ -229,6 +271,7 @@ def test_radius_op(is_log, dtype, host):
     for shape in [(1, 2), (37, 101), (2, 5000)]:
         test_radius.test_rows(shape, dtype, is_log, "cpu")
     test_radius.test_ends_and_nan(dtype, "cpu")
+    test_properties.test_a_mass_of_minus_0(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -261,15 +261,21 @@ def test_kde_gradients(call, seed):
 
 
 # Found once, or next to what was found.
+@pytest.mark.parametrize("dim", [2, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bandwidths_far_apart(dtype):
+def test_bandwidths_far_apart(dtype, dim):
     """Ones of which each is far from the first: the wide ones' density, the narrow ones' at a center, no NaN."""
-    query = torch.tensor([[0.3, 1.0], [1.0, -1.0], [0.0, 2.0]], dtype=dtype)
-    centers = torch.tensor([[1.0, -1.0], [0.5, 0.5], [2.0, 0.0]], dtype=dtype)
+    query, centers = torch.zeros(2, 3, dim, dtype=dtype)
+    query[:, :2] = torch.tensor([[0.3, 1.0], [1.0, -1.0], [0.0, 2.0]], dtype=dtype)
+    centers[:, :2] = torch.tensor([[1.0, -1.0], [0.5, 0.5], [2.0, 0.0]], dtype=dtype)
     for bandwidth in ([1e-14, 1.0, 1e14], [1e14, 1e-14, 1.0], [1.0, 1e-14, 1e14], [1e-29, 1.0, 1.0]):
         call = {"query": query, "centers": centers, "bandwidth": torch.tensor(bandwidth, dtype=dtype)}
         value, truth = kdejsd.kde_log_prob(**call), reference.kde_log_prob(**widened(call))
         torch.testing.assert_close(value.double(), truth, rtol=1e-6, atol=1e-5)
+        weights = torch.zeros(3, dtype=dtype, requires_grad=True)
+        (share,) = torch.autograd.grad(kdejsd.kde_log_prob(**call, log_weights=weights).sum(), weights)
+        truth = reference.kde_log_prob(**widened(call), log_weights=weights.double()).sum()
+        torch.testing.assert_close(share, *torch.autograd.grad(truth, weights), rtol=1e-3, atol=1e-6)
         left_out = {**call, "exclude_self": torch.tensor([2, 0, 2])}
         value, truth = kdejsd.kde_log_prob(**left_out), reference.kde_log_prob(**widened(left_out))
         torch.testing.assert_close(value.double(), truth, rtol=1e-6, atol=1e-5)
@@ -285,6 +291,9 @@ def test_a_bandwidth_that_is_not_a_normal_number(dtype, h):
     unit = torch.tensor([[1.0], [2.0], [4.0]], dtype=dtype)
     expected = kdejsd.kde_log_prob(unit, unit, 1.0) - torch.tensor(h, dtype=dtype).double().log()
     torch.testing.assert_close(value.double(), expected.double(), rtol=1e-5, atol=0)
+    query, center = (points[:1].clone().requires_grad_() for _ in range(2))
+    for gradient in torch.autograd.grad(kdejsd.kde_log_prob(query, center, h), (query, center)):
+        assert gradient.item() == 0
 
 
 @pytest.mark.parametrize("distance", [1e15, 1e20, INF])

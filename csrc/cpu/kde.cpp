@@ -46,10 +46,6 @@ Vec<T> finite(Vec<T> distance) {
 template <class T>
 constexpr T kNoReference = -std::numeric_limits<T>::max() / 2;
 
-// The largest ratio of two bandwidths: its root and the square of that are far from the ends of T's range.
-template <class T>
-constexpr double kMostRatio = sizeof(T) == 4 ? 1e30 : 1e300;
-
 // A reference is raised only where the weights of a tile sum to more than this: almost always once, at the first tile.
 template <class T>
 constexpr T kLargestSum = T(1ll << 40);
@@ -86,7 +82,6 @@ struct Item {
     unit = h0 * static_cast<double>(scale);
   }
 
-  // The geometric mean of the least and the greatest; NaN where they are too far apart.
   double middle_bandwidth() const {
     T least = std::numeric_limits<T>::infinity(), greatest = 0;
     for (int64_t j = 0; j < m; j++) {
@@ -94,8 +89,7 @@ struct Item {
       least = bandwidth[j] < least ? bandwidth[j] : least;
       greatest = bandwidth[j] > greatest ? bandwidth[j] : greatest;
     }
-    const double low = static_cast<double>(least), high = static_cast<double>(greatest);
-    return high / low <= kMostRatio<T> ? std::sqrt(low) * std::sqrt(high) : std::numeric_limits<double>::quiet_NaN();
+    return kdejsd::middle_bandwidth(least, greatest);
   }
 
   double h(int64_t j) const { return per_center ? static_cast<double>(kdejsd::checked_bandwidth(bandwidth[j])) : h0; }
@@ -457,7 +451,7 @@ struct Forward {
         }
         const double packed = static_cast<double>((query[k] - shift[k]) * item.scale);
         double direction =
-            (sum - packed * mass) / (total.sum * item.unit * item.h0);  // the score of p_e, less the target's
+            (sum - packed * mass) / (total.sum * item.unit) / item.h0;  // the score of p_e, less the target's
         if (has_target) direction += static_cast<double>(query[k]) / args.target_variance;
         dquery[i * item.l + k] = static_cast<T>(term.weight * direction);
       }
@@ -634,7 +628,7 @@ struct Backward {
       for (int64_t k = 0; k < item.l; k++) {
         const double packed = static_cast<double>((item.centers[j * item.l + k] - shift[k]) * item.scale);
         const double sum = static_cast<double>(sums[k * lanes + lane]);
-        dcenters[j * item.l + k] = static_cast<T>((sum - weight * packed) * precision / (item.unit * item.h0));
+        dcenters[j * item.l + k] = static_cast<T>((sum - weight * packed) * precision / item.unit / item.h0);
       }
     }
   }

@@ -9,6 +9,9 @@
 //   2. weights 2^x, which the block exchanges through shared memory
 //   3. weighted sums of the column points: rows 4 ty + {0..3}, coordinates LC tx + {0..LC-1} of up to kSlabs chunks
 // A tile is summed by itself before it is added to the running sums, so long sums have two levels.
+//
+// A call is a pass over the pairs and a merge of what its blocks leave; before them, where each center has a bandwidth
+// of its own, a look for the middle one.
 #include <algorithm>
 #include <type_traits>
 #include <utility>
@@ -25,6 +28,7 @@ constexpr int kMicro = 4;              // rows and columns of a thread
 constexpr int kTile = kSide * kMicro;  // rows and columns of a tile
 constexpr int kThreads = kSide * kSide;
 constexpr int kMergeThreads = 256;
+constexpr int kMiddleThreads = 1024;
 
 // 16 bytes of T: the widest access to shared memory, and the padding that puts rows 4 banks apart.
 template <typename T>
@@ -33,6 +37,48 @@ constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 // Blocks that a multiprocessor's registers hold.
 template <typename T>
 constexpr int kBlocksPerMultiprocessor = sizeof(T) == 4 ? 2 : 1;
+
+// ----------------------------------------------------------------------------------------------------------------
+// The middle bandwidth of one per center
+
+// One block per batch item.
+template <typename T>
+__global__ void __launch_bounds__(kMiddleThreads) kde_middle_kernel(const KdeMixture mixture, T* middle /* [batch] */) {
+  constexpr int kWarps = kMiddleThreads / kWarp;
+  __shared__ T least[kWarps], greatest[kWarps];
+  const T* bandwidth = static_cast<const T*>(mixture.bandwidth) + blockIdx.x * mixture.bandwidth_stride;
+  T low = T(INFINITY), high = T(0);
+#pragma unroll 4
+  for (int64_t j = threadIdx.x; j < mixture.m; j += kMiddleThreads) {
+    // One that is not positive and finite counts as 0, which is too far from all others.
+    const T h = bandwidth[j] > T(0) && bandwidth[j] < T(INFINITY) ? bandwidth[j] : T(0);
+    low = std::fmin(low, h);
+    high = std::fmax(high, h);
+  }
+  low = -max_over<kWarp>(-low);
+  high = max_over<kWarp>(high);
+  if (threadIdx.x % kWarp == 0) {
+    least[threadIdx.x / kWarp] = low;
+    greatest[threadIdx.x / kWarp] = high;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < kWarps; ++warp) {
+    low = std::fmin(low, least[warp]);
+    high = std::fmax(high, greatest[warp]);
+  }
+  middle[blockIdx.x] = static_cast<T>(middle_bandwidth(low, high));
+}
+
+// Queues it where there is one bandwidth per center; the result is then `at`, else null.
+template <typename T>
+const T* launch_middle(const KdeMixture& mixture, T* at /* [batch] */, cudaStream_t stream) {
+  if (!mixture.per_center) return nullptr;
+  launch("kde_middle_kernel", kde_middle_kernel<T>, mixture.batch, kMiddleThreads, 0, stream, mixture, at);
+  return at;
+}
+
+int64_t middle_count(const KdeMixture& mixture) { return mixture.per_center ? mixture.batch : 0; }
 
 // ----------------------------------------------------------------------------------------------------------------
 // A tile of pairs in shared memory
@@ -76,9 +122,10 @@ __device__ Tile<T, LC>& shared_tile() {
 }
 
 template <typename T, int LC>
-__device__ void start_tile(Tile<T, LC>& tile, const KdeMixture& mixture, int64_t batch, bool rows_are_queries) {
+__device__ void start_tile(Tile<T, LC>& tile, const KdeMixture& mixture, const T* middle, int64_t batch,
+                           bool rows_are_queries) {
   if (threadIdx.x == 0) {
-    const Item<T> item = batch_item<T>(mixture, batch);
+    const Item<T> item = batch_item(mixture, middle, batch);
     const Points<T> queries = {item.query, item.n}, centers = {item.centers, item.m};
     tile.item = item;
     tile.row_points = rows_are_queries ? queries : centers;
@@ -335,7 +382,7 @@ __device__ void write_row_sums(const RowSums<T>& sums, const Partials<T>& partia
 
 template <typename T, int LC, int kSlabs>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
-    kde_forward_kernel(const KdeMixture mixture, const ForwardPlan plan, const Partials<T> partials) {
+    kde_forward_kernel(const KdeMixture mixture, const T* middle, const ForwardPlan plan, const Partials<T> partials) {
   // Neighbouring blocks read the same centers at the same time.
   int64_t block = blockIdx.x;
   const int64_t query_tile = block % plan.query_tiles;
@@ -349,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<T>)
       first_tile + plan.tiles_per_split < plan.center_tiles ? first_tile + plan.tiles_per_split : plan.center_tiles;
   Tile<T, LC>& tile = shared_tile<T, LC>();
   const Item<T>& item = tile.item;
-  start_tile(tile, mixture, batch, true);
+  start_tile(tile, mixture, middle, batch, true);
   const int64_t first_query = query_tile * kTile;
   Stage<T, LC, kSlabs> stage{tile, first_query};
   if (threadIdx.x < kTile) {
@@ -435,7 +482,7 @@ __device__ void write_dquery(const Item<T>& item, const Partials<T>& partials, c
   int width = 1;
   while (width < item.l && width < kWarp) width *= 2;
   const int lane = threadIdx.x % kWarp;
-  const T inverse = T(1) / (item.scale * item.h0) / item.h0;
+  const T inverse = T(1) / (item.scale * item.h0);  // that of a subnormal h0 itself is infinite
   const T precision = (item.per_center ? merged.moment : merged.exponents.sum) / merged.exponents.sum;
   for (int64_t first = 0; first < item.l; first += width) {
     const int64_t k = first + lane % width;
@@ -447,7 +494,7 @@ __device__ void write_dquery(const Item<T>& item, const Partials<T>& partials, c
     for (int other = width; other < kWarp; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
     if (lane >= width || k >= item.l) continue;
     const T scaled_query = (query[k] - shift_of(item, k)) * item.scale;
-    const T score = (sum / merged.exponents.sum - scaled_query * precision) * inverse;
+    const T score = (sum / merged.exponents.sum - scaled_query * precision) * inverse / item.h0;
     dquery[row * item.l + k] = weight * (score + query[k] * pull);
   }
 }
@@ -455,13 +502,13 @@ __device__ void write_dquery(const Item<T>& item, const Partials<T>& partials, c
 // One warp per query: merges the splits and writes value and gradients.
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads)
-    kde_merge_kernel(const KdeForward args, const Partials<T> partials, int64_t splits) {
+    kde_merge_kernel(const KdeForward args, const T* middle, const Partials<T> partials, int64_t splits) {
   const KdeMixture& mixture = args.mixture;
   const int64_t rows = mixture.batch * mixture.n;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kMergeThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= rows) return;
   const int64_t i = row % mixture.n;
-  const Item<T> item = batch_item<T>(mixture, row / mixture.n);
+  const Item<T> item = batch_item(mixture, middle, row / mixture.n);
   const T* query = item.query + i * item.l;
 
   const MergedRow<T> merged = merge_splits(partials, splits, row, rows);
@@ -587,7 +634,7 @@ template <typename T, int LC, int kSlabs>
 __device__ void write_dcenter(const Item<T>& item, int64_t j, int first_chunk, int chunks, int a, T sum,
                               const T (&queries)[kSlabs][kMicro][LC], T* dcenter /* [l] */) {
   const T h = checked_bandwidth(item.bandwidth[item.per_center ? j : 0]);
-  const T inverse = T(1) / (item.scale * h) / h;
+  const T inverse = T(1) / (item.scale * h);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
     if (slab >= chunks) break;
@@ -596,14 +643,14 @@ __device__ void write_dcenter(const Item<T>& item, int64_t j, int first_chunk, i
       const int64_t k = static_cast<int64_t>(first_chunk + slab) * Tile<T, LC>::kChunk + LC * (threadIdx.x % kSide) + c;
       if (k >= item.l) continue;
       const T center = (item.centers[j * item.l + k] - shift_of(item, k)) * item.scale;
-      dcenter[k] = (queries[slab][a][c] - center * sum) * inverse;
+      dcenter[k] = (queries[slab][a][c] - center * sum) * inverse / h;
     }
   }
 }
 
 template <typename T, int LC, int kSlabs>
 __global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocessor<T> : 1)
-    kde_backward_kernel(const KdeBackward args, const BackwardPlan plan) {
+    kde_backward_kernel(const KdeBackward args, const T* middle, const BackwardPlan plan) {
   int64_t block = blockIdx.x;
   const int64_t center_tile = block % plan.center_tiles;
   block /= plan.center_tiles;
@@ -616,7 +663,7 @@ __global__ void __launch_bounds__(kThreads, kSlabs == 1 ? kBlocksPerMultiprocess
       first_tile + plan.tiles_per_split < plan.query_tiles ? first_tile + plan.tiles_per_split : plan.query_tiles;
   Tile<T, LC>& tile = shared_tile<T, LC>();
   const Item<T>& item = tile.item;
-  start_tile(tile, args.mixture, batch, false);
+  start_tile(tile, args.mixture, middle, batch, false);
   const int64_t first_center = center_tile * kTile;
   const T* grad = static_cast<const T*>(args.grad) + batch * item.n;  // [n]
   const double* log_prob = args.log_prob + batch * item.n;            // [n]
@@ -736,7 +783,8 @@ ForwardPlan plan_forward(const KdeForward& args, int device) {
   plan.moment = plan.sum + each;
   plan.sum_centers = plan.moment + (mixture.per_center || args.dbandwidth != nullptr ? each : 0);
   const bool in_dquery = args.dquery == nullptr || plan.splits == 1;  // the sums of a single split lie in dquery
-  plan.elements = plan.sum_centers + (in_dquery ? 0 : each * mixture.l);
+  plan.middle = plan.sum_centers + (in_dquery ? 0 : each * mixture.l);
+  plan.elements = plan.middle + middle_count(mixture);
   return plan;
 }
 
@@ -757,8 +805,9 @@ BackwardPlan plan_backward(const KdeBackward& args, int device) {
 }
 
 template <typename T>
-using ForwardKernel = void (*)(KdeMixture, ForwardPlan, Partials<T>);
-using BackwardKernel = void (*)(KdeBackward, BackwardPlan);
+using ForwardKernel = void (*)(KdeMixture, const T*, ForwardPlan, Partials<T>);
+template <typename T>
+using BackwardKernel = void (*)(KdeBackward, const T*, BackwardPlan);
 
 template <typename T>
 ForwardKernel<T> forward_kernel(int lc, int slabs) {
@@ -770,7 +819,7 @@ ForwardKernel<T> forward_kernel(int lc, int slabs) {
 }
 
 template <typename T>
-BackwardKernel backward_kernel(int lc, int slabs) {
+BackwardKernel<T> backward_kernel(int lc, int slabs) {
   constexpr int kWidest = kVector<T>;
   if (lc == 1) return kde_backward_kernel<T, 1, 1>;
   if (lc < kWidest) return kde_backward_kernel<T, 2, 1>;
@@ -795,19 +844,21 @@ void launch_forward(const KdeForward& args, void* workspace, int device, cudaStr
     partials.sum_centers = plan.splits == 1 ? static_cast<T*>(args.dquery) : elements + plan.sum_centers;
   }
 
+  const T* middle = launch_middle(mixture, elements + plan.middle, stream);
   const int64_t blocks = plan.blocks(mixture.batch);
   if constexpr (std::is_same_v<T, float>) {
     if (plan.tensor_width > 0) {
       launch("kde_tensor_kernel", tensor::kernel(plan.tensor_width, args.products == KdeProducts::kSplit), blocks,
-             tensor::kThreads, tensor::shared_bytes(plan.tensor_width, mixture.l), stream, mixture, plan, partials);
+             tensor::kThreads, tensor::shared_bytes(plan.tensor_width, mixture.l), stream, mixture, middle, plan,
+             partials);
     }
   }
   if (plan.tensor_width == 0) {
     launch("kde_forward_kernel", forward_kernel<T>(plan.lc, plan.slabs), blocks, kThreads, shared_bytes<T>(plan.lc),
-           stream, mixture, plan, partials);
+           stream, mixture, middle, plan, partials);
   }
   launch("kde_merge_kernel", kde_merge_kernel<T>, ceil_div(rows, kMergeThreads / kWarp), kMergeThreads, 0, stream, args,
-         partials, plan.splits);
+         middle, partials, plan.splits);
 }
 
 void write_zeros(void* to, int64_t bytes, cudaStream_t stream) {
@@ -826,25 +877,29 @@ void launch_backward(const KdeBackward& args, void* workspace, int device, cudaS
   }
   const BackwardPlan plan = plan_backward<T>(args, device);
   if (plan.elements == 0) return;
+  T* elements = static_cast<T*>(workspace);
+  const T* middle = launch_middle(mixture, elements, stream);
+  elements += middle_count(mixture);
   KdeBackward parts = args;
   if (plan.splits > 1) {
-    T* next = static_cast<T*>(workspace);
+    T* next = elements;
     const int64_t centers = mixture.batch * mixture.m;
     if (args.dcenters != nullptr) parts.dcenters = std::exchange(next, next + centers * mixture.l);
     if (args.dlog_weights != nullptr) parts.dlog_weights = std::exchange(next, next + centers);
     if (args.dbandwidth != nullptr) parts.dbandwidth = next;
   }
   launch("kde_backward_kernel", backward_kernel<T>(plan.lc, plan.slabs), plan.blocks(mixture.batch), kThreads,
-         shared_bytes<T>(plan.lc), stream, parts, plan);
+         shared_bytes<T>(plan.lc), stream, parts, middle, plan);
   if (plan.splits == 1) return;
   launch("kde_backward_merge_kernel", kde_backward_merge_kernel<T>, ceil_div(plan.elements, kMergeThreads),
-         kMergeThreads, 0, stream, args, static_cast<const T*>(workspace), plan.splits, plan.elements);
+         kMergeThreads, 0, stream, args, static_cast<const T*>(elements), plan.splits, plan.elements);
 }
 
 template <typename T>
 int64_t backward_bytes(const KdeBackward& args, int device) {
   const BackwardPlan plan = plan_backward<T>(args, device);
-  return plan.splits == 1 ? 0 : plan.splits * plan.elements * static_cast<int64_t>(sizeof(T));
+  const int64_t elements = middle_count(args.mixture) + (plan.splits == 1 ? 0 : plan.splits * plan.elements);
+  return elements * static_cast<int64_t>(sizeof(T));
 }
 
 bool is_empty(const KdeMixture& mixture) { return mixture.batch == 0 || mixture.n == 0; }

@@ -1,9 +1,9 @@
 // What the kernels of the kde op share: a batch item with its frame of reference, and what a forward pass leaves for
 // the merge of its splits.
 //
-// Points are taken as (point - shift) * scale. The scale is the power of two next to 1/h0, h0 the first bandwidth, so
-// it costs no digit; the shift puts centers that are far from the origin about it. Exponents are in powers of two and
-// relative to h0:
+// Points are taken as (point - shift) * scale. The scale is the power of two next to 1/h0, h0 the bandwidth, or the
+// middle one where each center has its own, so it costs no digit; the shift puts centers that are far from the origin
+// about it. Exponents are in powers of two and relative to h0:
 //   x[i, j] = offset[j] - gain[j] d2[i, j],  gain[j] = log2(e)/2 (h0/h[j])^2 / (scale h0)^2,
 //   offset[j] = log2(e) log_weights[j] + l log2(h0/h[j]).
 #pragma once
@@ -59,7 +59,7 @@ struct Item {
   const int64_t* exclude;  // [n] or null
   int64_t n, m, l;
   bool per_center;
-  T h0;     // the first bandwidth, NaN where it is not positive and finite
+  T h0;     // the bandwidth, or the middle one; NaN where it is not positive and finite
   T scale;  // a power of two, scale h0 is in [1, 2)
   T gain;   // of a center with bandwidth h0
 };
@@ -72,7 +72,7 @@ __device__ T power_of_two_near_inverse(T h) {
 }
 
 template <typename T>
-__device__ Item<T> batch_item(const KdeMixture& mixture, int64_t batch) {
+__device__ Item<T> batch_item(const KdeMixture& mixture, const T* middle /* [batch] or null */, int64_t batch) {
   Item<T> item;
   item.query = static_cast<const T*>(mixture.query) + batch * mixture.query_stride;
   item.centers = static_cast<const T*>(mixture.centers) + batch * mixture.centers_stride;
@@ -85,7 +85,7 @@ __device__ Item<T> batch_item(const KdeMixture& mixture, int64_t batch) {
   item.m = mixture.m;
   item.l = mixture.l;
   item.per_center = mixture.per_center;
-  item.h0 = checked_bandwidth(item.bandwidth[0]);
+  item.h0 = middle != nullptr ? middle[batch] : checked_bandwidth(item.bandwidth[0]);
   item.scale = power_of_two_near_inverse(item.h0);
   const double scaled = static_cast<double>(item.scale) * static_cast<double>(item.h0);
   item.gain = static_cast<T>(0.5 * kLog2E / (scaled * scaled));
@@ -125,7 +125,10 @@ template <typename T>
 __device__ CenterTerms<T> center_terms(const Item<T>& item, int64_t j) {
   if (j >= item.m) return {-T(INFINITY), item.gain, T(1)};
   CenterTerms<T> terms = {T(0), item.gain, T(1)};
-  if (item.log_weights != nullptr) terms.offset = T(kLog2E) * item.log_weights[j];
+  if (item.log_weights != nullptr) {
+    terms.offset = T(kLog2E) * item.log_weights[j];
+    if (terms.offset == T(INFINITY)) terms.offset = T(NAN);  // beside which no other center would count
+  }
   if (item.per_center) {
     const T ratio = item.h0 / checked_bandwidth(item.bandwidth[j]);
     terms.offset += static_cast<T>(item.l) * std::log2(ratio);
@@ -147,7 +150,7 @@ struct Partials {
   T* sum_centers;  // [splits, batch, n, l], of the weights times (h0/h)^2 times the center; or null
 };
 
-// How a forward call is cut into blocks, and where in the workspace the partial sums lie.
+// How a forward call is cut into blocks, and where in the workspace the partial sums and the middle bandwidths lie.
 struct ForwardPlan {
   int tensor_width;     // where tensor cores do it: the most coordinates that their kernel takes, in eights; else 0
   float largest_parts;  // as kde_tensor.cuh says
@@ -155,7 +158,7 @@ struct ForwardPlan {
   int groups;           // blocks that share a tile of queries and differ in the chunks that they sum
   int chunks;           // that each of them sums
   int64_t query_tiles, center_tiles, splits, tiles_per_split;
-  int64_t max, sum, moment, sum_centers;  // offsets in elements
+  int64_t max, sum, moment, sum_centers, middle;  // offsets in elements
   int64_t elements;
 
   int64_t blocks(int64_t batch) const { return query_tiles * groups * splits * batch; }

@@ -360,7 +360,8 @@ __device__ void load_columns(Tile<kWidth>& tile, int buffer, int64_t first) {
 
 template <bool kSplit, int kWidth>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    kde_tensor_kernel(const KdeMixture mixture, const ForwardPlan plan, const Partials<float> partials) {
+    kde_tensor_kernel(const KdeMixture mixture, const float* middle, const ForwardPlan plan,
+                      const Partials<float> partials) {
   constexpr int kRows = rows_of(kWidth), kQueries = queries_of(kWidth), kCenters = centers_of(kWidth);
   // Neighbouring blocks read the same centers at the same time.
   const int64_t query_tile = blockIdx.x % plan.query_tiles, rest = blockIdx.x / plan.query_tiles;
@@ -373,7 +374,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   Tile<kWidth>& tile = *reinterpret_cast<Tile<kWidth>*>(dynamic_shared_memory());
   const Item<float>& item = tile.item;
   if (threadIdx.x == 0) {
-    tile.item = batch_item<float>(mixture, batch);
+    tile.item = batch_item(mixture, middle, batch);
     tile.steps = static_cast<int>(ceil_div(item.l, kEight));
     tile.stride = stride_of(tile.steps);
     const uintptr_t addresses = reinterpret_cast<uintptr_t>(item.query) | reinterpret_cast<uintptr_t>(item.centers);
@@ -465,7 +466,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 // ----------------------------------------------------------------------------------------------------------------
 // The kernel's place in a forward pass
 
-using Kernel = void (*)(KdeMixture, ForwardPlan, Partials<float>);
+using Kernel = void (*)(KdeMixture, const float*, ForwardPlan, Partials<float>);
 
 inline Kernel kernel(int width, bool split) {
   if (split) {

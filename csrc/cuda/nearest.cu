@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 2) nearest_kernel(NearestSearch args
 #pragma unroll
     for (int b = 0; b < kMicro; ++b) {
       const int64_t label = column_labels[kMicro * tx + b];
-      const int32_t index = static_cast<int32_t>(first_column) + kMicro * tx + b;
+      const int32_t index = static_cast<int32_t>(first_column + kMicro * tx + b);  // beyond n, perhaps, of no use
 #pragma unroll
       for (int a = 0; a < kMicro; ++a) {
         if (squares[a][b] < best[a].square && label != row_labels[a]) best[a] = Best<T>{squares[a][b], index};

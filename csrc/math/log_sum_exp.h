@@ -63,6 +63,14 @@ KDEJSD_HD inline T checked_bandwidth(T h) {
   return h > T(0) && h < T(INFINITY) ? h : T(NAN);
 }
 
+// The unit of distances where each center has a bandwidth of its own: the geometric mean of the least and the greatest.
+// NaN where their ratio is so large that the square of its root nears the ends of T's range.
+template <typename T>
+KDEJSD_HD inline double middle_bandwidth(T least, T greatest) {
+  const double low = static_cast<double>(least), high = static_cast<double>(greatest);
+  return high / low <= (sizeof(T) == 4 ? 1e30 : 1e300) ? std::sqrt(low) * std::sqrt(high) : static_cast<double>(NAN);
+}
+
 // By how many equal weights a sum over the centers is divided; one that is left out does not count.
 KDEJSD_HD inline int64_t kde_count(int64_t m, bool equal_weights, int64_t exclude) {
   return equal_weights ? m - (exclude >= 0 && exclude < m) : 1;

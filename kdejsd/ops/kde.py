@@ -59,8 +59,8 @@ def kde_log_prob(
         What float32 cannot hold, float64 can. In float32 squares pass its range at distances of 1e19 h (the density is
         then 0, from 1e38 h on NaN). Points are resolved to a unit in the last place of their distance from amid the
         centers: a bandwidth of less than 1e-6 of their spread leaves no digit of the gradient. Of bandwidths per
-        center, h above is the geometric mean of the least and the greatest; on the CPU, one that is 1e30 times another
-        gives NaN everywhere.
+        center, h above is the geometric mean of the least and the greatest; one that is 1e30 times another gives NaN
+        everywhere.
 
     Raises:
         ValueError: shapes that do not match, m = 0, a bandwidth number that is not positive and finite in the dtype.

@@ -515,7 +515,9 @@ __global__ void __launch_bounds__(kMergeThreads)
   const int64_t exclude = item.exclude != nullptr ? item.exclude[i] : -1;
   const int64_t count = kde_count(item.m, item.log_weights == nullptr, exclude);
   const double h0 = static_cast<double>(item.h0);
-  const double log_prob = kde_log_prob(merged.exponents, kde_log_constant(count, item.l, h0));
+  const bool infinite = merged.exponents.sum == T(INFINITY);  // by a log-weight
+  const double log_prob =
+      infinite ? static_cast<double>(NAN) : kde_log_prob(merged.exponents, kde_log_constant(count, item.l, h0));
   const bool plain = args.value_kind == KdeValue::kLogProb;
   const double variance = args.target_variance;
   const double log_target = plain ? 0.0 : normal_log_prob(squared_norm(query, item.l), item.l, variance);

@@ -125,10 +125,7 @@ template <typename T>
 __device__ CenterTerms<T> center_terms(const Item<T>& item, int64_t j) {
   if (j >= item.m) return {-T(INFINITY), item.gain, T(1)};
   CenterTerms<T> terms = {T(0), item.gain, T(1)};
-  if (item.log_weights != nullptr) {
-    terms.offset = T(kLog2E) * item.log_weights[j];
-    if (terms.offset == T(INFINITY)) terms.offset = T(NAN);  // beside which no other center would count
-  }
+  if (item.log_weights != nullptr) terms.offset = T(kLog2E) * item.log_weights[j];
   if (item.per_center) {
     const T ratio = item.h0 / checked_bandwidth(item.bandwidth[j]);
     terms.offset += static_cast<T>(item.l) * std::log2(ratio);

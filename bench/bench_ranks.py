@@ -1,16 +1,16 @@
 """Lagged codes sharded over ranks: what the latent term costs, by a model that is checked here and reckons for GPUs.
 
-    python bench/bench_ranks.py                 # two processes of one thread each, about 3 minutes
-    python bench/bench_ranks.py --quick         # small sizes, under a minute
+    python bench/bench_ranks.py                 # two processes of one thread each, under a minute
+    python bench/bench_ranks.py --quick         # small sizes, under 20 seconds
 
 `LaggedKDE.loss` with the kernel's noise, as GEN takes it, value and gradient, for n codes on each of R ranks (gloo) and
 m lagged codes on all of them together. The model of a step:
 
     step(R, n, m, l) = kernel(R n, m / R, l) + gather(n l + 2 n numbers of each rank) + sum(R n + R n (l + 2) numbers)
 
-The kernel's time is that of one process with m / R codes and R n queries; those of the collectives are fitted, before,
-as a latency and a rate for each, over the sizes in question. `model / measured` is what the fit is worth. Each time is
-the slowest rank's, from a common start.
+The kernel's time is that of a pass over m / R codes for R n queries, in all processes at once and without a word
+between them; those of the collectives are fitted, before, as a latency and a rate for each, over the sizes in question.
+`model / measured` is what the model is worth. Each time is the slowest rank's, from a common start.
 
 Then the same model for GPUs, with these assumptions in place of measurements: the kernel at 70 % of the float32 limit
 of an H200 by its data sheet (67 TFLOP/s, 4.2e12 exponentials a second, 4.8 TB/s), links of 450 GB/s in each direction
@@ -41,6 +41,7 @@ import torch.multiprocessing as mp
 
 from kdejsd import LaggedKDE
 from kdejsd._ranks import gathered
+from kdejsd.ops.streamed import streamed_log_prob
 
 N = 256
 BANDWIDTH = 1.9
@@ -71,13 +72,11 @@ def timed(call: Callable[[], object], repeats: int) -> list[float]:
     """Milliseconds of each call, those of the slowest rank from a common start."""
     found = []
     for _ in range(repeats + 1):
-        if dist.is_initialized():
-            dist.barrier()
+        dist.barrier()
         began = time.perf_counter()
         call()
         slowest = torch.tensor(1e3 * (time.perf_counter() - began))
-        if dist.is_initialized():
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
         found.append(float(slowest))
     return found[1:]
 
@@ -95,12 +94,16 @@ def step(n: int, m: int, dim: int) -> Callable[[], object]:
 
 
 def repeats(m: int, dim: int) -> int:
-    return max(7, min(50, 500_000_000 // (N * m * dim)))
+    return max(15, min(100, 2_000_000_000 // (N * m * dim)))
 
 
-def kernels(sizes: list[tuple[int, int]], ranks: int) -> dict[tuple[int, int], list[float]]:
-    """Times of one process with the work of one of several ranks."""
-    return {(m, dim): timed(step(ranks * N, m // ranks, dim), repeats(m, dim)) for m, dim in sizes}
+def kernel(n: int, m: int, dim: int) -> Callable[[], object]:
+    """What a rank computes between the collectives: its part of the density of n queries, from m codes."""
+    generator = torch.Generator().manual_seed(0)
+    codes, z = (torch.randn(count, dim, generator=generator) for count in (m, n))
+    z.requires_grad_()
+    own = torch.arange(n)
+    return lambda: streamed_log_prob(z, codes, BANDWIDTH, own)[0].sum().backward()
 
 
 def sharded(rank: int, ranks: int, port: int, sizes: list[tuple[int, int]], file: str) -> None:
@@ -108,12 +111,15 @@ def sharded(rank: int, ranks: int, port: int, sizes: list[tuple[int, int]], file
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    found: dict[str, Any] = {"gather": [], "sum": []}
+    found: dict[str, Any] = {"gather": [], "sum": [], "kernels": [], "steps": []}
     for count in (2**8, 2**12, 2**14, 2**16, 2**18):
         t = torch.randn(count)
         for name, call in {"gather": lambda t=t: gathered(t, "numbers"), "sum": lambda t=t: dist.all_reduce(t)}.items():
             found[name].append((4 * count, statistics.median(timed(call, 50))))
-    found["steps"] = {(m, dim): timed(step(N, m, dim), repeats(m, dim)) for m, dim in sizes}
+    for m, dim in sizes:
+        count = repeats(m, dim)
+        found["kernels"].append(timed(kernel(ranks * N, m // ranks, dim), count))
+        found["steps"].append(timed(step(N, m, dim), count))
     if rank == 0:
         torch.save(found, file)
     dist.destroy_process_group()
@@ -139,7 +145,7 @@ def fitted(times: list[tuple[int, float]]) -> tuple[float, float]:
 
 
 def measured_rows(ranks: int, sizes: list[tuple[int, int]]) -> list[harness.Row]:
-    alone, load = kernels(sizes, ranks), machine.OthersLoad()
+    load = machine.OthersLoad()
     found = run_ranks(ranks, sizes)
     lines = {name: fitted(found[name]) for name in ("gather", "sum")}
     print(f"\n{ranks} ranks of one thread each (gloo), {N} codes on each")
@@ -153,22 +159,22 @@ def measured_rows(ranks: int, sizes: list[tuple[int, int]]) -> list[harness.Row]
         f"{'model':>9}{'model / measured':>18}"
     )
     rows = []
-    for m, dim in sizes:
-        middle, low, high = harness.spread(found["steps"][m, dim])
-        kernel = statistics.median(alone[m, dim])
+    for (m, dim), kernels, steps in zip(sizes, found["kernels"], found["steps"], strict=True):
+        middle, low, high = harness.spread(steps)
+        kernel_ms = statistics.median(kernels)
         bytes_gathered, bytes_summed = numbers(N, dim, ranks)
         gather = 2 * lines["gather"][0] + lines["gather"][1] * bytes_gathered
         total = 2 * lines["sum"][0] + lines["sum"][1] * bytes_summed
-        model = kernel + gather + total
+        model = kernel_ms + gather + total
         rows.append(
             {
                 **{"part": "measured", "ranks": ranks, "n": N, "m": m, "l": dim, "ms": middle, "p20": low, "p80": high},
-                **{"kernel_ms": kernel, "gather_ms": gather, "sum_ms": total, "model_ms": model},
+                **{"kernel_ms": kernel_ms, "gather_ms": gather, "sum_ms": total, "model_ms": model},
                 **{"codes_mib": 4 * dim * m / ranks / machine.MIB, "others": load.cores()},
             }
         )
         print(
-            f"  {m:9}{dim:5}{middle:13.2f}{f'({low:.2f}-{high:.2f})':>18}{kernel:9.2f}{gather:9.2f}{total:9.2f}"
+            f"  {m:9}{dim:5}{middle:13.2f}{f'({low:.2f}-{high:.2f})':>18}{kernel_ms:9.2f}{gather:9.2f}{total:9.2f}"
             f"{model:9.2f}{model / middle:18.2f}"
         )
     return rows
@@ -180,15 +186,15 @@ def measured_rows(ranks: int, sizes: list[tuple[int, int]]) -> list[harness.Row]
 
 def reckoned(ranks: int, m: int, dim: int) -> harness.Row:
     n = GPU_N
-    kernel = H200.limit_ms(ranks * n, math.ceil(m / ranks), dim, 4, gradient=True) / SHARE_OF_LIMIT
+    kernel_ms = H200.limit_ms(ranks * n, math.ceil(m / ranks), dim, 4, gradient=True) / SHARE_OF_LIMIT
     latency, rate = WITHIN if ranks <= NODE else BETWEEN
     bytes_gathered, bytes_summed = numbers(n, dim, ranks)
     there = 1e3 * latency * (ranks > 1)
     gather = 2 * there + 1e3 * (ranks - 1) * bytes_gathered / rate
     total = 2 * there + 1e3 * 2 * (ranks - 1) / ranks * bytes_summed / rate
     return {
-        **{"part": "reckoned", "ranks": ranks, "n": n, "m": m, "l": dim, "kernel_ms": kernel, "gather_ms": gather},
-        **{"sum_ms": total, "model_ms": kernel + gather + total, "codes_mib": 4 * dim * m / ranks / machine.MIB},
+        **{"part": "reckoned", "ranks": ranks, "n": n, "m": m, "l": dim, "kernel_ms": kernel_ms, "gather_ms": gather},
+        **{"sum_ms": total, "model_ms": kernel_ms + gather + total, "codes_mib": 4 * dim * m / ranks / machine.MIB},
         "refresh": m / ranks / 10,
     }
 

@@ -203,9 +203,25 @@ def nan(rank):
     return module.loss(points(2, DIM), reduction="none")
 
 
+def everything(rank, ranks, folder):
+    return {"measures": sharded_measures(rank, ranks), "runs": training(rank, ranks, folder)}
+
+
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
-def found(request, tmp_path_factory):
-    return results(request.param, tmp_path_factory.mktemp("ranks"), sharded_measures)
+def group(request, tmp_path_factory):
+    """What each rank of a group found, and the folder of its checkpoints; to start processes takes longest."""
+    folder = tmp_path_factory.mktemp("ranks")
+    return results(request.param, folder, functools.partial(everything, folder=folder)), folder
+
+
+@pytest.fixture(scope="module")
+def found(group):
+    return [of_rank["measures"] for of_rank in group[0]]
+
+
+@pytest.fixture(scope="module")
+def runs(group):
+    return [of_rank["runs"] for of_rank in group[0]], group[1]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -344,7 +360,7 @@ def training(rank, ranks, folder):
     found = {}
     for name, (kind, settings) in TRAINED.items():
         found[name] = trained(kind, settings, ranks, save=folder / f"{name}.ckpt")
-    for name, (kind, settings) in NOISY.items():  # in float32, which Lightning rounds to when it loads weights
+    for name, (kind, settings) in NOISY.items() if ranks == 2 else ():  # in float32, to which Lightning rounds weights
         found[name] = trained(kind, settings, ranks, "32-true", save=folder / f"{name}.ckpt")
         found[name, "resumed"] = trained(kind, settings, ranks, "32-true", ckpt_path=folder / f"{name}.ckpt")
     model = GEN(nn.Identity(), nn.Identity(), 2, bandwidth=0.5)
@@ -356,12 +372,6 @@ def training(rank, ranks, folder):
         except ValueError as error:
             found[kind] = str(error)
     return found
-
-
-@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
-def runs(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    return results(request.param, folder, functools.partial(training, folder=folder)), folder
 
 
 def assert_same(found, expected, tolerance):
@@ -384,12 +394,11 @@ def test_a_run_on_several_ranks_is_the_run_of_one_with_the_whole_minibatch(runs,
 
 
 @pytest.mark.parametrize("name", NOISY)
-def test_a_resumed_run_equals_the_uninterrupted_one(runs, name):
-    """Bit for bit on two ranks. A sum over three depends on how DistributedDataParallel packs the gradients, which it
-    changes after the first step of a process."""
-    tolerance = 0 if len(runs[0]) == 2 else 1e-3
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs, name):
+    if len(runs[0]) > 2:
+        pytest.skip("a sum over three depends on how gradients are packed, which changes after a process's first step")
     for of_rank in runs[0]:
-        assert_same(of_rank[name, "resumed"], of_rank[name], tolerance)
+        assert_same(of_rank[name, "resumed"], of_rank[name], 0)
         assert_same(of_rank[name], runs[0][0][name], 0)
 
 

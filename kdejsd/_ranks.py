@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .ops._common import checks_values
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -25,7 +26,7 @@ def gathered(t: Tensor, name: str) -> Tensor:
             environment makes it an error).
     """
     size = dist.get_world_size()
-    if t.device.type == "cpu" or os.environ.get("KDEJSD_CHECK") == "1":
+    if t.device.type == "cpu" or checks_values():
         counts = _gathered(torch.tensor([len(t)], device=t.device), size).tolist()
         if counts != [len(t)] * size:
             raise ValueError(f"{name} must be as many on every rank, got {counts}")

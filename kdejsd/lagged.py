@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from torch.nn.functional import logsigmoid
 from ._ranks import gathered, rank_and_size
 from .bandwidth import optimal_bandwidth
 from .divergence import codes_jsd, divergence_terms, jsd_loss
+from .ops._common import checks_values
 from .ops.kde import kde_log_prob
 from .ops.streamed import streamed_log_prob
 from .targets import Target, checked_smoothable, checked_target
@@ -309,8 +309,7 @@ class LaggedKDE(nn.Module):
             raise ValueError(f"codes must have shape {expected}, got {list(codes.shape)}")
         if not codes.is_floating_point():
             raise TypeError(f"codes must be floating-point, got {codes.dtype}")
-        check_values = codes.device.type == "cpu" or os.environ.get("KDEJSD_CHECK") == "1"
-        if check_values and not bool(codes.isfinite().all()):
+        if (codes.device.type == "cpu" or checks_values()) and not bool(codes.isfinite().all()):
             bad = int((~codes.isfinite()).any(-1).sum())
             raise ValueError(f"codes must be finite, got NaN or infinity in {bad} of {len(codes)} codes")
         if indices is None:

@@ -29,7 +29,7 @@ def streamed_log_prob(
 
     With centers that are sharded over R ranks each rank brings its own n queries and its own centers. The queries of
     all ranks are gathered, each rank passes its centers for all of them, and two sums over the ranks merge what they
-    find: a rank sends about n (3 R l) numbers, whatever the number of centers.
+    find: they are of R n and R n (l + 2) numbers, whatever the number of centers.
 
     Args:
         query: [n, l] float32 or float64, the dtype of the computation. Only it gets a gradient, and no second one.
@@ -123,9 +123,9 @@ def _whole_pass(
         columns.append((weight * gradient).masked_fill(weight == 0, 0))
     sums = torch.cat(columns, 1).to(query.dtype)
     dist.all_reduce(sums)
-    own = slice(n * rank_and_size()[0], n * (rank_and_size()[0] + 1))
-    total, count, gradient = sums[own].double().tensor_split((1, 2), 1)
-    return greatest[own] + total[:, 0].log(), count[:, 0], gradient / total
+    own = n * rank_and_size()[0]
+    total, count, gradient = sums[own : own + n].double().tensor_split((1, 2), 1)
+    return greatest[own : own + n] + total[:, 0].log(), count[:, 0], gradient / total
 
 
 def _pass(

@@ -101,12 +101,10 @@ class StochasticGEN(GEN):
         return self.posterior(images)[0]
 
     def posterior_samples(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        mean, scale = self.posterior(images)
-        return mean + scale * noise_like(mean, generator)
+        return _drawn(self.posterior(images), generator)
 
     def training_codes(self, images: Tensor) -> Tensor:
-        mean, scale = self.posterior(images)
-        return mean + scale * noise_like(mean, self.random())
+        return _drawn(self.posterior(images), self.random())
 
     def _lagged_codes(self) -> Iterator[Tensor]:
         width = 2 * self.latent_dim
@@ -114,5 +112,10 @@ class StochasticGEN(GEN):
         self.norm.calibrate(part[:, : self.latent_dim] for part in encoded)
         random = self.random()
         for part in encoded:
-            mean, scale = self._law(part)
-            yield mean + scale * noise_like(mean, random)
+            yield _drawn(self._law(part), random)
+
+
+def _drawn(law: tuple[Tensor, Tensor], generator: torch.Generator | None) -> Tensor:
+    """A code of each normal law, whose means and standard deviations are [n, l] each."""
+    mean, scale = law
+    return mean + scale * noise_like(mean, generator)

@@ -2,6 +2,7 @@
 // Python before it comes here. Optional arrays are 0.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 
@@ -29,8 +30,8 @@ T* pointer(uintptr_t address) {
 
 KdeMixture mixture(bool is_double, int64_t batch, int64_t n, int64_t m, int64_t l, uintptr_t query, uintptr_t centers,
                    uintptr_t bandwidth, uintptr_t log_weights, uintptr_t exclude, bool per_center, int64_t query_stride,
-                   int64_t centers_stride, int64_t bandwidth_stride, int64_t log_weights_stride,
-                   int64_t exclude_stride) {
+                   int64_t centers_stride, int64_t bandwidth_stride, int64_t log_weights_stride, int64_t exclude_stride,
+                   double bandwidth_number) {
   return {is_double ? DType::kFloat64 : DType::kFloat32,
           batch,
           n,
@@ -46,7 +47,8 @@ KdeMixture mixture(bool is_double, int64_t batch, int64_t n, int64_t m, int64_t 
           centers_stride,
           bandwidth_stride,
           log_weights_stride,
-          exclude_stride};
+          exclude_stride,
+          bandwidth_number};
 }
 
 KdeForward forward(const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t value,
@@ -184,8 +186,10 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           kdejsd::cuda::kde_backward(args, pointer(workspace), device, stream);
         });
-  m.def("omega_all_workspace_cuda", &kdejsd::cuda::omega_all_workspace);
-  m.def("omega_halves_workspace_cuda", &kdejsd::cuda::omega_halves_workspace);
+  // Every op is asked for its workspace in the same way, also where the answer depends on less.
+  m.def("omega_all_workspace_cuda", [](const OmegaAll& args, int) { return kdejsd::cuda::omega_all_workspace(args); });
+  m.def("omega_halves_workspace_cuda",
+        [](const OmegaHalves& args, int) { return kdejsd::cuda::omega_halves_workspace(args); });
   m.def("omega_all_cuda", [](const OmegaAll& args, uintptr_t workspace, int device, uintptr_t stream) {
     py::gil_scoped_release release;
     kdejsd::cuda::omega_all(args, pointer(workspace), device, stream);
@@ -194,12 +198,18 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     kdejsd::cuda::omega_halves(args, pointer(workspace), device, stream);
   });
-  m.def("radius_cuda", &kdejsd::cuda::radius, py::call_guard<py::gil_scoped_release>());
+  m.def("radius_workspace_cuda", [](const Radius&, int) { return 0; });
+  m.def("radius_cuda", [](const Radius& args, uintptr_t, int device, uintptr_t stream) {
+    py::gil_scoped_release release;
+    kdejsd::cuda::radius(args, device, stream);
+  });
   m.def("nearest_workspace_cuda", &kdejsd::cuda::nearest_workspace);
   m.def("nearest_cuda", [](const NearestSearch& args, uintptr_t workspace, int device, uintptr_t stream) {
     py::gil_scoped_release release;
     kdejsd::cuda::nearest(args, pointer(workspace), device, stream);
   });
+  m.def("cuda_tuning", &kdejsd::cuda::tuning);
+  m.def("set_cuda_tuning", &kdejsd::cuda::set_tuning);
   m.def("cuda_device_count", [] {
     std::string error;
     const int count = kdejsd::cuda::device_count(&error);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 
 namespace kdejsd {
@@ -36,11 +37,12 @@ struct KdeMixture {
   int64_t batch, n, m, l;   // m, l >= 1
   const void* query;        // [batch, n, l]
   const void* centers;      // [batch, m, l]
-  const void* bandwidth;    // [batch, m], or [batch, 1] where per_center is false
+  const void* bandwidth;    // [batch, m], or [batch, 1] where per_center is false; or null: one number for all
   const void* log_weights;  // [batch, m], or null: equal weights
   const int64_t* exclude;   // [batch, n], the center that is left out, or -1; or null: none is
   bool per_center;
   int64_t query_stride, centers_stride, bandwidth_stride, log_weights_stride, exclude_stride;  // between batch items
+  double bandwidth_number;  // h where `bandwidth` is null, as per_center then is false; it is rounded to dtype first
 };
 
 // One streamed pass over the centers: the value, and its gradient for the query and for a shared bandwidth.
@@ -135,8 +137,9 @@ bool has_openmp();
 #ifdef KDEJSD_CUDA
 namespace cuda {
 
-// Scratch memory on the device that a call needs, in bytes; the caller allocates it and passes it in. The kernels are
-// queued on the stream of that device and nothing waits for them. Errors are thrown as std::runtime_error.
+// Scratch memory on the device that a call needs, in bytes; the caller allocates it and passes it in. The caller has
+// made that device current, for the question as for the call itself. The kernels are queued on the stream, which is one
+// of that device, and nothing waits for them. Errors are thrown as std::runtime_error.
 int64_t kde_forward_workspace(const KdeForward& args, int device);
 void kde_forward(const KdeForward& args, void* workspace, int device, uintptr_t stream);
 int64_t kde_backward_workspace(const KdeBackward& args, int device);
@@ -148,6 +151,10 @@ void omega_halves(const OmegaHalves& args, void* workspace, int device, uintptr_
 void radius(const Radius& args, int device, uintptr_t stream);
 int64_t nearest_workspace(const NearestSearch& args, int device);
 void nearest(const NearestSearch& args, void* workspace, int device, uintptr_t stream);
+
+// The cut-offs of the kde op that kde_plan.h names, for benchmarks that compare them without a rebuild.
+std::map<std::string, int> tuning();
+bool set_tuning(const std::string& name, int value);  // false: no such name, or out of its range; nothing changes
 
 int device_count(std::string* error);  // 0 and the reason where there is none
 int runtime_version();                 // of the static CUDA runtime, as 1000 major + 10 minor

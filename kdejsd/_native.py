@@ -14,6 +14,7 @@ _INSTALL = "pip install . in the source folder (or pip install -e . -C editable.
 
 _C: ModuleType | None = None
 _problem = ""
+_cuda_usable = False  # True once it was found to be
 try:
     _C = importlib.import_module(f"{__package__}._C")
     if _C.version != __version__:
@@ -22,10 +23,28 @@ try:
 except ImportError as error:
     _problem = f"it could not be imported: {error}"
 
-if _C is not None and (_forced := os.environ.get("KDEJSD_CPU_LEVEL")) and not _C.set_level(_forced):
-    raise RuntimeError(
-        f"KDEJSD_CPU_LEVEL must be one of {_C.built_levels()} that this processor can run, got {_forced!r}"
-    )
+
+def _apply_environment(module: ModuleType) -> None:
+    """The settings that are read once: the CPU's instruction set, and what benchmarks vary on CUDA."""
+    level = os.environ.get("KDEJSD_CPU_LEVEL")
+    if level and not module.set_level(level):
+        raise RuntimeError(
+            f"KDEJSD_CPU_LEVEL must be one of {module.built_levels()} that this processor can run, got {level!r}"
+        )
+    if not module.has_cuda:
+        return
+    for name in module.cuda_tuning():
+        variable = f"KDEJSD_CUDA_{name.upper()}"
+        text = os.environ.get(variable)
+        if not text:
+            continue
+        is_int = text.isdecimal() and int(text) < 2**31
+        if not (is_int and module.set_cuda_tuning(name, int(text))):
+            raise RuntimeError(f"{variable} must be a whole number in its range (csrc/cuda/kde_plan.h), got {text!r}")
+
+
+if _C is not None:
+    _apply_environment(_C)
 
 
 def native() -> ModuleType:
@@ -43,7 +62,19 @@ def native() -> ModuleType:
 
 
 def cuda_problem() -> str:
-    """Why CUDA tensors cannot be computed with, or "" if they can."""
+    """Why CUDA tensors cannot be computed with, or "" if they can.
+
+    Every call on CUDA asks. What was usable once stays so and is not looked at again; what was not may become so.
+    """
+    global _cuda_usable
+    if _cuda_usable:
+        return ""
+    problem = _look_for_cuda()
+    _cuda_usable = not problem
+    return problem
+
+
+def _look_for_cuda() -> str:
     if _C is None:
         return _problem
     if not _C.has_cuda:

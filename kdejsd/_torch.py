@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 
@@ -18,6 +20,16 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 def forward_mode_active() -> bool:
     """True inside a `forward_ad.dual_level`."""
     return forward_ad._current_level >= 0
+
+
+def on_device(device: int) -> AbstractContextManager[None]:
+    """Makes a CUDA device the current one for a while.
+
+    The caller's device is made current again as torch's own operators do it: only where it has a context already. The
+    CUDA runtime's cudaSetDevice would make one, of some 500 MB, on a device that is not used.
+    """
+    guard: AbstractContextManager[None] = torch.cuda.device(device)
+    return guard
 
 
 def cuda_stream(device: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from helpers import DEVICES, DTYPES, generator, points, worst
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
+from test_torch import Passing
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import kdejsd
@@ -462,6 +463,155 @@ def test_inference_mode():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A bandwidth that is a number goes to the kernels as it is, and gives what a tensor of it gives
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.view(torch.int64 if t.dtype == torch.float64 else torch.int32)
+
+
+def assert_same_bits(function, call: dict, h: float) -> None:
+    """Value and gradients with the number are those with a tensor of one element."""
+    tensor = torch.full((1,), h, dtype=call["query"].dtype, device=call["query"].device)
+    found, expected = (value_and_gradients(function, {**call, "bandwidth": b}) for b in (h, tensor))
+    for got, wanted in zip(found, expected, strict=True):
+        assert got.dtype == wanted.dtype and torch.equal(bits(got), bits(wanted))
+
+
+def jsd_losses(divergence: str, reduction: str):
+    def call(query, centers, bandwidth, **keywords):
+        return kdejsd.jsd_loss(query, centers, bandwidth, divergence=divergence, reduction=reduction, **keywords)
+
+    return call
+
+
+LEARNT = ("centers", "log_weights")  # what takes the second pass
+NUMBER_CALLS = {
+    "kde_log_prob": kdejsd.kde_log_prob,
+    **{f"{d}, {r}": jsd_losses(d, r) for d in ("js", "kl") for r in ("mean", "sum", "none")},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["number", "weights", "excluded", "excluded, weights"])
+@pytest.mark.parametrize("wanted", [("query",), ("query", *LEARNT)], ids=["query", "all"])
+@pytest.mark.parametrize("name", NUMBER_CALLS)
+def test_a_number_gives_the_bits_of_a_tensor(name, wanted, kind, dtype, device):
+    """0.1 and 2/3 are other numbers in float32."""
+    for size in ((33, 70, 4), (5, 1, 3)):
+        if size[1] == 1 and "excluded" in kind:
+            continue
+        call = arguments(kind, *size, dtype, device)
+        call |= {k: v.detach().requires_grad_(k in wanted) for k, v in call.items() if k in ("query", *LEARNT)}
+        for h in (0.1, 2 / 3, 1, 3.0):
+            assert_same_bits(NUMBER_CALLS[name], call, h)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("query", "centers"),
+    [((3, 11, 2), (7, 2)), ((11, 2), (3, 7, 2)), ((3, 7, 2), (3, 7, 2)), ((4, 1, 7, 2), (3, 7, 2))],
+)
+def test_a_number_gives_the_bits_of_a_tensor_to_all_of_a_batch(query, centers, dtype, device):
+    call = {
+        "query": points(*query, dtype=dtype, device=device, seed=1).requires_grad_(),
+        "centers": points(*centers, dtype=dtype, device=device, seed=2).requires_grad_(),
+        "exclude_self": query[-2] == centers[-2],
+    }
+    for function in NUMBER_CALLS.values():
+        assert_same_bits(function, call, 0.1)
+    call["log_weights"] = points(*centers[:-1], dtype=dtype, device=device, seed=4).requires_grad_()
+    for function in NUMBER_CALLS.values():
+        assert_same_bits(function, call, 0.1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "ends"),
+    [
+        (torch.float32, (1e-44, 1e-38, 1e38, torch.finfo(torch.float32).max)),
+        (torch.float64, (5e-324, 1e-308, 1e308, torch.finfo(torch.float64).max)),
+    ],
+    ids=str,
+)
+def test_a_number_at_the_ends_of_the_range_gives_the_bits_of_a_tensor(dtype, ends, device):
+    query, centers = points(9, 2, dtype=dtype, device=device), points(20, 2, dtype=dtype, device=device, seed=1)
+    query[3] = centers[5]
+    call = {"query": query.requires_grad_(), "centers": centers.requires_grad_()}
+    for h in ends:
+        assert_same_bits(kdejsd.kde_log_prob, call, h)
+        near = 1 if h < 1 else 20  # centers, beside the bandwidth
+        expected = math.log(near / 20) - 2 * math.log(torch.tensor(h, dtype=dtype).item()) - math.log(2 * math.pi)
+        assert kdejsd.kde_log_prob(query, centers, h)[3].item() == pytest.approx(expected, rel=1e-6)
+
+
+def operators(function) -> list[str]:
+    """The names of torch's operators that a call takes, in their order."""
+    function()  # what only a first call does
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    return [event.name for event in events if event.name.startswith("aten::")]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NUMBER_CALLS)
+def test_a_number_is_made_no_tensor_of(name, device):
+    """It takes the operators that a tensor takes, which lies on the device already; none of them fills a tensor."""
+    query, centers = points(8, 4, device=device).requires_grad_(), points(16, 4, device=device, seed=1)
+    tensor = torch.ones(1, dtype=torch.float64, device=device)
+
+    def forward(bandwidth):
+        return NUMBER_CALLS[name](query, centers, bandwidth)
+
+    found = operators(lambda: forward(0.5))
+    assert found == operators(lambda: forward(tensor)) and "aten::empty" in found
+    assert "aten::full" not in found and (name != "kde_log_prob" or "aten::fill_" not in found)
+    grad = torch.ones_like(forward(tensor))
+    assert operators(lambda: forward(0.5).backward(grad)) == operators(lambda: forward(tensor).backward(grad))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(7, 2), (3, 7, 2)], ids=str)
+def test_a_traced_number_gives_the_same_bits(shape, device):
+    """The operator, whose bandwidth is a tensor."""
+    call = {
+        "query": points(11, 2, dtype=torch.float32, device=device).requires_grad_(),
+        "centers": points(*shape, dtype=torch.float32, device=device, seed=2).requires_grad_(),
+        "bandwidth": 0.1,
+    }
+    expected = value_and_gradients(kdejsd.kde_log_prob, call)
+    with Passing():
+        found = value_and_gradients(kdejsd.kde_log_prob, call)
+    for got, wanted in zip(found, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_number_may_change_from_call_to_call_of_a_compiled_function(device):
+    torch.compiler.reset()
+    z, c = points(8, 4, device=device).requires_grad_(), points(16, 4, device=device, seed=1)
+    compiled = torch.compile(lambda h: kdejsd.kde_log_prob(z, c, h).sum(), fullgraph=True, backend="aot_eager")
+    for h in (0.5, 0.7, 0.9):
+        for got, expected in zip(
+            torch.autograd.grad(compiled(h), z), torch.autograd.grad(kdejsd.kde_log_prob(z, c, h).sum(), z), strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_number_passes_the_checks_of_values(dtype, monkeypatch):
+    monkeypatch.setenv("KDEJSD_CHECK", "1")
+    for shape in ((7, 2), (3, 7, 2)):
+        query, centers = points(11, 2, dtype=dtype), points(*shape, dtype=dtype, seed=1)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        expected = kdejsd.kde_log_prob(query, centers, torch.tensor(0.1, dtype=wide))
+        assert torch.equal(kdejsd.kde_log_prob(query, centers, 0.1), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The machine: instruction sets, threads, memory
 
 
@@ -582,6 +732,12 @@ Z, C = torch.zeros(4, 3), torch.zeros(5, 3)
         (ValueError, r"bandwidth must be a number.*\[..., 5\].*got \[4\]", (Z, C, torch.ones(4)), {}),
         (ValueError, r"log_weights must have shape \[..., 5\].*got \[4\]", (Z, C, 0.5), {"log_weights": torch.ones(4)}),
         (TypeError, "log_weights must be a tensor, got list", (Z, C, 0.5), {"log_weights": [0.0] * 5}),
+        (
+            ValueError,
+            r"dimensions of centers and bandwidth and log_weights must broadcast, got \[2\] and \[\] and \[3\]",
+            (Z, C.expand(2, 5, 3), 0.5),
+            {"log_weights": torch.zeros(3, 5)},
+        ),
         (TypeError, "log_weights must have the dtype of query", (Z, C, 0.5), {"log_weights": torch.ones(5).double()}),
         (
             ValueError,

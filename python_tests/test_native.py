@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 from helpers import points
 
 import kdejsd
+from kdejsd import _native
 from kdejsd._native import cuda_problem, native
+from kdejsd.ops import _common
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -92,6 +96,186 @@ def test_an_unknown_level_is_an_error():
     assert done.returncode != 0
     message = f"RuntimeError: KDEJSD_CPU_LEVEL must be one of {native().built_levels()} that this processor can run"
     assert message in done.stderr and "got 'v17'" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CUDA, played by modules that are not compiled
+
+
+def test_cuda_is_looked_for_until_it_is_found(monkeypatch):
+    """A failure may pass, and is told each time; what was usable is not asked about at every call."""
+    asked = []
+    found = [(0, "no driver"), (0, "no device"), (1, "")]
+
+    class Module:
+        has_cuda = True
+
+        @staticmethod
+        def cuda_device_count():
+            asked.append("devices")
+            return found[min(len(asked), len(found)) - 1]
+
+    monkeypatch.setattr(_native, "_C", Module)
+    monkeypatch.setattr(_native, "_cuda_usable", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("torch") or True)
+    assert cuda_problem() == "no CUDA device can be used: no driver"
+    assert cuda_problem() == "no CUDA device can be used: no device"
+    assert [cuda_problem() for _ in range(4)] == [""] * 4
+    assert asked == ["devices", "devices", "devices", "torch"]
+
+
+class Recorder:
+    """Plays the compiled module, the guard and the allocator, and writes down who is called when."""
+
+    def __init__(self, monkeypatch, fails_at=""):
+        self.log = []
+        self.fails_at = fails_at
+        monkeypatch.setattr(_common._torch, "on_device", self.on_device)
+        monkeypatch.setattr(_common._torch, "cuda_stream", lambda index: 1000 + index)
+        monkeypatch.setattr(_common.torch, "empty", self.empty)
+
+    @contextlib.contextmanager
+    def on_device(self, index):
+        self.log.append(f"enter {index}")
+        try:
+            yield
+        finally:
+            self.log.append(f"leave {index}")
+
+    def empty(self, size, dtype, device):
+        self.log.append(f"{size} bytes on {device}")
+        assert dtype == torch.uint8
+        return types.SimpleNamespace(data_ptr=lambda: 77)
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.log.append((name, *arguments))
+            if name == self.fails_at:
+                raise RuntimeError("launch failed")
+            return 512
+
+        return call
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
+    """Their device is the current one from before the workspace is asked for, and the caller's is again afterwards."""
+    module = Recorder(monkeypatch)
+    _common.launch(module, "op", torch.device("cuda", 3), "args", 5)
+    assert module.log == [
+        "enter 3",
+        ("op_workspace_cuda", "args", 5, 3),
+        "512 bytes on cuda:3",
+        ("op_cuda", "args", 5, 77, 3, 1003),
+        "leave 3",
+    ]
+
+
+@pytest.mark.parametrize("fails_at", ["op_workspace_cuda", "op_cuda"])
+def test_the_device_is_given_back_after_an_error(fails_at, monkeypatch):
+    module = Recorder(monkeypatch, fails_at)
+    with pytest.raises(RuntimeError, match="launch failed"):
+        _common.launch(module, "op", torch.device("cuda", 3), "args")
+    assert module.log[0] == "enter 3" and module.log[-1] == "leave 3"
+
+
+def test_no_guard_on_the_cpu(monkeypatch):
+    module = Recorder(monkeypatch)
+    _common.launch(module, "op", torch.device("cpu"), "args")
+    assert module.log == [("op_cpu", "args", torch.get_num_threads())]
+
+
+def test_every_op_is_launched_there(monkeypatch):
+    launched, real = [], _common.launch
+
+    def launch(module, name, device, *arguments):
+        assert module is native() and device == torch.device("cpu")
+        assert not native().has_cuda or (
+            hasattr(native(), f"{name}_cuda") and hasattr(native(), f"{name}_workspace_cuda")
+        )
+        launched.append(name)
+        real(module, name, device, *arguments)
+
+    monkeypatch.setattr(_common, "launch", launch)
+    z, labels = points(4, 2), torch.tensor([0, 0, 1, 1])
+    kdejsd.kde_log_prob(z, points(5, 2).requires_grad_(), 0.5).sum().backward()
+    kdejsd.jsd_loss(z, z, 0.5)
+    kdejsd.omega(z, z)
+    for reduction in ("sum", "max", "none"):
+        kdejsd.omega(z, z, pairs="all", reduction=reduction)
+    kdejsd.class_radius_bound(z.softmax(-1))
+    kdejsd.nearest_other_class(z, labels)
+    assert launched == [
+        "kde_forward",
+        "kde_backward",
+        "kde_forward",
+        "omega_halves",
+        *["omega_all"] * 3,
+        "radius",
+        "nearest",
+    ]
+
+
+class Tunable:
+    """A module with two cut-offs."""
+
+    has_cuda = True
+
+    def __init__(self):
+        self.values = {"tensor_from": 1, "splits": 0}
+
+    def cuda_tuning(self):
+        return dict(self.values)
+
+    def set_cuda_tuning(self, name: str, value: int) -> bool:
+        assert value < 2**31  # what an int holds
+        least, most = {"tensor_from": (1, 257), "splits": (0, 64)}[name]
+        if not least <= value <= most:
+            return False
+        self.values[name] = value
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "values"),
+    [
+        ({}, {"tensor_from": 1, "splits": 0}),
+        ({"KDEJSD_CUDA_TENSOR_FROM": "257"}, {"tensor_from": 257, "splits": 0}),
+        ({"KDEJSD_CUDA_TENSOR_FROM": "1", "KDEJSD_CUDA_SPLITS": "64"}, {"tensor_from": 1, "splits": 64}),
+        ({"KDEJSD_CUDA": "ON", "KDEJSD_CUDA_SPLITS": ""}, {"tensor_from": 1, "splits": 0}),
+    ],
+)
+def test_cuda_can_be_tuned_by_the_environment(environment, values, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    module = Tunable()
+    _native._apply_environment(module)
+    assert module.values == values
+
+
+@pytest.mark.parametrize("text", ["x", "0", "258", "-1", "1.5", "1e2", "9" * 30])
+def test_other_cut_offs_are_errors(text, monkeypatch):
+    monkeypatch.setenv("KDEJSD_CUDA_TENSOR_FROM", text)
+    with pytest.raises(RuntimeError) as raised:
+        _native._apply_environment(Tunable())
+    expected = "KDEJSD_CUDA_TENSOR_FROM must be a whole number in its range (csrc/cuda/kde_plan.h), got "
+    assert str(raised.value) == expected + repr(text)
+
+
+def test_without_cuda_there_are_no_cut_offs(monkeypatch):
+    monkeypatch.setenv("KDEJSD_CUDA_TENSOR_FROM", "x")
+    _native._apply_environment(types.SimpleNamespace(has_cuda=False))
+
+
+def test_cut_offs_are_read_at_import():
+    code = """
+import sys, types
+sys.modules["kdejsd._C"] = module = types.ModuleType("kdejsd._C")
+module.version, module.has_cuda = %r, True
+module.cuda_tuning = lambda: {"splits": 0}
+module.set_cuda_tuning = lambda name, value: print(name, value) or True
+import kdejsd
+"""
+    assert succeed(code % kdejsd.__version__, KDEJSD_CUDA_SPLITS="8") == "splits 8\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from helpers import CUDA, points
+from test_torch import Passing
+from torch.autograd import forward_ad
 
 from kdejsd import GaussianMixture, kde_log_prob, reference
 from kdejsd.lagged import LaggedKDE
@@ -127,6 +129,28 @@ def test_what_the_kde_refuses_is_refused(monkeypatch):
     centers[90, 0] = math.inf
     with pytest.raises(ValueError, match="centers must be finite, got 1 values"):
         streamed_log_prob(query, centers, H)
+
+
+def test_the_bandwidth_stays_a_number_from_part_to_part():
+    """A part does not make a tensor of it; a traced call does, for the operator, and gives the same bits."""
+    query, centers = points(9, DIM, dtype=torch.float32).requires_grad_(), points(3 * ROWS, DIM, seed=1).float()
+
+    def made(parts):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            streamed_log_prob(query, centers[: parts * ROWS], H)
+        return sum(event.name in ("aten::full", "aten::new_full") for event in profile.events())
+
+    assert made(1) == made(2) == made(3)
+    expected = with_gradient(streamed_log_prob, query, centers, H)
+    with Passing():
+        found = with_gradient(streamed_log_prob, query, centers, H)
+    assert all(torch.equal(got, wanted) for got, wanted in zip(found, expected, strict=True))
+
+
+def test_forward_mode_is_refused():
+    query, centers = points(3, DIM), points(100, DIM, seed=1).float()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+        streamed_log_prob(forward_ad.make_dual(query, torch.ones_like(query)), centers, H)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -125,6 +125,25 @@ def test_forward_mode_active():
     assert not _torch.forward_mode_active()
 
 
+def test_on_device_gives_the_callers_device_back_only_where_it_has_a_context(monkeypatch):
+    """That is what torch's exchange does on leaving, where `_exchange_device` would make a context."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "_exchange_device", lambda index: calls.append(("exchange", index)) or 0)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", lambda index: calls.append(("maybe", index)) or 1)
+    with _torch.on_device(1):
+        assert calls == [("exchange", 1)]
+    assert calls == [("exchange", 1), ("maybe", 0)]
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_on_device(device):
+    before = torch.cuda.current_device()
+    for index in range(torch.cuda.device_count()):
+        with _torch.on_device(index):
+            assert torch.cuda.current_device() == index
+        assert torch.cuda.current_device() == before
+
+
 @pytest.mark.parametrize("device", DEVICES[1:])
 def test_cuda_stream(device):
     index = torch.cuda.current_device()

@@ -58,7 +58,7 @@ struct Item {
   int64_t n, m, l;
   const T* query;          // [n, l]
   const T* centers;        // [m, l]
-  const T* bandwidth;      // [m] or [1]
+  const T* bandwidth;      // [m] or [1], or null: a number
   const T* log_weights;    // [m] or null
   const int64_t* exclude;  // [n] or null
   bool per_center;
@@ -76,7 +76,9 @@ struct Item {
         log_weights(mix.log_weights ? static_cast<const T*>(mix.log_weights) + b * mix.log_weights_stride : nullptr),
         exclude(mix.exclude ? mix.exclude + b * mix.exclude_stride : nullptr),
         per_center(mix.per_center) {
-    h0 = per_center ? middle_bandwidth() : static_cast<double>(kdejsd::checked_bandwidth(bandwidth[0]));
+    const T number = static_cast<T>(mix.bandwidth_number);
+    h0 = per_center ? middle_bandwidth()
+                    : static_cast<double>(kdejsd::checked_bandwidth(bandwidth ? bandwidth[0] : number));
     const double most = static_cast<double>(std::numeric_limits<T>::max());  // less than 1 / h0 where that is subnormal
     scale = static_cast<T>(1.0 / h0 > most ? most : 1.0 / h0);
     unit = h0 * static_cast<double>(scale);

@@ -8,44 +8,14 @@
 //   offset[j] = log2(e) log_weights[j] + l log2(h0/h[j]).
 #pragma once
 
+#include "cuda/kde_plan.h"
 #include "cuda/launch.cuh"
+#include "cuda/warp.cuh"
 #include "kernels.h"
 #include "math/log_sum_exp.h"
 
 namespace kdejsd {
 namespace cuda {
-namespace {
-
-constexpr int kWarp = 32;
-constexpr unsigned int kAllLanes = 0xffffffffu;
-
-// ----------------------------------------------------------------------------------------------------------------
-// Small helpers
-
-template <typename T, int kCount>
-struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Vector {
-  T at[kCount];
-};
-
-template <int kCount, typename T>
-__device__ Vector<T, kCount> load_vector(const T* from) {
-  return *reinterpret_cast<const Vector<T, kCount>*>(from);
-}
-
-// Over kLanes neighbouring lanes, a power of two; each of them has the result.
-template <int kLanes, typename T>
-__device__ T max_over(T x) {
-#pragma unroll
-  for (int lane = 1; lane < kLanes; lane *= 2) x = std::fmax(x, __shfl_xor_sync(kAllLanes, x, lane));
-  return x;
-}
-
-template <int kLanes, typename T>
-__device__ T sum_over(T x) {
-#pragma unroll
-  for (int lane = 1; lane < kLanes; lane *= 2) x += __shfl_xor_sync(kAllLanes, x, lane);
-  return x;
-}
 
 // ----------------------------------------------------------------------------------------------------------------
 // One batch item and its frame of reference
@@ -54,7 +24,7 @@ template <typename T>
 struct Item {
   const T* query;          // [n, l]
   const T* centers;        // [m, l]
-  const T* bandwidth;      // [m] or [1]
+  const T* bandwidth;      // [m] or [1], or null: a number
   const T* log_weights;    // [m] or null
   const int64_t* exclude;  // [n] or null
   int64_t n, m, l;
@@ -76,7 +46,8 @@ __device__ Item<T> batch_item(const KdeMixture& mixture, const T* middle /* [bat
   Item<T> item;
   item.query = static_cast<const T*>(mixture.query) + batch * mixture.query_stride;
   item.centers = static_cast<const T*>(mixture.centers) + batch * mixture.centers_stride;
-  item.bandwidth = static_cast<const T*>(mixture.bandwidth) + batch * mixture.bandwidth_stride;
+  item.bandwidth = static_cast<const T*>(mixture.bandwidth);
+  if (item.bandwidth != nullptr) item.bandwidth += batch * mixture.bandwidth_stride;
   item.log_weights = static_cast<const T*>(mixture.log_weights);
   if (item.log_weights != nullptr) item.log_weights += batch * mixture.log_weights_stride;
   item.exclude = mixture.exclude;
@@ -85,37 +56,53 @@ __device__ Item<T> batch_item(const KdeMixture& mixture, const T* middle /* [bat
   item.m = mixture.m;
   item.l = mixture.l;
   item.per_center = mixture.per_center;
-  item.h0 = middle != nullptr ? middle[batch] : checked_bandwidth(item.bandwidth[0]);
+  if (middle != nullptr) {
+    item.h0 = middle[batch];
+  } else {
+    const T number = static_cast<T>(mixture.bandwidth_number);
+    item.h0 = checked_bandwidth(item.bandwidth != nullptr ? item.bandwidth[0] : number);
+  }
   item.scale = power_of_two_near_inverse(item.h0);
   const double scaled = static_cast<double>(item.scale) * static_cast<double>(item.h0);
   item.gain = static_cast<T>(0.5 * kLog2E / (scaled * scaled));
   return item;
 }
 
-// What is subtracted from coordinate k of all points. Where four centers spread over the array agree in it within a
-// factor of three it is their mean, rounded to an eighth of their range: to subtract that from points near them is
-// exact. Elsewhere little would be gained.
 template <typename T>
+__device__ T bandwidth_of(const Item<T>& item, int64_t j) {
+  return item.per_center ? checked_bandwidth(item.bandwidth[j]) : item.h0;
+}
+
+// What is subtracted from coordinate k of all points: the middle between the second lowest and the second highest of
+// nine centers, where these two agree within a factor of three; elsewhere little would be gained. So one that lies far
+// from the others takes nothing with it. The middle is rounded to a quarter of the two's distance, and to 2^-16 of
+// itself, so that to subtract it is exact for centers near it and for larger ones too. The centers are spread over the
+// array without a period, which the array may have. `kAhead` of them are loaded at a time, where there are registers.
+template <int kAhead = 9, typename T>
 __device__ T shift_of(const Item<T>& item, int64_t k) {
   if (k >= item.l) return T(0);
-  T low = item.centers[k], high = low, mean = low / 4;
-#pragma unroll
-  for (int sample = 1; sample < 4; ++sample) {
-    const T coordinate = item.centers[(item.m - 1) * sample / 3 * item.l + k];
-    low = std::fmin(low, coordinate);
-    high = std::fmax(high, coordinate);
-    mean += coordinate / 4;
+  T lowest = T(INFINITY), low = T(INFINITY), highest = -T(INFINITY), high = -T(INFINITY);
+#pragma unroll kAhead
+  for (int s = 0; s < 9; ++s) {
+    const int place = 316 * (2 * s + 1) % 1024;  // multiples of half the golden ratio, in 1024ths
+    const T coordinate = item.centers[item.m * place / 1024 * item.l + k];
+    low = std::fmin(low, std::fmax(lowest, coordinate));
+    lowest = std::fmin(lowest, coordinate);
+    high = std::fmax(high, std::fmin(highest, coordinate));
+    highest = std::fmax(highest, coordinate);
   }
   const bool far = low > T(0) ? high < 3 * low : high < T(0) && low > 3 * high;
-  const T rounder =
-      (high - low) * T(sizeof(T) == 4 ? 1ll << 21 : 1ll << 50);  // its last place is a quarter of the range
-  const T shift = (mean + rounder) - rounder;
+  constexpr int kDigits = sizeof(T) == 4 ? 23 : 52;
+  const T middle = low + (high - low) / 2;
+  // A number whose last place is what is to be rounded to.
+  const T rounder = std::fmax((high - low) * T(1ll << (kDigits - 2)), std::fabs(middle) * T(1ll << (kDigits - 16)));
+  const T shift = (middle + rounder) - rounder;
   return far && std::fabs(shift) < T(INFINITY) ? shift : T(0);
 }
 
 // What the pairs of one center have in common.
 template <typename T>
-struct CenterTerms {
+struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) CenterTerms {
   T offset;     // of the exponent; -inf beyond the last center
   T gain;       // of the squared distance in the exponent
   T precision;  // (h0/h)^2, the weight's factor in gradients
@@ -127,12 +114,17 @@ __device__ CenterTerms<T> center_terms(const Item<T>& item, int64_t j) {
   CenterTerms<T> terms = {T(0), item.gain, T(1)};
   if (item.log_weights != nullptr) terms.offset = T(kLog2E) * item.log_weights[j];
   if (item.per_center) {
-    const T ratio = item.h0 / checked_bandwidth(item.bandwidth[j]);
+    const T ratio = item.h0 / bandwidth_of(item, j);
     terms.offset += static_cast<T>(item.l) * std::log2(ratio);
     terms.precision = ratio * ratio;
     terms.gain *= terms.precision;
   }
   return terms;
+}
+
+// The index of a center that is left out, counted from the first of a block's centers; -1 where it is not among them.
+__device__ inline int among(int64_t index, int64_t first, int64_t end) {
+  return index >= first && index < end ? static_cast<int>(index - first) : -1;
 }
 
 // ----------------------------------------------------------------------------------------------------------------
@@ -147,20 +139,5 @@ struct Partials {
   T* sum_centers;  // [splits, batch, n, l], of the weights times (h0/h)^2 times the center; or null
 };
 
-// How a forward call is cut into blocks, and where in the workspace the partial sums and the middle bandwidths lie.
-struct ForwardPlan {
-  int tensor_width;     // where tensor cores do it: the most coordinates that their kernel takes, in eights; else 0
-  float largest_parts;  // as kde_tensor.cuh says
-  int lc, slabs;        // template arguments: coordinates per thread, chunks per block at most
-  int groups;           // blocks that share a tile of queries and differ in the chunks that they sum
-  int chunks;           // that each of them sums
-  int64_t query_tiles, center_tiles, splits, tiles_per_split;
-  int64_t max, sum, moment, sum_centers, middle;  // offsets in elements
-  int64_t elements;
-
-  int64_t blocks(int64_t batch) const { return query_tiles * groups * splits * batch; }
-};
-
-}  // namespace
 }  // namespace cuda
 }  // namespace kdejsd

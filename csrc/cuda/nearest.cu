@@ -10,21 +10,17 @@
 // lower index wins a tie. Hence the result does not depend on how the work is cut.
 #include <algorithm>
 
-#include "cuda/launch.cuh"
+#include "cuda/micro_tile.cuh"
+#include "cuda/warp.cuh"
 #include "kernels.h"
 
 namespace kdejsd {
 namespace cuda {
 namespace {
 
-constexpr int kSide = 16;
-constexpr int kMicro = 4;
-constexpr int kTile = kSide * kMicro;
-constexpr int kThreads = kSide * kSide;
 constexpr int kChunk = 16;  // coordinates that are present at a time
 constexpr int kMergeThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 4;  // wanted in the grid, for an even load
-constexpr unsigned int kAllLanes = 0xffffffffu;
 
 struct Plan {
   int64_t row_tiles, column_tiles, splits;
@@ -70,24 +66,14 @@ __device__ void load(Coordinates<T>& to, const T* samples, int64_t n, int64_t d,
   const int k = threadIdx.x % kChunk;
   if (chunk + k >= d) return;
 #pragma unroll
-  for (int step = 0; step < kTile; step += kThreads / kChunk) {
+  for (int step = 0; step < kTile; step += kTileThreads / kChunk) {
     const int row = step + threadIdx.x / kChunk;
     to[k][row] = first + row < n ? samples[(first + row) * d + chunk + k] : T(NAN);
   }
 }
 
 template <typename T>
-struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) Four {
-  T at[kMicro];
-};
-
-template <typename T>
-__device__ Four<T> four(const T* from) {
-  return *reinterpret_cast<const Four<T>*>(from);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2) nearest_kernel(NearestSearch args, Plan plan, Partials<T> partials) {
+__global__ void __launch_bounds__(kTileThreads, 2) nearest_kernel(NearestSearch args, Plan plan, Partials<T> partials) {
   __shared__ __align__(16) Coordinates<T> rows;
   __shared__ __align__(16) Coordinates<T> columns;
   __shared__ int64_t column_labels[kTile];
@@ -114,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 2) nearest_kernel(NearestSearch args
   bool rows_present = false;
   for (int64_t column_tile = plan.column_tiles * split / plan.splits; column_tile < end; ++column_tile) {
     const int64_t first_column = column_tile * kTile;
-    T squares[kMicro][kMicro] = {};
+    MicroTile<T> squares = {};
     for (int64_t chunk = 0; chunk < d; chunk += kChunk) {
       __syncthreads();
       if (!rows_present) load(rows, samples, n, d, first_row, chunk);
@@ -128,15 +114,9 @@ __global__ void __launch_bounds__(kThreads, 2) nearest_kernel(NearestSearch args
       const int width = static_cast<int>(d - chunk < kChunk ? d - chunk : kChunk);
 #pragma unroll 4
       for (int k = 0; k < width; ++k) {
-        const Four<T> row = four(&rows[k][kMicro * ty]), column = four(&columns[k][kMicro * tx]);
-#pragma unroll
-        for (int a = 0; a < kMicro; ++a) {
-#pragma unroll
-          for (int b = 0; b < kMicro; ++b) {
-            const T difference = row.at[a] - column.at[b];
-            squares[a][b] = std::fma(difference, difference, squares[a][b]);
-          }
-        }
+        const Vector<T, kMicro> row = load_vector<kMicro>(&rows[k][kMicro * ty]);
+        const Vector<T, kMicro> column = load_vector<kMicro>(&columns[k][kMicro * tx]);
+        add_squared_differences(row.at, column.at, squares);
       }
     }
 #pragma unroll
@@ -200,7 +180,7 @@ void launch_search(const NearestSearch& args, void* workspace, int device, cudaS
   T* squares = static_cast<T*>(workspace);
   const Partials<T> partials = {squares, reinterpret_cast<int32_t*>(squares + partial_count(args, plan))};
 
-  launch("nearest_kernel", nearest_kernel<T>, args.batch * plan.row_tiles * plan.splits, kThreads, 0, stream, args,
+  launch("nearest_kernel", nearest_kernel<T>, args.batch * plan.row_tiles * plan.splits, kTileThreads, 0, stream, args,
          plan, partials);
   if (plan.splits == 1) return;
   launch("nearest_merge_kernel", nearest_merge_kernel<T>, ceil_div(args.batch * args.n, kMergeThreads), kMergeThreads,
@@ -219,7 +199,6 @@ int64_t nearest_workspace(const NearestSearch& args, int device) {
 
 void nearest(const NearestSearch& args, void* workspace, int device, uintptr_t stream) {
   if (is_empty(args)) return;
-  const DeviceGuard guard(device);
   if (args.dtype == DType::kFloat32) {
     launch_search<float>(args, workspace, device, reinterpret_cast<cudaStream_t>(stream));
   } else {

@@ -9,7 +9,7 @@
 // Halves: one block per pair.
 #include <algorithm>
 
-#include "cuda/launch.cuh"
+#include "cuda/micro_tile.cuh"
 #include "kernels.h"
 #include "math/omega.h"
 
@@ -17,10 +17,6 @@ namespace kdejsd {
 namespace cuda {
 namespace {
 
-constexpr int kSide = 16;              // threads along each side of a block
-constexpr int kMicro = 4;              // rows and columns of a thread
-constexpr int kTile = kSide * kMicro;  // rows and columns of a tile
-constexpr int kThreads = kSide * kSide;
 constexpr int kStep = 32;                   // coordinates, or samples, that are in shared memory at a time
 constexpr int kPad = 4;                     // puts rows 4 banks or more apart, whole vectors of 16 bytes
 constexpr int64_t kBandBytes = 64ll << 20;  // of weights
@@ -99,7 +95,7 @@ template <typename T>
 __device__ void load_points(const T* points /* [b, dims] */, int64_t b, int64_t dims, int64_t first, int64_t first_k,
                             Points<T>& to) {
   const int64_t k = first_k + threadIdx.x % kStep;
-  for (int row = threadIdx.x / kStep; row < kTile; row += kThreads / kStep) {
+  for (int row = threadIdx.x / kStep; row < kTile; row += kTileThreads / kStep) {
     to[row][threadIdx.x % kStep] = first + row < b && k < dims ? points[(first + row) * dims + k] : T(0);
   }
 }
@@ -107,20 +103,15 @@ __device__ void load_points(const T* points /* [b, dims] */, int64_t b, int64_t 
 // Squared distances of rows 4 ty + a and columns tx + 16 b, first summed over kStep coordinates, then over those sums.
 template <typename T>
 __device__ void squared_distances(const T* points /* [b, dims] */, int64_t b, int64_t dims, int64_t first_row,
-                                  int64_t first_column, Points<T>& rows, Points<T>& columns,
-                                  T (&total)[kMicro][kMicro]) {
+                                  int64_t first_column, Points<T>& rows, Points<T>& columns, MicroTile<T>& total) {
   const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
-#pragma unroll
-  for (int i = 0; i < kMicro; ++i) {
-#pragma unroll
-    for (int j = 0; j < kMicro; ++j) total[i][j] = T(0);
-  }
+  clear(total);
   for (int64_t first_k = 0; first_k < dims; first_k += kStep) {
     __syncthreads();
     load_points(points, b, dims, first_row, first_k, rows);
     load_points(points, b, dims, first_column, first_k, columns);
     __syncthreads();
-    T sums[kMicro][kMicro] = {};
+    MicroTile<T> sums = {};
 #pragma unroll 8
     for (int k = 0; k < kStep; ++k) {
       T row[kMicro], column[kMicro];
@@ -129,33 +120,22 @@ __device__ void squared_distances(const T* points /* [b, dims] */, int64_t b, in
         row[m] = rows[kMicro * ty + m][k];
         column[m] = columns[tx + kSide * m][k];
       }
-#pragma unroll
-      for (int i = 0; i < kMicro; ++i) {
-#pragma unroll
-        for (int j = 0; j < kMicro; ++j) {
-          const T difference = row[i] - column[j];
-          sums[i][j] = std::fma(difference, difference, sums[i][j]);
-        }
-      }
+      add_squared_differences(row, column, sums);
     }
-#pragma unroll
-    for (int i = 0; i < kMicro; ++i) {
-#pragma unroll
-      for (int j = 0; j < kMicro; ++j) total[i][j] += sums[i][j];
-    }
+    add(sums, total);
   }
 }
 
 // One block per tile of rows of the band and tile of columns.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kTileThreads)
     omega_pairs_kernel(const OmegaAll args, const Scratch<T> scratch, int64_t tiles, int64_t first_row_tile) {
   __shared__ union {
     struct {
       Points<T> rows, columns;
     } points;
-    double sums[kThreads];
-    OmegaLargest largest[kThreads];
+    double sums[kTileThreads];
+    OmegaLargest largest[kTileThreads];
   } shared;
   const int64_t b = args.b, row_tile = first_row_tile + blockIdx.x / tiles, column_tile = blockIdx.x % tiles;
   const int64_t tile = row_tile * tiles + column_tile;
@@ -165,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0 && scratch.largest != nullptr) scratch.largest[tile] = OmegaLargest::none();
     return;
   }
-  T distances[kMicro][kMicro], code_distances[kMicro][kMicro];
+  MicroTile<T> distances, code_distances;
   squared_distances(static_cast<const T*>(args.inputs), b, args.d, row_tile * kTile, column_tile * kTile,
                     shared.points.rows, shared.points.columns, distances);
   squared_distances(static_cast<const T*>(args.codes), b, args.l, row_tile * kTile, column_tile * kTile,
@@ -213,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
 // gradient[i] = sum over j of weights[i, j] (points[i] - points[j]) for the band's samples i. One block per tile of
 // samples and tile of coordinates; a thread has rows 4 ty + m and coordinates 4 tx + n.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kTileThreads)
     omega_gradient_kernel(const T* points /* [b, dims] */, int64_t b, int64_t dims, const T* weights /* [band, b] */,
                           int64_t first_row, int64_t coordinate_tiles, T* gradient /* [b, dims] */) {
   __shared__ __align__(16) T tile_weights[kStep][kTile + kPad];  // [other sample][row]
@@ -221,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
   const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
   const int64_t in_band = blockIdx.x / coordinate_tiles * kTile;  // of the tile's first row
   const int64_t first_k = blockIdx.x % coordinate_tiles * kTile;
-  T own[kMicro][kMicro], total[kMicro][kMicro] = {};
+  MicroTile<T> own, total = {};
 #pragma unroll
   for (int m = 0; m < kMicro; ++m) {
 #pragma unroll
@@ -233,14 +213,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t first = 0; first < b; first += kStep) {
     __syncthreads();
 #pragma unroll 2
-    for (int e = threadIdx.x; e < kStep * kTile; e += kThreads) {
+    for (int e = threadIdx.x; e < kStep * kTile; e += kTileThreads) {
       const int64_t j = first + e % kStep, row = in_band + e / kStep;
       tile_weights[e % kStep][e / kStep] = j < b && first_row + row < b ? weights[row * b + j] : T(0);
       const int64_t other = first + e / kTile, k = first_k + e % kTile;
       others[e / kTile][e % kTile] = other < b && k < dims ? points[other * dims + k] : T(0);
     }
     __syncthreads();
-    T sums[kMicro][kMicro] = {};
+    MicroTile<T> sums = {};
 #pragma unroll 4
     for (int j = 0; j < kStep; ++j) {
       T weight[kMicro], other[kMicro];
@@ -255,11 +235,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int n = 0; n < kMicro; ++n) sums[m][n] = std::fma(weight[m], own[m][n] - other[n], sums[m][n]);
       }
     }
-#pragma unroll
-    for (int m = 0; m < kMicro; ++m) {
-#pragma unroll
-      for (int n = 0; n < kMicro; ++n) total[m][n] += sums[m][n];
-    }
+    add(sums, total);
   }
 #pragma unroll
   for (int m = 0; m < kMicro; ++m) {
@@ -274,20 +250,20 @@ __global__ void __launch_bounds__(kThreads)
 // ----------------------------------------------------------------------------------------------------------------
 // What all blocks found, by one block
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kTileThreads)
     omega_total_kernel(const double* sums /* [count] or null */, const OmegaLargest* largest /* [count] or null */,
                        int64_t count, double* sum /* [1] */, int64_t* pair /* [2] */) {
-  __shared__ double shared_sums[kThreads];
-  __shared__ OmegaLargest shared_largest[kThreads];
+  __shared__ double shared_sums[kTileThreads];
+  __shared__ OmegaLargest shared_largest[kTileThreads];
   if (sums != nullptr) {
     double own = 0;
-    for (int64_t e = threadIdx.x; e < count; e += kThreads) own += sums[e];
+    for (int64_t e = threadIdx.x; e < count; e += kTileThreads) own += sums[e];
     own = over_block(shared_sums, own, Add());
     if (threadIdx.x == 0) *sum = own;
   }
   if (largest != nullptr) {
     OmegaLargest own = OmegaLargest::none();
-    for (int64_t e = threadIdx.x; e < count; e += kThreads) own.consider(largest[e]);
+    for (int64_t e = threadIdx.x; e < count; e += kTileThreads) own.consider(largest[e]);
     own = over_block(shared_largest, own, Larger());
     if (threadIdx.x == 0) {
       pair[0] = own.i;
@@ -345,7 +321,7 @@ __global__ void __launch_bounds__(kPairThreads)
 void launch_total(const double* sums, const OmegaLargest* largest, int64_t count, double* sum, int64_t* pair,
                   cudaStream_t stream) {
   if (sums == nullptr && largest == nullptr) return;
-  launch("omega_total_kernel", omega_total_kernel, 1, kThreads, 0, stream, sums, largest, count, sum, pair);
+  launch("omega_total_kernel", omega_total_kernel, 1, kTileThreads, 0, stream, sums, largest, count, sum, pair);
 }
 
 template <typename T>
@@ -353,7 +329,7 @@ void launch_gradient(const void* points, int64_t b, int64_t dims, const T* weigh
                      int64_t row_tiles, void* gradient, cudaStream_t stream) {
   if (gradient == nullptr) return;
   const int64_t coordinate_tiles = ceil_div(dims, kTile);
-  launch("omega_gradient_kernel", omega_gradient_kernel<T>, row_tiles * coordinate_tiles, kThreads, 0, stream,
+  launch("omega_gradient_kernel", omega_gradient_kernel<T>, row_tiles * coordinate_tiles, kTileThreads, 0, stream,
          static_cast<const T*>(points), b, dims, weights, first_row, coordinate_tiles, static_cast<T*>(gradient));
 }
 
@@ -365,7 +341,7 @@ void launch_all(const OmegaAll& args, void* workspace, cudaStream_t stream) {
   const int64_t band_tiles = with_weights ? plan.band / kTile : plan.tiles;
   for (int64_t first = 0; first < plan.tiles; first += band_tiles) {
     const int64_t row_tiles = std::min(band_tiles, plan.tiles - first);
-    launch("omega_pairs_kernel", omega_pairs_kernel<T>, row_tiles * plan.tiles, kThreads, 0, stream, args, scratch,
+    launch("omega_pairs_kernel", omega_pairs_kernel<T>, row_tiles * plan.tiles, kTileThreads, 0, stream, args, scratch,
            plan.tiles, first);
     launch_gradient(args.inputs, args.b, args.d, scratch.input_weights, first * kTile, row_tiles, args.dinputs, stream);
     launch_gradient(args.codes, args.b, args.l, scratch.code_weights, first * kTile, row_tiles, args.dcodes, stream);
@@ -384,8 +360,7 @@ void launch_halves(const OmegaHalves& args, void* workspace, cudaStream_t stream
 
 int64_t omega_all_workspace(const OmegaAll& args) { return Plan(args).bytes; }
 
-void omega_all(const OmegaAll& args, void* workspace, int device, uintptr_t stream) {
-  const DeviceGuard guard(device);
+void omega_all(const OmegaAll& args, void* workspace, int, uintptr_t stream) {
   if (args.dtype == DType::kFloat32) {
     launch_all<float>(args, workspace, reinterpret_cast<cudaStream_t>(stream));
   } else {
@@ -395,8 +370,7 @@ void omega_all(const OmegaAll& args, void* workspace, int device, uintptr_t stre
 
 int64_t omega_halves_workspace(const OmegaHalves& args) { return args.pairs * static_cast<int64_t>(sizeof(double)); }
 
-void omega_halves(const OmegaHalves& args, void* workspace, int device, uintptr_t stream) {
-  const DeviceGuard guard(device);
+void omega_halves(const OmegaHalves& args, void* workspace, int, uintptr_t stream) {
   if (args.dtype == DType::kFloat32) {
     launch_halves<float>(args, workspace, reinterpret_cast<cudaStream_t>(stream));
   } else {

@@ -20,16 +20,23 @@ __device__ void copy_async(void* to, const void* from) {
 // Until all copies of this thread are there, for this thread to see.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// sum += a b by the warp's tensor core: a is 16 x 8 and b is 8 x 8 TF32, sum 16 x 8 float32. Of the 32 bits of a factor
-// the lowest 13 do not count. With g = lane / 4 and t = lane % 4 a lane has
-//   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)    b: (t, g), (t + 4, g)
-//   sum: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1)
+// sum += a b by the warp's tensor core: a is 16 x 8 and b is 8 x 8 TF32, sum 16 x 8 float32; mma_tf32.cuh says which
+// lane has what of them. Of the 32 bits of a factor the lowest 13 do not count.
 __device__ inline void add_product_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// product = a b, likewise: the zeros that it starts from are no registers to be cleared.
+__device__ inline void product_tf32(float (&product)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+      "%10, %10};"
+      : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));
 }
 
 // 2^x to 2 units in the last place, by one instruction; 0 below 2^-126.

@@ -3,6 +3,7 @@
 // A warp takes a row of up to kWarpClasses classes, a block one that is longer. Each thread sums its classes, a stride
 // apart, with what the roundings lose carried along; the threads' sums are added in a fixed order.
 #include "cuda/launch.cuh"
+#include "cuda/warp.cuh"
 #include "kernels.h"
 #include "math/normal.h"
 
@@ -10,11 +11,9 @@ namespace kdejsd {
 namespace cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kWarpClasses = 4096;
-constexpr unsigned int kAllLanes = 0xffffffffu;
 
 // A running sum and what its roundings lost.
 template <typename T>
@@ -120,9 +119,8 @@ void launch_rows(const Radius& args, cudaStream_t stream) {
 
 }  // namespace
 
-void radius(const Radius& args, int device, uintptr_t stream) {
+void radius(const Radius& args, int, uintptr_t stream) {
   if (args.rows == 0) return;
-  const DeviceGuard guard(device);
   const cudaStream_t queue = reinterpret_cast<cudaStream_t>(stream);
   if (args.dtype == DType::kFloat64) {
     args.is_log ? launch_rows<double, true>(args, queue) : launch_rows<double, false>(args, queue);

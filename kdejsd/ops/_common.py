@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ COMPUTE_DTYPE = {
     torch.bfloat16: torch.float32,
 }
 _KERNEL_DEVICES = ("cpu", "cuda")
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter, float, type(None))
 
 library = torch.library.Library("kdejsd", "DEF")  # registrations end with this object
 TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -34,17 +36,17 @@ def needs_reference(tensor: Tensor) -> bool:
     return _torch.transforms_active() or _torch.forward_mode_active() or tensor.device.type not in _KERNEL_DEVICES
 
 
-def is_traced(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a call with these tensors goes through the library's operator."""
+def is_traced(arguments: Iterable[Tensor | float | None]) -> bool:
+    """Whether a call with these arguments goes through the library's operator."""
     return (
         torch.compiler.is_compiling()
         or _torch.dispatch_modes() > 0
-        or any(t is not None and type(t) not in _PLAIN_TENSORS for t in tensors)
+        or any(type(a) not in _PLAIN_TYPES for a in arguments)
     )
 
 
-def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def needs_grad(arguments: Iterable[object]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
 def check_tensor(name: str, value: object) -> Tensor:
@@ -95,6 +97,18 @@ def check_finite(name: str, value: Tensor) -> None:
 def check_cuda(name: str, tensor: Tensor) -> None:
     if tensor.is_cuda and (problem := cuda_problem()):
         raise RuntimeError(f"{name} is on {tensor.device}, but {problem}")
+
+
+def launch(module: ModuleType, name: str, device: torch.device, *arguments: Any) -> None:
+    """Calls a kernel of the compiled module, the one of this device. On CUDA it is queued on the current stream."""
+    if device.type == "cpu":
+        getattr(module, f"{name}_cpu")(*arguments, torch.get_num_threads())
+        return
+    index = device.index
+    with _torch.on_device(index):
+        size = getattr(module, f"{name}_workspace_cuda")(*arguments, index)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        getattr(module, f"{name}_cuda")(*arguments, workspace.data_ptr(), index, _torch.cuda_stream(index))
 
 
 def refuse_forward_mode(operator: str, function: str) -> None:

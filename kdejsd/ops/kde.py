@@ -88,7 +88,7 @@ def _log_prob(inputs: Inputs) -> Tensor:
     if _common.needs_reference(inputs[0]):
         return _reference(inputs)
     if _common.is_traced(inputs):
-        return _operator(*inputs)[0]  # type: ignore[no-any-return]
+        return _operator(*_all_tensors(inputs))[0]  # type: ignore[no-any-return]
     if _common.needs_grad(inputs):
         return _EagerKde.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
     return _launch_forward(*inputs)[0]
@@ -126,6 +126,15 @@ def normal_divergence_terms(
     return _reduced(_shaped(terms, shape), reduction)
 
 
+def raw_pass(inputs: Inputs, want_dquery: bool) -> tuple[Tensor, Tensor]:
+    """log p_e in float64 and its gradient for the queries, empty if not wanted; the caller makes the graph."""
+    if _common.needs_reference(inputs[0]) or _common.is_traced(inputs):
+        value, dquery, _ = _operator(*_all_tensors(inputs), want_dquery)  # which refuses what it cannot do
+    else:
+        value, dquery, _ = _launch_forward(*inputs, want_dquery)
+    return value, dquery
+
+
 def _shaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     return t if t.shape == shape else t.reshape(shape)
 
@@ -139,8 +148,9 @@ def _reduced(terms: Tensor, reduction: str) -> Tensor:
 
 
 # Inputs in the shapes that the kernels take: query [B, n, l], centers [B, m, l], bandwidth [B, m] or [B, 1],
-# log_weights [B, m], exclude [B, n]; without B for one mixture, else with a 1 for what all batch items share.
-Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+# log_weights [B, m], exclude [B, n]; without B for one mixture, else with a 1 for what all batch items share. A number
+# for the bandwidth stays one: making a tensor of it would be a kernel of its own on CUDA.
+Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor | float, Tensor | None, Tensor | None]
 
 
 def checked_inputs(
@@ -171,14 +181,14 @@ def checked_inputs(
             raise ValueError(
                 f"bandwidth must be a number, a 0-dim tensor, or [..., {m}] or [..., 1]; got {list(bandwidth.shape)}"
             )
-        h = bandwidth if bandwidth.ndim > 0 else bandwidth.reshape(1)
+        h: Tensor | float = bandwidth if bandwidth.ndim > 0 else bandwidth.reshape(1)
     elif isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool):
         if not 0 < bandwidth < math.inf:
             raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
         limits = torch.finfo(dtype)
         if not limits.smallest_normal * limits.eps <= bandwidth <= limits.max:
             raise ValueError(f"bandwidth must be in the range of {dtype}, got {bandwidth}")
-        h = torch.full((1,), float(bandwidth), dtype=dtype, device=query.device)
+        h = float(bandwidth)
     else:
         raise TypeError(f"bandwidth must be a number or a tensor, got {type(bandwidth).__name__}")
     if log_weights is not None and _common.check_tensor("log_weights", log_weights).shape[-1:] != (m,):
@@ -207,20 +217,21 @@ def checked_inputs(
         ("log_weights", log_weights, allowed),
         ("exclude_self", exclude, (torch.int64,)),
     ):
-        if companion is not None:
+        if isinstance(companion, Tensor):
             _common.check_companion(name, companion, query_name, query, dtypes)
     if query.dtype != dtype:
-        query, centers, h = query.to(dtype), centers.to(dtype), h.to(dtype)
+        query, centers = query.to(dtype), centers.to(dtype)
+        h = h.to(dtype) if isinstance(h, Tensor) else h
         log_weights = None if log_weights is None else log_weights.to(dtype)
     if _common.checks_values():
         _check_values(names, query, centers, h, log_weights, exclude)
 
     lone = (query, 2), (centers, 2), (h, 1), (log_weights, 1), (exclude, 1)
-    if all(t is None or t.ndim == ndim for t, ndim in lone):  # no batch: the usual call, kept short
+    if all(not isinstance(t, Tensor) or t.ndim == ndim for t, ndim in lone):  # no batch: the usual call, kept short
         return (query, centers, h, log_weights, exclude), (n,)
 
     # The batch of the mixture: dimensions before those that every argument has anyway.
-    batches = {centers_name: centers.shape[:-2], "bandwidth": h.shape[:-1]}
+    batches = {centers_name: centers.shape[:-2], "bandwidth": h.shape[:-1] if isinstance(h, Tensor) else torch.Size()}
     if log_weights is not None:
         batches["log_weights"] = log_weights.shape[:-1]
     mixture_batch = _common.broadcast_batch(batches)
@@ -235,7 +246,8 @@ def checked_inputs(
         flat = query.expand(*batch, n, dim).reshape(items * n, dim)
         if exclude is not None:
             exclude = exclude.expand(*batch, n).reshape(items * n)
-        centers, h = centers.reshape(m, dim), h.reshape(-1)
+        centers = centers.reshape(m, dim)
+        h = h.reshape(-1) if isinstance(h, Tensor) else h
         log_weights = None if log_weights is None else log_weights.reshape(m)
         return (flat, centers, h, log_weights, exclude), shape
 
@@ -247,7 +259,7 @@ def checked_inputs(
     inputs = (
         query.expand(*batch, n, dim).reshape(items, n, dim),
         flatten(centers, 2),
-        flatten(h, 1),
+        flatten(h, 1) if isinstance(h, Tensor) else h,
         None if log_weights is None else flatten(log_weights, 1),
         None if exclude is None else flatten(exclude, 1),
     )
@@ -258,14 +270,14 @@ def _check_values(
     names: tuple[str, str],
     query: Tensor,
     centers: Tensor,
-    bandwidth: Tensor,
+    bandwidth: Tensor | float,
     log_weights: Tensor | None,
     exclude: Tensor | None,
 ) -> None:
     """What only the data can tell, as errors (KDEJSD_CHECK=1)."""
     for name, value in zip(names, (query, centers), strict=True):
         _common.check_finite(name, value)
-    if not bool(((bandwidth > 0) & bandwidth.isfinite()).all()):
+    if isinstance(bandwidth, Tensor) and not bool(((bandwidth > 0) & bandwidth.isfinite()).all()):
         raise ValueError(
             f"bandwidth must be positive and finite, got {float(bandwidth.min())} to {float(bandwidth.max())}"
         )
@@ -282,6 +294,18 @@ def _check_values(
         )
 
 
+def _all_tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """The inputs as the operator's schema has them."""
+    query, centers, bandwidth, *others = inputs
+    if not isinstance(bandwidth, Tensor):
+        bandwidth = query.new_full((1,) * (query.ndim - 1), bandwidth)
+    return (query, centers, bandwidth, *others)
+
+
+def _per_center(bandwidth: Tensor | float) -> bool:
+    return isinstance(bandwidth, Tensor) and bandwidth.shape[-1] > 1
+
+
 def _reference(inputs: Inputs) -> Tensor:
     query, centers, bandwidth, log_weights, exclude = inputs
     return reference.kde_log_prob(
@@ -294,13 +318,14 @@ def _reference(inputs: Inputs) -> Tensor:
 
 
 def _mixture(
-    query: Tensor, centers: Tensor, bandwidth: Tensor, log_weights: Tensor | None, exclude: Tensor | None
+    query: Tensor, centers: Tensor, bandwidth: Tensor | float, log_weights: Tensor | None, exclude: Tensor | None
 ) -> tuple[Any, tuple[Tensor | None, ...]]:
     """The kernels' arguments, and the contiguous tensors they point into, which must outlive the call."""
     _common.check_cuda("query", query)
     n, dim, m = query.shape[-2], query.shape[-1], centers.shape[-2]
     batched = query.ndim == 3
-    tensors = tuple(None if t is None else t.contiguous() for t in (query, centers, bandwidth, log_weights, exclude))
+    h, number = (bandwidth, 0.0) if isinstance(bandwidth, Tensor) else (None, bandwidth)
+    tensors = tuple(None if t is None else t.contiguous() for t in (query, centers, h, log_weights, exclude))
     mixture = native().KdeMixture(
         query.dtype == torch.float64,
         query.shape[0] if batched else 1,
@@ -308,8 +333,9 @@ def _mixture(
         m,
         dim,
         *(0 if t is None else t.data_ptr() for t in tensors),
-        bandwidth.shape[-1] == m and m > 1,
+        h is not None and h.shape[-1] == m and m > 1,
         *(t.stride(0) if batched and t is not None and t.shape[0] > 1 else 0 for t in tensors),
+        number,
     )
     return mixture, tensors
 
@@ -317,7 +343,7 @@ def _mixture(
 def _launch_forward(
     query: Tensor,
     centers: Tensor,
-    bandwidth: Tensor,
+    bandwidth: Tensor | float,
     log_weights: Tensor | None,
     exclude: Tensor | None,
     want_dquery: bool = False,
@@ -339,14 +365,7 @@ def _launch_forward(
         return value, dquery, dbandwidth
     products = _NO_PRODUCTS if for_backward else _TF32 if query.is_cuda and _torch.tf32_allowed() else _SPLIT
     outputs = (value.data_ptr(), dquery.data_ptr(), dbandwidth.data_ptr())
-    arguments = (mixture, value_kind, variance, products, *outputs)
-    if query.is_cuda:
-        index = device.index
-        size = native().kde_forward_workspace_cuda(*arguments, index)
-        workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        native().kde_forward_cuda(*arguments, workspace.data_ptr(), index, _torch.cuda_stream(index))
-    else:
-        native().kde_forward_cpu(*arguments, torch.get_num_threads())
+    _common.launch(native(), "kde_forward", device, mixture, value_kind, variance, products, *outputs)
     return value, dquery, dbandwidth
 
 
@@ -354,7 +373,7 @@ def _launch_backward(
     grad: Tensor,
     query: Tensor,
     centers: Tensor,
-    bandwidth: Tensor,
+    bandwidth: Tensor | float,
     log_weights: Tensor | None,
     exclude: Tensor | None,
     log_prob: Tensor,
@@ -370,14 +389,8 @@ def _launch_backward(
     dlog_weights = query.new_empty(per_center if want_dlog_weights else 0)
     dbandwidth = query.new_empty(per_center if want_dbandwidth else 0)
     outputs = (dcenters, dlog_weights, dbandwidth)
-    arguments = (mixture, grad.data_ptr(), log_prob.data_ptr(), *(t.data_ptr() for t in outputs))
-    if query.is_cuda:
-        index = query.device.index
-        size = native().kde_backward_workspace_cuda(*arguments, index)
-        workspace = torch.empty(size, dtype=torch.uint8, device=query.device)
-        native().kde_backward_cuda(*arguments, workspace.data_ptr(), index, _torch.cuda_stream(index))
-    else:
-        native().kde_backward_cpu(*arguments, torch.get_num_threads())
+    addresses = (t.data_ptr() for t in (grad, log_prob, *outputs))
+    _common.launch(native(), "kde_backward", query.device, mixture, *addresses)
     return outputs
 
 
@@ -385,32 +398,36 @@ def _launch_backward(
 # Autograd, once for the raw calls and once for the operators
 
 
+def _save(ctx: Any, inputs: Inputs, *results: Tensor) -> None:
+    """Keeps these for `_saved`. A number cannot be kept as the tensors are."""
+    query, centers, bandwidth, log_weights, exclude = inputs
+    h, ctx.number = (bandwidth, None) if isinstance(bandwidth, Tensor) else (None, bandwidth)
+    ctx.save_for_backward(query, centers, h, log_weights, exclude, *results)
+
+
+def _saved(ctx: Any) -> tuple[Inputs, list[Tensor]]:
+    query, centers, h, log_weights, exclude, *results = ctx.saved_tensors
+    return (query, centers, ctx.number if h is None else h, log_weights, exclude), results
+
+
 def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
     """Gradients for the five inputs from what the forward pass saved."""
-    query, centers, bandwidth, log_weights, exclude, log_prob, dquery, dbandwidth = ctx.saved_tensors
+    inputs, (log_prob, dquery, dbandwidth) = _saved(ctx)
+    query, centers, bandwidth, log_weights, _ = inputs
     need_query, need_centers, need_bandwidth, need_weights = ctx.needs_input_grad[:4]
-    per_center = bandwidth.shape[-1] > 1
+    per_center = _per_center(bandwidth)
 
-    def shared(t: Tensor, like: Tensor) -> Tensor:
+    def shared(t: Tensor, like: Any) -> Tensor:
         return t.sum(0, keepdim=True) if like.shape[0] < t.shape[0] else t
 
     gradients: list[Tensor | None] = [None] * 5
     if need_query:
         gradients[0] = grad.to(query.dtype).unsqueeze(-1) * dquery
     if need_bandwidth and not per_center:
-        gradients[2] = shared((grad * dbandwidth).sum(-1, keepdim=True), bandwidth).to(bandwidth.dtype)
+        gradients[2] = shared((grad * dbandwidth).sum(-1, keepdim=True), bandwidth).to(query.dtype)
     if need_centers or need_weights or (need_bandwidth and per_center):
         dcenters, dlog_weights, dbandwidths = backward(
-            grad,
-            query,
-            centers,
-            bandwidth,
-            log_weights,
-            exclude,
-            log_prob,
-            need_centers,
-            need_weights,
-            need_bandwidth and per_center,
+            grad, *inputs, log_prob, need_centers, need_weights, need_bandwidth and per_center
         )
         if need_centers:
             gradients[1] = shared(dcenters, centers)
@@ -421,10 +438,10 @@ def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ..
     return tuple(gradients)
 
 
-def _wanted(ctx: Any, bandwidth: Tensor) -> tuple[bool, bool, bool]:
+def _wanted(ctx: Any, bandwidth: Tensor | float) -> tuple[bool, bool, bool]:
     """want_dquery, want_dbandwidth and for_backward."""
     need_query, need_centers, need_bandwidth, need_weights = ctx.needs_input_grad[:4]
-    per_center = bandwidth.shape[-1] > 1
+    per_center = _per_center(bandwidth)
     second_pass = need_centers or need_weights or (need_bandwidth and per_center)
     return need_query, need_bandwidth and not per_center, second_pass
 
@@ -433,13 +450,13 @@ class _EagerKde(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         log_prob, dquery, dbandwidth = _launch_forward(*inputs, *_wanted(ctx, inputs[2]))  # type: ignore[call-arg]
-        ctx.save_for_backward(*inputs, log_prob, dquery, dbandwidth)
+        _save(ctx, inputs, log_prob, dquery, dbandwidth)
         return log_prob
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
-            return _plain_gradients(grad, ctx.saved_tensors[:5], ctx.needs_input_grad)
+            return _plain_gradients(grad, _saved(ctx)[0], ctx.needs_input_grad)
         return _gradients(ctx, grad, _launch_backward)
 
 
@@ -450,19 +467,19 @@ class _NormalTerms(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs, (shape, variance, divergence, reduction) = arguments[:5], arguments[5:]
         terms, dquery, _ = _launch_forward(*inputs, True, False, False, _DIVERGENCES[divergence], variance)  # type: ignore[call-arg]
-        ctx.save_for_backward(*inputs, dquery)
+        _save(ctx, inputs, dquery)
         ctx.settings = shape, variance, divergence, reduction
         return _reduced(_shaped(terms, shape), reduction)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, dquery = ctx.saved_tensors
+        inputs, (dquery,) = _saved(ctx)
         shape, variance, divergence, reduction = ctx.settings
         if not torch.is_grad_enabled():
             if reduction == "none":
                 factor = grad.reshape(dquery.shape[:-1]).unsqueeze(-1).to(dquery.dtype)
             else:
-                factor = (grad / math.prod(shape) if reduction == "mean" else grad).to(dquery.dtype)
+                factor = grad / float(math.prod(shape)) if reduction == "mean" else grad  # 0-dim: it widens no product
             return (factor * dquery, *[None] * 8)
         query, centers, bandwidth, log_weights, exclude = inputs
         terms = reference.normal_divergence_terms(
@@ -478,14 +495,10 @@ class _NormalTerms(torch.autograd.Function):
         return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), *[None] * 8)
 
 
-def _plain_gradients(
-    grad: Tensor, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
+def _plain_gradients(grad: Tensor, inputs: Inputs, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients for the five inputs by the reference, with a graph of their own (n m l memory)."""
-    query, centers, bandwidth, log_weights, exclude = inputs
-    assert query is not None and centers is not None and bandwidth is not None
     with torch.enable_grad():
-        log_prob = _reference((query, centers, bandwidth, log_weights, exclude))
+        log_prob = _reference(inputs)
         wanted = [t for t, need in zip(inputs[:4], needed, strict=False) if need]
         found = iter(torch.autograd.grad(log_prob, wanted, grad.to(log_prob.dtype), create_graph=True))  # type: ignore[arg-type]
     return (*(next(found) if need else None for need in needed[:4]), None)
@@ -553,7 +566,7 @@ class _TracedKde(torch.autograd.Function):
         inputs = arguments[:5]
         with _torch.below_autograd():
             log_prob, dquery, dbandwidth = _operator(*inputs, *_wanted(ctx, inputs[2]))
-        ctx.save_for_backward(*inputs, log_prob, dquery, dbandwidth)
+        _save(ctx, inputs, log_prob, dquery, dbandwidth)
         ctx.mark_non_differentiable(dquery, dbandwidth)
         return log_prob, dquery, dbandwidth
 
@@ -564,7 +577,7 @@ class _TracedKde(torch.autograd.Function):
 
 def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     _common.refuse_forward_mode("kde", "kde_log_prob")
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+    if _common.needs_grad(arguments):
         return _TracedKde.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
     with _torch.below_autograd():
         return _operator(*arguments)  # type: ignore[no-any-return]

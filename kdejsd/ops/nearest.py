@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _torch
 from .._native import native
 from ..reference import nearest as reference
 from ..reference.nearest import Nearest
@@ -109,13 +108,7 @@ def _launch(latents: Tensor, labels: Tensor) -> Tensor:
         return index
     addresses = (latents.data_ptr(), labels.data_ptr(), index.data_ptr())
     search = native().NearestSearch(latents.dtype == torch.float64, *latents.shape, *addresses)
-    if latents.is_cuda:
-        device = latents.device.index
-        size = native().nearest_workspace_cuda(search, device)
-        workspace = torch.empty(size, dtype=torch.uint8, device=latents.device)
-        native().nearest_cuda(search, workspace.data_ptr(), device, _torch.cuda_stream(device))
-    else:
-        native().nearest_cpu(search, torch.get_num_threads())
+    _common.launch(native(), "nearest", latents.device, search)
     return index
 
 

@@ -169,13 +169,7 @@ def _launch(all_pairs: bool, inputs: Tensor, codes: Tensor, *outputs: Tensor | N
         codes.shape[1],
         *(0 if t is None else t.data_ptr() for t in (inputs, codes, *outputs)),
     )
-    if inputs.is_cuda:
-        size = getattr(native(), f"{name}_workspace_cuda")(args)
-        workspace = torch.empty(size, dtype=torch.uint8, device=inputs.device)
-        device = inputs.device.index
-        getattr(native(), f"{name}_cuda")(args, workspace.data_ptr(), device, _torch.cuda_stream(device))
-    else:
-        getattr(native(), f"{name}_cpu")(args, torch.get_num_threads())
+    _common.launch(native(), name, inputs.device, args)
 
 
 def _gradients_like(inputs: Tensor, codes: Tensor, want_dinputs: bool, want_dcodes: bool) -> tuple[Tensor, Tensor]:
@@ -354,7 +348,7 @@ def _autograd(name: str, operator: Any, function: Any) -> Any:
 
     def call(*arguments: Any) -> Any:
         _common.refuse_forward_mode(name, "omega")
-        if function is not None and _common.needs_grad(t for t in arguments if isinstance(t, Tensor)):
+        if function is not None and _common.needs_grad(arguments):
             return function.apply(*arguments)
         with _torch.below_autograd():
             return operator(*arguments)

@@ -116,11 +116,7 @@ def _launch(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[
         value.data_ptr(),
         gradient.data_ptr(),
     )
-    if masses.is_cuda:
-        device = masses.device.index
-        native().radius_cuda(arguments, device, _torch.cuda_stream(device))
-    else:
-        native().radius_cpu(arguments, torch.get_num_threads())
+    _common.launch(native(), "radius", masses.device, arguments)
     return value, gradient
 
 

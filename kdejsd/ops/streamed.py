@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._ranks import gathered, rank_and_size
 from . import _common
-from .kde import checked_inputs
+from .kde import checked_inputs, raw_pass
 
 PART_BYTES = 2**23  # of a part in the queries' dtype; on a CPU a pass is as fast from 2 MiB to 32, slower below
 
@@ -144,7 +144,7 @@ def _pass(
             own = exclude - start
             own = own.where(_among(own, len(part)), -1)
         inputs, _ = checked_inputs(("query", "centers"), query, part, bandwidth, equal[: len(part)], own)
-        log_sum, slope, _ = torch.ops.kdejsd.kde(*inputs, want_gradient)
+        log_sum, slope = raw_pass(inputs, want_gradient)
         if want_gradient:
             total, gradient = merged(torch.stack((total, log_sum)), torch.stack((gradient, slope.double())))
         else:

@@ -15,8 +15,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 OPS = ("kde", "omega", "radius", "nearest")
-SPLIT, TF32 = 1, 2  # KdeProducts
+NONE, SPLIT, TF32 = range(3)  # KdeProducts
 SHARED_BYTES = 227 * 1024  # that a block may have, on an H200
+
+# What forward_plan of calls.cpp writes.
+_PLAN = (
+    *("tensor_steps", "tensor_warps", "bytes", "lc", "slabs", "groups", "chunks", "query_tiles", "center_tiles"),
+    *("splits", "tiles_per_split", "max", "sum", "moment", "sum_centers", "middle", "elements"),
+)
 
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "d": ctypes.c_double, "?": ctypes.c_bool, "P": ctypes.c_void_p}
 
@@ -27,7 +33,7 @@ def _struct(name: str, fields: str, first: type | None = None) -> type[ctypes.St
     return type(name, (ctypes.Structure,), {"_fields_": [(f"field_{i}", type_) for i, type_ in enumerate(types)]})
 
 
-KdeMixture = _struct("KdeMixture", "iqqqqPPPPP?qqqqq")
+KdeMixture = _struct("KdeMixture", "iqqqqPPPPP?qqqqqd")
 KdeForward = _struct("KdeForward", "idiPPP", KdeMixture)
 KdeBackward = _struct("KdeBackward", "PPPPP", KdeMixture)
 
@@ -45,7 +51,8 @@ def build(folder: Path) -> ctypes.CDLL:
     library = folder / "cuda_on_host.so"
     flags = "-std=c++17 -O2 -fPIC -shared -ffp-contract=off -U_FORTIFY_SOURCE -DKDEJSD_CUDA"
     compilers = []
-    for source in (*(SOURCES / "cuda" / f"{op}.cu" for op in OPS), HERE / "calls.cpp"):
+    units = (source for source in SOURCES.glob("cuda/*.cu") if source.stem != "device")
+    for source in (*units, HERE / "calls.cpp"):
         command = ["g++", *flags.split(), "-c", f"-I{HERE}", f"-I{SOURCES}", "-x", "c++", str(source)]
         compilers.append(subprocess.Popen([*command, "-o", str(folder / f"{source.stem}.o")]))
     assert all(compiler.wait() == 0 for compiler in compilers)
@@ -76,6 +83,23 @@ class CudaOnHost:
         self.shared_bytes = SHARED_BYTES
         self.tf32 = False
         self.backwards = False
+
+    def devices_set(self) -> int:
+        """How often the kernels' code has changed the current device, since the library was loaded."""
+        return int(self._library.devices_set())
+
+    def allowances(self) -> int:
+        """How often it has asked for more shared memory than every kernel may have."""
+        return int(self._library.allowances())
+
+    def set_tuning(self, name: str, value: int) -> bool:
+        return bool(self._library.set_tuning(name.encode(), value))
+
+    def forward_plan(self, args: KdeForward, multiprocessors: int, shared_bytes: int) -> dict[str, int]:
+        """How csrc/cuda/kde_plan.h cuts a forward pass into blocks; `bytes` are the shared memory of one."""
+        numbers = (ctypes.c_int64 * len(_PLAN))()
+        self._library.forward_plan(ctypes.byref(args), multiprocessors, shared_bytes, numbers)
+        return dict(zip(_PLAN, numbers, strict=True))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         """The function NAME_cpu of the compiled module."""

@@ -1,13 +1,17 @@
 // The ops of csrc/cuda as functions of a shared library, for ctypes. They return the text of an error, or null.
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <string>
 
+#include "cuda/kde_plan.h"
 #include "kernels.h"
 
 namespace {
+
+constexpr int kDevice = 1;  // not the one that is current where nobody has chosen
 
 template <typename Call>
 const char* error_of(const Call& call) {
@@ -35,24 +39,54 @@ using namespace kdejsd;
 extern "C" {
 
 void set_device(int multiprocessors, int shared_bytes, bool backwards) {
-  host::device = {multiprocessors, shared_bytes, backwards, ""};
+  host::device.multiprocessors = multiprocessors;
+  host::device.shared_bytes = shared_bytes;
+  host::device.backwards = backwards;
 }
+int devices_set() { return host::device.devices_set; }
+int allowances() { return host::device.allowances; }
+bool set_tuning(const char* name, int value) { return cuda::set_tuning(name, value); }
+
+// The plan of a forward pass, for a device whose multiprocessors have registers for 8 warps of the tensor cores' kernel
+// and 228 KiB of shared memory.
+void forward_plan(const KdeForward& args, int multiprocessors, int shared_bytes, int64_t* numbers) {
+  const bool split = args.products == KdeProducts::kSplit;
+  const auto bytes = [&](const cuda::ForwardPlan& plan) {
+    return cuda::tensor_tile(plan.tensor_steps, split, plan.tensor_warps, args.mixture.l).bytes;
+  };
+  const auto resident = [&](const cuda::ForwardPlan& plan) {
+    if (plan.tensor_steps == 0) return 2;
+    return std::min(8 / plan.tensor_warps, 228 * 1024 / (bytes(plan) + 1024));
+  };
+  const cuda::ForwardPlan plan = cuda::plan_forward(args, multiprocessors, shared_bytes, resident);
+  const int64_t found[] = {plan.tensor_steps, plan.tensor_warps,    plan.tensor_steps > 0 ? bytes(plan) : 0,
+                           plan.lc,           plan.slabs,           plan.groups,
+                           plan.chunks,       plan.query_tiles,     plan.center_tiles,
+                           plan.splits,       plan.tiles_per_split, plan.max,
+                           plan.sum,          plan.moment,          plan.sum_centers,
+                           plan.middle,       plan.elements};
+  std::copy(std::begin(found), std::end(found), numbers);
+}
+
 const char* kde_forward(const KdeForward& args) {
-  return with_workspace(cuda::kde_forward_workspace(args, 0), [&](void* at) { cuda::kde_forward(args, at, 0, 0); });
+  return with_workspace(cuda::kde_forward_workspace(args, kDevice),
+                        [&](void* at) { cuda::kde_forward(args, at, kDevice, 0); });
 }
 const char* kde_backward(const KdeBackward& args) {
-  return with_workspace(cuda::kde_backward_workspace(args, 0), [&](void* at) { cuda::kde_backward(args, at, 0, 0); });
+  return with_workspace(cuda::kde_backward_workspace(args, kDevice),
+                        [&](void* at) { cuda::kde_backward(args, at, kDevice, 0); });
 }
 const char* omega_all(const OmegaAll& args) {
-  return with_workspace(cuda::omega_all_workspace(args), [&](void* at) { cuda::omega_all(args, at, 0, 0); });
+  return with_workspace(cuda::omega_all_workspace(args), [&](void* at) { cuda::omega_all(args, at, kDevice, 0); });
 }
 const char* omega_halves(const OmegaHalves& args) {
-  return with_workspace(cuda::omega_halves_workspace(args), [&](void* at) { cuda::omega_halves(args, at, 0, 0); });
+  return with_workspace(cuda::omega_halves_workspace(args),
+                        [&](void* at) { cuda::omega_halves(args, at, kDevice, 0); });
 }
 const char* radius(const Radius& args) {
-  return error_of([&] { cuda::radius(args, 0, 0); });
+  return error_of([&] { cuda::radius(args, kDevice, 0); });
 }
 const char* nearest(const NearestSearch& args) {
-  return with_workspace(cuda::nearest_workspace(args, 0), [&](void* at) { cuda::nearest(args, at, 0, 0); });
+  return with_workspace(cuda::nearest_workspace(args, kDevice), [&](void* at) { cuda::nearest(args, at, kDevice, 0); });
 }
 }

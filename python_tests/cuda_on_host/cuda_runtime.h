@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -48,15 +49,20 @@ struct Device {
   int shared_bytes = 227 * 1024;  // that a block may have
   bool backwards = false;         // the order in which threads run
   std::string error;              // of the last launch that failed
+  int devices_set = 0;            // calls of cudaSetDevice
+  int allowances = 0;             // calls of cudaFuncSetAttribute
 };
 inline Device device;
+
+// Of dynamic shared memory, that a block of each kernel may have; 48 KiB where nothing was allowed.
+inline std::map<const void*, int> allowed_bytes;
 
 }  // namespace host
 
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaError"; }
 inline const char* cudaGetErrorString(cudaError_t) { return host::device.error.c_str(); }
 inline cudaError_t cudaGetDevice(int* index) { return *index = 0, cudaSuccess; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return ++host::device.devices_set, cudaSuccess; }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? host::device.multiprocessors : host::device.shared_bytes;
@@ -64,10 +70,22 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-  if (bytes <= host::device.shared_bytes) return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  ++host::device.allowances;
+  if (bytes <= host::device.shared_bytes) {
+    host::allowed_bytes[reinterpret_cast<const void*>(kernel)] = bytes;
+    return cudaSuccess;
+  }
   host::device.error = "more shared memory than a block may have";
   return cudaErrorInvalidValue;
+}
+
+// As if every thread had 255 registers: what kernels really have, nvcc alone knows.
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads, size_t bytes) {
+  const int by_registers = 65536 / (256 * threads), by_memory = static_cast<int>(228 * 1024 / (bytes + 1024));
+  *blocks = by_registers < by_memory ? by_registers : by_memory;
+  return cudaSuccess;
 }
 
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
@@ -238,9 +256,10 @@ inline bool __all_sync(unsigned int, bool mine) {
   return all;
 }
 
+// The NaN that a device's arithmetic gives has all bits set; the host's has one.
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
-  return std::memcpy(&bits, &x, sizeof(bits)), bits;
+  return std::memcpy(&bits, &x, sizeof(bits)), x != x ? 0x7fffffffu : bits;
 }
 
 inline float __uint_as_float(uint32_t bits) {
@@ -260,6 +279,11 @@ struct cudaLaunchConfig_t {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  const auto allowed = host::allowed_bytes.find(reinterpret_cast<const void*>(kernel));
+  if (config->dynamicSmemBytes > (allowed == host::allowed_bytes.end() ? 48 * 1024 : static_cast<size_t>(allowed->second))) {
+    host::device.error = "more shared memory than the kernel is allowed";
+    return cudaErrorInvalidValue;
+  }
   const std::function<void()> call = [&] { kernel(static_cast<Parameters>(arguments)...); };
   blockDim = config->blockDim;
   for (unsigned int i = 0; i < config->gridDim.x; ++i) {

@@ -56,6 +56,11 @@ inline void add_product_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint
   }
 }
 
+inline void product_tf32(float (&product)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  for (float& sum : product) sum = 0;
+  add_product_tf32(product, a, b);
+}
+
 inline float fast_exp2(float x) { return x < -126 ? 0.0f : std::exp2(x); }
 
 }  // namespace cuda

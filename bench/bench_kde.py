@@ -5,6 +5,8 @@
     python bench/bench_kde.py --device cuda --csv results.csv
     python bench/bench_kde.py --sizes 256,20000,40 --levels v4,v3 --threads 1
     python bench/bench_kde.py --centers                           # with the gradient for the centers, a second pass
+    python bench/bench_kde.py --device cuda --graph               # also the kernels alone, by CUDA graphs
+    python bench/bench_kde.py --device cuda --tune tensor_from=2,5,8    # a row of kdejsd's for each of these values
 
 README.md beside this says how the work is counted, what the limit is, and what the peers are.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import harness
@@ -32,11 +34,10 @@ Size = tuple[int, int, int]
 # The first is there for what a call costs beside its work.
 QUICK: list[Size] = [(8, 16, 4), (100, 10_000, 8), (300, 10_000, 8), (4096, 4096, 2), (256, 20_000, 40)]
 CPU: list[Size] = [*QUICK, (512, 100_000, 40), (512, 100_000, 256), (512, 1_000_000, 64)]
-CUDA: list[Size] = [*CPU[:-1], (100, 100_000, 40), (100, 1_000_000, 64), CPU[-1], (1024, 1_000_000, 64)]
+CUDA: list[Size] = [*QUICK, (4096, 100_000, 1), (512, 100_000, 16), (512, 100_000, 40), (512, 100_000, 256)]
+CUDA += [(100, 100_000, 40), (100, 1_000_000, 64), CPU[-1], (1024, 1_000_000, 64)]
 
 CENTERS: list[Size] = [*QUICK[1:], (512, 20_000, 256)]
-
-WRONG_VALUE, WRONG_GRADIENT = 1e-3, 1e-2  # relative; beyond these a provider is wrong
 
 
 @dataclass
@@ -107,9 +108,16 @@ class Problem(harness.Problem):
         self.truth = truth(self.codes[self.rows], self.lagged, self.bandwidth)
 
     @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.codes, self.lagged
+
+    @property
     def work(self) -> float:
         n, m, dim = self.size
         return n * m * (dim + 8)
+
+    def unfit(self, provider: Provider) -> str:
+        return provider.unfit(*self.size)
 
     def held(self, provider: Provider) -> float:
         return self.codes.element_size() * provider.held(*self.size)
@@ -120,7 +128,7 @@ class Problem(harness.Problem):
 
     def call(self, provider: Provider, mode: str) -> None:
         if mode == GRADIENT:
-            self.codes.grad = self.lagged.grad = None
+            harness.drop_gradients(self)
             provider.loss(self.codes, self.lagged, self.bandwidth, "mean").backward()
         else:
             with torch.no_grad():
@@ -141,12 +149,30 @@ class Problem(harness.Problem):
             error = (difference.norm() / slope_of_centers.norm()).item()
             result.gradient_error = max(result.gradient_error, error)
         scale = max(1.0, value.abs().max().item())
-        if not (result.value_error <= WRONG_VALUE * scale and result.gradient_error <= WRONG_GRADIENT):
+        most = provider.tolerance
+        if not (result.value_error <= most.value * scale and result.gradient_error <= most.gradient):
             result.note = "wrong: not timed"
+
+
+def failed(results: list[Result], candidates: Mapping[str, Provider | str]) -> bool:
+    """Whether something is wrong with kdejsd as it comes: in full precision, without tuning."""
+
+    def as_it_comes(provider: Provider | str) -> bool:
+        return isinstance(provider, str) or (provider.tolerance == peers.FLOAT32 and not provider.tuning)
+
+    return harness.kdejsd_failed([result for result in results if as_it_comes(candidates[result.provider])])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is printed and written
+
+
+def tensor_limits(problem: Problem, peaks: Peaks, mode: str) -> dict[str, float]:
+    """Least milliseconds with products on a GPU's tensor cores, by how they are taken; empty where there is no such."""
+    if not peaks.tf32:
+        return {}
+    ways = {"split TF32": 3, "TF32": 1}
+    return {way: problem.limit_ms(peaks.on_tensor_cores(n), mode == GRADIENT) for way, n in ways.items()}
 
 
 def print_size(problem: Problem, results: list[Result], peaks: Peaks) -> None:
@@ -157,6 +183,9 @@ def print_size(problem: Problem, results: list[Result], peaks: Peaks) -> None:
         f"for value and gradient{'s' if problem.centers else ''}, {digits(limits[VALUE])} ms for the value alone\n"
         f"  at {peaks}; other processes kept {results[0].others:.2f} cores busy"
     )
+    if on_tensor_cores := tensor_limits(problem, peaks, GRADIENT):
+        ways = {"float32": limits[GRADIENT], **on_tensor_cores}
+        print(f"  limits: {', '.join(f'{way} {digits(ms)} ms' for way, ms in ways.items())}; shares are of the first")
 
     def columns(result: Result) -> str:
         return (
@@ -175,16 +204,20 @@ FIELDS = (
 )
 
 
-def csv_rows(problem: Problem, results: list[Result]) -> Iterator[Row]:
+def csv_rows(problem: Problem, results: list[Result], peaks: Peaks) -> Iterator[Row]:
+    kernel = "jsd_loss, centers" if problem.centers else "jsd_loss"
+    size: Row = {"kernel": kernel, "bandwidth": problem.bandwidth, **dict(zip("nml", problem.size, strict=True))}
+    for mode in problem.modes:
+        for way, ms in tensor_limits(problem, peaks, mode).items():
+            yield {**size, "mode": mode, "metric": f"limit, {way}", "unit": "ms", "value": ms}
     for result in results:
-        kernel = "jsd_loss, centers" if problem.centers else "jsd_loss"
-        base: Row = {"kernel": kernel, "bandwidth": problem.bandwidth, "others": result.others}
+        base: Row = {**size, "others": result.others}
         figures = (
             ("value error", "nats", result.value_error),
             ("gradient error", "relative", result.gradient_error),
             ("peak extra memory", "MiB", result.mib),
         )
-        yield from harness.mode_rows(base | dict(zip("nml", problem.size, strict=True)), result, figures)
+        yield from harness.mode_rows(base, result, figures)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,19 +231,24 @@ def parse_arguments() -> argparse.Namespace:
         return n, m, dim
 
     quick = "small sizes, no provider that compiles first or holds over 1 GiB"
-    return harness.parse(__doc__, size, "n,m,l", "--providers", "--levels", "--gexp", "--centers", quick=quick)
+    options = ("--providers", "--levels", "--gexp", "--centers", "--graph", "--tune")
+    return harness.parse(__doc__, size, "n,m,l", *options, quick=quick)
 
 
 def main() -> int:
     arguments = parse_arguments()
     usual = CENTERS if arguments.centers else CUDA if arguments.device == "cuda" else CPU
     sizes = arguments.sizes or (QUICK if arguments.quick else usual)
-    candidates = harness.chosen(peers.providers(arguments.device, arguments.levels), arguments.providers)
+    candidates = harness.chosen(
+        peers.providers(arguments.device, arguments.levels, arguments.tune), arguments.providers
+    )
     if arguments.centers:
         candidates = {k: v for k, v in candidates.items() if isinstance(v, str) or v.for_centers}
     if arguments.quick:
         candidates = {k: v for k, v in candidates.items() if isinstance(v, str) or not v.compiles}
-    seconds = (arguments.budget or (8 if arguments.quick else 150)) / (2 * len(sizes) * len(candidates))
+    timed = sum(not isinstance(provider, str) for provider in candidates.values())
+    modes = 3 if arguments.graph else 2
+    seconds = (arguments.budget or (8 if arguments.quick else 150)) / (modes * len(sizes) * timed)
     most_memory = 2.0**30 if arguments.quick else math.inf
     session = harness.Session(arguments)
     wrong = False
@@ -219,8 +257,8 @@ def main() -> int:
             problem = Problem.make(size, session.dtype, session.device, arguments.centers)
             results, peaks = session.measure(problem, candidates, seconds, most_memory)
             print_size(problem, results, peaks)
-            write(csv_rows(problem, results))
-            wrong |= harness.kdejsd_failed(results)
+            write(csv_rows(problem, results, peaks))
+            wrong |= failed(results, candidates)
     return int(wrong)
 
 

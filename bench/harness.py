@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import dataclasses
+import functools
 import gc
 import logging
 import math
@@ -29,8 +31,11 @@ from torch import Tensor
 from kdejsd._native import cuda_problem, native
 
 GRADIENT, VALUE = "value+gradient", "value"
+GRAPH = "graph"  # value and gradient, their kernels alone
 ROUNDS = 5
 MAX_REPEATS = 50
+MAX_REPLAYS = 200
+MAX_CAPTURED_MS = 200  # beyond, kernels are all that there is to a call
 MAX_BUILD_SECONDS = 120  # for the first calls, which may compile
 TRUTH_NUMBERS = 2**27  # n m l of the rows that are compared with float64
 FACTS = ("threads", "machine", "versions", "commit", "date")
@@ -52,6 +57,11 @@ def parse(
         "--levels": {"type": lambda text: text.split(","), "help": "kdejsd's instruction sets: base,v3,v4"},
         "--gexp": {"type": float, "help": "likewise, exponentials in 1e9 a second"},
         "--centers": {"action": "store_true", "help": "the gradient for the centers too; only peers that have it"},
+        "--graph": {"action": "store_true", "help": "on CUDA: also the kernels alone, by replays of a CUDA graph"},
+        "--tune": {
+            **{"type": tuning, "action": "extend", "metavar": "NAME=VALUE[,VALUE...]"},
+            "help": "on CUDA: a row of kdejsd's for each value of this tuning; can be repeated",
+        },
     }
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -64,7 +74,7 @@ def parse(
     parser.add_argument("--fma-gflops", type=float, help="the machine's peak, where it cannot be measured")
     for option in options:
         parser.add_argument(option, **some[option])
-    parser.set_defaults(levels=None, gexp=None, centers=False)
+    parser.set_defaults(levels=None, gexp=None, centers=False, graph=False, tune=[])
     arguments = parser.parse_args()
     if "--gexp" in options and (arguments.fma_gflops is None) != (arguments.gexp is None):
         parser.error("--fma-gflops and --gexp are given together or not at all")
@@ -75,9 +85,33 @@ def parse(
             parser.error(f"--device cuda: {problem}")
         if arguments.levels:
             parser.error("--levels is for --device cpu")
+        if arguments.tune and (problem := tuning_problem(arguments.tune)):
+            parser.error(f"--tune: {problem}")
+    elif arguments.graph or arguments.tune:
+        parser.error(f"{'--graph' if arguments.graph else '--tune'} is for --device cuda")
     order = list(machine.ARCHITECTURES).index
     arguments.levels = sorted(arguments.levels or [native().level()], key=order, reverse=True)
     return arguments
+
+
+def tuning(text: str) -> list[tuple[str, int]]:
+    name, _, values = text.partition("=")
+    return [(name, int(value)) for value in values.split(",")]
+
+
+def tuning_problem(tunings: list[tuple[str, int]]) -> str:
+    """Why kdejsd's CUDA kernels cannot be tuned so, or "" if they can."""
+    if not hasattr(native(), "cuda_tuning"):
+        return "this build of kdejsd has no tuning"
+    usual = native().cuda_tuning()
+    for name, value in tunings:
+        if name not in usual:
+            return f"names must be among {', '.join(usual)}, got {name}"
+        accepted = abs(value) < 2**31 and native().set_cuda_tuning(name, value)
+        native().set_cuda_tuning(name, usual[name])
+        if not accepted:
+            return f"{name} cannot be {value}; the usual values are {', '.join(f'{k}={v}' for k, v in usual.items())}"
+    return ""
 
 
 def chosen(candidates: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
@@ -97,6 +131,7 @@ class Result:
 
     provider: str
     note: str = ""  # why there are no times
+    graph_note: str = ""  # why there are none by a CUDA graph, where they were asked for
     mib: float = math.nan
     others: float = math.nan  # cores that other processes kept busy while the times were taken
     times: dict[str, list[float]] = field(default_factory=dict)  # milliseconds by mode
@@ -105,10 +140,12 @@ class Result:
 
 
 class Problem(ABC):
-    """A problem of one size. Providers are what its methods take; those with a `level` run at that instruction set."""
+    """A problem of one size. Providers are what its methods take; those with a `level` run at that instruction set,
+    those with a `tuning` with CUDA kernels so tuned."""
 
     result_type: type[Result] = Result
     modes: tuple[str, ...] = (GRADIENT, VALUE)
+    leaves: tuple[Tensor, ...] = ()  # where a call leaves gradients
     max_call_seconds = 20  # what would take longer, by its times at smaller sizes, is left out
 
     @property
@@ -132,6 +169,10 @@ class Problem(ABC):
         """Bytes that a call holds at once."""
         return 0
 
+    def unfit(self, provider: Any) -> str:
+        """Why the provider cannot take this size, or "" if it can."""
+        return ""
+
 
 def some_rows(size: tuple[int, int, int]) -> Tensor:
     """Which of n rows to compare with the truth, where that takes m l numbers each."""
@@ -147,6 +188,43 @@ def use_level(level: str) -> None:
     """
     if not native().set_level(level):
         raise ValueError(f"levels must be among {native().built_levels()} that this processor can run, got {level!r}")
+
+
+def use_tuning(tuning: Mapping[str, int]) -> None:
+    """Tunes kdejsd's CUDA kernels.
+
+    Raises:
+        ValueError: there is no such name, or the value is out of its range.
+    """
+    for name, value in tuning.items():
+        if not native().set_cuda_tuning(name, value):
+            raise ValueError(f"kdejsd's CUDA kernels cannot be tuned by {name}={value}")
+
+
+@contextlib.contextmanager
+def arrangements(candidates: Mapping[str, Any]) -> Iterator[Callable[[Any], None]]:
+    """A function that makes kdejsd's kernels what a provider asks for: of its level, or with its tuning.
+
+    All that a provider's tuning does not name is as it was before, and so is everything in the end.
+    """
+    tuned = any(getattr(provider, "tuning", None) for provider in candidates.values())
+    usual: dict[str, int] = native().cuda_tuning() if tuned else {}
+
+    def arrange(provider: Any) -> None:
+        if level := getattr(provider, "level", None):
+            use_level(level)
+        use_tuning({**usual, **getattr(provider, "tuning", {})})
+
+    try:
+        yield arrange
+    finally:
+        use_tuning(usual)
+
+
+def error_line(error: BaseException) -> str:
+    """Its type, and what it says first."""
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0][:60]}"
 
 
 @contextlib.contextmanager
@@ -183,69 +261,90 @@ def timed(call: Callable[[], object], repeats: int, device: str) -> list[float]:
     return times
 
 
-def run_size(
+def captured(problem: Problem, provider: Any) -> torch.cuda.CUDAGraph:
+    """A call of value and gradient as a CUDA graph, by the rules of torch's documentation."""
+    here, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    # What the first calls on a stream build or allocate for it must not fall into the capture.
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            problem.call(provider, GRADIENT)
+    here.wait_stream(side)
+    drop_gradients(problem)  # so that the captured call makes them in the graph's own memory
+    # torch.cuda.graph leaves its own stream the current one if the capture fails; the outer context takes it back.
+    with torch.cuda.stream(here), torch.cuda.graph(graph, stream=side):
+        problem.call(provider, GRADIENT)
+    return graph
+
+
+def drop_gradients(problem: Problem) -> None:
+    for leaf in problem.leaves:
+        leaf.grad = None
+
+
+def graph_times(problem: Problem, provider: Any, replays: int) -> list[float]:
+    """Milliseconds of the kernels of a call of value and gradient, which follow each other without a gap."""
+    graph = captured(problem, provider)
+    times = []
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graph.replay()
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / replays)
+    return times
+
+
+def time_graphs(
     problem: Problem,
-    candidates: Mapping[str, Any],
+    fit: list[tuple[Any, Any]],
+    seconds: float,
+    uncaptured: dict[str, str],
+    arrange: Callable[[Any], None],
+) -> None:
+    """Adds the times of the kernels alone to the results, or why there are none.
+
+    One provider after the other, when all calls have been timed: a capture that fails can leave traces in torch.
+    """
+    for provider, result in fit:
+        call_ms = statistics.median(result.times[GRADIENT])
+        if call_ms > MAX_CAPTURED_MS:
+            result.graph_note = "not captured: long calls are kernels alone"
+            continue
+        if result.provider not in uncaptured:
+            replays = max(1, min(MAX_REPLAYS, int(1e3 * seconds / ROUNDS / call_ms)))
+            arrange(provider)
+            try:
+                result.times[GRAPH] = graph_times(problem, provider, replays)
+            except Exception as error:
+                cause: BaseException = error
+                while cause.__context__:  # what ended the capture, before what came of that
+                    cause = cause.__context__
+                uncaptured[result.provider] = f"not captured: {error_line(cause)}"
+                with contextlib.suppress(Exception):
+                    torch.zeros((), device="cuda")  # takes up an error that is kept for the next kernel
+            drop_gradients(problem)
+        result.graph_note = uncaptured.get(result.provider, "")
+
+
+def time_rounds(
+    problem: Problem,
+    fit: list[tuple[Any, Any]],
+    estimates: Mapping[tuple[str, str], float],
     device: str,
     seconds: float,
-    pace: dict[str, float],
-    most_memory: float = math.inf,
-) -> list[Any]:
-    """Checks every candidate, then times those that are right, interleaved.
-
-    Args:
-        candidates: providers by name, or why one is not there.
-        seconds: to spend on one candidate in one mode.
-        pace: seconds per work of each candidate, for what a call will take; brought up to date.
-        most_memory: bytes that a candidate may hold, if there are as many.
-    """
-    results, fit = [], []
-    estimates: dict[tuple[str, str], float] = {}  # seconds
-
-    def at_its_level(provider: Any) -> None:
-        if level := getattr(provider, "level", None):
-            use_level(level)
-
-    def times_of(provider: Any, mode: str, repeats: int) -> list[float]:
-        return timed(lambda: problem.call(provider, mode), repeats, device)
-
-    for name, provider in candidates.items():
-        result = problem.result_type(name)
-        results.append(result)
-        if isinstance(provider, str):
-            result.note = provider
-            continue
-        held, room = problem.held(provider), min(0.8 * machine.available_bytes(device), most_memory)
-        if held > room:
-            result.note = f"does not fit: needs {held / 2**30:.1f} GiB, has {room / 2**30:.1f}"
-            continue
-        if pace.get(name, 0) * problem.work > problem.max_call_seconds:
-            result.note = f"left out: about {pace[name] * problem.work:.0f} s a call"
-            continue
-        try:
-            at_its_level(provider)
-            with time_limit(MAX_BUILD_SECONDS):
-                problem.check(provider, result)
-                first, *rest = problem.modes
-                with machine.peak_memory(device) as peak:
-                    estimates[name, first] = 1e-3 * times_of(provider, first, 1)[0]
-                for mode in rest:
-                    estimates[name, mode] = 1e-3 * times_of(provider, mode, 1)[0]
-            result.mib = peak.mib
-            if problem.work > 10**7:  # below, a call's own cost
-                pace[name] = estimates[name, first] / problem.work
-        except TimeoutError:
-            result.note = f"not ready after {MAX_BUILD_SECONDS} s"
-        except Exception as error:  # whatever a peer raises is its entry
-            result.note = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:60] if str(error) else ''}"
-        if not result.note:
-            fit.append((provider, result))
+    arrange: Callable[[Any], None],
+) -> None:
+    """Adds times to the results, in rounds in which every provider has its turn."""
     gc.collect()
     gc.disable()
     load = machine.OthersLoad()
     for _ in range(ROUNDS):
         for provider, result in fit:
-            at_its_level(provider)
+            arrange(provider)
             for mode in problem.modes:
                 expected = estimates[result.provider, mode]
                 fewest = 1 if expected > 2 else 3
@@ -254,12 +353,75 @@ def run_size(
                 if len(times) < repeats:
                     if expected < 0.1:
                         problem.call(provider, mode)  # its data and code back into the caches
-                    found = times_of(provider, mode, -(-repeats // ROUNDS))
+                    call = functools.partial(problem.call, provider, mode)
+                    found = timed(call, -(-repeats // ROUNDS), device)
                     times += found
                     result.medians.setdefault(mode, []).append(statistics.median(found))
     gc.enable()
     for _, result in fit:
         result.others = load.cores()
+
+
+def run_size(
+    problem: Problem,
+    candidates: Mapping[str, Any],
+    device: str,
+    seconds: float,
+    pace: dict[str, float],
+    most_memory: float = math.inf,
+    uncaptured: dict[str, str] | None = None,
+) -> list[Any]:
+    """Checks every candidate, then times those that are right, interleaved.
+
+    Args:
+        candidates: providers by name, or why one is not there.
+        seconds: to spend on one candidate in one mode.
+        pace: seconds per work of each candidate, for what a call will take; brought up to date.
+        most_memory: bytes that a candidate may hold, if there are as many.
+        uncaptured: None, or where the kernels alone are to be timed too, why that failed for a candidate, which then is
+            not tried again; brought up to date.
+    """
+    results, fit = [], []
+    estimates: dict[tuple[str, str], float] = {}  # seconds
+    with arrangements(candidates) as arrange:
+        for name, provider in candidates.items():
+            result = problem.result_type(name)
+            results.append(result)
+            if isinstance(provider, str):
+                result.note = provider
+                continue
+            if reason := problem.unfit(provider):
+                result.note = reason
+                continue
+            held, room = problem.held(provider), min(0.8 * machine.available_bytes(device), most_memory)
+            if held > room:
+                result.note = f"does not fit: needs {held / 2**30:.1f} GiB, has {room / 2**30:.1f}"
+                continue
+            if pace.get(name, 0) * problem.work > problem.max_call_seconds:
+                result.note = f"left out: about {pace[name] * problem.work:.0f} s a call"
+                continue
+            try:
+                arrange(provider)
+                with time_limit(MAX_BUILD_SECONDS):
+                    problem.check(provider, result)
+                    calls = {mode: functools.partial(problem.call, provider, mode) for mode in problem.modes}
+                    first, *rest = problem.modes
+                    with machine.peak_memory(device) as peak:
+                        estimates[name, first] = 1e-3 * timed(calls[first], 1, device)[0]
+                    for mode in rest:
+                        estimates[name, mode] = 1e-3 * timed(calls[mode], 1, device)[0]
+                result.mib = peak.mib
+                if problem.work > 10**7:  # below, a call's own cost
+                    pace[name] = estimates[name, first] / problem.work
+            except TimeoutError:
+                result.note = f"not ready after {MAX_BUILD_SECONDS} s"
+            except Exception as error:  # whatever a peer raises is its entry
+                result.note = error_line(error)
+            if not result.note:
+                fit.append((provider, result))
+        time_rounds(problem, fit, estimates, device, seconds, arrange)
+        if uncaptured is not None:
+            time_graphs(problem, fit, seconds, uncaptured, arrange)
     return results
 
 
@@ -283,14 +445,18 @@ class Session:
         gexp = math.inf if arguments.gexp is None else arguments.gexp
         self._given = (arguments.fma_gflops, gexp) if arguments.fma_gflops else None
         self._pace: dict[str, float] = {}
+        self._uncaptured: dict[str, str] | None = {} if arguments.graph else None
         facts = machine.facts(self.device)
+        products = machine.cuda_products() if self.device == "cuda" else {}
+        self._tf32 = products.get("TF32", 0.0) if self.dtype == torch.float32 else 0.0
         try:
             self._peaks = self._measure_peaks()
         except (RuntimeError, ValueError) as error:
             raise SystemExit(str(error)) from error
         facts["limits"] = "; ".join(map(str, self._peaks.values()))
-        if self.device == "cuda":
-            facts["products"] = machine.cuda_products()
+        if products:
+            reached = (f"{name} {2e-12 * rate:.0f} TFLOP/s" for name, rate in products.items())
+            facts["products"] = f"torch's matrix product reaches {', '.join(reached)}"
         print_facts(facts)
         self.shared: Row = {"dtype": arguments.dtype, "device": self.device, "level": self._levels[0]}
         self.shared |= {key: facts[key] for key in FACTS}
@@ -298,7 +464,8 @@ class Session:
     def _measure_peaks(self) -> dict[str, Peaks]:
         """By level."""
         if self.device == "cuda":
-            return {level: machine.cuda_peaks(self.dtype, self._given) for level in self._levels}
+            peaks = dataclasses.replace(machine.cuda_peaks(self.dtype, self._given), tf32=self._tf32)
+            return dict.fromkeys(self._levels, peaks)
         for level in self._levels:
             use_level(level)  # raises where the processor lacks it
         return {level: machine.cpu_peaks(level, self.dtype, self._given) for level in self._levels}
@@ -307,12 +474,13 @@ class Session:
         self, problem: Problem, candidates: Mapping[str, Any], seconds: float, most_memory: float = math.inf
     ) -> tuple[list[Any], Peaks]:
         """As run_size, with limits by the higher peaks of before and after; and those peaks, at kdejsd's level."""
-        results = run_size(problem, candidates, self.device, seconds, self._pace, most_memory)
+        results = run_size(problem, candidates, self.device, seconds, self._pace, most_memory, self._uncaptured)
         before, self._peaks = self._peaks, self._measure_peaks()
         peaks = {level: after.or_higher(before[level]) for level, after in self._peaks.items()}
         for result in results:
             level = getattr(candidates[result.provider], "level", None) or self._levels[0]
-            result.limits = {mode: problem.limit_ms(peaks[level], mode == GRADIENT) for mode in problem.modes}
+            modes = {*problem.modes, *result.times}
+            result.limits = {mode: problem.limit_ms(peaks[level], mode != VALUE) for mode in modes}
         return results, peaks[self._levels[0]]
 
 
@@ -348,22 +516,23 @@ def spread_columns(values: list[float]) -> str:
 
 
 def print_modes(results: list[Any], headings: str, columns: Callable[[Any], str]) -> None:
-    """A table with both modes' times, shares of the limit and ratios to the first row's, and each one's own columns."""
+    """A table with each mode's times, shares of the limit and ratios to the first row's, and each one's own columns."""
     ours = {mode: statistics.median(times) for mode, times in results[0].times.items()}
-    print(
-        f"  {'':16}" + "".join(f"{f'{mode}, ms':>24}{'limit':>7}{'ratio':>7}" for mode in (GRADIENT, VALUE)) + headings
-    )
+    modes = [GRADIENT, VALUE, *([GRAPH] if any(GRAPH in result.times for result in results) else [])]
+    width = max(16, *(len(result.provider) for result in results))
+    print(f"  {'':{width}}" + "".join(f"{f'{mode}, ms':>24}{'limit':>7}{'ratio':>7}" for mode in modes) + headings)
     for result in results:
-        line = f"  {result.provider:16}"
-        for mode in (GRADIENT, VALUE):
+        name = f"  {result.provider:{width}}"
+        line = name
+        for mode in modes:
             if mode not in result.times:
                 line += " " * 38
                 continue
             median = statistics.median(result.times[mode])
             line += f"{spread_columns(result.times[mode])}{100 * result.limits[mode] / median:6.0f}%"
-            line += f"{digits(median / ours[mode]) if ours else '':>7}"
-        own = columns(result)
-        print(f"{line}{own}  {result.note}".rstrip() if own.strip() else f"  {result.provider:16}{result.note}")
+            line += f"{digits(median / ours[mode]) if mode in ours else '':>7}"
+        own, note = columns(result), result.note or result.graph_note
+        print(f"{line}{own}  {note}".rstrip() if own.strip() else f"{name}{note}")
 
 
 def spread_fields(values: list[float]) -> Row:
@@ -375,6 +544,8 @@ def mode_rows(base: Row, result: Any, figures: Iterable[tuple[str, str, float]])
     base = {"provider": result.provider, "note": result.note, **base}
     if result.note:
         yield {**base, "metric": "time", "unit": "ms"}
+    if result.graph_note:
+        yield {**base, "mode": GRAPH, "metric": "time", "unit": "ms", "note": result.graph_note}
     for mode, times in result.times.items():
         yield {**base, "mode": mode, "metric": "time", "unit": "ms", **spread_fields(times)}
         share = result.limits[mode] / statistics.median(times)
@@ -394,7 +565,12 @@ def csv_table(path: Path | None, fields: Iterable[str], shared: Row) -> Iterator
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(fields))
         writer.writeheader()
-        yield lambda rows: writer.writerows({**shared, **row} for row in rows)
+
+        def write(rows: Iterable[Row]) -> None:
+            writer.writerows({**shared, **row} for row in rows)
+            file.flush()  # what was measured is there, whatever ends the next size
+
+        yield write
 
 
 def quiet_trainer(device: str, **options: Any) -> Any:

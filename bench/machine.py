@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import kdejsd
+from kdejsd._native import native
 
 BENCH = Path(__file__).resolve().parent
 ARCHITECTURES = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
@@ -45,10 +46,12 @@ def facts(device: str) -> dict[str, str]:
             f"torch {torch.version.cuda}, kdejsd {info.get('cuda_runtime')}, driver {info.get('cuda_driver')}"
         )
         found["kdejsd built for"] = str(info.get("cuda_architectures"))
+        if tuning := getattr(native(), "cuda_tuning", dict)():
+            found["tuning"] = ", ".join(f"{name}={value}" for name, value in tuning.items())
     else:
         found["kdejsd level"] = f"{info.get('cpu_level')} of {info.get('cpu_levels_built')}"
     versions = [f"kdejsd {kdejsd.__version__} ({info.get('compiler')})", f"python {platform.python_version()}"]
-    for package in ("torch", "numpy", "pykeops", "torch-kde"):
+    for package in ("torch", "triton", "numpy", "pykeops", "torch-kde", "flash-sinkhorn", "flash-sd-kde"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
     found["versions"] = ", ".join(versions)
@@ -98,6 +101,7 @@ class Peaks:
     bytes: float
     source: str
     one_unit: bool  # multiply-adds and exponentials compete for the same units, as on a CPU
+    tf32: float = 0.0  # multiply-adds in TF32 on a GPU's tensor cores; 0 where they are no option
 
     def limit_ms(self, n: int, m: int, dim: int, itemsize: int, gradient: bool) -> float:
         """The least time for log p_e at n queries among m centers of dimension l, and its query gradient if wanted.
@@ -110,6 +114,10 @@ class Peaks:
         transfers = itemsize * (m * dim + n * dim * (2 if gradient else 1) + n) / self.bytes
         work = products + exponentials if self.one_unit else max(products, exponentials)
         return 1e3 * max(work, transfers)
+
+    def on_tensor_cores(self, products: int) -> Peaks:
+        """The same where a multiply-add is so many products in TF32: 3 where numbers are split into two, 1 else."""
+        return dataclasses.replace(self, multiply_adds=self.tf32 / products)
 
     def or_higher(self, other: Peaks) -> Peaks:
         """The higher of each peak: a disturbed measurement is too low, never too high."""
@@ -164,7 +172,8 @@ def _peaks_program(level: str, real: str) -> tempfile.TemporaryDirectory[str]:
 
 def cuda_peaks(dtype: torch.dtype, given: tuple[float, float] | None) -> Peaks:
     """Peaks of the CUDA device outside of its tensor cores, from its datasheet's numbers; the bandwidth by a copy."""
-    source = torch.empty(2**28, dtype=torch.float32, device="cuda").normal_()
+    # No random numbers: torch refuses to make any on the device after a CUDA graph's capture has failed.
+    source = torch.arange(2**28, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / (1e-3 * _cuda_median_ms(lambda: target.copy_(source)))
     if given is not None:
@@ -182,16 +191,19 @@ def cuda_peaks(dtype: torch.dtype, given: tuple[float, float] | None) -> Peaks:
     return Peaks(cores * lanes * clock, exponentials, copied, note, one_unit=dtype == torch.float64)
 
 
-def cuda_products() -> str:
-    """What torch's own matrix product reaches here in float32 and in TF32."""
+def cuda_products() -> dict[str, float]:
+    """Multiply-adds a second that torch's own matrix product reaches here, in float32 and, where there is one, TF32."""
     a, b = (torch.randn(8192, 8192, device="cuda") for _ in range(2))
-    reached = []
+    precisions = {"float32": "highest"}
+    if torch.cuda.get_device_capability() >= (8, 0):
+        precisions["TF32"] = "high"
+    reached = {}
     before = torch.get_float32_matmul_precision()
-    for precision, name in (("highest", "float32"), ("high", "TF32")):
+    for name, precision in precisions.items():
         torch.set_float32_matmul_precision(precision)
-        reached.append(f"{name} {2 * 8192**3 / _cuda_median_ms(lambda: a @ b) * 1e-9:.0f} TFLOP/s")
+        reached[name] = 8192**3 / (1e-3 * _cuda_median_ms(lambda: a @ b))
     torch.set_float32_matmul_precision(before)
-    return "torch's matrix product reaches " + ", ".join(reached)
+    return reached
 
 
 def _max_clock_hz() -> float:

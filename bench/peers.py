@@ -11,11 +11,13 @@ import functools
 import io
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
+from harness import error_line
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -26,6 +28,23 @@ LogProb = Callable[[Tensor, Tensor, float], Tensor]
 Numbers = Callable[[int, int, int], float]
 
 
+class Tolerance(NamedTuple):
+    """Errors beyond which a provider is wrong."""
+
+    value: float  # of a term, in nats; relative to the largest term where that is above 1
+    gradient: float  # |g - truth| / |truth|
+
+
+FLOAT32 = Tolerance(1e-3, 1e-2)
+# TF32 keeps 11 bits of a number. Rounding moves a coordinate by up to 2^-11 of itself, hence an exponent by some
+# 2^-11 |z'| |z' - z_i| / h^2, and the value and the weights by as much. Emulated at sizes like the benchmark's, this
+# comes to 5e-3 of the largest term and 4e-3 of the gradient from l = 4 on: more than what float32 is allowed for a
+# value. Where h is small it is more, 9e-3 and 5e-2 at l = 2 and a gradient's 2e-1 at l = 1: TF32 is wrong there, and
+# its row is to say so. A product that leaves out one coordinate is still found, as it costs the gradient about l^(-1/2)
+# of itself, 6e-2 at l = 256.
+TF32 = Tolerance(1e-2, 5e-2)
+
+
 @dataclass(frozen=True)
 class Provider:
     name: str
@@ -34,14 +53,20 @@ class Provider:
     compiles: bool = False  # the first call of a size builds something
     level: str | None = None  # instruction set of kdejsd's kernels
     for_centers: bool = True  # has their gradient too
+    tolerance: Tolerance = FLOAT32
+    tuning: Mapping[str, int] = field(default_factory=dict)  # of kdejsd's CUDA kernels, beside the usual one
+    unfit: Callable[[int, int, int], str] = lambda n, m, dim: ""  # why it cannot take a size
 
 
-def providers(device: str, levels: list[str]) -> dict[str, Provider | str]:
-    """All of them by name, or why one is not there."""
+def providers(device: str, levels: list[str], tunings: Iterable[tuple[str, int]] = ()) -> dict[str, Provider | str]:
+    """All of them by name, or why one is not there; on CUDA with one for each tuning of kdejsd's kernels."""
     found: dict[str, Provider | str] = {}
     if device == "cuda":
         found["kdejsd"] = Provider("kdejsd", _ours)
-        found["kdejsd TF32"] = Provider("kdejsd TF32", _ours_in_tf32)
+        found["kdejsd TF32"] = Provider("kdejsd TF32", _ours_in_tf32, tolerance=TF32)
+        for key, value in tunings:
+            name = f"kdejsd {key}={value}"
+            found[name] = Provider(name, _ours, tuning={key: value})
     else:
         for level in levels:
             name = "kdejsd" if level == levels[0] else f"kdejsd {level}"
@@ -56,14 +81,25 @@ def providers(device: str, levels: list[str]) -> dict[str, Provider | str]:
         for_centers = log_prob not in (stream_log_prob, attention_log_prob)
         found[name] = Provider(name, _loss(log_prob), held, compiles, for_centers=for_centers)
     found["differences"] = Provider("differences", _differences, lambda n, m, dim: 3 * n * m * dim)
-    for name, make, held, compiles in (
-        ("pykeops", _pykeops, lambda n, m, dim: 0, True),
-        ("torch-kde", _torch_kde, lambda n, m, dim: 3 * n * m * dim, False),
+    for name, module, make, needs_cuda, options in (
+        ("pykeops", "pykeops", _pykeops, False, {"compiles": True}),
+        ("torch-kde", "torchkde", _torch_kde, False, {"held": lambda n, m, dim: 3 * n * m * dim}),
+        ("flash-sinkhorn", "flash_sinkhorn", _flash_sinkhorn, True, {"held": lambda n, m, dim: 5 * m}),
+        ("flash-sd-kde", "flash_sd_kde", _flash_sd_kde, True, {"held": _held_by_sd_kde, "unfit": _unfit_for_sd_kde}),
     ):
-        try:
-            found[name] = Provider(name, _loss(make()), held, compiles)
-        except ImportError:
+        if find_spec(module) is None:
             found[name] = "not installed"
+            continue
+        if needs_cuda:
+            if device != "cuda":
+                found[name] = "needs a CUDA device"
+                continue
+            # Triton builds its kernels at the first call. They take products in TF32.
+            options = {**options, "compiles": True, "for_centers": False, "tolerance": TF32}
+        try:
+            found[name] = Provider(name, _loss(make()), **options)
+        except Exception as error:  # another version, or a package that cannot be loaded here
+            found[name] = error_line(error)
     return found
 
 
@@ -105,11 +141,11 @@ def _gemm_log_sum(codes: Tensor, lagged: Tensor, exponent: Tensor) -> Tensor:
 
 def gemm_log_prob(codes: Tensor, lagged: Tensor, bandwidth: float) -> Tensor:
     """Squared distances from |z'|^2 + |z_i|^2 - 2 z'.z_i: how one writes it first."""
-    return _gemm_log_sum(codes, lagged, codes.new_tensor(-0.5 / bandwidth**2)) + _constant(lagged, bandwidth)
+    return _gemm_log_sum(codes, lagged, codes.new_full((), -0.5 / bandwidth**2)) + _constant(lagged, bandwidth)
 
 
 def gemm_compiled_log_prob(codes: Tensor, lagged: Tensor, bandwidth: float) -> Tensor:
-    log_sum = _compiled(_gemm_log_sum)(codes, lagged, codes.new_tensor(-0.5 / bandwidth**2))
+    log_sum = _compiled(_gemm_log_sum)(codes, lagged, codes.new_full((), -0.5 / bandwidth**2))
     return log_sum + _constant(lagged, bandwidth)  # type: ignore[no-any-return]
 
 
@@ -131,6 +167,20 @@ def _differences(codes: Tensor, lagged: Tensor, bandwidth: float, reduction: str
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One pass over the centers that gives value and score, as kdejsd does it, from PyTorch's own parts
+
+
+class _ThenScore(torch.autograd.Function):
+    """log p_e by one function, and the score d log p_e / dz' by another when it is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, lagged: Tensor, bandwidth: float, log_prob: LogProb, score: LogProb) -> Tensor:
+        ctx.save_for_backward(codes, lagged)
+        ctx.bandwidth, ctx.score = bandwidth, score
+        return log_prob(codes, lagged, bandwidth)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad.unsqueeze(-1) * ctx.score(*ctx.saved_tensors, ctx.bandwidth), None, None, None, None
 
 
 class _WithScore(torch.autograd.Function):
@@ -249,3 +299,84 @@ def _torch_kde() -> LogProb:
         return KernelDensity(bandwidth=bandwidth, kernel="gaussian").fit(lagged).score_samples(codes)  # type: ignore[no-any-return]
 
     return log_prob
+
+
+def _flash_sinkhorn() -> LogProb:
+    """Optimal transport between the codes and the centers at temperature h^2 has the KDE's exponents in it.
+
+    Its normal use is a loss, SamplesLoss, of many rounds; the kernels of one round are called here by their own names.
+    """
+    # The variant that divides the centers among blocks: the other one gives a block all of them, which leaves most of a
+    # GPU idle where queries are few, and tries some 50 configurations for each size first.
+    from flash_sinkhorn.kernels import sinkhorn_geomloss_online_grad_sqeuclid as displacements
+    from flash_sinkhorn.kernels.sinkhorn_splitn_sqeuclid import flashsinkhorn_lse_splitn as negative_log_sums
+
+    def log_prob(codes: Tensor, lagged: Tensor, bandwidth: float) -> Tensor:
+        variance = bandwidth**2
+        # -h^2 logsumexp_i (z'.z_i / h^2 + bias_i). A block takes 128 queries and one slice of the centers, in tiles of
+        # 128. The package makes 64 slices for its some thousand queries; here there are four blocks a multiprocessor.
+        bias = lagged.square().sum(-1) * (-0.5 / variance)
+        slots = 4 * torch.cuda.get_device_properties(codes.device).multi_processor_count
+        slices = max(1, min(math.ceil(len(lagged) / 128), slots // math.ceil(len(codes) / 128)))
+        found = negative_log_sums(codes, lagged, bias, variance, num_splits=slices, cost_scale=0.5)
+        return (found + 0.5 * codes.square().sum(-1)) / -variance + _constant(lagged, bandwidth)
+
+    def score(codes: Tensor, lagged: Tensor, bandwidth: float) -> Tensor:
+        # With weights of 1 and potentials of 0 it is a code minus the weighted mean of the centers. This kernel has no
+        # variant that divides the centers among blocks.
+        sides = (codes, lagged)
+        weights, potentials = ([t.new_full((len(t),), number) for t in sides] for number in (1.0, 0.0))
+        options = {"eps": bandwidth**2, "cost_scale": 0.5, "compute_grad_y": False}
+        return displacements(*sides, *weights, *potentials, **options)[0] * -(bandwidth**-2)
+
+    def both(codes: Tensor, lagged: Tensor, bandwidth: float) -> Tensor:
+        return _ThenScore.apply(codes, lagged, bandwidth, log_prob, score)  # type: ignore[no-untyped-call, no-any-return]
+
+    return both
+
+
+def _flash_sd_kde() -> LogProb:
+    """Sums densities rather than their logarithms, as torch-kde does.
+
+    Its normal use is an estimator on NumPy arrays, FlashSDKDE. Here is what that calls, kde_eval, which spares the way
+    to the host and back; and where there is a gradient, what it moves samples by, which yields the density too.
+    """
+    from flash_sd_kde import kde_eval
+    from kernels.flash_sd_kde import gaussian_kde_score_triton
+
+    # In 16 dimensions the package offers these sums at the samples alone; the kernel takes other queries too, and is
+    # started as the package starts it.
+    from kernels.flash_sd_kde.empirical import _empirical_sd_kde_kernel_nd as add_sums
+
+    def both(codes: Tensor, lagged: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        if codes.shape[1] == 1:
+            sides = (lagged.squeeze(-1), codes.squeeze(-1))
+            # By default it waits for the device, which nothing else here does.
+            score, density, _ = gaussian_kde_score_triton(*sides, bandwidth, device=codes.device, synchronize=False)
+            return density.log(), score.unsqueeze(-1)
+        (n, dim), m = codes.shape, len(lagged)
+        total, weighted = codes.new_zeros(n), codes.new_zeros(dim, n)
+        add_sums[math.ceil(n / 64), math.ceil(m / 2048)](
+            *(lagged, codes, total, weighted, m, n, lagged.stride(0), codes.stride(0), weighted.stride(0)),
+            bandwidth**-2,
+            **{"BLOCK_M": 64, "BLOCK_N": 2048, "BLOCK_K": dim, "num_warps": 2, "num_stages": 2},
+        )
+        return total.log() + _constant(lagged, bandwidth), ((weighted / total).T - codes) * bandwidth**-2
+
+    def log_prob(codes: Tensor, lagged: Tensor, bandwidth: float) -> Tensor:
+        if codes.dtype != torch.float32:
+            raise TypeError("takes float32 alone")
+        if torch.is_grad_enabled():
+            return _WithScore.apply(codes, lagged, bandwidth, both)  # type: ignore[no-untyped-call, no-any-return]
+        sides = (lagged, codes) if codes.shape[1] > 1 else (lagged.squeeze(-1), codes.squeeze(-1))
+        return kde_eval(*sides, bandwidth, device=codes.device).log()  # type: ignore[no-any-return]
+
+    return log_prob
+
+
+def _unfit_for_sd_kde(n: int, m: int, dim: int) -> str:
+    return "" if dim in (1, 16) else "takes l = 1 and l = 16 alone"
+
+
+def _held_by_sd_kde(n: int, m: int, dim: int) -> float:
+    return n * (math.ceil(m / 1024) + dim) + m

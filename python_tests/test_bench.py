@@ -1,5 +1,6 @@
 """The benchmarks run, compare with the truth before they time anything, and write down what they found."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib
@@ -8,14 +9,16 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import kdejsd
 from kdejsd import reference
-from kdejsd._native import cuda_problem
+from kdejsd._native import cuda_problem, native
 from kdejsd.data import Digits
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -140,6 +143,278 @@ def test_a_wrong_provider_is_not_timed(bench_kde):
     assert not value.times and not gradient.times
     assert value.value_error == pytest.approx(0.01, rel=1e-3) and value.gradient_error < 1e-5
     assert gradient.gradient_error > 1e-2
+
+
+def in_tf32(numbers):
+    """Rounded to 11 bits."""
+    return ((numbers.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def tf32_loss(peers, left_out=0):
+    """jsd_loss from products of numbers in TF32, as the CUDA kernel takes them; without some of the coordinates."""
+
+    def both(codes, lagged, bandwidth):
+        kept = codes.shape[1] - left_out
+        z, centers = (in_tf32(t[:, :kept].contiguous()) for t in (codes, lagged))
+        squares = (z.square().sum(-1, keepdim=True) + centers.square().sum(-1) - 2 * z @ centers.T).clamp_min(0)
+        exponents = squares * (-0.5 / bandwidth**2)
+        log_sum = exponents.logsumexp(-1)
+        mean = in_tf32((exponents - log_sum.unsqueeze(-1)).exp()) @ in_tf32(lagged)
+        return log_sum + peers._constant(lagged, bandwidth), (mean - codes) * bandwidth**-2
+
+    return peers._loss(lambda *arguments: peers._WithScore.apply(*arguments, both))
+
+
+def test_tf32_has_a_tolerance_of_its_own(bench_kde):
+    peers, harness = sys.modules["peers"], sys.modules["harness"]
+    problem = bench_kde.Problem.make((32, 500, 16), torch.float32, "cpu")
+    loss, lossy = tf32_loss(peers), tf32_loss(peers, left_out=1)
+    candidates = {
+        "kdejsd": peers.Provider("kdejsd", lambda *a: kdejsd.jsd_loss(*a[:3], reduction=a[3])),
+        "kdejsd TF32": peers.Provider("kdejsd TF32", loss, tolerance=peers.TF32),
+        "as float32": peers.Provider("as float32", loss),
+        "lossy": peers.Provider("lossy", lossy, tolerance=peers.TF32),
+    }
+    ours, tf32, as_float32, wrong = harness.run_size(problem, candidates, "cpu", 0.01, {})
+    assert not tf32.note and tf32.times.keys() == {"value", "value+gradient"}
+    assert as_float32.note == wrong.note == "wrong: not timed"
+    assert as_float32.value_error == tf32.value_error and wrong.gradient_error > peers.TF32.gradient
+    assert not bench_kde.failed([ours, tf32], candidates)
+    # Exact kdejsd decides about the exit status; what is in TF32, or tuned, is printed with its errors.
+    tuned = dataclasses.replace(candidates["kdejsd"], tuning={"splits": 1})
+    for note, provider, failed in (
+        ("", candidates["kdejsd"], False),
+        ("wrong: not timed", candidates["kdejsd"], True),
+        ("wrong: not timed", candidates["kdejsd TF32"], False),
+        ("wrong: not timed", tuned, False),
+    ):
+        result = bench_kde.Result("kdejsd and more", note=note)
+        assert bench_kde.failed([result], {result.provider: provider}) == failed
+
+
+@pytest.fixture
+def flash_packages(bench_kde, monkeypatch):
+    """The peers' functions for CUDA, with their packages' names and signatures, in plain torch."""
+
+    def lse_splitn(x, y, bias, eps, *, num_splits, cost_scale=1.0, damping=1.0, allow_tf32=True, use_exp2=True):
+        assert 1 <= num_splits <= len(y)
+        return -eps * damping * torch.logsumexp(2 * cost_scale * x @ y.T / eps + bias, -1)
+
+    def online_grad(x, y, a, b, f, g, *, eps, compute_grad_x=True, compute_grad_y=True, cost_scale=1.0):
+        assert compute_grad_x and not compute_grad_y
+        plan = torch.softmax((g - cost_scale * (x.unsqueeze(1) - y).square().sum(-1)) / eps + b.log(), -1)
+        return 2 * cost_scale * a.unsqueeze(-1) * (x - plan @ y), None
+
+    def densities(data, queries, bandwidth):
+        points = (t if t.ndim == 2 else t.unsqueeze(-1) for t in (queries, data))
+        return reference.kde.kde_log_prob(*points, bandwidth).exp()
+
+    def kde_eval(data, queries, bandwidth, *, device="cuda"):
+        return densities(data, queries, bandwidth)
+
+    def score_triton(data, queries, bandwidth, *, device="cuda", synchronize=True):
+        with torch.enable_grad():
+            points = queries.detach().requires_grad_()
+            density = densities(data, points, bandwidth)
+            (slope,) = torch.autograd.grad(density.sum(), points)
+        return slope / density.detach(), density.detach(), slope
+
+    class SumsKernel:
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, data, query, pdf, weighted, n_data, n_query, s_data, s_query, s_weighted, inv_h2, **constants):
+            assert (n_data, n_query, s_data, s_query, s_weighted) == (len(data), len(query), 16, 16, len(query))
+            assert constants.keys() == {"BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"}
+            phi = torch.exp(-0.5 * inv_h2 * (query.unsqueeze(1) - data).square().sum(-1))
+            pdf += phi.sum(-1)
+            weighted += (phi @ data).T
+
+    modules = {
+        "flash_sinkhorn": {},
+        "flash_sinkhorn.kernels": {"sinkhorn_geomloss_online_grad_sqeuclid": online_grad},
+        "flash_sinkhorn.kernels.sinkhorn_splitn_sqeuclid": {"flashsinkhorn_lse_splitn": lse_splitn},
+        "flash_sd_kde": {"kde_eval": kde_eval},
+        "kernels": {},
+        "kernels.flash_sd_kde": {"gaussian_kde_score_triton": score_triton},
+        "kernels.flash_sd_kde.empirical": {"_empirical_sd_kde_kernel_nd": SumsKernel()},
+    }
+    for name, contents in modules.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(contents, __spec__=importlib.machinery.ModuleSpec(name, None), __path__=[])
+        monkeypatch.setitem(sys.modules, name, module)
+    properties = types.SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+FLASH_SIZES = {"flash-sinkhorn": [(5, 300, 1), (130, 700, 20)], "flash-sd-kde": [(50, 300, 1), (70, 3000, 16)]}
+
+
+@pytest.mark.parametrize("name", FLASH_SIZES)
+def test_cuda_peers_compute_the_loss_from_what_their_packages_offer(bench_kde, flash_packages, name):
+    provider = sys.modules["peers"].providers("cuda", ["base"])[name]
+    for size in FLASH_SIZES[name]:
+        problem, result = bench_kde.Problem.make(size, torch.float32, "cpu"), bench_kde.Result(name)
+        assert provider.unfit(*size) == ""
+        problem.check(provider, result)
+        assert result.value_error < 2e-5 and result.gradient_error < 2e-5 and not result.note
+
+
+def test_why_a_cuda_peer_has_no_row(bench_kde, flash_packages, monkeypatch):
+    peers = sys.modules["peers"]
+    assert peers.providers("cpu", ["base"])["flash-sd-kde"] == "needs a CUDA device"
+    sd_kde = peers.providers("cuda", ["base"])["flash-sd-kde"]
+    assert sd_kde.unfit(10, 100, 8) == "takes l = 1 and l = 16 alone"
+    problem = bench_kde.Problem.make((6, 200, 4), torch.float32, "cpu")
+    (result,) = sys.modules["harness"].run_size(problem, {"flash-sd-kde": sd_kde}, "cpu", 0.01, {})
+    assert result.note == "takes l = 1 and l = 16 alone"
+    # Another version of a package, and none.
+    monkeypatch.delattr(sys.modules["flash_sinkhorn.kernels"], "sinkhorn_geomloss_online_grad_sqeuclid")
+    monkeypatch.delattr(sys.modules["flash_sd_kde"], "kde_eval")
+    found = peers.providers("cuda", ["base"])
+    assert found["flash-sinkhorn"].startswith("ImportError: cannot import name 'sinkhorn_geomloss_online")
+    assert found["flash-sd-kde"].startswith("ImportError: cannot import name 'kde_eval'")
+    monkeypatch.setattr(peers, "find_spec", lambda _: None)
+    for device in ("cpu", "cuda"):
+        found = peers.providers(device, ["base"])
+        assert {found[name] for name in ("pykeops", "torch-kde", "flash-sinkhorn", "flash-sd-kde")} == {"not installed"}
+
+
+class TunedNative:
+    """The compiled module with the tuning of a CUDA build."""
+
+    def __init__(self, **tuning):
+        self.tuning = tuning
+
+    def __getattr__(self, name):
+        return getattr(native(), name)
+
+    def cuda_tuning(self):
+        return dict(self.tuning)
+
+    def set_cuda_tuning(self, name, value):
+        assert abs(value) < 2**31  # what the module takes
+        if name not in self.tuning or not 0 <= value <= 256:
+            return False
+        self.tuning[name] = value
+        return True
+
+
+@pytest.fixture
+def tuned_native(bench_kde, monkeypatch):
+    module = TunedNative(tensor_from=16, splits=3)
+    monkeypatch.setattr(sys.modules["harness"], "native", lambda: module)
+    monkeypatch.setattr(sys.modules["harness"], "cuda_problem", lambda: "")
+    return module
+
+
+def test_a_provider_is_timed_with_its_own_tuning(bench_kde, tuned_native):
+    peers, seen = sys.modules["peers"], {}
+
+    def provider(name, **options):
+        def loss(*arguments):
+            seen.setdefault(name, set()).add(tuple(tuned_native.tuning.values()))
+            return kdejsd.jsd_loss(*arguments[:3], reduction=arguments[3])
+
+        return peers.Provider(name, loss, **options)
+
+    asked = peers.providers("cuda", ["base"], [("tensor_from", 2), ("splits", 1)])
+    tunings = {name: p.tuning for name, p in asked.items() if name.startswith("kdejsd ") and p.tuning}
+    assert tunings == {"kdejsd tensor_from=2": {"tensor_from": 2}, "kdejsd splits=1": {"splits": 1}}
+    candidates = {name: provider(name, tuning=tuning) for name, tuning in {"kdejsd": {}, **tunings}.items()}
+    problem = bench_kde.Problem.make((6, 200, 4), torch.float32, "cpu")
+    results = sys.modules["harness"].run_size(problem, candidates, "cpu", 0.01, {})
+    assert all(len(result.times["value"]) >= 3 for result in results)
+    assert seen == {"kdejsd": {(16, 3)}, "kdejsd tensor_from=2": {(2, 3)}, "kdejsd splits=1": {(16, 1)}}
+    assert tuned_native.tuning == {"tensor_from": 16, "splits": 3}
+
+
+def test_tuning_is_looked_at_before_anything_runs(bench_kde, tuned_native, monkeypatch, capsys):
+    def arguments(*given):
+        monkeypatch.setattr(sys, "argv", ["bench_kde.py", *given])
+        return bench_kde.parse_arguments()
+
+    found = arguments("--device", "cuda", "--tune", "tensor_from=2,5", "--tune", "splits=1", "--graph")
+    assert found.tune == [("tensor_from", 2), ("tensor_from", 5), ("splits", 1)] and found.graph
+    assert tuned_native.tuning == {"tensor_from": 16, "splits": 3}
+    assert arguments().tune == [] and not arguments().graph
+    for given, said in (
+        (("--tune", "warps=2"), "--tune: names must be among tensor_from, splits, got warps"),
+        (("--tune", "splits=1,999"), "--tune: splits cannot be 999; the usual values are tensor_from=16, splits=3"),
+        (("--tune", f"splits={2**40}"), f"--tune: splits cannot be {2**40}; the usual values"),
+        (("--tune", "splits"), "invalid tuning value: 'splits'"),
+    ):
+        with pytest.raises(SystemExit):
+            arguments("--device", "cuda", *given)
+        assert said in capsys.readouterr().err
+    for option in (("--tune", "splits=1"), ("--graph",)):
+        with pytest.raises(SystemExit):
+            arguments(*option)
+        assert f"{option[0]} is for --device cuda" in capsys.readouterr().err
+    monkeypatch.setattr(sys.modules["harness"], "native", lambda: types.SimpleNamespace(level=lambda: "base"))
+    with pytest.raises(SystemExit):
+        arguments("--device", "cuda", "--tune", "splits=1")
+    assert "this build of kdejsd has no tuning" in capsys.readouterr().err
+
+
+def test_kernels_alone_are_timed_by_graphs(bench_kde, monkeypatch, capsys):
+    harness, peers = sys.modules["harness"], sys.modules["peers"]
+    problem = bench_kde.Problem.make((6, 200, 4), torch.float32, "cpu")
+    cuda = {name: mock.MagicMock() for name in ("current_stream", "Stream", "stream", "CUDAGraph", "graph", "Event")}
+    gradients, capturing = [], []
+
+    @contextlib.contextmanager
+    def graph_context(graph, stream):
+        gradients.append(problem.codes.grad)
+        capturing.append(graph)
+        try:
+            yield
+        except RuntimeError:
+            raise RuntimeError("capture was invalidated") from None
+        finally:
+            capturing.clear()
+
+    cuda["graph"].side_effect = graph_context
+    cuda["stream"].return_value.__exit__.return_value = False
+    cuda["Event"].return_value.elapsed_time.return_value = 24.0
+    for name, replacement in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, replacement)
+
+    def waits(*arguments):
+        if capturing:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return kdejsd.jsd_loss(*arguments[:3], reduction=arguments[3])
+
+    ours = peers.Provider("kdejsd", lambda *a: kdejsd.jsd_loss(*a[:3], reduction=a[3]))
+    candidates = {"kdejsd": ours, "waits": peers.Provider("waits", waits), "absent": "not installed"}
+    uncaptured = {}
+    results = harness.run_size(problem, candidates, "cpu", 0.01, {}, uncaptured=uncaptured)
+    assert gradients == [None, None]  # when a capture begins
+    graph = cuda["CUDAGraph"].return_value
+    replays = graph.replay.call_count // harness.ROUNDS - 1
+    assert results[0].times["graph"] == [24.0 / replays] * harness.ROUNDS and 1 <= replays <= harness.MAX_REPLAYS
+    said = "not captured: RuntimeError: operation not permitted when stream is capturing"
+    assert uncaptured == {"waits": said} and results[1].graph_note == said and "graph" not in results[1].times
+    assert problem.codes.grad is None
+    calls = cuda["graph"].call_count
+    harness.run_size(problem, {"waits": candidates["waits"]}, "cpu", 0.01, {}, uncaptured=uncaptured)
+    assert cuda["graph"].call_count == calls  # not tried again
+
+    gpu = sys.modules["machine"].Peaks(3e9, 1e12, math.inf, "", one_unit=False, tf32=9e9)
+    for result in results:
+        result.limits = {mode: problem.limit_ms(gpu, mode != "value") for mode in ("value+gradient", "value", "graph")}
+    bench_kde.print_size(problem, results, gpu)
+    printed = capsys.readouterr().out
+    assert "limits: float32 0.0032 ms, split TF32 0.0032 ms, TF32 0.00107 ms; shares are of the first" in printed
+    assert "graph, ms" in printed and f"  {said}" in printed
+    rows = list(bench_kde.csv_rows(problem, results, gpu))
+    assert {name for row in rows for name in row} <= set(bench_kde.FIELDS)
+    graphs = [(r["provider"], r["metric"], r.get("value"), r["note"]) for r in rows if r.get("mode") == "graph"]
+    share = pytest.approx(0.0032 * replays / 24)
+    assert graphs[:2] == [("kdejsd", "time", 24.0 / replays, ""), ("kdejsd", "share of limit", share, "")]
+    assert graphs[2:] == [("waits", "time", None, said)]
+    limits = {(row["mode"], row["metric"]): row["value"] for row in rows if row["metric"].startswith("limit")}
+    assert limits["value+gradient", "limit, TF32"] == pytest.approx(0.0032 / 3) and len(limits) == 4
 
 
 def test_limit_counts_the_work(bench_kde):
@@ -316,8 +591,3 @@ def test_every_ingredient_of_the_recipe_can_be_changed(monkeypatch):
     model, halves = table2.lagged_apart(data)
     together = torch.cat([halves.training.images, model.apart]).flatten(1)
     assert len(together.unique(dim=0)) == len(data.training.images.flatten(1).unique(dim=0)) == 300
-
-
-def test_gpu_suite_is_a_script():
-    subprocess.run(["bash", "-n", str(BENCH / "gpu_suite.sh")], check=True)
-    assert os.access(BENCH / "gpu_suite.sh", os.X_OK)

@@ -1,250 +1,391 @@
 #!/usr/bin/env bash
-# Builds kdejsd on a machine with a CUDA device, tests it, runs it under compute-sanitizer, times it, and leaves a record.
-# Needs no network: torch, numpy, scipy, pytest, pybind11, scikit-build-core, cmake, ninja and the CUDA toolkit are there
-# already; Python packages that are not may lie as wheels in .whl/ beside the sources. Takes less than 9 minutes.
-#
-#   bench/gpu_suite.sh [RECORD]      RECORD: a folder, bench/results/<gpu>-<date> if not given
-#
-# PYTHON chooses the interpreter (python3); KDEJSD_COMMIT names the commit where there is no git. The exit status is 0 if
-# every step passed. A step that fails does not keep the later ones from running.
+# Tries kdejsd on a machine with a CUDA device, the most telling steps first, and leaves a record; usage is below.
 
 set -u -o pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-python3}
-deadline=520 # seconds since the start, for all steps together
+tools=$root/bench/gpu_suite_tools.py
+stages=(environment first-light bench profile tests sanitizers tuning ops compiled checks)
+
+usage() {
+  cat <<USAGE
+bench/gpu_suite.sh [--out FOLDER] [--until STAGE] [--only STAGE,...] [--seconds N] [--prebuilt FOLDER] [--dry-run]
+bench/gpu_suite.sh --prebuild [FOLDER]
+
+Tries kdejsd on a machine with a CUDA device, in stages, each with a limit of its own:
+
+  environment   what is here; takes the compiled module that was brought along, or builds one for this device
+  first-light   every op, dtype and path against float64, a line each (python_tests/cuda_first_light.py)
+  bench         six sizes of bench_kde.py
+  profile       the kernels of five dimensions under ncu
+  tests         the tests that have a CUDA device
+  sanitizers    memcheck and racecheck, on few and small inputs
+  tuning        bench_kde.py with other choices of kernels, warps, splits
+  ops           the benchmarks of omega, the class radius and the nearest sample
+  compiled      the peers that compile first
+  checks        initcheck and synccheck
+
+--out       the record's folder, bench/results/<gpu>-<date> if not given: environment.txt, first_light.txt, bench.txt,
+            bench.csv, tests.txt, summary.txt, and the rest in logs.tar.gz. All is written while a step runs; whenever
+            the suite is stopped, what was found until then is there.
+--until     stops after this stage
+--only      these stages, after environment
+--seconds   for all of it, 560 if not given; a step that the time does not suffice for is cut short
+--prebuilt  where a compiled module may lie that was built before, prebuilt/ if not given. It is taken if it is of these
+            sources, for this Python and this device; else one is built, which takes a minute.
+--dry-run   environment, first-light, bench and tests against the CPU, with small inputs; the tests are only collected
+--prebuild  builds that module, for Python 3.12 and sm_90, and ends. PYTHON312 names the interpreter, CUDAARCHS another
+            architecture. Needs nvcc; an index of packages, unless the interpreter has those that a build takes.
+
+PYTHON chooses the interpreter (python3). It needs torch, numpy and scipy, for the tests pytest and hypothesis, and to
+build without a network pybind11, scikit-build-core and cmake; wheels of what is missing may lie in .whl/ beside the
+sources. A step that fails does not keep the later ones from running; the exit status is 0 if every step passed.
+USAGE
+}
+
+die() {
+  echo "gpu_suite.sh: $*" >&2
+  exit 2
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+out='' until='' only='' budget=560 prebuilt=$root/prebuilt device=cuda prebuild=''
+while (($#)); do
+  case $1 in
+    --help | -h) usage && exit ;;
+    --dry-run) device=cpu ;;
+    --prebuild)
+      prebuild=yes
+      [[ ${2:-} == -* || -z ${2:-} ]] || { prebuilt=$2 && shift; }
+      ;;
+    --out | --until | --only | --seconds | --prebuilt)
+      (($# > 1)) || die "$1 needs a value"
+      case $1 in
+        --out) out=$2 ;;
+        --until) until=$2 ;;
+        --only) only=$2 ;;
+        --seconds) budget=$2 ;;
+        --prebuilt) prebuilt=$2 ;;
+      esac
+      shift
+      ;;
+    *) die "unknown argument $1; --help says what there is" ;;
+  esac
+  shift
+done
+for stage in $until ${only//,/ }; do
+  [[ " ${stages[*]} " == *" $stage "* ]] || die "there is no stage $stage; they are ${stages[*]}"
+done
+[[ $budget =~ ^[1-9][0-9]*$ ]] || die "--seconds must be a whole number, got $budget"
+python=$(command -v "${PYTHON:-python3}") || die "there is no ${PYTHON:-python3}; PYTHON names the interpreter"
+
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-site=$work/site
-export PYTHONPATH=$site:$work/tools PYTHONUNBUFFERED=1 PATH=$PATH:/usr/local/cuda/bin
+export PATH=$PATH:/usr/local/cuda/bin PYTHONUNBUFFERED=1
 
-gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader --id=0 2>/dev/null) || gpu=
-record=${1:-$root/bench/results/$(tr -c '[:alnum:]\n' - <<<"${gpu:-no-cuda-device}")-$(date +%Y-%m-%d)}
-mkdir -p "$record" || exit 1
-record=$(cd "$record" && pwd)
+# built_into FOLDER PYTHON OPTION...: kdejsd as a user installs it, with the CUDA kernels.
+built_into() {
+  KDEJSD_CUDA=ON "$2" -m pip install -q --no-deps --no-cache-dir --disable-pip-version-check --root-user-action ignore \
+    --target "$1" -C build-dir="$work/build" "${@:3}" "$root"
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A compiled module to bring along
+
+if [[ $prebuild ]]; then
+  for python in ${PYTHON312:-python3.12 "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python}; do
+    found=$("$python" -c 'import platform; print(platform.python_version())' 2>/dev/null) && break
+  done
+  [[ $found == 3.12.* ]] ||
+    die "--prebuild needs Python 3.12, ${PYTHON312:-python3.12} is ${found:-not here}; PYTHON312 names its interpreter"
+  "$python" -m pip --version >/dev/null || die "$python has no pip"
+  command -v nvcc >/dev/null || die "--prebuild needs nvcc, which is not on PATH or in /usr/local/cuda/bin"
+  export CUDAARCHS=${CUDAARCHS:-90-real}
+  lacking=$("$python" "$tools" lacking build)
+  echo "building for Python $found and $CUDAARCHS with $(nvcc --version | tail -n 1)"
+  if [[ $lacking ]]; then
+    echo "with packages from an index, since $python lacks these:"$'\n'"$lacking"
+    isolation=()
+  else
+    isolation=(--no-build-isolation)
+  fi
+  sources=$("$python" "$tools" sources)
+  built_into "$work/site" "$python" "${isolation[@]}" || die "the build failed"
+  strip "$work"/site/kdejsd/_C*.so
+  "$python" "$tools" seal "$work/site" "$CUDAARCHS" "$sources" || die "the module is not to be used"
+  rm -rf "$prebuilt/kdejsd" "$prebuilt/prebuilt.json"
+  # Without the Python files: they are those of the sources, wherever it is used.
+  if ! { mkdir -p "$prebuilt/kdejsd" && cp "$work"/site/kdejsd/_C*.so "$prebuilt/kdejsd/" &&
+    cp "$work/site/prebuilt.json" "$prebuilt/"; }; then
+    die "$prebuilt cannot be written to"
+  fi
+  echo "$prebuilt: $(du -sh "$prebuilt" | cut -f 1), $SECONDS s"
+  exit
+fi
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The record
+
+ask_gpu() { # ask_gpu FIELD: what nvidia-smi says of the first device
+  nvidia-smi --query-gpu="$1" --format=csv,noheader --id=0 2>/dev/null
+}
+gpu=$(ask_gpu name) || gpu=
+capability=$(ask_gpu compute_cap) || capability=
+machine=$gpu
+[[ $device == cuda ]] || machine="the CPU, a dry run"
+out=${out:-$root/bench/results/$(tr -c '[:alnum:]\n' - <<<"${machine:-no-cuda-device}")-$(date +%Y-%m-%d)}
+mkdir -p "$out" || die "$out cannot be made"
+out=$(cd "$out" && pwd)
+rm -f "$out"/{environment.txt,first_light.txt,bench.txt,bench.csv,tests.txt,summary.txt,logs.tar.gz,logs.tar.gz.part}
+logs=$work/logs # what is too much, or too little looked at, for a file of its own
+mkdir "$logs"
 
 summary=()
 failed=0
+running=the\ start child='' stage_end=$budget
 
-note() { # note pass|FAIL NAME TEXT
-  summary+=("$(printf '%-5s%-22s%s' "$1" "$2" "$3")")
+note() { # note pass|skip|FAIL NAME TEXT
+  summary+=("$(printf '%-5s%-24s%s' "$1" "$2" "$3")")
   echo "== ${summary[-1]}"
-  [[ $1 == pass ]] || failed=1
+  [[ $1 == FAIL ]] && failed=1
+  {
+    echo "kdejsd on ${machine:-a machine without a CUDA device}, $(date -u '+%Y-%m-%d %H:%M UTC'), $SECONDS of $budget s"
+    printf '%s\n' "${summary[@]}"
+  } >"$work/summary.txt"
+  cp "$work/summary.txt" "$out/summary.txt.part" && mv "$out/summary.txt.part" "$out/summary.txt"
+}
+
+pack() {
+  tar -czf "$out/logs.tar.gz.part" -C "$work" logs && mv "$out/logs.tar.gz.part" "$out/logs.tar.gz"
 }
 
 finish() {
-  {
-    echo "kdejsd on ${gpu:-a machine without a CUDA device}, $(date -u '+%Y-%m-%d %H:%M UTC'), $SECONDS s"
-    printf '%s\n' "${summary[@]}"
-  } >"$record/summary.txt"
+  pack
+  for file in first_light.txt tests.txt; do
+    [[ -f $out/$file ]] && grep -a '^FAIL' "$out/$file" | cut -c 1-300 | head -n 20
+  done
+  grep -av '^\$ ' "$out/bench.txt" 2>/dev/null | cut -c 1-200 | tail -n 60
   echo
-  cat "$record/summary.txt"
-  echo "record: $record"
+  cat "$out/summary.txt"
+  echo "record: $out"
   exit "$failed"
 }
+
+stopped() {
+  trap - TERM INT HUP
+  [[ $child ]] && kill -TERM "$child" 2>/dev/null
+  note FAIL "$running" "stopped from outside"
+  finish
+}
+trap stopped TERM INT HUP
 
 # step NAME SECONDS LOG PATTERN COMMAND...: runs it within the time, its output into the log. It passes if its exit
 # status is 0 and some line of its output has the pattern; the last such line stands in the summary.
 step() {
-  local name=$1 limit=$2 log=$record/$3 pattern=$4 begun=$SECONDS status=0 said
+  local name=$1 limit=$2 log=$3 pattern=$4 begun=$SECONDS status=0 before said last=$stage_end
   shift 4
-  ((limit > deadline - SECONDS)) && limit=$((deadline - SECONDS))
-  if ((limit < 5)); then
+  ((last > budget)) && last=$budget
+  ((limit > last - SECONDS)) && limit=$((last - SECONDS))
+  if ((limit < 3)); then
     note FAIL "$name" "no time left"
     return 1
   fi
+  running=$name
   echo "== $name: up to $limit s"
   printf '\n$ %s\n' "$*" >>"$log"
-  timeout --kill-after=10 "$limit" "$@" >"$work/output" 2>&1 || status=$?
-  cat "$work/output" >>"$log"
-  said=$(grep -E -- "$pattern" "$work/output" | tail -n 1)
+  before=$(stat -c %s "$log")
+  # In the background, since bash sees to a signal only when what runs in the foreground has ended.
+  timeout --kill-after=5 "$limit" "$@" >>"$log" 2>&1 &
+  child=$!
+  wait "$child" || status=$?
+  child=
+  tail -c "+$((before + 1))" "$log" >"$work/output"
+  said=$(grep -aE -- "$pattern" "$work/output" | tail -n 1 | cut -c 1-200)
   if ((status == 124 || status == 137)); then
-    note FAIL "$name" "stopped after $limit s, see ${log##*/}"
+    note FAIL "$name" "stopped after $limit s, see ${log##*/}${said:+: $said}"
   elif ((status != 0)) || [[ -z $said ]]; then
     note FAIL "$name" "exit status $status, see ${log##*/}${said:+: $said}"
-    grep -E '[Ee]rror|FAILED' "$work/output" | head -n 12
+    grep -aE '[Ee]rror|FAIL' "$work/output" | head -n 12 | cut -c 1-300
   else
     note pass "$name" "$((SECONDS - begun)) s: $said"
-    return 0
   fi
-  return 1
+  pack
+  [[ ${summary[-1]} == pass* ]]
 }
 
-rm -f "$record"/{environment.json,build.log,resources.txt,tests.log,sanitizer.log,bench.txt,bench.csv,bench_*.txt,bench_*.csv,summary.txt}
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What is here
+# The stages
 
-missing() { # the packages, of those given, that Python does not find
-  "$python" - "$@" <<'PYTHON'
-import importlib.util, sys
-print(" ".join(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))
-PYTHON
+suite_environment() {
+  local lacking reason
+  if compgen -G "$root/.whl/*.whl" >/dev/null; then
+    step wheels 60 "$out/environment.txt" '^Successfully installed' "$python" -m pip install --no-index --no-deps \
+      --no-compile --disable-pip-version-check --target "$work/tools" "$root"/.whl/*.whl
+  fi
+  # The Python files are those of these sources, also where another kdejsd is installed; the package finds its compiled
+  # module in any folder of this path.
+  export PYTHONPATH=$root:$work/site:$work/tools:$root/bench${PYTHONPATH:+:$PYTHONPATH}
+  cd "$work" || die "$work cannot be entered" # not the sources' folder, or Python would look for modules there first
+  step environment 60 "$out/environment.txt" '^python ' "$python" "$tools" environment
+  lacking=$("$python" "$tools" lacking run)
+  if [[ $lacking ]]; then
+    note FAIL packages "${lacking//$'\n'/; }"
+    return 1
+  fi
+  if [[ $device == cpu ]]; then
+    step module 60 "$out/environment.txt" 'is usable on' "$python" "$tools" module cpu
+    return
+  fi
+  if [[ -z $gpu ]]; then
+    note FAIL device "no CUDA device to go on with; --dry-run does what a CPU can do"
+    return 1
+  fi
+  if ! reason=$("$python" "$tools" refusal "$prebuilt" "$capability"); then
+    reason="what it is for cannot be read"
+  fi
+  if [[ -z $reason ]]; then
+    ln -s "$(cd "$prebuilt" && pwd)" "$work/site"
+    cat "$prebuilt/prebuilt.json" >>"$out/environment.txt"
+    step "prebuilt module" 60 "$out/environment.txt" 'is usable on' "$python" "$tools" module cuda && return
+    rm "$work/site"
+  else
+    note skip "prebuilt module" "not taken: $reason"
+  fi
+  lacking=$("$python" "$tools" lacking build)
+  if [[ $lacking ]]; then
+    note FAIL build "${lacking//$'\n'/; }; install them, or put wheels into .whl/"
+    return 1
+  fi
+  stage_end=$((SECONDS + 180))
+  export -f built_into # timeout runs programs alone
+  export root work
+  # shellcheck disable=SC2016
+  CUDAARCHS=${CUDAARCHS:-${capability//./}-real} step build 150 "$out/environment.txt" '^built' \
+    bash -c 'built_into "$work/site" "$@" && echo "built in $SECONDS s"' bash "$python" --no-index --no-build-isolation &&
+    step module 60 "$out/environment.txt" 'is usable on' "$python" "$tools" module cuda
 }
 
-absent=$(missing torch numpy scipy pytest pybind11 scikit_build_core)
-if [[ -n $absent ]] && compgen -G "$root/.whl/*.whl" >/dev/null; then
-  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/tools" "$root"/.whl/*.whl
-  absent=$(missing torch numpy scipy pytest pybind11 scikit_build_core)
-fi
-if [[ -n $absent ]]; then
-  note FAIL environment "Python packages missing ($("$python" --version)): $absent; install them, or put wheels into .whl/"
-  finish
-fi
-
-cat >"$work/environment.py" <<'PYTHON'
-import importlib.metadata, json, platform, subprocess, sys
-
-def said(*command):
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"not found ({type(error).__name__})"
-
-query = "name,compute_cap,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.limit"
-found = {"gpu": said("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")}
-found["nvcc"] = said("nvcc", "--version").splitlines()[-1]
-found["compute-sanitizer"] = said("compute-sanitizer", "--version").splitlines()[-1]
-found["cmake"] = said("cmake", "--version").splitlines()[0]
-found["ninja"] = said("ninja", "--version")
-found["compiler"] = said("c++", "--version").splitlines()[0]
-found["python"] = platform.python_version()
-for package in ("torch", "triton", "numpy", "scipy", "pytest", "pybind11", "scikit-build-core", "pykeops", "torch-kde"):
-    try:
-        found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        found[package] = "not installed"
-import torch
-found["torch CUDA"] = torch.version.cuda
-found["torch sees"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-json.dump(found, open(sys.argv[1], "w"), indent=2)
-for item in found.items():
-    print("%-18s%s" % item)
-PYTHON
-step environment 60 build.log '^torch sees' "$python" "$work/environment.py" "$record/environment.json"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Build, for the architecture of this device; without one, for one that shows whether it builds
-
-capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader --id=0 2>/dev/null | tr -d .)
-export CUDAARCHS=${CUDAARCHS:-${capability:-90}} KDEJSD_CUDA=ON
-build() {
-  step build 150 build.log '^Successfully installed' "$python" -m pip install -v --no-index \
-    --no-deps --no-build-isolation --no-cache-dir --target "$site" -C build-dir="$work/build" "$root"
+suite_first-light() {
+  local options=(--device "$device")
+  [[ $device == cpu ]] && options+=(--quick)
+  step "first light" 60 "$out/first_light.txt" '^first light:' \
+    "$python" "$root/python_tests/cuda_first_light.py" "${options[@]}"
 }
-build || finish
-"$root/bench/cuda_resources.sh" "${capability:-90}" | tee "$record/resources.txt"
-unset CUDAARCHS KDEJSD_CUDA
 
-cd "$work" || exit 1 # not the sources' folder, whose kdejsd/ is not what was built
-if ! problem=$("$python" -c 'from kdejsd._native import cuda_problem; print(cuda_problem())') || [[ -n $problem ]]; then
-  note FAIL device "no CUDA device to go on with: ${problem:-kdejsd cannot be imported}"
-  finish
-fi
+# benchmark NAME SECONDS SCRIPT OPTION...: the table goes to bench.txt; --csv is for the options to name.
+benchmark() {
+  step "$1" "$2" "$out/bench.txt" '^ +kdejsd ' "$python" "$root/bench/$3" --device "$device" "${@:4}"
+}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tests
+suite_bench() {
+  if [[ $device == cpu ]]; then
+    benchmark bench 60 bench_kde.py --sizes 7,50,3 33,300,40 --providers gemm attention --threads 1 --budget 0.5 \
+      --fma-gflops 100 --gexp 10 --csv "$out/bench.csv"
+    return
+  fi
+  benchmark bench 110 bench_kde.py --graph --budget 30 --csv "$out/bench.csv" --providers gemm attention flash-sinkhorn \
+    --sizes 100,10000,8 300,10000,8 4096,4096,2 512,100000,40 1024,1000000,64 512,100000,256
+}
 
-mapfile -t tests < <(grep -l cuda "$root"/python_tests/test_*.py | grep -v on_host)
-step tests 150 tests.log '[0-9]+ passed' "$python" -m pytest -q -rs -k cuda -p no:cacheprovider \
-  --rootdir "$root" -c "$root/pyproject.toml" "${tests[@]}"
+suite_profile() {
+  if ! command -v ncu >/dev/null; then
+    note skip profile "ncu is not here"
+    return
+  fi
+  local sections=(LaunchStats Occupancy SpeedOfLight SchedulerStats WarpStateStats InstructionStats MemoryWorkloadAnalysis)
+  local dim
+  for dim in 40 256 8 64 2; do # the most telling first
+    if ! step "ncu, l = $dim" 25 "$logs/profile.txt" '^ *Duration' \
+      ncu --clock-control none --profile-from-start off --target-processes all --kernel-name-base demangled \
+      --kernel-name regex:kdejsd "${sections[@]/#/--section=}" \
+      "$python" "$root/bench/gpu_suite_launch.py" 512 100000 "$dim"; then
+      grep -aq ERR_NVGPUCTRPERM "$work/output" && break # as the next dimensions would
+    fi
+  done
+}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# compute-sanitizer, on a small run of every op in all its forms
+suite_tests() {
+  local lacking files options=(-q --no-header -p no:cacheprovider -p gpu_suite_pytest --continue-on-collection-errors)
+  lacking=$("$python" "$tools" lacking tests)
+  if [[ $lacking ]]; then
+    note FAIL tests "${lacking//$'\n'/; }"
+    return
+  fi
+  mapfile -t files < <("$python" "$tools" tests)
+  options+=(-k cuda --rootdir "$root" -c "$root/pyproject.toml")
+  if [[ $device == cpu ]]; then
+    step tests 120 "$out/tests.txt" 'tests collected' "$python" -m pytest "${options[@]}" --collect-only "${files[@]}"
+    return
+  fi
+  if "$python" -c 'import xdist' 2>/dev/null; then
+    options+=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  fi
+  step tests 130 "$out/tests.txt" 'tests ran: [1-9][0-9]* passed' "$python" -m pytest "${options[@]}" "${files[@]}"
+}
 
-cat >"$work/all_passes.py" <<'PYTHON'
-import itertools
-import torch
-import kdejsd
-from kdejsd import reference
-
-torch.manual_seed(0)
-for (n, m, dim), dtype in itertools.product(((1, 1, 1), (33, 257, 3), (70, 1500, 8), (5, 130, 65)), (torch.float32, torch.float64)):
-    for per_center, exclude in ((False, False), (True, True)):
-        query, centers = torch.randn(2, n, dim, dtype=dtype), torch.randn(2, m, dim, dtype=dtype)
-        h = (torch.rand(2, m if per_center else 1, dtype=dtype) + 0.5)
-        weights = torch.randn(2, m, dtype=dtype).log_softmax(-1) if per_center else None
-        out = torch.randint(-1, m, (2, n)) if exclude and m > 1 else False
-        found = []
-        for device, to, module in (("cuda", dtype, kdejsd), ("cpu", torch.float64, reference.kde)):
-            inputs = [t.to(device, to).requires_grad_() for t in (query, centers, h) + (() if weights is None else (weights,))]
-            kde = {"log_weights": inputs[3] if weights is not None else None, "exclude_self": out.to(device) if exclude and m > 1 else False}
-            log_prob = module.kde_log_prob(*inputs[:3], **kde)
-            gradients = torch.autograd.grad(log_prob.sin().sum(), inputs)
-            loss = module.jsd_loss(*inputs[:3], **kde)
-            gradients += torch.autograd.grad(loss, inputs[0])
-            found.append([t.detach().cpu().double() for t in (log_prob, loss, *gradients)])
-        tolerance = 2e-4 if dtype == torch.float32 else 1e-9
-        for ours, truth in zip(*found):
-            torch.testing.assert_close(ours, truth, rtol=tolerance, atol=tolerance * (1 + truth.abs().max().item()))
-# Gradients for queries and one bandwidth alone, as in training: on tensor cores from l = 16 on.
-for (n, m, dim), precision in itertools.product(
-    ((1, 1, 16), (33, 257, 40), (150, 700, 65), (20, 130, 200), (70, 300, 17)), ("highest", "high", "medium")
-):
-    torch.set_float32_matmul_precision(precision)
-    for options in ({}, {"exclude_self": torch.arange(n) % m - 1}, {"log_weights": torch.randn(m).log_softmax(-1)}):
-        query, centers, h = torch.randn(n, dim), torch.randn(m, dim), torch.tensor(0.5 + 0.15 * dim**0.5)
-        if m == 1 and options:
-            continue
-        found = []
-        for device, to, module in (("cuda", torch.float32, kdejsd), ("cpu", torch.float64, reference.kde)):
-            z, c, b = query.to(device, to).requires_grad_(), centers.to(device, to), h.to(device, to).requires_grad_()
-            kde = {k: v.to(device, to) if v.is_floating_point() else v.to(device) for k, v in options.items()}
-            log_prob = module.kde_log_prob(z, c, b, **kde)
-            gradients = torch.autograd.grad(log_prob.sum(), (z, b))
-            gradients += torch.autograd.grad(module.jsd_loss(z, c, b.detach(), **kde), z)
-            found.append([t.detach().cpu().double() for t in (log_prob, *gradients)])
-        tolerance = 2e-5 if precision == "highest" else 5e-3
-        for ours, truth in zip(*found):
-            torch.testing.assert_close(ours, truth, rtol=0, atol=tolerance * (1 + truth.abs().max().item()))
-torch.set_float32_matmul_precision("highest")
-for dtype in (torch.float32, torch.float64):
-    tolerance = 2e-4 if dtype == torch.float32 else 1e-9
-
-    def same(function, *shapes, **options):
-        inputs = [make(*shape).to(dtype) for make, *shape in shapes]
-        found = []
-        for device, to, module in (("cuda", dtype, kdejsd), ("cpu", torch.float64, reference)):
-            leaves = [t.to(device, to).requires_grad_() for t in inputs]
-            value = getattr(module, function)(*leaves, **options)
-            value = value.value if options.get("reduction") == "max" else value
-            found.append([value, *torch.autograd.grad(value.sin().sum(), leaves)])
-        for ours, truth in zip(*found):
-            truth = truth.detach()
-            torch.testing.assert_close(ours.detach().cpu().double(), truth, rtol=tolerance,
-                                       atol=tolerance * (1 + truth.abs().max().item()))
-
-    for b, d, l in ((2, 1, 1), (70, 33, 5), (300, 130, 3)):
-        for pairs, reduction in itertools.product(("halves", "all"), ("sum", "max", "none")):
-            same("omega", (torch.randn, b, d), (torch.randn, b, l), pairs=pairs, reduction=reduction)
-    for rows, classes in ((1, 2), (5, 70), (3, 5000)):
-        same("class_radius_bound", (lambda *shape: torch.rand(*shape).softmax(-1), rows, classes))
-    for count, d in ((1, 1), (70, 2), (1500, 10), (300, 130)):
-        latents, labels = torch.randn(count, d, dtype=dtype), torch.arange(count) % 3
-        ours = kdejsd.nearest_other_class(latents.cuda(), labels.cuda())
-        truth = reference.nearest_other_class(latents.double(), labels)
-        torch.testing.assert_close(ours.distance.cpu().double(), truth.distance, rtol=tolerance, atol=0)
-torch.cuda.synchronize()
-print("all passes agree with the reference")
-PYTHON
-step "all passes" 60 sanitizer.log 'agree with the reference' "$python" "$work/all_passes.py"
+# sanitize TOOL OPTION...: on this project's kernels alone, whose names all have its namespace in them.
 sanitize() {
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" 75 sanitizer.log 'SUMMARY:' \
-    compute-sanitizer --tool "$1" --error-exitcode 9 "$python" "$work/all_passes.py"
+  if ! command -v compute-sanitizer >/dev/null; then
+    note skip "$1" "compute-sanitizer is not here"
+    return
+  fi
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$1" 60 "$out/tests.txt" 'SUMMARY:' \
+    compute-sanitizer --tool "$1" --kernel-name kns=kdejsd --error-exitcode 9 --launch-timeout 60 "${@:2}" \
+    "$python" "$root/python_tests/cuda_first_light.py" --quick
 }
-sanitize memcheck
-sanitize racecheck
+
+suite_sanitizers() {
+  sanitize memcheck --report-api-errors explicit
+  sanitize racecheck
+}
+
+suite_tuning() {
+  benchmark "tuning, small l" 50 bench_kde.py --graph --budget 12 --csv "$logs/tuning_small_l.csv" --providers kdejsd \
+    --tune tensor_from=1,2,5,9,16 --sizes 300,10000,8 4096,4096,2 512,100000,1 512,100000,2 512,100000,4 512,100000,8 \
+    512,100000,12
+  benchmark "tuning, large l" 40 bench_kde.py --graph --budget 8 --csv "$logs/tuning_large_l.csv" --providers kdejsd \
+    --tune tensor_warps=4,8 --sizes 512,100000,256 512,100000,40 1024,1000000,64
+  benchmark "tuning, splits" 40 bench_kde.py --graph --budget 8 --csv "$logs/tuning_splits.csv" --providers kdejsd \
+    --tune splits=1,8,33,66,132,264 --sizes 100,10000,8 512,100000,40 512,100000,256
+  # The kernel of large l, without the tensor cores, for those that are taken as they come.
+  KDEJSD_CUDA_TENSOR_FROM=257 step "first light, no tensor" 40 "$out/first_light.txt" '^first light:' \
+    "$python" "$root/python_tests/cuda_first_light.py" --only kde
+}
+
+suite_ops() {
+  for op in omega radius nearest; do
+    benchmark "bench $op" 40 "bench_$op.py" --quick --csv "$logs/bench_$op.csv"
+  done
+}
+
+suite_compiled() {
+  benchmark "bench compiled peers" 100 bench_kde.py --budget 10 --csv "$logs/bench_compiled.csv" \
+    --providers "gemm compiled" "stream compiled" pykeops --sizes 512,100000,40 300,10000,8
+}
+
+suite_checks() {
+  sanitize initcheck
+  sanitize synccheck
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks
 
-step benchmarks 240 bench.txt '^n = 1024' "$python" "$root/bench/bench_kde.py" --device cuda --csv "$record/bench.csv" \
-  --budget 40
-for op in omega radius nearest; do
-  step "benchmark $op" 60 "bench_$op.txt" '^ +kdejsd' "$python" "$root/bench/bench_$op.py" --device cuda --quick \
-    --csv "$record/bench_$op.csv"
+declare -A limits=(
+  [environment]=90 [first-light]=60 [bench]=110 [profile]=70 [tests]=130 [sanitizers]=110 [tuning]=120 [ops]=80
+  [compiled]=100 [checks]=110
+)
+for stage in "${stages[@]}"; do
+  if [[ -z $only || ",environment,$only," == *",$stage,"* ]]; then
+    stage_end=$((SECONDS + limits[$stage]))
+    if [[ $device == cpu && ! $stage =~ ^(environment|first-light|bench|tests)$ ]]; then
+      note skip "$stage" "needs a CUDA device"
+    else
+      "suite_$stage"
+      [[ $stage == environment && ${summary[-1]} == FAIL* ]] && finish # nothing can be run
+    fi
+  fi
+  [[ $stage == "$until" ]] && break
 done
-sanitize initcheck # last: they matter least where time is short
-sanitize synccheck
-cat "$record/bench.txt" 2>/dev/null
 finish

@@ -9,7 +9,8 @@ stages=(environment first-light bench profile tests sanitizers tuning ops compil
 
 usage() {
   cat <<USAGE
-bench/gpu_suite.sh [--out FOLDER] [--until STAGE] [--only STAGE,...] [--seconds N] [--prebuilt FOLDER] [--dry-run]
+bench/gpu_suite.sh [--out FOLDER] [--until STAGE] [--only STAGE,...] [--seconds N] [--prebuilt FOLDER]
+                   [--wheels FOLDER] [--dry-run]
 bench/gpu_suite.sh --prebuild [FOLDER]
 
 Tries kdejsd on a machine with a CUDA device, in stages, each with a limit of its own:
@@ -33,13 +34,14 @@ Tries kdejsd on a machine with a CUDA device, in stages, each with a limit of it
 --seconds   for all of it, 560 if not given; a step that the time does not suffice for is cut short
 --prebuilt  where a compiled module may lie that was built before, prebuilt/ if not given. It is taken if it is of these
             sources, for this Python and this device; else one is built, which takes a minute.
+--wheels    where wheels of Python packages may lie that are missing here, .whl/ if not given
 --dry-run   environment, first-light, bench and tests against the CPU, with small inputs; the tests are only collected
 --prebuild  builds that module, for Python 3.12 and sm_90, and ends. PYTHON312 names the interpreter, CUDAARCHS another
             architecture. Needs nvcc; an index of packages, unless the interpreter has those that a build takes.
 
 PYTHON chooses the interpreter (python3). It needs torch, numpy and scipy, for the tests pytest and hypothesis, and to
-build without a network pybind11, scikit-build-core and cmake; wheels of what is missing may lie in .whl/ beside the
-sources. A step that fails does not keep the later ones from running; the exit status is 0 if every step passed.
+build without a network pybind11, scikit-build-core and cmake. A step that fails does not keep the later ones from
+running; the exit status is 0 if every step passed.
 USAGE
 }
 
@@ -51,7 +53,7 @@ die() {
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
 
-out='' until='' only='' budget=560 prebuilt=$root/prebuilt device=cuda prebuild=''
+out='' until='' only='' budget=560 prebuilt=$root/prebuilt wheels=$root/.whl device=cuda prebuild=''
 while (($#)); do
   case $1 in
     --help | -h) usage && exit ;;
@@ -60,7 +62,7 @@ while (($#)); do
       prebuild=yes
       [[ ${2:-} == -* || -z ${2:-} ]] || { prebuilt=$2 && shift; }
       ;;
-    --out | --until | --only | --seconds | --prebuilt)
+    --out | --until | --only | --seconds | --prebuilt | --wheels)
       (($# > 1)) || die "$1 needs a value"
       case $1 in
         --out) out=$2 ;;
@@ -68,6 +70,7 @@ while (($#)); do
         --only) only=$2 ;;
         --seconds) budget=$2 ;;
         --prebuilt) prebuilt=$2 ;;
+        --wheels) wheels=$2 ;;
       esac
       shift
       ;;
@@ -79,6 +82,7 @@ for stage in $until ${only//,/ }; do
   [[ " ${stages[*]} " == *" $stage "* ]] || die "there is no stage $stage; they are ${stages[*]}"
 done
 [[ $budget =~ ^[1-9][0-9]*$ ]] || die "--seconds must be a whole number, got $budget"
+prebuilt=$(realpath -m "$prebuilt") # the stages run in another folder
 python=$(command -v "${PYTHON:-python3}") || die "there is no ${PYTHON:-python3}; PYTHON names the interpreter"
 
 work=$(mktemp -d)
@@ -220,9 +224,9 @@ step() {
 
 suite_environment() {
   local lacking reason
-  if compgen -G "$root/.whl/*.whl" >/dev/null; then
+  if compgen -G "$wheels/*.whl" >/dev/null; then
     step wheels 60 "$out/environment.txt" '^Successfully installed' "$python" -m pip install --no-index --no-deps \
-      --no-compile --disable-pip-version-check --target "$work/tools" "$root"/.whl/*.whl
+      --no-compile --disable-pip-version-check --target "$work/tools" "$wheels"/*.whl
   fi
   # The Python files are those of these sources, also where another kdejsd is installed; the package finds its compiled
   # module in any folder of this path.
@@ -246,7 +250,7 @@ suite_environment() {
     reason="what it is for cannot be read"
   fi
   if [[ -z $reason ]]; then
-    ln -s "$(cd "$prebuilt" && pwd)" "$work/site"
+    ln -s "$prebuilt" "$work/site"
     cat "$prebuilt/prebuilt.json" >>"$out/environment.txt"
     step "prebuilt module" 60 "$out/environment.txt" 'is usable on' "$python" "$tools" module cuda && return
     rm "$work/site"
@@ -255,7 +259,7 @@ suite_environment() {
   fi
   lacking=$("$python" "$tools" lacking build)
   if [[ $lacking ]]; then
-    note FAIL build "${lacking//$'\n'/; }; install them, or put wheels into .whl/"
+    note FAIL build "${lacking//$'\n'/; }; install them, or put wheels into $wheels"
     return 1
   fi
   stage_end=$((SECONDS + 180))

@@ -209,6 +209,7 @@ PYBIND11_MODULE(_C, m) {
     kdejsd::cuda::nearest(args, pointer(workspace), device, stream);
   });
   m.def("cuda_tuning", &kdejsd::cuda::tuning);
+  m.def("cuda_tuning_ranges", &kdejsd::cuda::tuning_ranges);
   m.def("set_cuda_tuning", &kdejsd::cuda::set_tuning);
   m.def("cuda_device_count", [] {
     std::string error;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <utility>
 
 namespace kdejsd {
 
@@ -154,6 +155,7 @@ void nearest(const NearestSearch& args, void* workspace, int device, uintptr_t s
 
 // The cut-offs of the kde op that kde_plan.h names, for benchmarks that compare them without a rebuild.
 std::map<std::string, int> tuning();
+std::map<std::string, std::pair<int, int>> tuning_ranges();  // the least and the most that set_tuning takes
 bool set_tuning(const std::string& name, int value);  // false: no such name, or out of its range; nothing changes
 
 int device_count(std::string* error);  // 0 and the reason where there is none

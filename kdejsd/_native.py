@@ -33,14 +33,14 @@ def _apply_environment(module: ModuleType) -> None:
         )
     if not module.has_cuda:
         return
-    for name in module.cuda_tuning():
+    for name, (least, most) in module.cuda_tuning_ranges().items():
         variable = f"KDEJSD_CUDA_{name.upper()}"
         text = os.environ.get(variable)
         if not text:
             continue
-        is_int = text.isdecimal() and int(text) < 2**31
-        if not (is_int and module.set_cuda_tuning(name, int(text))):
-            raise RuntimeError(f"{variable} must be a whole number in its range (csrc/cuda/kde_plan.h), got {text!r}")
+        if not (text.isdecimal() and least <= int(text) <= most):
+            raise RuntimeError(f"{variable} must be a whole number from {least} to {most}, got {text!r}")
+        module.set_cuda_tuning(name, int(text))
 
 
 if _C is not None:

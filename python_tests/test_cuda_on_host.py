@@ -273,7 +273,8 @@ def test_plan_of_a_forward_pass(dim, products, shared_bytes, host):
             if plan["tensor_steps"]:
                 assert products != NONE and 8 * plan["tensor_steps"] >= dim and plan["tensor_warps"] in (4, 8)
                 assert plan["bytes"] <= shared_bytes
-                rows = 16 * plan["tensor_warps"] * (2 if plan["tensor_steps"] <= 8 else 1)
+                assert plan["tensor_m_tiles"] == (2 if plan["tensor_steps"] <= 8 else 1)
+                rows = 16 * plan["tensor_m_tiles"] * plan["tensor_warps"]
                 columns = 32 if plan["tensor_steps"] <= 16 else 16
                 assert plan["groups"] == 1
             elif more.get("gradient", True):  # the blocks' chunks are all of l, none twice
@@ -306,7 +307,10 @@ def test_plan_fills_the_device_and_keeps_most_warps_at_work(host):
     assert plan(512, 100_000, 256)["tensor_warps"] == 8
     assert plan(512, 100_000, 256, shared_bytes=163 * 1024)["tensor_warps"] == 4
     assert plan(512, 100_000, 64)["tensor_warps"] == 4
-    assert plan(512, 100_000, 256, shared_bytes=99 * 1024)["tensor_steps"] == 0
+    # A tile of 32 centers may be too large where one of 16 is not.
+    assert [plan(512, 100_000, dim, shared_bytes=99 * 1024)["tensor_steps"] for dim in (64, 100, 128, 160, 256)] == [
+        *(8, 16, 32, 32, 0)
+    ]
 
 
 def test_tuning(host):
@@ -333,6 +337,26 @@ def test_tuning(host):
         for name, value in [("splits", 0), ("tensor_warps", 0), ("tensor_from", 1)]:
             host.set_tuning(name, value)
     assert plan() == usual
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("warps", [4, 8])
+def test_one_m_tile_is_two(warps, tf32, host):
+    """What is chosen for speed gives the same numbers up to the rounding of either."""
+    host.tf32 = tf32
+    call = query_gradients(test_kde.arguments("excluded, weights", 70, 130, 40, torch.float32, "cpu"))
+    usual = test_kde.value_and_gradients(kdejsd.kde_log_prob, call)
+    try:
+        assert host.set_tuning("tensor_m_tiles", 1) and host.set_tuning("tensor_warps", warps)
+        args = forward_arguments(70, 130, 40, TF32 if tf32 else SPLIT)
+        plan = host.forward_plan(args, 132, SHARED_BYTES)
+        assert (plan["tensor_m_tiles"], plan["tensor_warps"]) == (1, warps)
+        found = same_in_any_order(host, kdejsd.kde_log_prob, call)
+    finally:
+        host.set_tuning("tensor_m_tiles", 2)
+        host.set_tuning("tensor_warps", 0)
+    for got, expected in zip(found, usual, strict=True):
+        assert worst(got, expected) < (3e-4 if tf32 else 1e-6)
 
 
 @pytest.mark.parametrize("size", [(65, 121, 2), (33, 300, 40)], ids=str)

@@ -185,7 +185,11 @@ def test_fused_is_composed(dtype, reduction, name, divergence, exclusion, device
     assert terms[0] is not None and terms[1] is None
     ours = value_and_gradients(kdejsd.jsd_loss, fused | options)
     parts = value_and_gradients(kdejsd.jsd_loss, composed | options)
-    for got, expected in zip(ours, parts[:2], strict=True):
+    values, gradients = zip(ours, parts[:2], strict=True)
+    if reduction == "sum":  # of terms that cancel, which on CUDA come from different kernels
+        size = kdejsd.jsd_loss(**composed | options | {"reduction": "none"}).abs().sum().detach()
+        values = tuple(v / size for v in values)
+    for got, expected in (values, gradients):
         assert worst(got, expected) < (5e-14 if dtype == torch.float64 else 2e-6)
 
 

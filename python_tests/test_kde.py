@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -398,6 +399,34 @@ def test_compile_whole_graph(dynamic, device):
         eager = torch.autograd.grad(kdejsd.kde_log_prob(**call).tanh().sum(), differentiable(call))
         for got, expected in zip(torch.autograd.grad(compiled(**call), differentiable(call)), eager, strict=True):
             torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_centers_may_change_before_the_gradient_of_the_query(device):
+    """Its gradient needs nothing of them; theirs does, and so does a graph of either."""
+    query = points(6, 3, device=device).requires_grad_()
+    for needs in (False, True):
+        centers = points(5, 3, device=device, seed=1).requires_grad_(needs)
+        value = kdejsd.kde_log_prob(query, centers, 0.5).sum()
+        (expected,) = torch.autograd.grad(value, query, retain_graph=True)
+        centers.detach().add_(1)
+        if not needs:
+            assert torch.equal(torch.autograd.grad(value, query, retain_graph=True)[0], expected)
+        for leaf, create_graph in [(query, True), *[(centers, False)] * needs]:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(value, leaf, retain_graph=True, create_graph=create_graph)
+
+
+def test_what_the_gradient_needs_goes_with_the_graph():
+    value = kdejsd.kde_log_prob(points(6, 3).requires_grad_(), points(5, 3, seed=1), 0.5)
+    kept = weakref.ref(value.grad_fn.dquery)
+    value.sum().backward()
+    gc.disable()  # no cycle holds it
+    try:
+        del value
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("device", DEVICES)

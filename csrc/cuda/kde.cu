@@ -17,7 +17,7 @@ namespace {
 template <typename T>
 ForwardPlan forward_plan(const KdeForward& args, int device) {
   const auto resident = [&](const ForwardPlan& plan) {
-    if (plan.tensor_steps == 0) return forward_resident<T>(plan, device);
+    if (plan.tensor.most_steps == 0) return forward_resident<T>(plan, device);
     return tensor_resident(plan, args.products == KdeProducts::kSplit, args.mixture.l, device);
   };
   return plan_forward(args, multiprocessor_count(device), most_shared_bytes(device), resident);
@@ -51,12 +51,12 @@ void forward(const KdeForward& args, void* workspace, int device, cudaStream_t s
     partials.sum_centers = plan.splits == 1 ? static_cast<T*>(args.dquery) : elements + plan.sum_centers;
   }
   const T* middle = launch_middle(args.mixture, elements + plan.middle, stream);
-  if (plan.tensor_steps == 0) {
+  if (plan.tensor.most_steps == 0) {
     launch_forward(args, middle, plan, partials, stream);
   } else if constexpr (std::is_same_v<T, float>) {
     launch_tensor(args, middle, plan, partials, stream);
   }
-  launch_merge(args, middle, partials, plan.splits, stream);
+  launch_merge(args, middle, partials, plan.splits, device, stream);
 }
 
 void write_zeros(void* to, int64_t bytes, cudaStream_t stream) {
@@ -87,6 +87,12 @@ bool is_empty(const KdeMixture& mixture) { return mixture.batch == 0 || mixture.
 std::map<std::string, int> tuning() {
   std::map<std::string, int> found;
   for (const KdeTuning::Number* number : kde_tuning.all) found[number->name] = *number;
+  return found;
+}
+
+std::map<std::string, std::pair<int, int>> tuning_ranges() {
+  std::map<std::string, std::pair<int, int>> found;
+  for (const KdeTuning::Number* number : kde_tuning.all) found[number->name] = {number->least, number->most};
   return found;
 }
 

@@ -6,6 +6,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
 
 // A query's sums over all splits.
 template <typename T>
@@ -18,9 +19,11 @@ template <typename T>
 __device__ MergedRow<T> merge_splits(const Partials<T>& partials, int64_t splits, int64_t row, int64_t rows) {
   const int lane = threadIdx.x % kWarp;
   T max = -T(INFINITY);
+#pragma unroll 4
   for (int64_t split = lane; split < splits; split += kWarp) max = std::fmax(max, partials.max[split * rows + row]);
   max = max_over<kWarp>(max);
   T sum = T(0), moment = T(0);
+#pragma unroll(sizeof(T) == 4 ? 4 : 1)
   for (int64_t split = lane; split < splits; split += kWarp) {
     const int64_t at = split * rows + row;
     const T factor = rescale_factor(partials.max[at], max);
@@ -39,42 +42,69 @@ __device__ double squared_norm(const T* query /* [l] */, int64_t l) {
   return sum_over<kWarp>(sum);
 }
 
-// dquery = weight (s_e + query * pull), s_e = (sum of centers - query sum of precisions) / (sum of weights) / h0^2,
-// both scaled. Lanes are coordinates, and where l is small what remains of the lanes are splits. dquery may be where
-// the only split has left its sums.
-template <typename T>
-__device__ void write_dquery(const Item<T>& item, const Partials<T>& partials, const MergedRow<T>& merged,
-                             int64_t splits, int64_t row, int64_t rows, const T* query /* [l] */, T weight, T pull,
-                             T* dquery /* [batch n, l] */) {
-  int width = 1;
-  while (width < item.l && width < kWarp) width *= 2;
-  const int lane = threadIdx.x % kWarp;
-  const T inverse = T(1) / (item.scale * item.h0);  // that of a subnormal h0 itself is infinite
-  const T precision = (item.per_center ? merged.moment : merged.exponents.sum) / merged.exponents.sum;
-  for (int64_t first = 0; first < item.l; first += width) {
-    const int64_t k = first + lane % width;
-    T sum = T(0);
-#pragma unroll(sizeof(T) == 4 ? 4 : 1)
-    for (int64_t split = lane / width; k < item.l && split < splits; split += kWarp / width) {
-      const int64_t at = split * rows + row;
-      sum += rescale_factor(partials.max[at], merged.exponents.max) * partials.sum_centers[at * item.l + k];
-    }
-    for (int other = width; other < kWarp; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
-    if (lane >= width || k >= item.l) continue;
-    const T scaled_query = (query[k] - shift_of(item, k)) * item.scale;
-    const T score = (sum / merged.exponents.sum - scaled_query * precision) * inverse / item.h0;
-    dquery[row * item.l + k] = weight * (score + query[k] * pull);
+// How the warps of a row share its sums of centers. Lanes are coordinates, and where l is small what remains of them
+// are splits; so are the warps that remain where l has fewer chunks of coordinates than the row has warps.
+struct Sharing {
+  int width;        // lanes that are coordinates: those of a chunk
+  int rounds;       // chunks that a warp takes one after the other
+  int sharers;      // warps that share a chunk
+  int chunk, part;  // of this warp in the first round: which chunk, and which of its sharers it is
+  int step;         // chunks from one round to the next
+
+  __device__ Sharing(int64_t l, int warps, int warp) {
+    width = 1;
+    while (width < l && width < kWarp) width *= 2;
+    const int64_t chunks = ceil_div(l, width);
+    step = 1;
+    while (step < chunks && step < warps) step *= 2;
+    sharers = warps / step;
+    rounds = static_cast<int>(ceil_div(chunks, step));
+    chunk = warp % step;
+    part = warp / step;
   }
+};
+
+// The sum over the splits of a query's weighted sums of coordinate k, in every lane that has the coordinate of the
+// first of the warps that share it. All threads of the block call this as often: it has barriers.
+template <typename T>
+__device__ T sum_of_centers(const Partials<T>& partials, T max, int64_t splits, int64_t row, int64_t rows, int64_t k,
+                            int64_t l, const Sharing& sharing, T (&scratch)[kWarps][kWarp]) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int first = sharing.part * (kWarp / sharing.width) + lane / sharing.width;
+  const int step = sharing.sharers * (kWarp / sharing.width);
+  T sum = T(0);
+  if (k < l) {
+#pragma unroll(sizeof(T) == 4 ? 4 : 1)
+    for (int64_t split = first; split < splits; split += step) {
+      const int64_t at = split * rows + row;
+      sum += rescale_factor(partials.max[at], max) * partials.sum_centers[at * l + k];
+    }
+  }
+  for (int other = sharing.width; other < kWarp; other *= 2) sum += __shfl_xor_sync(kAllLanes, sum, other);
+  if (sharing.sharers == 1) return sum;
+  __syncthreads();  // before scratch is written: it may be in use
+  scratch[warp][lane] = sum;
+  __syncthreads();
+  for (int other = 1; other < sharing.sharers; ++other) {
+    if (sharing.part == 0) sum += scratch[warp + other * sharing.step][lane];
+  }
+  return sum;
 }
 
-// One warp per query: merges the splits and writes value and gradients.
+// `warps` warps per query, a power of two: they merge the splits and write value and gradients,
+//   dquery = weight (s_e + query * pull), s_e = (sum of centers - query sum of precisions) / (sum of weights) / h0^2,
+// both scaled. dquery may be where the only split has left its sums: the lane that writes a number is the one that has
+// read it.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    kde_merge_kernel(const KdeForward args, const T* middle, const Partials<T> partials, int64_t splits) {
+__global__ void __launch_bounds__(kThreads, 2)
+    kde_merge_kernel(const KdeForward args, const T* middle, const Partials<T> partials, int64_t splits, int warps) {
+  __shared__ T scratch[kWarps][kWarp];
   const KdeMixture& mixture = args.mixture;
   const int64_t rows = mixture.batch * mixture.n;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
-  if (row >= rows) return;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * (kWarps / warps) + warp / warps;
+  const bool inside = row < rows;
+  if (!inside) row = rows - 1;
   const int64_t i = row % mixture.n;
   const Item<T> item = batch_item(mixture, middle, row / mixture.n);
   const T* query = item.query + i * item.l;
@@ -92,10 +122,22 @@ __global__ void __launch_bounds__(kThreads)
   const KdeTerm term = kde_term(args.value_kind, log_prob, log_target);
 
   if (args.dquery != nullptr) {
-    write_dquery(item, partials, merged, splits, row, rows, query, static_cast<T>(term.weight),
-                 plain ? T(0) : static_cast<T>(1 / variance), static_cast<T*>(args.dquery));
+    const T weight = static_cast<T>(term.weight), pull = plain ? T(0) : static_cast<T>(1 / variance);
+    const T inverse = T(1) / (item.scale * item.h0);  // that of a subnormal h0 itself is infinite
+    const T precision = (item.per_center ? merged.moment : merged.exponents.sum) / merged.exponents.sum;
+    T* dquery = static_cast<T*>(args.dquery) + row * item.l;
+    const Sharing sharing(item.l, warps, warp % warps);
+    for (int round = 0; round < sharing.rounds; ++round) {
+      const int64_t k =
+          static_cast<int64_t>(sharing.chunk + round * sharing.step) * sharing.width + lane % sharing.width;
+      const T sum = sum_of_centers(partials, merged.exponents.max, splits, row, rows, k, item.l, sharing, scratch);
+      if (!inside || k >= item.l || lane >= sharing.width || sharing.part != 0) continue;
+      const T scaled_query = (query[k] - shift_of<3>(item, k)) * item.scale;
+      const T score = (sum / merged.exponents.sum - scaled_query * precision) * inverse / item.h0;
+      dquery[k] = weight * (score + query[k] * pull);
+    }
   }
-  if (threadIdx.x % kWarp != 0) return;
+  if (!inside || lane != 0 || warp % warps != 0) return;
   args.value[row] = term.value;
   if (args.dbandwidth != nullptr) {  // sum pi d2 / h^3 - l / h
     const double scaled = static_cast<double>(item.scale) * h0;
@@ -104,18 +146,27 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// As many warps per query as the device has room for at a time, 16 a multiprocessor, and as there are splits for.
+int warps_per_row(int64_t rows, int64_t splits, int multiprocessors) {
+  int warps = 1;
+  while (warps < kWarps && 2 * warps <= splits && rows * 2 * warps <= 16ll * multiprocessors) warps *= 2;
+  return warps;
+}
+
 }  // namespace
 
 template <typename T>
-void launch_merge(const KdeForward& args, const T* middle, const Partials<T>& partials, int64_t splits,
+void launch_merge(const KdeForward& args, const T* middle, const Partials<T>& partials, int64_t splits, int device,
                   cudaStream_t stream) {
   const int64_t rows = args.mixture.batch * args.mixture.n;
-  launch("kde_merge_kernel", kde_merge_kernel<T>, ceil_div(rows, kThreads / kWarp), kThreads, 0, stream, args, middle,
-         partials, splits);
+  const int warps = warps_per_row(rows, splits, multiprocessor_count(device));
+  launch("kde_merge_kernel", kde_merge_kernel<T>, ceil_div(rows, kWarps / warps), kThreads, 0, stream, args, middle,
+         partials, splits, warps);
 }
 
-template void launch_merge<float>(const KdeForward&, const float*, const Partials<float>&, int64_t, cudaStream_t);
-template void launch_merge<double>(const KdeForward&, const double*, const Partials<double>&, int64_t, cudaStream_t);
+template void launch_merge<float>(const KdeForward&, const float*, const Partials<float>&, int64_t, int, cudaStream_t);
+template void launch_merge<double>(const KdeForward&, const double*, const Partials<double>&, int64_t, int,
+                                   cudaStream_t);
 
 }  // namespace cuda
 }  // namespace kdejsd

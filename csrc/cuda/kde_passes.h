@@ -25,7 +25,7 @@ void launch_forward(const KdeForward& args, const T* middle, const ForwardPlan& 
 
 // kde_merge.cu: what the splits left becomes value and gradients.
 template <typename T>
-void launch_merge(const KdeForward& args, const T* middle, const Partials<T>& partials, int64_t splits,
+void launch_merge(const KdeForward& args, const T* middle, const Partials<T>& partials, int64_t splits, int device,
                   cudaStream_t stream);
 
 // kde_backward.cu: the transposed pass and the sum over its splits. `parts`: [splits, elements] of scratch memory, not

@@ -25,13 +25,14 @@ struct KdeTuning {
 
     operator int() const { return value; }
   };
-  Number tensor_from = {"tensor_from", {1}, 1, 257};  // the least dimension that goes to the tensor cores
-  Number tensor_warps = {"tensor_warps", {0}, 0, 8};  // of a block there, 4 or 8; else the plan chooses
-  Number tensor_parts = {
-      "tensor_parts", {12}, 0, 1024};           // of an exponent and per dimension, up to which products are taken
+  Number tensor_from = {"tensor_from", {1}, 1, 257};      // the least dimension that goes to the tensor cores
+  Number tensor_warps = {"tensor_warps", {0}, 0, 8};      // of a block there, 4 or 8; else the plan chooses
+  Number tensor_m_tiles = {"tensor_m_tiles", {2}, 1, 2};  // of a warp there, where the dimension allows two
+  // Parts of an exponent, per dimension, up to which its distance is taken from products.
+  Number tensor_parts = {"tensor_parts", {12}, 0, 1024};
   Number splits = {"splits", {0}, 0, 1 << 20};  // of the centers in a forward pass; 0: as many as fill the device
 
-  Number* all[4] = {&tensor_from, &tensor_warps, &tensor_parts, &splits};
+  Number* all[5] = {&tensor_from, &tensor_warps, &tensor_m_tiles, &tensor_parts, &splits};
 };
 inline KdeTuning kde_tuning;
 
@@ -39,28 +40,38 @@ constexpr int kStartTiles = 1;  // what a block takes to start and to end, in ti
 constexpr int kMostWaves = 4;   // of blocks, for an even load
 
 // ----------------------------------------------------------------------------------------------------------------
-// The tensor cores' kernel. Its instances differ in the most k-steps, of 8 coordinates, that they take: many k-steps
-// leave registers for half as many queries, and shared memory for half as many centers.
+// The tensor cores' kernel. Its instances differ in the most k-steps, of 8 coordinates, that they take, and in how many
+// M-tiles, of 16 queries, a warp has. Many k-steps leave registers for one M-tile alone, and shared memory for half as
+// many centers. Up to 8 k-steps a warp of two M-tiles reads the centers half as often, and one of a single M-tile
+// leaves registers for twice as many warps.
 
 constexpr int kTensorSteps[] = {1, 8, 16, 32};
 constexpr int kTensorWarps[] = {4, 8};
 
-KDEJSD_HD constexpr int tensor_m_tiles(int most_steps) { return most_steps <= 8 ? 2 : 1; }   // of 16 queries, per warp
-KDEJSD_HD constexpr int tensor_n_tiles(int most_steps) { return most_steps <= 16 ? 4 : 2; }  // of 8 centers, per tile
-KDEJSD_HD constexpr int tensor_queries(int most_steps, int warps) { return 16 * tensor_m_tiles(most_steps) * warps; }
-KDEJSD_HD constexpr int tensor_centers(int most_steps) { return 8 * tensor_n_tiles(most_steps); }
+KDEJSD_HD constexpr int tensor_centers(int most_steps) { return most_steps <= 16 ? 32 : 16; }  // of a tile
+
+// An instance, and the warps of its blocks.
+struct TensorShape {
+  int most_steps;  // 0: no tensor cores
+  int m_tiles, warps;
+
+  KDEJSD_HD constexpr int queries() const { return 16 * m_tiles * warps; }  // of a block
+  KDEJSD_HD constexpr int centers() const { return tensor_centers(most_steps); }
+};
+
+constexpr int kBeyond = 16;  // words behind a tile of centers that are read, and not used
 
 // Where things lie in a block's shared memory, in units of 4 bytes; rows are points.
 struct TensorTile {
   int steps;                                       // k-steps that l has
   int query_stride, staged_stride, center_stride;  // from one point to the next
   int exclude, query_norms, shift, columns;        // [queries], [queries], [8 steps], [2, centers, 4]
-  int queries, staged, centers;                    // [queries, ...], [centers, ...], [2, centers, ...]
+  int queries, staged, centers;                    // [queries, ...], [centers, ...], 2 tiles [centers, ...]
   int bytes;                                       // in all
 };
 
-KDEJSD_HD constexpr TensorTile tensor_tile(int most_steps, bool split, int warps, int64_t l) {
-  const int rows = tensor_queries(most_steps, warps), columns = tensor_centers(most_steps);
+KDEJSD_HD constexpr TensorTile tensor_tile(TensorShape shape, bool split, int64_t l) {
+  const int rows = shape.queries(), columns = shape.centers();
   TensorTile tile = {};
   tile.steps = static_cast<int>(ceil_div(l, 8));
   // Odd multiples of 8 words, for products, and of 16 words for reads of 16 bytes by 4 threads a row: see mma_tf32.cuh.
@@ -73,7 +84,7 @@ KDEJSD_HD constexpr TensorTile tensor_tile(int most_steps, bool split, int warps
   tile.queries = tile.columns + 2 * columns * 4;
   tile.staged = tile.queries + rows * tile.query_stride;
   tile.centers = tile.staged + columns * tile.staged_stride;
-  tile.bytes = 4 * (tile.centers + 2 * columns * tile.center_stride);
+  tile.bytes = 4 * (tile.centers + 2 * (columns * tile.center_stride + kBeyond));
   return tile;
 }
 
@@ -81,8 +92,7 @@ KDEJSD_HD constexpr TensorTile tensor_tile(int most_steps, bool split, int warps
 // Forward
 
 struct ForwardPlan {
-  int tensor_steps;     // where tensor cores do it: the most k-steps that their kernel takes; else 0
-  int tensor_warps;     // of its blocks
+  TensorShape tensor;   // where tensor cores do it
   float largest_parts;  // of an exponent, up to which its distances come from products
   int lc, slabs;        // the other kernel's template arguments: coordinates per thread, chunks per block at most
   int groups;           // blocks that share a tile of queries and differ in the chunks that they sum
@@ -141,34 +151,32 @@ void plan_splits(int64_t blocks, int64_t slots, int64_t tiles, int wanted, Plan*
   }
 }
 
-// What the tensor cores' kernel would take of a block; 0 steps: the other kernel does the pass. `resident` says how
-// many blocks of the plan a multiprocessor holds. Of the two sizes of blocks it is the one that keeps more warps at
-// work on queries that are there; more queries in a block have its centers put into shared memory less often.
+// Which instance of the tensor cores' kernel does the pass, in blocks of how many warps; none where l or the device
+// does not allow it. It is the one of the fewest k-steps that fits; of the two sizes of blocks the one that keeps more
+// warps at work on queries that are there. `resident` says how many blocks of the plan a multiprocessor holds.
 template <typename Resident>
 void plan_tensor(const KdeForward& args, int shared_bytes, const Resident& resident, ForwardPlan* plan) {
   const KdeMixture& mixture = args.mixture;
   if (args.products == KdeProducts::kNone || mixture.dtype != DType::kFloat32) return;
   if (mixture.l < kde_tuning.tensor_from) return;
   const bool split = args.products == KdeProducts::kSplit;
-  int steps = 0;
-  for (const int most : kTensorSteps) {
-    if (steps == 0 && mixture.l <= 8 * most) steps = most;
-  }
-  if (steps == 0) return;
   const bool chosen = std::count(std::begin(kTensorWarps), std::end(kTensorWarps), kde_tuning.tensor_warps) > 0;
   double best = 0;
-  for (const int warps : kTensorWarps) {
-    if (chosen && kde_tuning.tensor_warps != warps) continue;
-    if (tensor_tile(steps, split, warps, mixture.l).bytes > shared_bytes) continue;
-    ForwardPlan tried = *plan;
-    tried.tensor_steps = steps;
-    tried.tensor_warps = warps;
-    const int64_t rows = tensor_queries(steps, warps);
-    const double filled = static_cast<double>(mixture.n) / static_cast<double>(ceil_div(mixture.n, rows) * rows);
-    const double at_work = resident(tried) * warps * filled;
-    if (at_work <= best) continue;
-    best = at_work;
-    *plan = tried;
+  for (const int steps : kTensorSteps) {
+    if (mixture.l > 8 * steps || plan->tensor.most_steps > 0) continue;
+    for (const int warps : kTensorWarps) {
+      const TensorShape shape = {steps, steps == 1 ? 2 : steps == 8 ? int(kde_tuning.tensor_m_tiles) : 1, warps};
+      if (chosen && kde_tuning.tensor_warps != warps) continue;
+      if (tensor_tile(shape, split, mixture.l).bytes > shared_bytes) continue;
+      ForwardPlan tried = *plan;
+      tried.tensor = shape;
+      const int64_t rows = ceil_div(mixture.n, shape.queries()) * shape.queries();
+      const double filled = static_cast<double>(mixture.n) / static_cast<double>(rows);
+      const double at_work = resident(tried) * warps * filled;
+      if (at_work <= best) continue;
+      best = at_work;
+      *plan = tried;
+    }
   }
   // The parts are 1.4 l / h^2 for points of variance 1, so 12 l leaves products to bandwidths from 0.35 on, with errors
   // that grow with l as the values and their rounding do. With TF32 the error of an exponent is 1 at the worst.
@@ -181,10 +189,10 @@ ForwardPlan plan_forward(const KdeForward& args, int multiprocessors, int shared
   const KdeMixture& mixture = args.mixture;
   ForwardPlan plan = {};
   plan_tensor(args, shared_bytes, resident, &plan);
-  if (plan.tensor_steps > 0) {
+  if (plan.tensor.most_steps > 0) {
     plan.groups = 1;
-    plan.query_tiles = ceil_div(mixture.n, tensor_queries(plan.tensor_steps, plan.tensor_warps));
-    plan.center_tiles = ceil_div(mixture.m, tensor_centers(plan.tensor_steps));
+    plan.query_tiles = ceil_div(mixture.n, plan.tensor.queries());
+    plan.center_tiles = ceil_div(mixture.m, plan.tensor.centers());
   } else {
     plan_chunks(mixture, args.dquery != nullptr, &plan);
     plan.query_tiles = ceil_div(mixture.n, kPlainTile);

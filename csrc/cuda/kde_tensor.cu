@@ -28,8 +28,14 @@ namespace {
 
 constexpr int kMostThreads = kTensorWarps[1] * kWarp;
 
-static_assert(kTileM * tensor_m_tiles(1) == tensor_queries(1, 1) && kTileN * tensor_n_tiles(1) == tensor_centers(1),
+static_assert(TensorShape{1, 1, 1}.queries() == kTileM && tensor_centers(1) % kTileN == 0,
               "what kde_plan.h counts with");
+
+// Whether an instance has registers for 16 warps a multiprocessor; else for 8, which must then find in themselves what
+// keeps a multiprocessor busy.
+__host__ __device__ constexpr bool many_warps(int most_steps, int m_tiles) {
+  return most_steps == 1 || (most_steps == 8 && m_tiles == 1);
+}
 
 // Of a center in shared memory.
 struct alignas(16) Column {
@@ -53,7 +59,7 @@ struct Shared {
   }
   template <int kCenters>
   __device__ float* centers(int turn) const {
-    return base + at.centers + turn * kCenters * at.center_stride;
+    return base + at.centers + turn * (kCenters * at.center_stride + kBeyond);
   }
 };
 
@@ -211,7 +217,7 @@ template <bool kSplit, int kM, int kN>
 __device__ void pairs_from_products(const float* queries, int query_stride, const float (&query_norms)[2 * kM],
                                     const CenterRows<kSplit>& centers, int steps, Pairs<kM, kN>& pairs) {
   const int g = threadIdx.x % kWarp / 4, t = threadIdx.x % 4;
-  Accumulator<kSplit> sums[kM][kN] = {};
+  Accumulator<kSplit, kM * kN <= 2 ? 2 : 1> sums[kM][kN] = {};
 #pragma unroll(kSplit ? 1 : 2)
   for (int step = 0; step < steps; ++step) {
     Fragment<kSplit, 4> query[kM];
@@ -287,17 +293,25 @@ __device__ void add_weighted_sums(const Pairs<kM, kN>& weights, const CenterRows
       left[r][j].set(3, weights[r][j][3]);
     }
   }
+  // The centers of a step are loaded while the step before is computed, and of one step too many.
+  Fragment<kSplit, 2> right[2][kN];
+  const auto load_right = [&](int step) {
+#pragma unroll
+    for (int j = 0; j < kN; ++j) {
+      centers[kTileN * j + point_of_column(2 * t)].load_one(step, g, 0, right[step % 2][j]);
+      centers[kTileN * j + point_of_column(2 * t + 1)].load_one(step, g, 1, right[step % 2][j]);
+    }
+  };
+  load_right(0);
 #pragma unroll
   for (int step = 0; step < kMostSteps; ++step) {
     if (step >= steps) break;
-    Accumulator<kSplit> sums[kM] = {};
+    if (step + 1 < kMostSteps) load_right(step + 1);
+    Accumulator<kSplit, many_warps(kMostSteps, kM) ? 1 : 2> sums[kM] = {};
 #pragma unroll
     for (int j = 0; j < kN; ++j) {
-      Fragment<kSplit, 2> right;
-      centers[kTileN * j + point_of_column(2 * t)].load_one(step, g, 0, right);
-      centers[kTileN * j + point_of_column(2 * t + 1)].load_one(step, g, 1, right);
 #pragma unroll
-      for (int r = 0; r < kM; ++r) sums[r].add_product(left[r][j], right);
+      for (int r = 0; r < kM; ++r) sums[r].add_product(left[r][j], right[step % 2][j]);
     }
 #pragma unroll
     for (int r = 0; r < kM; ++r) {
@@ -381,13 +395,13 @@ __device__ void weights_from_pairs(const Column* columns, bool from_products, bo
 // ----------------------------------------------------------------------------------------------------------------
 // The kernel
 
-template <bool kSplit, int kMostSteps>
-__global__ void __launch_bounds__(kMostThreads, kMostSteps == 1 ? 2 : 1)
+template <bool kSplit, int kMostSteps, int kM>
+__global__ void __launch_bounds__(kMostThreads, many_warps(kMostSteps, kM) ? 2 : 1)
     kde_tensor_kernel(const KdeMixture mixture, const float* middle, const ForwardPlan plan,
                       const Partials<float> partials) {
-  constexpr int kM = tensor_m_tiles(kMostSteps), kN = tensor_n_tiles(kMostSteps);
-  constexpr int kCenters = tensor_centers(kMostSteps);
-  const int warps = static_cast<int>(blockDim.x) / kWarp, rows = tensor_queries(kMostSteps, warps);
+  constexpr int kCenters = tensor_centers(kMostSteps), kN = kCenters / kTileN;
+  const TensorShape shape = {kMostSteps, kM, static_cast<int>(blockDim.x) / kWarp};
+  const int rows = shape.queries();
   // Neighbouring blocks read the same centers at the same time.
   const int64_t query_tile = blockIdx.x % plan.query_tiles, rest = blockIdx.x / plan.query_tiles;
   const int64_t split = rest % plan.splits, batch = rest / plan.splits;
@@ -397,7 +411,7 @@ __global__ void __launch_bounds__(kMostThreads, kMostSteps == 1 ? 2 : 1)
       first_tile + plan.tiles_per_split < plan.center_tiles ? first_tile + plan.tiles_per_split : plan.center_tiles;
 
   const Item<float> item = batch_item(mixture, middle, batch);
-  const Shared shared = {tensor_tile(kMostSteps, kSplit, warps, mixture.l)};
+  const Shared shared = {tensor_tile(shape, kSplit, mixture.l)};
   const int l = static_cast<int>(mixture.l), steps = shared.at.steps;
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(item.query) | reinterpret_cast<uintptr_t>(item.centers);
   const bool aligned = addresses % 16 == 0 && l % 4 == 0;
@@ -514,31 +528,29 @@ __global__ void __launch_bounds__(kMostThreads, kMostSteps == 1 ? 2 : 1)
 using Kernel = void (*)(KdeMixture, const float*, ForwardPlan, Partials<float>);
 
 template <bool kSplit>
-Kernel kernel_of(int most_steps) {
-  return most_steps == 1    ? kde_tensor_kernel<kSplit, 1>
-         : most_steps == 8  ? kde_tensor_kernel<kSplit, 8>
-         : most_steps == 16 ? kde_tensor_kernel<kSplit, 16>
-                            : kde_tensor_kernel<kSplit, 32>;
+Kernel kernel_of(TensorShape shape) {
+  if (shape.most_steps == 1) return kde_tensor_kernel<kSplit, 1, 2>;
+  if (shape.most_steps == 8)
+    return shape.m_tiles == 2 ? kde_tensor_kernel<kSplit, 8, 2> : kde_tensor_kernel<kSplit, 8, 1>;
+  return shape.most_steps == 16 ? kde_tensor_kernel<kSplit, 16, 1> : kde_tensor_kernel<kSplit, 32, 1>;
 }
 
 Kernel kernel_of(const ForwardPlan& plan, bool split) {
-  return split ? kernel_of<true>(plan.tensor_steps) : kernel_of<false>(plan.tensor_steps);
+  return split ? kernel_of<true>(plan.tensor) : kernel_of<false>(plan.tensor);
 }
 
-int bytes_of(const ForwardPlan& plan, bool split, int64_t l) {
-  return tensor_tile(plan.tensor_steps, split, plan.tensor_warps, l).bytes;
-}
+int bytes_of(const ForwardPlan& plan, bool split, int64_t l) { return tensor_tile(plan.tensor, split, l).bytes; }
 
 }  // namespace
 
 int tensor_resident(const ForwardPlan& plan, bool split, int64_t l, int device) {
-  return resident_blocks(kernel_of(plan, split), plan.tensor_warps * kWarp, bytes_of(plan, split, l), device);
+  return resident_blocks(kernel_of(plan, split), plan.tensor.warps * kWarp, bytes_of(plan, split, l), device);
 }
 
 void launch_tensor(const KdeForward& args, const float* middle, const ForwardPlan& plan,
                    const Partials<float>& partials, cudaStream_t stream) {
   const bool split = args.products == KdeProducts::kSplit;
-  launch("kde_tensor_kernel", kernel_of(plan, split), plan.blocks(args.mixture.batch), plan.tensor_warps * kWarp,
+  launch("kde_tensor_kernel", kernel_of(plan, split), plan.blocks(args.mixture.batch), plan.tensor.warps * kWarp,
          bytes_of(plan, split, args.mixture.l), stream, args.mixture, middle, plan, partials);
 }
 

@@ -56,17 +56,18 @@ struct Fragment {
 };
 
 // A lane's share of 16 x 8 sums. Where numbers are split, each product of the big parts is added by itself, since a sum
-// in a tensor core is cut off, not rounded; the other products are so small that this does no harm.
-template <bool kSplit>
+// in a tensor core is cut off, not rounded; the other products are so small that this does no harm. These have kChains
+// sums: a product must wait for the one before it in the same sum.
+template <bool kSplit, int kChains = 1>
 struct Accumulator {
-  float big[4], small[kSplit ? 4 : 1];
+  float big[4], small[kSplit ? kChains : 1][4];
 
   __device__ void add_product(const Fragment<kSplit, 4>& a, const Fragment<kSplit, 2>& b) {
     if constexpr (kSplit) {
       float product[4];
       product_tf32(product, a.big, b.big);
-      add_product_tf32(small, a.big, b.small);
-      add_product_tf32(small, a.small, b.big);
+      add_product_tf32(small[0], a.big, b.small);
+      add_product_tf32(small[kChains - 1], a.small, b.big);
 #pragma unroll
       for (int e = 0; e < 4; ++e) big[e] += product[e];
     } else {
@@ -74,7 +75,7 @@ struct Accumulator {
     }
   }
   __device__ float total(int i) const {
-    if constexpr (kSplit) return big[i] + small[i];
+    if constexpr (kSplit) return big[i] + (kChains == 1 ? small[0][i] : small[0][i] + small[kChains - 1][i]);
     return big[i];
   }
 };

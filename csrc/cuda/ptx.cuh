@@ -23,8 +23,7 @@ __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" :::
 // sum += a b by the warp's tensor core: a is 16 x 8 and b is 8 x 8 TF32, sum 16 x 8 float32; mma_tf32.cuh says which
 // lane has what of them. Of the 32 bits of a factor the lowest 13 do not count.
 __device__ inline void add_product_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
       "%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -32,8 +31,7 @@ __device__ inline void add_product_tf32(float (&sum)[4], const uint32_t (&a)[4],
 
 // product = a b, likewise: the zeros that it starts from are no registers to be cleared.
 __device__ inline void product_tf32(float (&product)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
       "%10, %10};"
       : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));

@@ -20,8 +20,8 @@ SHARED_BYTES = 227 * 1024  # that a block may have, on an H200
 
 # What forward_plan of calls.cpp writes.
 _PLAN = (
-    *("tensor_steps", "tensor_warps", "bytes", "lc", "slabs", "groups", "chunks", "query_tiles", "center_tiles"),
-    *("splits", "tiles_per_split", "max", "sum", "moment", "sum_centers", "middle", "elements"),
+    *("tensor_steps", "tensor_m_tiles", "tensor_warps", "bytes", "lc", "slabs", "groups", "chunks", "query_tiles"),
+    *("center_tiles", "splits", "tiles_per_split", "max", "sum", "moment", "sum_centers", "middle", "elements"),
 )
 
 _TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "d": ctypes.c_double, "?": ctypes.c_bool, "P": ctypes.c_void_p}

@@ -52,19 +52,31 @@ bool set_tuning(const char* name, int value) { return cuda::set_tuning(name, val
 void forward_plan(const KdeForward& args, int multiprocessors, int shared_bytes, int64_t* numbers) {
   const bool split = args.products == KdeProducts::kSplit;
   const auto bytes = [&](const cuda::ForwardPlan& plan) {
-    return cuda::tensor_tile(plan.tensor_steps, split, plan.tensor_warps, args.mixture.l).bytes;
+    return cuda::tensor_tile(plan.tensor, split, args.mixture.l).bytes;
   };
   const auto resident = [&](const cuda::ForwardPlan& plan) {
-    if (plan.tensor_steps == 0) return 2;
-    return std::min(8 / plan.tensor_warps, 228 * 1024 / (bytes(plan) + 1024));
+    if (plan.tensor.most_steps == 0) return 2;
+    return std::min(8 / plan.tensor.warps, 228 * 1024 / (bytes(plan) + 1024));
   };
   const cuda::ForwardPlan plan = cuda::plan_forward(args, multiprocessors, shared_bytes, resident);
-  const int64_t found[] = {plan.tensor_steps, plan.tensor_warps,    plan.tensor_steps > 0 ? bytes(plan) : 0,
-                           plan.lc,           plan.slabs,           plan.groups,
-                           plan.chunks,       plan.query_tiles,     plan.center_tiles,
-                           plan.splits,       plan.tiles_per_split, plan.max,
-                           plan.sum,          plan.moment,          plan.sum_centers,
-                           plan.middle,       plan.elements};
+  const int64_t found[] = {plan.tensor.most_steps,
+                           plan.tensor.m_tiles,
+                           plan.tensor.warps,
+                           plan.tensor.most_steps > 0 ? bytes(plan) : 0,
+                           plan.lc,
+                           plan.slabs,
+                           plan.groups,
+                           plan.chunks,
+                           plan.query_tiles,
+                           plan.center_tiles,
+                           plan.splits,
+                           plan.tiles_per_split,
+                           plan.max,
+                           plan.sum,
+                           plan.moment,
+                           plan.sum_centers,
+                           plan.middle,
+                           plan.elements};
   std::copy(std::begin(found), std::end(found), numbers);
 }
 

@@ -78,10 +78,11 @@ while (($#)); do
   esac
   shift
 done
-for stage in $until ${only//,/ }; do
-  [[ " ${stages[*]} " == *" $stage "* ]] || die "there is no stage $stage; they are ${stages[*]}"
+IFS=, read -r -a chosen <<<"$only"
+for stage in "${until:-environment}" "${chosen[@]}"; do
+  [[ $stage =~ ^[a-z-]+$ && " ${stages[*]} " == *" $stage "* ]] || die "there is no stage $stage; they are ${stages[*]}"
 done
-[[ $budget =~ ^[1-9][0-9]*$ ]] || die "--seconds must be a whole number, got $budget"
+[[ $budget =~ ^[1-9][0-9]{0,4}$ ]] || die "--seconds must be a whole number from 1 to 99999, got $budget"
 prebuilt=$(realpath -m "$prebuilt") # the stages run in another folder
 python=$(command -v "${PYTHON:-python3}") || die "there is no ${PYTHON:-python3}; PYTHON names the interpreter"
 
@@ -140,8 +141,8 @@ capability=$(ask_gpu compute_cap) || capability=
 machine=$gpu
 [[ $device == cuda ]] || machine="the CPU, a dry run"
 out=${out:-$root/bench/results/$(tr -c '[:alnum:]\n' - <<<"${machine:-no-cuda-device}")-$(date +%Y-%m-%d)}
-mkdir -p "$out" || die "$out cannot be made"
-out=$(cd "$out" && pwd)
+mkdir -p -- "$out" || die "$out cannot be made"
+out=$(cd -- "$out" && pwd)
 rm -f "$out"/{environment.txt,first_light.txt,bench.txt,bench.csv,tests.txt,summary.txt,logs.tar.gz,logs.tar.gz.part}
 logs=$work/logs # what is too much, or too little looked at, for a file of its own
 mkdir "$logs"
@@ -158,11 +159,19 @@ note() { # note pass|skip|FAIL NAME TEXT
     echo "kdejsd on ${machine:-a machine without a CUDA device}, $(date -u '+%Y-%m-%d %H:%M UTC'), $SECONDS of $budget s"
     printf '%s\n' "${summary[@]}"
   } >"$work/summary.txt"
-  cp "$work/summary.txt" "$out/summary.txt.part" && mv "$out/summary.txt.part" "$out/summary.txt"
+  replace summary.txt cp "$work/summary.txt"
 }
 
 pack() {
-  tar -czf "$out/logs.tar.gz.part" -C "$work" logs && mv "$out/logs.tar.gz.part" "$out/logs.tar.gz"
+  replace logs.tar.gz tar -C "$work" -cz logs -f
+}
+
+# replace NAME COMMAND...: a file of the record by what the command writes to its last argument, at once or not at all.
+replace() {
+  if ! { "${@:2}" "$out/$1.part" && mv -T "$out/$1.part" "$out/$1"; }; then
+    echo "gpu_suite.sh: $out/$1 cannot be written" >&2
+    failed=1
+  fi
 }
 
 finish() {

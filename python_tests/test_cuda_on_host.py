@@ -408,6 +408,9 @@ def test_kde_edges(dtype, host):
     test_kde.test_empty_queries("cpu")
     for distance in (30.0, 3000.0):
         test_kde.test_the_weights_of_a_far_query_sum_to_1(distance, "cpu")
+    for distance in (1e3, 1e4, 1e5):
+        for dim in (1, 20, 70):
+            test_kde.test_equal_centers_share_a_far_query(distance, dim, "cpu")
     for call in [((3, 11, 2), (3, 7, 2), (7,), (3, 11)), ((4, 1, 11, 2), (3, 7, 2), (4, 1, 7), (4, 3, 11))]:
         test_kde.test_batches_broadcast(*call, weighted=True, device="cpu")
 

@@ -113,7 +113,7 @@ def test_it_is_a_script_and_says_how_it_is_used():
         (["record"], "unknown argument record"),
         (["--until", "lunch"], "there is no stage lunch; they are environment first-light bench"),
         (["--only", "bench,lunch"], "there is no stage lunch"),
-        (["--seconds", "ten"], "--seconds must be a whole number, got ten"),
+        (["--seconds", "ten"], "--seconds must be a whole number from 1 to 99999, got ten"),
         (["--out"], "--out needs a value"),
     ],
 )

@@ -112,22 +112,6 @@ def test_loss_and_gradient_agree_with_the_reference(divergence, smoothed, target
     torch.testing.assert_close(query.grad.double(), expected_gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("target", [None, GaussianMixture([[-2.0, 0, 0], [2.0, 0, 0]], 0.5, [0.3, 0.7])])
-@pytest.mark.parametrize("change", ["refresh", "update", "push"])
-def test_codes_may_change_between_the_loss_and_its_gradient(change, target):
-    """The gradient is that of before. A graph of it would read the codes again, which is an error."""
-    lagged, codes, indices = make(target=target)
-    z = codes[:12].clone().requires_grad_()
-    (expected,) = torch.autograd.grad(lagged.loss(z, indices[:12]), z)
-    loss = lagged.loss(z, indices[:12])
-    arguments = {"refresh": (-codes,), "update": (-codes[:5], 30), "push": (-codes[:5], indices[:5])}[change]
-    getattr(lagged, change)(*arguments)
-    (gradient,) = torch.autograd.grad(loss, z, retain_graph=True)
-    assert torch.equal(gradient, expected)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(loss, z, create_graph=True)
-
-
 @pytest.mark.parametrize("divergence", ["js", "kl"])
 def test_noise_puts_the_current_kernel_in_place_of_the_lagged_copy(divergence):
     lagged, codes, indices = make(divergence=divergence, target=GaussianMixture([[0.0, 0, 0]], 1.2))

@@ -42,17 +42,15 @@ __device__ void load_queries(Tile<T, LC>& tile, const Item<T>& item, int64_t fir
   const int64_t exclude = inside && item.exclude != nullptr ? item.exclude[i] : -1;
   tile.excluded_row[threadIdx.x] = among(exclude, first_center, first_center + kTile);
   if (!inside) {  // weight 0 2^-inf
-    tile.grad[threadIdx.x] = T(0);
+    tile.grad[threadIdx.x] = tile.log2_rest[threadIdx.x] = T(0);
     tile.log2_prob[threadIdx.x] = T(INFINITY);
     return;
   }
   const bool one_less = exclude >= 0 && exclude < item.m;
   const double log2_prob = kLog2E * (log_prob[i] - tile.log_constant[one_less]);
-  const T rounded = static_cast<T>(log2_prob);
-  // What rounding took from the exponent is given back to the factor: 2^r = 1 + r ln 2 for so small an r.
-  const double correction = 1 + kLn2 * (static_cast<double>(rounded) - log2_prob);
-  tile.log2_prob[threadIdx.x] = rounded;
-  tile.grad[threadIdx.x] = static_cast<T>(static_cast<double>(grad[i]) * correction);
+  tile.log2_prob[threadIdx.x] = static_cast<T>(log2_prob);
+  tile.log2_rest[threadIdx.x] = static_cast<T>(log2_prob - static_cast<double>(tile.log2_prob[threadIdx.x]));
+  tile.grad[threadIdx.x] = grad[i];
 }
 
 // Turns squared distances into weights, and adds them to the rows' sums, times d2 to the moments.
@@ -60,13 +58,14 @@ template <typename T, int LC>
 __device__ void backward_weights(Tile<T, LC>& tile, MicroTile<T>& pairs) {
   const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
   RowSums<T> sums = tile.row_sums[threadIdx.x];
-  T grad[kMicro], log2_prob[kMicro];
+  T grad[kMicro], log2_prob[kMicro], log2_rest[kMicro];
   int excluded_row[kMicro];
 #pragma unroll
   for (int b = 0; b < kMicro; ++b) {
     const int i = tx + kSide * b;
     grad[b] = tile.grad[i];
     log2_prob[b] = tile.log2_prob[i];
+    log2_rest[b] = tile.log2_rest[i];
     excluded_row[b] = tile.excluded_row[i];
   }
 #pragma unroll
@@ -77,7 +76,7 @@ __device__ void backward_weights(Tile<T, LC>& tile, MicroTile<T>& pairs) {
     for (int b = 0; b < kMicro; ++b) {
       const bool excluded = excluded_row[b] == kMicro * ty + a;
       const T x = excluded ? -T(INFINITY) : std::fma(-center.gain, pairs[a][b], center.offset);
-      const T weight = grad[b] * std::exp2(x - log2_prob[b]);
+      const T weight = grad[b] * std::exp2((x - log2_prob[b]) - log2_rest[b]);
       sum += weight;
       moment += weight == T(0) ? T(0) : weight * pairs[a][b];
       pairs[a][b] = weight;

@@ -42,8 +42,9 @@ struct Tile {
   int exclude[kTile];       // of the queries, counted from the block's first center, or -1; forward only
   int excluded_row[kTile];  // of the queries, the row of this tile that is left out, or -1; backward only
   T grad[kTile];            // of the queries; backward only
-  T log2_prob[kTile];       // of the queries, in the units of x; backward only
-  double log_constant[2];   // of a query that counts all centers, and of one that excludes one; backward only
+  T log2_prob[kTile];       // of the queries, in the units of x, and what its rounding left; backward only
+  T log2_rest[kTile];
+  double log_constant[2];  // of a query that counts all centers, and of one that excludes one; backward only
 };
 
 template <typename T, int LC>

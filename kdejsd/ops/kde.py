@@ -405,24 +405,9 @@ def _save(ctx: Any, inputs: Inputs, *results: Tensor) -> None:
     ctx.save_for_backward(query, centers, h, log_weights, exclude, *results)
 
 
-def _save_for_query(ctx: Any, inputs: Inputs, dquery: Tensor) -> None:
-    """Keeps what the query's gradient alone takes, `ctx.dquery`, and the inputs for a graph of that gradient.
-
-    To read saved tensors is an error once one of them has changed in place, as lagged codes do between a loss and its
-    gradient, so what the first derivative reads is not among them. Nobody else has dquery, so it cannot change; it is
-    freed with the graph.
-    """
-    _save(ctx, inputs)
-    ctx.dquery = dquery
-
-
 def _saved(ctx: Any) -> tuple[Inputs, list[Tensor]]:
     query, centers, h, log_weights, exclude, *results = ctx.saved_tensors
     return (query, centers, ctx.number if h is None else h, log_weights, exclude), results
-
-
-def _query_gradient(grad: Tensor, dquery: Tensor) -> Tensor:
-    return grad.to(dquery.dtype).unsqueeze(-1) * dquery
 
 
 def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
@@ -437,7 +422,7 @@ def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ..
 
     gradients: list[Tensor | None] = [None] * 5
     if need_query:
-        gradients[0] = _query_gradient(grad, dquery)
+        gradients[0] = grad.to(query.dtype).unsqueeze(-1) * dquery
     if need_bandwidth and not per_center:
         gradients[2] = shared((grad * dbandwidth).sum(-1, keepdim=True), bandwidth).to(query.dtype)
     if need_centers or need_weights or (need_bandwidth and per_center):
@@ -465,19 +450,14 @@ class _EagerKde(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         log_prob, dquery, dbandwidth = _launch_forward(*inputs, *_wanted(ctx, inputs[2]))  # type: ignore[call-arg]
-        if any(ctx.needs_input_grad[1:]):
-            _save(ctx, inputs, log_prob, dquery, dbandwidth)
-        else:
-            _save_for_query(ctx, inputs, dquery)
+        _save(ctx, inputs, log_prob, dquery, dbandwidth)
         return log_prob
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
             return _plain_gradients(grad, _saved(ctx)[0], ctx.needs_input_grad)
-        if any(ctx.needs_input_grad[1:]):
-            return _gradients(ctx, grad, _launch_backward)
-        return (_query_gradient(grad, ctx.dquery), None, None, None, None)
+        return _gradients(ctx, grad, _launch_backward)
 
 
 class _NormalTerms(torch.autograd.Function):
@@ -487,19 +467,21 @@ class _NormalTerms(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         inputs, (shape, variance, divergence, reduction) = arguments[:5], arguments[5:]
         terms, dquery, _ = _launch_forward(*inputs, True, False, False, _DIVERGENCES[divergence], variance)  # type: ignore[call-arg]
-        _save_for_query(ctx, inputs, dquery)
+        _save(ctx, inputs, dquery)
         ctx.settings = shape, variance, divergence, reduction
         return _reduced(_shaped(terms, shape), reduction)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, (dquery,) = _saved(ctx)
         shape, variance, divergence, reduction = ctx.settings
         if not torch.is_grad_enabled():
             if reduction == "none":
-                return (_query_gradient(grad.reshape(ctx.dquery.shape[:-1]), ctx.dquery), *[None] * 8)
-            factor = grad / float(math.prod(shape)) if reduction == "mean" else grad  # 0-dim: it widens no product
-            return (factor * ctx.dquery, *[None] * 8)
-        query, centers, bandwidth, log_weights, exclude = _saved(ctx)[0]
+                factor = grad.reshape(dquery.shape[:-1]).unsqueeze(-1).to(dquery.dtype)
+            else:
+                factor = grad / float(math.prod(shape)) if reduction == "mean" else grad  # 0-dim: it widens no product
+            return (factor * dquery, *[None] * 8)
+        query, centers, bandwidth, log_weights, exclude = inputs
         terms = reference.normal_divergence_terms(
             query,
             centers,

@@ -186,7 +186,7 @@ def test_tensor_cores_edges(host):
 
 
 @pytest.mark.parametrize("tf32", [False, True])
-@pytest.mark.parametrize("dim", [1, 8, 16, 130])
+@pytest.mark.parametrize("dim", [1, 16])
 def test_tensor_cores_lose_no_nan(dim, tf32, host):
     """A device writes NaN with all bits set, and rounding to TF32 makes -0 of that: the norms must carry it."""
     host.tf32 = tf32
@@ -234,9 +234,9 @@ def test_tensor_cores_need_shared_memory(host):
 # The frame of reference
 
 
-@pytest.mark.parametrize("dim", [1, 3, 20])
-@pytest.mark.parametrize("place", [0, 66, 100, 133, 199])
-@pytest.mark.parametrize("other", [0.0, -100.0, 1e4, 1e20])
+@pytest.mark.parametrize("dim", [1, 20])
+@pytest.mark.parametrize("place", [0, 61, 199])
+@pytest.mark.parametrize("other", [0.0, -100.0, 1e20])
 def test_a_center_apart_takes_no_digits_from_the_others(other, place, dim, host):
     """Centers near 100, whose gradients at so small a bandwidth are lost unless points are taken relative to them."""
     query, centers = (100 + 0.003 * test_kde.points(n, dim, dtype=torch.float32, seed=n) for n in (40, 200))

@@ -99,12 +99,13 @@ __device__ void write_dcenter_scalars(const Item<T>& item, int64_t j, int64_t at
   dbandwidth[at] = (moment / (scaled * scaled) - static_cast<T>(item.l) * sum) / h;
 }
 
-// dcenters[j] = sum w (query - center) / h^2
+// dcenters[j] = sum w (query - center) / h^2 for a thread's rows, the first of which is `first`.
 template <typename T, int LC, int kSlabs>
-__device__ void write_dcenter(const Item<T>& item, int64_t j, int first_chunk, int chunks, int a, T sum,
-                              const T (&queries)[kSlabs][kMicro][LC], T* dcenter /* [l] */) {
-  const T h = bandwidth_of(item, j);
-  const T inverse = T(1) / (item.scale * h);
+__device__ void write_dcenters(const Item<T>& item, int64_t first, int first_chunk, int chunks, const T (&sums)[kMicro],
+                               const T (&queries)[kSlabs][kMicro][LC], T* dcenters /* [m, l] */) {
+  T h[kMicro];
+#pragma unroll
+  for (int a = 0; a < kMicro; ++a) h[a] = first + a < item.m ? bandwidth_of(item, first + a) : T(1);
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
     if (slab >= chunks) break;
@@ -112,8 +113,14 @@ __device__ void write_dcenter(const Item<T>& item, int64_t j, int first_chunk, i
     for (int c = 0; c < LC; ++c) {
       const int64_t k = static_cast<int64_t>(first_chunk + slab) * Tile<T, LC>::kChunk + LC * (threadIdx.x % kSide) + c;
       if (k >= item.l) continue;
-      const T center = (item.centers[j * item.l + k] - shift_of(item, k)) * item.scale;
-      dcenter[k] = (queries[slab][a][c] - center * sum) * inverse / h;
+      const T shift = shift_of<1>(item, k);
+#pragma unroll
+      for (int a = 0; a < kMicro; ++a) {
+        const int64_t at = (first + a) * item.l + k;
+        if (first + a >= item.m) break;
+        const T center = (item.centers[at] - shift) * item.scale;
+        dcenters[at] = (queries[slab][a][c] - center * sums[a]) * (T(1) / (item.scale * h[a])) / h[a];
+      }
     }
   }
 }
@@ -160,19 +167,19 @@ __global__ void __launch_bounds__(kTileThreads, kSlabs == 1 && sizeof(T) == 4 ? 
   }
 
   const BackwardOutputs<T> to = BackwardOutputs<T>(args).of_split(split * plan.elements);
+  const int64_t first_row = first_center + kMicro * (threadIdx.x / kSide);
+  T sums[kMicro];
 #pragma unroll
   for (int a = 0; a < kMicro; ++a) {
-    const T sum = sum_over<kSide>(tile.row_sums[threadIdx.x].sum[a]);
+    sums[a] = sum_over<kSide>(tile.row_sums[threadIdx.x].sum[a]);
     const T moment = sum_over<kSide>(tile.row_sums[threadIdx.x].moment[a]);
-    const int64_t j = first_center + kMicro * (threadIdx.x / kSide) + a;
-    const int64_t at = batch * item.m + j;
-    if (j >= item.m) continue;
-    if (group == 0 && threadIdx.x % kSide == 0) {
-      write_dcenter_scalars(item, j, at, sum, moment, to.dlog_weights, to.dbandwidth);
-    }
-    if (to.dcenters == nullptr) continue;
-    write_dcenter<T, LC, kSlabs>(item, j, group * plan.chunks, plan.chunks, a, sum, queries, to.dcenters + at * item.l);
+    const int64_t j = first_row + a;
+    if (group != 0 || threadIdx.x % kSide != 0 || j >= item.m) continue;
+    write_dcenter_scalars(item, j, batch * item.m + j, sums[a], moment, to.dlog_weights, to.dbandwidth);
   }
+  if (to.dcenters == nullptr) return;
+  write_dcenters<T, LC, kSlabs>(item, first_row, group * plan.chunks, plan.chunks, sums, queries,
+                                to.dcenters + batch * item.m * item.l);
 }
 
 // Adds up what the splits have left, in their order: [splits, elements] to the arrays of a KdeBackward.

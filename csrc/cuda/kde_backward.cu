@@ -128,16 +128,8 @@ __device__ void write_dcenters(const Item<T>& item, int64_t first, int first_chu
 template <typename T, int LC, int kSlabs>
 __global__ void __launch_bounds__(kTileThreads, kSlabs == 1 && sizeof(T) == 4 ? 2 : 1)
     kde_backward_kernel(const KdeBackward args, const T* middle, const BackwardPlan plan) {
-  int64_t block = blockIdx.x;
-  const int64_t center_tile = block % plan.center_tiles;
-  block /= plan.center_tiles;
-  const int group = static_cast<int>(block % plan.groups);
-  block /= plan.groups;
-  const int64_t split = block % plan.splits;
-  const int64_t batch = block / plan.splits;
-  const int64_t first_tile = split * plan.tiles_per_split;
-  const int64_t end_tile =
-      first_tile + plan.tiles_per_split < plan.query_tiles ? first_tile + plan.tiles_per_split : plan.query_tiles;
+  const auto [center_tile, group, split, batch, first_tile, end_tile] =
+      block_share(plan, plan.center_tiles, plan.query_tiles);
   const Item<T> item = batch_item(args.mixture, middle, batch);
   Tile<T, LC>& tile = shared_tile<T, LC>();
   const int64_t first_center = center_tile * kTile;

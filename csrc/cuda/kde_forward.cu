@@ -63,17 +63,8 @@ __device__ void write_row_sums(const RowSums<T>& sums, const Partials<T>& partia
 template <typename T, int LC, int kSlabs>
 __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
     kde_forward_kernel(const KdeMixture mixture, const T* middle, const ForwardPlan plan, const Partials<T> partials) {
-  // Neighbouring blocks read the same centers at the same time.
-  int64_t block = blockIdx.x;
-  const int64_t query_tile = block % plan.query_tiles;
-  block /= plan.query_tiles;
-  const int group = static_cast<int>(block % plan.groups);
-  block /= plan.groups;
-  const int64_t split = block % plan.splits;
-  const int64_t batch = block / plan.splits;
-  const int64_t first_tile = split * plan.tiles_per_split;
-  const int64_t end_tile =
-      first_tile + plan.tiles_per_split < plan.center_tiles ? first_tile + plan.tiles_per_split : plan.center_tiles;
+  const auto [query_tile, group, split, batch, first_tile, end_tile] =
+      block_share(plan, plan.query_tiles, plan.center_tiles);
   const Item<T> item = batch_item(mixture, middle, batch);
   Tile<T, LC>& tile = shared_tile<T, LC>();
   const int64_t first_query = query_tile * kTile;

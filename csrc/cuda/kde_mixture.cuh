@@ -128,6 +128,33 @@ __device__ inline int among(int64_t index, int64_t first, int64_t end) {
 }
 
 // ----------------------------------------------------------------------------------------------------------------
+// A block's share of a pass
+
+struct BlockShare {
+  int64_t row_tile;
+  int group;  // of chunks, as the plan has them
+  int64_t split, batch;
+  int64_t first_tile, end_tile;  // of the columns
+};
+
+// Neighbouring blocks have the same columns, and read them at the same time.
+template <typename Plan>
+__device__ BlockShare block_share(const Plan& plan, int64_t row_tiles, int64_t column_tiles) {
+  BlockShare share;
+  int64_t block = blockIdx.x;
+  share.row_tile = block % row_tiles;
+  block /= row_tiles;
+  share.group = static_cast<int>(block % plan.groups);
+  block /= plan.groups;
+  share.split = block % plan.splits;
+  share.batch = block / plan.splits;
+  share.first_tile = share.split * plan.tiles_per_split;
+  const int64_t end = share.first_tile + plan.tiles_per_split;
+  share.end_tile = end < column_tiles ? end : column_tiles;
+  return share;
+}
+
+// ----------------------------------------------------------------------------------------------------------------
 // What a forward pass leaves
 
 // What a split of the centers leaves per query; sums are relative to 2^exponent_base(max).

@@ -402,13 +402,9 @@ __global__ void __launch_bounds__(kMostThreads, many_warps(kMostSteps, kM) ? 2 :
   constexpr int kCenters = tensor_centers(kMostSteps), kN = kCenters / kTileN;
   const TensorShape shape = {kMostSteps, kM, static_cast<int>(blockDim.x) / kWarp};
   const int rows = shape.queries();
-  // Neighbouring blocks read the same centers at the same time.
-  const int64_t query_tile = blockIdx.x % plan.query_tiles, rest = blockIdx.x / plan.query_tiles;
-  const int64_t split = rest % plan.splits, batch = rest / plan.splits;
+  const auto [query_tile, group, split, batch, first_tile, end_tile] =
+      block_share(plan, plan.query_tiles, plan.center_tiles);
   const int64_t first_query = query_tile * rows;
-  const int64_t first_tile = split * plan.tiles_per_split;
-  const int64_t end_tile =
-      first_tile + plan.tiles_per_split < plan.center_tiles ? first_tile + plan.tiles_per_split : plan.center_tiles;
 
   const Item<float> item = batch_item(mixture, middle, batch);
   const Shared shared = {tensor_tile(shape, kSplit, mixture.l)};

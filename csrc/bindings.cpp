@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "kernels.h"
+#include "machine.h"
 
 namespace py = pybind11;
 

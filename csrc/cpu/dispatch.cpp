@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include "kernels.h"
+#include "machine.h"
 
 namespace kdejsd::cpu {
 

@@ -80,36 +80,38 @@ struct Tree {
     build_node(0, 0, leaves);
   }
 
-  // Boxes hold the finite coordinates: samples with others are at no finite distance from anything.
-  void build_node(int64_t node, int64_t begin, int64_t end) {
-    T* low = boxes + node * 2 * d;
-    T* high = low + d;
-    if (end - begin == 1) {
-      for (int64_t k = 0; k < d; k++) {
-        low[k] = std::numeric_limits<T>::infinity();
-        high[k] = -std::numeric_limits<T>::infinity();
-      }
-      const int64_t last = smaller(end * kLeaf, n);
-      pure[node] = classes[begin * kLeaf];
-      for (int64_t i = begin * kLeaf; i < last; i++) {
-        if (classes[i] != pure[node]) pure[node] = kMixed;
-        for (int64_t k = 0; k < d; k++) {
-          const T x = rows[i * d + k];
-          if (!std::isfinite(x)) continue;
-          low[k] = x < low[k] ? x : low[k];
-          high[k] = x > high[k] ? x : high[k];
-        }
-      }
-      return;
-    }
+  // Not inlined: the compiler would unroll the recursion, loops and all, and take longer over it than over the search.
+  [[gnu::noinline]] void build_node(int64_t node, int64_t begin, int64_t end) {
+    if (end - begin == 1) return build_leaf(node, begin);
     const int64_t left_leaves = (end - begin) / 2, left = node + 1, right = node + 2 * left_leaves;
     build_node(left, begin, begin + left_leaves);
     build_node(right, begin + left_leaves, end);
     pure[node] = pure[left] == pure[right] ? pure[left] : kMixed;
+    T *low = boxes + node * 2 * d, *high = low + d;
     const T *a = boxes + left * 2 * d, *b = boxes + right * 2 * d;
     for (int64_t k = 0; k < d; k++) {
       low[k] = a[k] < b[k] ? a[k] : b[k];
       high[k] = a[d + k] > b[d + k] ? a[d + k] : b[d + k];
+    }
+  }
+
+  // Boxes hold the finite coordinates: samples with others are at no finite distance from anything.
+  void build_leaf(int64_t node, int64_t leaf) {
+    T *low = boxes + node * 2 * d, *high = low + d;
+    for (int64_t k = 0; k < d; k++) {
+      low[k] = std::numeric_limits<T>::infinity();
+      high[k] = -std::numeric_limits<T>::infinity();
+    }
+    const int64_t first = leaf * kLeaf, last = smaller(first + kLeaf, n);
+    pure[node] = classes[first];
+    for (int64_t i = first; i < last; i++) {
+      if (classes[i] != pure[node]) pure[node] = kMixed;
+      for (int64_t k = 0; k < d; k++) {
+        const T x = rows[i * d + k];
+        if (!std::isfinite(x)) continue;
+        low[k] = x < low[k] ? x : low[k];
+        high[k] = x > high[k] ? x : high[k];
+      }
     }
   }
 };
@@ -131,6 +133,7 @@ struct Group {
   void start(int64_t first) {
     const int64_t d = tree.d, last = smaller(first + kQueries, tree.n) - 1;
     T* coordinates = reinterpret_cast<T*>(lanes);
+    Index<T>* own_class = reinterpret_cast<Index<T>*>(query_class);
     pure = tree.classes[first];
     for (int64_t k = 0; k < d; k++) {
       box[k] = std::numeric_limits<T>::infinity();
@@ -138,7 +141,7 @@ struct Group {
     }
     for (int lane = 0; lane < kQueries; lane++) {
       const int64_t i = smaller(first + lane, last);
-      query_class[lane / kLanes<T>][lane % kLanes<T>] = tree.classes[i];
+      own_class[lane] = tree.classes[i];
       if (tree.classes[i] != pure) pure = kMixed;
       for (int64_t k = 0; k < d; k++) {
         const T x = tree.rows[i * d + k];
@@ -230,10 +233,8 @@ struct Group {
     }
     if (!found) return;
     furthest = 0;
-    for (int lane = 0; lane < kQueries; lane++) {
-      const T x = best[lane / kLanes<T>][lane % kLanes<T>];
-      furthest = x > furthest ? x : furthest;
-    }
+    const T* nearest = reinterpret_cast<const T*>(best);
+    for (int lane = 0; lane < kQueries; lane++) furthest = nearest[lane] > furthest ? nearest[lane] : furthest;
   }
 
   void search() {
@@ -266,9 +267,10 @@ struct Group {
   }
 
   void write(int64_t first, int64_t* index) const {
+    const T* distance = reinterpret_cast<const T*>(best);
+    const Index<T>* at = reinterpret_cast<const Index<T>*>(best_index);
     for (int lane = 0; lane < kQueries && first + lane < tree.n; lane++) {
-      const bool found = best[lane / kLanes<T>][lane % kLanes<T>] < std::numeric_limits<T>::infinity();
-      index[tree.indices[first + lane]] = found ? best_index[lane / kLanes<T>][lane % kLanes<T>] : -1;
+      index[tree.indices[first + lane]] = distance[lane] < std::numeric_limits<T>::infinity() ? at[lane] : -1;
     }
   }
 };

@@ -14,6 +14,7 @@
 #include "math/omega.h"
 
 #include <cmath>
+#include <initializer_list>
 #include <new>
 
 #include "cpu/parallel.h"

@@ -1,7 +1,7 @@
 // What this build holds and what this machine has.
 #include <cuda_runtime.h>
 
-#include "kernels.h"
+#include "machine.h"
 
 namespace kdejsd {
 namespace cuda {

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cuda/kde_passes.h"
+#include "machine.h"
 
 namespace kdejsd {
 namespace cuda {

@@ -8,12 +8,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <map>
-#include <mutex>
-#include <set>
-#include <stdexcept>
-#include <string>
-#include <tuple>
 #include <utility>
 
 #include "math/integer.h"
@@ -21,10 +15,14 @@
 namespace kdejsd {
 namespace cuda {
 
+// launch.cu: what needs more of the standard library than each unit shall be compiled with.
+void check_failed(cudaError_t error, const char* what, const char* name);
+void check_blocks(int64_t blocks, const char* kernel);
+void allow_shared_memory(const void* kernel, int device);
+int resident_blocks(const void* kernel, int threads, int shared_bytes, int device);
+
 inline void check(cudaError_t error, const char* what, const char* name = "") {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + name + ": " + cudaGetErrorName(error) + ": " +
-                           cudaGetErrorString(error));
+  if (error != cudaSuccess) check_failed(error, what, name);
 }
 
 inline int attribute(cudaDeviceAttr which, int device) {
@@ -44,35 +42,10 @@ inline int current_device() {
   return device;
 }
 
-// More dynamic shared memory than the 48 KiB that are granted without asking must be allowed. It is allowed once for
-// each kernel and device, and then as much as the device has: what one call needs could be lowered by another thread's
-// before it is launched.
-template <typename... Parameters>
-void allow_shared_memory(void (*kernel)(Parameters...), int device) {
-  static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const std::pair<const void*, int> key(reinterpret_cast<const void*>(kernel), device);
-  if (allowed.count(key) > 0) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_bytes(device)),
-        "cudaFuncSetAttribute");
-  allowed.insert(key);
-}
-
 // How many blocks of a kernel a multiprocessor of the device holds at a time.
 template <typename... Parameters>
 int resident_blocks(void (*kernel)(Parameters...), int threads, int shared_bytes, int device) {
-  static std::mutex mutex;
-  static std::map<std::tuple<const void*, int, int, int>, int> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto key = std::make_tuple(reinterpret_cast<const void*>(kernel), threads, shared_bytes, device);
-  const auto found = known.find(key);
-  if (found != known.end()) return found->second;
-  allow_shared_memory(kernel, device);
-  int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared_bytes)),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return known[key] = blocks;
+  return resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared_bytes, device);
 }
 
 // Queues a kernel. All grids here are flat: x alone may pass 65535, up to 2^31 - 1 blocks. Errors of the kernel's
@@ -80,11 +53,8 @@ int resident_blocks(void (*kernel)(Parameters...), int threads, int shared_bytes
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int shared_bytes,
             cudaStream_t stream, Arguments&&... arguments) {
-  if (blocks > INT32_MAX) {
-    throw std::runtime_error(std::string("launch of ") + name + ": " + std::to_string(blocks) +
-                             " blocks are more than a grid holds");
-  }
-  if (shared_bytes > 48 * 1024) allow_shared_memory(kernel, current_device());
+  check_blocks(blocks, name);
+  if (shared_bytes > 48 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel), current_device());
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned int>(blocks));
   config.blockDim = dim3(static_cast<unsigned int>(threads));

@@ -8,6 +8,7 @@
 
 #include "cuda/kde_plan.h"
 #include "kernels.h"
+#include "machine.h"
 
 namespace {
 

@@ -69,11 +69,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   ++host::device.allowances;
   if (bytes <= host::device.shared_bytes) {
-    host::allowed_bytes[reinterpret_cast<const void*>(kernel)] = bytes;
+    host::allowed_bytes[kernel] = bytes;
     return cudaSuccess;
   }
   host::device.error = "more shared memory than a block may have";
@@ -81,8 +80,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
 }
 
 // As if every thread had 255 registers: what kernels really have, nvcc alone knows.
-template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads, size_t bytes) {
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t bytes) {
   const int by_registers = 65536 / (256 * threads), by_memory = static_cast<int>(228 * 1024 / (bytes + 1024));
   *blocks = by_registers < by_memory ? by_registers : by_memory;
   return cudaSuccess;

@@ -631,24 +631,119 @@ def test_a_number_passes_the_checks_of_values(dtype, monkeypatch):
 # The machine: instruction sets, threads, memory
 
 
-@pytest.mark.parametrize("level", native().built_levels().split(","))
+@pytest.fixture(params=native().built_levels().split(","))
+def level(request):
+    before = native().level()
+    if not native().set_level(request.param):
+        pytest.skip(f"this processor does not run {request.param}")
+    yield request.param
+    native().set_level(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(level, dtype):
-    before = native().level()
-    if not native().set_level(level):
-        pytest.skip(f"this processor does not run {level}")
+    for kind in KDES:
+        call = arguments(kind, 77, 130, 5, dtype, "cpu")
+        truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
+        for got, expected in zip(value_and_gradients(kdejsd.kde_log_prob, call), truth, strict=True):
+            assert worst(got, expected) < (5e-6 if dtype == torch.float32 else 1e-13)
+    query = points(3, 2, dtype=dtype)
+    query[0, 0], query[1, 0] = math.nan, math.inf
+    value = kdejsd.kde_log_prob(query, points(100, 2, dtype=dtype), 0.5)
+    assert value[0].isnan() and value[1].isneginf() and value[2].isfinite()
+
+
+def assert_at_most_twice_the_error_of_plain_pytorch(call: dict) -> None:
+    """The value and each gradient of a float32 call, against float64."""
+    wide = {
+        k: v.detach().double().requires_grad_(v.requires_grad)
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+        else v
+        for k, v in call.items()
+    }
+    truth = value_and_gradients(reference.kde_log_prob, wide)
+    plain = value_and_gradients(reference.kde_log_prob, call)
+    for got, yardstick, expected in zip(value_and_gradients(kdejsd.kde_log_prob, call), plain, truth, strict=True):
+        assert worst(got, expected) <= 2 * worst(yardstick, expected) + 1.2e-6
+
+
+@pytest.mark.parametrize("for_centers", [False, True])
+@pytest.mark.parametrize("narrow", [1.0, 0.3])
+@pytest.mark.parametrize("dim", [1, 2, 8, 15, 16, 24, 40, 64, 100, 256])
+def test_error_by_dimension(dim, narrow, for_centers, level):
+    """Distances from products, from differences, and sums of many dimensions; excluded centers and weights too."""
+    call = arguments("excluded, weights", 70, 500, dim, torch.float32, "cpu")
+    for name in ("centers", "log_weights"):
+        call[name] = call[name].detach().requires_grad_(for_centers)
+    call["bandwidth"] = narrow * min(0.95, 0.13 * dim**0.5)
+    assert_at_most_twice_the_error_of_plain_pytorch(call)
+
+
+def places(kind: str, n: int, m: int, dim: int, h: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and centers of which some are far from the others."""
+    query, centers = points(n, dim, dtype=torch.float32, seed=1), points(m, dim, dtype=torch.float32, seed=2)
+    if kind == "two clusters":
+        query, centers = 0.1 * query, 0.1 * centers
+        query[::2] += 1000
+        centers[::2] += 1000
+        query[: n // 4] = centers[: n // 4] + h * points(n // 4, dim, dtype=torch.float32, seed=3)
+    elif kind == "offset":
+        query, centers = query + 100, centers + 100
+    else:
+        centers[7] = float(kind)
+    return query, centers
+
+
+FAR = ["two clusters", "offset", "1e3", "-1e5", "1e6", "1e10", "1e20"]
+
+
+@pytest.mark.parametrize("for_centers", [False, True])
+@pytest.mark.parametrize("kind", FAR)
+@pytest.mark.parametrize(("dim", "h"), [(1, 0.1), (2, 0.27), (17, 0.5), (40, 0.75)])
+def test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, level):
+    query, centers = places(kind, 80, 96, dim, h)
+    call = {"query": query.requires_grad_(), "centers": centers.requires_grad_(for_centers), "bandwidth": h}
+    assert_at_most_twice_the_error_of_plain_pytorch(call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_below_the_smallest_normal_number_are_0(dtype, level):
+    """A product with one takes many processors a hundred cycles and more."""
+    least = -math.log2(torch.finfo(dtype).smallest_normal)
+    exponents = torch.linspace(least - 60, least + 60, 500, dtype=torch.float64)  # base 2
+    exponents[0] = 0
+    centers = (2 * math.log(2) * exponents).sqrt().to(dtype)[:, None]
+    log_weights = torch.full((500,), -math.log(500), dtype=dtype, requires_grad=True)
+    value = kdejsd.kde_log_prob(torch.zeros(1, 1, dtype=dtype), centers, 1.0, log_weights=log_weights)
+    (weights,) = torch.autograd.grad(value.sum(), log_weights)
+    tiny = weights < torch.finfo(dtype).smallest_normal
+    assert (weights[tiny] == 0).all() and 200 < tiny.sum() < 300
+    # Relative to the upstream gradient: a small one loses none of them.
+    value = kdejsd.kde_log_prob(torch.zeros(1, 1, dtype=dtype), centers, 1.0, log_weights=log_weights)
+    (small,) = torch.autograd.grad(1e-30 * value.sum(), log_weights)
+    torch.testing.assert_close(small[:1], 1e-30 * weights[:1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_the_setting_for_subnormal_numbers_is_the_callers(flush, level):
+    """On all threads: each writes gradients below the smallest normal number, which its kernel flushed to 0."""
+    if not torch.set_flush_denormal(flush):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
-        for kind in KDES:
-            call = arguments(kind, 77, 130, 5, dtype, "cpu")
-            truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
-            for got, expected in zip(value_and_gradients(kdejsd.kde_log_prob, call), truth, strict=True):
-                assert worst(got, expected) < (5e-6 if dtype == torch.float32 else 1e-13)
-        query = points(3, 2, dtype=dtype)
-        query[0, 0], query[1, 0] = math.nan, math.inf
-        value = kdejsd.kde_log_prob(query, points(100, 2, dtype=dtype), 0.5)
-        assert value[0].isnan() and value[1].isneginf() and value[2].isfinite()
+        codes = (1e-3 * points(3000, 2, dtype=torch.float32)).requires_grad_()
+        centers = 1e-3 * points(400, 2, dtype=torch.float32, seed=1)
+        for _ in range(2):
+            # p_e / p_t is e^90 near the origin: the gradient has the factor e^-90.
+            h = math.exp(-45)
+            loss = kdejsd.jsd_loss(codes * h, centers * h, h, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss * 1e-19, codes)
+            assert torch.tensor([1e-39]).mul(0.5).item() == (0 if flush else pytest.approx(5e-40, rel=1e-5))
     finally:
-        native().set_level(before)
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(False)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(3, 20000, 4), (20000, 3, 4), (700, 900, 8), (5000, 64, 2)], ids=str)

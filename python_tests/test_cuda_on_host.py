@@ -248,6 +248,17 @@ def test_a_center_apart_takes_no_digits_from_the_others(other, place, dim, host)
         assert error <= 2 * plain + 1.2e-6
 
 
+# Points are moved by a point amid the centers before they are subtracted, which rounds those of the other cluster.
+TWO_CLUSTERS = pytest.param("two clusters", marks=pytest.mark.xfail(strict=True, reason="rounded before subtraction"))
+
+
+@pytest.mark.parametrize("for_centers", [False, True])
+@pytest.mark.parametrize("kind", [TWO_CLUSTERS, *test_kde.FAR[1:]])
+@pytest.mark.parametrize(("dim", "h"), [(2, 0.27), (17, 0.5)])
+def test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, host):
+    test_kde.test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, None)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Plans and launches
 

@@ -18,11 +18,11 @@ enum class KdeValue {
   kLogRatio,       // e - t
 };
 
-// How CUDA tensor cores may be used for float32; the CPU does not ask.
+// How products may be used for float32: by CUDA's tensor cores, by a CPU's matrix instructions or its vectors.
 enum class KdeProducts {
   kNone,   // not: distances from differences alone, rounded as kde_backward rounds them
-  kSplit,  // numbers split in two, with an error like float32's
-  kTf32,   // numbers rounded to TF32
+  kSplit,  // with an error like float32's: tensor cores and matrices multiply numbers in parts
+  kTf32,   // numbers rounded to TF32 on CUDA, and to two bfloat16 parts by a CPU's matrix instructions
 };
 
 // The mixture itself. Bandwidths that are not positive and finite count as NaN, and so do all of them where one is more

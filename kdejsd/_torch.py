@@ -38,10 +38,12 @@ def cuda_stream(device: int) -> int:
     return handle
 
 
-def tf32_allowed() -> bool:
-    """Whether float32 products on CUDA may be taken in TF32: `torch.set_float32_matmul_precision` and its kin."""
+def reduced_precision_allowed(device_type: str) -> bool:
+    """Whether float32 products may be taken in TF32, or as sums of two bfloat16 numbers, on a CUDA device or the CPU:
+    `torch.set_float32_matmul_precision` and its kin."""
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
     # From torch 2.9 on the one question that has an answer however the precision was set.
-    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
     if precision is None:
         return torch.get_float32_matmul_precision() != "highest"
-    return bool(precision == "tf32")
+    return precision in ("tf32", "bf16")

@@ -706,6 +706,54 @@ def test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_cent
     assert_at_most_twice_the_error_of_plain_pytorch(call)
 
 
+@pytest.fixture(params=["highest", "high"])
+def float32_precision(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dim", [24, 31, 32, 57, 64, 256])
+@pytest.mark.parametrize("kind", ["scalar tensor", "per center, weights", "excluded, weights"])
+def test_reduced_precision(kind, dim, float32_precision, level):
+    """Products of two bfloat16 parts where torch allows them and the processor has them; nothing else changes."""
+    call = arguments(kind, 70, 500, dim, torch.float32, "cpu")
+    call = {
+        k: v.detach() if isinstance(v, torch.Tensor) and k in ("centers", "log_weights") else v for k, v in call.items()
+    }
+    if kind != "scalar tensor" and isinstance(call["bandwidth"], torch.Tensor):
+        call["bandwidth"] = call["bandwidth"].detach()
+    if float32_precision == "highest" or level != "amx":
+        return assert_at_most_twice_the_error_of_plain_pytorch(call)
+    found = value_and_gradients(kdejsd.kde_log_prob, call)
+    truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
+    assert worst(found[0], truth[0]) < 3e-5 and worst(found[1], truth[1]) < 3e-4
+    torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(value_and_gradients(kdejsd.kde_log_prob, call)[1], found[1])
+
+
+@pytest.mark.parametrize("dim", [16, 24, 64, 256])
+def test_products_keep_the_bound_on_an_exponent(dim, float32_precision, level):
+    """2^-21 of its parts, or 2^-17, shortly before pairs are taken from differences; beyond, what differences have."""
+    reduced = float32_precision == "high" and level == "amx" and dim >= 24
+    bound, limit = (2**-17, min(12 * dim, 512)) if reduced else (2**-21, 12 * dim)
+    for share in (0.8, 1.4):
+        radius = math.sqrt(share * limit / (dim * math.log2(math.e)))
+        query, center = (radius * points(n, dim, dtype=torch.float32, seed=n) for n in (70, 1))
+        query *= (radius * dim**0.5 / query.norm(dim=1)).unsqueeze(1)
+        center *= radius * dim**0.5 / center.norm()
+        centers = torch.cat([center, -center])  # about the origin, so there is no shift; the second has no weight
+        log_weights = torch.tensor([0.0, -math.inf])
+        value = kdejsd.ops.kde._launch_forward(query, centers, torch.ones(1), log_weights, None)[0]
+        wide = query.double(), center.double()
+        exact = -0.5 * ((wide[0] - wide[1]).square().sum(-1) + dim * math.log(2 * math.pi))
+        parts = 0.5 * (wide[0].square().sum(-1) + wide[1].square().sum())
+        error = ((value - exact).abs() / parts).max()
+        assert error < (bound if share < 1 else 2**-21)
+        assert not reduced or share > 1 or error > 2**-21
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_below_the_smallest_normal_number_are_0(dtype, level):
     """A product with one takes many processors a hundred cycles and more."""

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 #include <new>
+#include <optional>
 
 #include "cpu/kde_tile.h"
 #include "cpu/parallel.h"
@@ -282,6 +283,7 @@ struct ForwardBlock {
   int64_t tile_first, first_lane, first_vector;
   int count;
   bool first_tile, want_sums, may_use_products;
+  int num_parts;
   Lanes<T> lanes;
   const State<T>& state;
 
@@ -291,7 +293,7 @@ struct ForwardBlock {
     Vec<T>*reference = state.reference + first_vector, *weight = state.weight + first_vector;
     Vec<T>*moment = state.moment + first_vector, mass[QV];
     const double norms = tile.largest_norm + lanes.largest_norm, parts = tile.largest_slope * norms;
-    const bool use_products = may_use_products && parts <= most_parts_of_products(item.l);
+    const bool use_products = may_use_products && parts <= most_parts_of_products(item.l, num_parts);
     distances<QV>(use_products);
     // The first tile finds the references; it is rare that one has to be raised after it.
     if (first_tile) raise_references<T, QV>(tile, count, 0, reference, weight, moment, sums);
@@ -301,6 +303,14 @@ struct ForwardBlock {
       forward_weights<T, QV, M>(tile, count, reference, weight, moment, mass);
     }
     if (!want_sums) return;
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == 4) {
+      if (use_products && num_parts == 2)
+        return add_weighted_rows_by_matrices<2, QV>(tile, count, item.l, lanes, mass, sums);
+      if (use_products && num_parts == 3)
+        return add_weighted_rows_by_matrices<3, QV>(tile, count, item.l, lanes, mass, sums);
+    }
+#endif
     WeightedRows<T, QV> rows{tile, tile.all, count, item.l, lanes, mass, sums};
     int kept[kTile];
     if (item.l >= kSkipDims) {
@@ -314,7 +324,7 @@ struct ForwardBlock {
   template <int QV>
   void distances(bool use_products) const {
     if (use_products) {
-      distances_from_products<T, QV>(tile, count, item.l, lanes);
+      distances_from_products<T, QV>(tile, count, item.l, lanes, num_parts);
     } else {
       distances_from_differences<T, QV>(tile, count, item.l, lanes);
     }
@@ -328,6 +338,7 @@ struct Forward {
   Item<T> item;
   Frame<T> frame;
   Plan plan;
+  int num_parts;       // of the products
   double* value;       // [n]
   T* dquery;           // [n, l] or null
   double* dbandwidth;  // [n] or null
@@ -338,10 +349,14 @@ struct Forward {
     const int64_t begin = plan.chunk_begin(chunk), vectors = plan.chunk_begin(chunk + 1) - begin;
     const bool same_terms = !item.per_center && !item.log_weights;  // then they are written once
     const bool may_use_products = item.l >= kProductDims && args.products != kdejsd::KdeProducts::kNone;
+#if defined(__AMX_BF16__)
+    std::optional<MatrixRegisters> registers;
+    if (num_parts > 0) registers.emplace();
+#endif
     for (int64_t t = plan.tile_begin(split); t < plan.tile_begin(split + 1); t++) {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(smaller(kTile, item.m - first));
-      tile.pack(item.centers, first, count, frame, may_use_products);
+      tile.pack(item.centers, first, count, frame, may_use_products, num_parts);
       if (t == plan.tile_begin(split) || !same_terms) {
         tile.largest_slope = 0;
         for (int j = 0; j < (same_terms ? kTile : count); j++) {
@@ -356,7 +371,7 @@ struct Forward {
       for_blocks(vectors, [&](int width, int64_t vector) {
         with_width(width, ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
                                              t == plan.tile_begin(split), dquery != nullptr, may_use_products,
-                                             lanes.block(vector, item.l), state});
+                                             num_parts, lanes.block(vector, item.l), state});
       });
     }
   }
@@ -375,7 +390,7 @@ struct Forward {
   void pack(int64_t chunk, const ChunkLanes<T>& lanes) const {
     const int64_t begin = plan.chunk_begin(chunk);
     for_blocks(plan.chunk_begin(chunk + 1) - begin, [&](int width, int64_t vector) {
-      lanes.pack(item.query, (begin + vector) * kLanes<T>, item.n, frame, width, vector);
+      lanes.pack(item.query, (begin + vector) * kLanes<T>, item.n, frame, width, vector, num_parts);
     });
   }
 
@@ -441,7 +456,14 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
   char* tiles = arena.take<char>(plan.threads * tile_bytes);
 
   const bool is_moved = Frame<T>::find_shift(item.centers, mix.m, mix.l, shift);
-  Forward<T> pass{args, item, {mix.l, item.scale, shift, is_moved}, plan, args.value + b * mix.n, nullptr, nullptr};
+  Forward<T> pass{args,
+                  item,
+                  {mix.l, item.scale, shift, is_moved},
+                  plan,
+                  num_parts<T>(mix.l, args.products),
+                  args.value + b * mix.n,
+                  nullptr,
+                  nullptr};
   if (args.dquery) pass.dquery = static_cast<T*>(args.dquery) + b * mix.n * mix.l;
   if (args.dbandwidth) pass.dbandwidth = args.dbandwidth + b * mix.n;
   State<T>* splits = arena.take<State<T>>(plan.threads);
@@ -567,12 +589,12 @@ struct Backward {
       largest_slope = item.slope(j) > largest_slope ? item.slope(j) : largest_slope;
     }
     for_blocks(vectors, [&](int width, int64_t vector) {
-      lanes.pack(item.centers, (begin + vector) * kLanes<T>, item.m, frame, width, vector);
+      lanes.pack(item.centers, (begin + vector) * kLanes<T>, item.m, frame, width, vector, 0);
     });
     for (int64_t t = 0; t < plan.tiles; t++) {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(smaller(kTile, item.n - first));
-      tile.pack(item.query, first, count, frame, false);
+      tile.pack(item.query, first, count, frame, false, 0);
       for (int j = 0; j < count; j++) {
         const int64_t i = first + j;
         // What rounding takes from the exponent is given back to the factor.

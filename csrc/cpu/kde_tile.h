@@ -18,12 +18,19 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/kde_amx.h"
 #include "cpu/simd.h"
 #include "cpu/tiles.h"
+#include "kernels.h"
 
 namespace {
 
+#if defined(__AMX_BF16__)
+constexpr int kTile = 16 * kRows;  // tile points: whole matrix registers of them in both directions
+static_assert(kTile % (2 * kSide) == 0 && kTile % kInner == 0, "see kde_amx.h");
+#else
 constexpr int kTile = 8 * kRows;  // tile points; pairs and tile stay in the first-level cache for small l
+#endif
 constexpr int kShiftSample = 31;  // centers whose median is the shift
 
 // Dimensions from which distances are taken from products. Below, the subtractions cost little beside the exponential,
@@ -33,7 +40,26 @@ constexpr int64_t kProductDims = 16;
 // The parts of an exponent, in log2 units, are slope (|x|^2 + |c|^2). A product's error is about 2^-25 of them, and
 // that of l squared differences grows with l likewise: up to 12 l, 2.4 times what typical points have at the bandwidths
 // in use, the two are alike.
-inline double most_parts_of_products(int64_t l) { return 12.0 * static_cast<double>(l); }
+inline double most_parts_of_products(int64_t l, int num_parts) {
+  const int64_t most = 12 * l;
+  return static_cast<double>(num_parts == 2 ? smaller(most, 512) : most);  // of two bfloat16 parts: 2^-17 of them
+}
+
+#if defined(__AMX_BF16__)
+// From which dimensions on matrix registers are filled well enough.
+constexpr int64_t kMatrixDims = 24;
+#endif
+
+// In how many bfloat16 parts numbers are multiplied: 0 where there are no instructions for that.
+template <class T>
+int num_parts([[maybe_unused]] int64_t l, [[maybe_unused]] kdejsd::KdeProducts products) {
+#if defined(__AMX_BF16__)
+  if (sizeof(T) == 4 && l >= kMatrixDims) {
+    return products == kdejsd::KdeProducts::kNone ? 0 : products == kdejsd::KdeProducts::kSplit ? 3 : 2;
+  }
+#endif
+  return 0;
+}
 
 // A moved sum's error is 2^-24 of |x|, which is sqrt(parts) bandwidths or less. The score is of the order of a
 // bandwidth's inverse, and sums of differences err by some 2^-22 of it.
@@ -94,6 +120,7 @@ struct Lanes {
   Packed<T, Vec<T>> points;
   Vec<T>* norms;
   double largest_norm;
+  const char* parts;  // of the moved points; see kde_amx.h
 };
 
 // What a chunk of vectors of lanes takes; a block of it that starts at vector f has its points at f * l and its norms
@@ -103,23 +130,38 @@ struct ChunkLanes {
   Packed<T, Vec<T>> points;  // [vectors * l]
   Vec<T>* norms;             // [vectors]
   double* largest_norm;      // [vectors]
+  int64_t part_bytes = 0;    // of a vector's parts
+  char* parts = nullptr;     // [vectors, part_bytes]
 
   static int64_t bytes(int64_t vectors, int64_t l) {
-    return 2 * Arena::bytes<Vec<T>>(vectors * l) + Arena::bytes<Vec<T>>(vectors) + Arena::bytes<double>(vectors);
+    int64_t total =
+        2 * Arena::bytes<Vec<T>>(vectors * l) + Arena::bytes<Vec<T>>(vectors) + Arena::bytes<double>(vectors);
+#if defined(__AMX_BF16__)
+    if (sizeof(T) == 4) total += vectors * Layout<3>(l).matrices() * kMatrix;
+#endif
+    return total;
   }
   ChunkLanes(Arena arena, int64_t vectors, const Frame<T>& frame)
       : points{arena.take<Vec<T>>(vectors * frame.l), arena.take<Vec<T>>(vectors * frame.l)},
         norms(arena.take<Vec<T>>(vectors)),
         largest_norm(arena.take<double>(vectors)) {
     if (!frame.is_moved) points.moved = points.as_is;
+#if defined(__AMX_BF16__)
+    part_bytes = Layout<3>(frame.l).matrices() * kMatrix;
+    parts = arena.next;
+#endif
   }
 
   Lanes<T> block(int64_t vector, int64_t l) const {
-    return {{points.as_is + vector * l, points.moved + vector * l}, norms + vector, largest_norm[vector]};
+    return {{points.as_is + vector * l, points.moved + vector * l},
+            norms + vector,
+            largest_norm[vector],
+            parts + vector * part_bytes};
   }
 
   // `width` vectors of lanes, the first lane being point `first`; the lanes after the last point repeat it.
-  void pack(const T* from, int64_t first, int64_t count, const Frame<T>& frame, int width, int64_t vector) const {
+  void pack(const T* from, int64_t first, int64_t count, const Frame<T>& frame, int width, int64_t vector,
+            [[maybe_unused]] int num_parts) const {
     const int64_t l = frame.l, lanes = width * kLanes<T>;
     const Lanes<T> to = block(vector, l);
     T* as_is = reinterpret_cast<T*>(to.points.as_is);
@@ -138,6 +180,13 @@ struct ChunkLanes {
       largest = norm > largest ? norm : largest;
     }
     largest_norm[vector] = largest;
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == 4) {
+      char* own = parts + vector * part_bytes;
+      if (num_parts == 2) pack_lane_parts<2>(to.points.moved, l, width, own);
+      if (num_parts == 3) pack_lane_parts<3>(to.points.moved, l, width, own);
+    }
+#endif
   }
 };
 
@@ -155,10 +204,21 @@ struct Tile {
   double largest_slope;
   int* all;       // [kTile], the numbers of all rows, for weighted sums that leave none out
   Vec<T>* pairs;  // [kTile, kQV]
+#if defined(__AMX_BF16__)
+  char *row_parts, *column_parts;  // of the moved rows, for distances and for sums; see kde_amx.h
+  char* weight_parts;              // [kTile / kInner, kQV, 3]
+  Vec<T>* matrix_sums;             // [l, to whole registers, kQV]
+#endif
 
   static int64_t bytes(int64_t l) {
-    return 2 * Arena::bytes<T>(kTile * l) + 4 * Arena::bytes<T>(kTile) + Arena::bytes<int>(kTile) +
-           Arena::bytes<Vec<T>>(kTile * kQV);
+    int64_t total = 2 * Arena::bytes<T>(kTile * l) + 4 * Arena::bytes<T>(kTile) + Arena::bytes<int>(kTile) +
+                    Arena::bytes<Vec<T>>(kTile * kQV);
+#if defined(__AMX_BF16__)
+    const Layout<3> layout(l);
+    total += (kTile / kSide * layout.matrices() + kTile / kInner * 3 * (layout.dim_matrices() + kQV)) * kMatrix +
+             Arena::bytes<Vec<T>>(layout.dim_matrices() * kSide * kQV);
+#endif
+    return total;
   }
   Tile(Arena arena, const Frame<T>& frame)
       : rows{arena.take<T>(kTile * frame.l), arena.take<T>(kTile * frame.l)},
@@ -172,10 +232,18 @@ struct Tile {
         pairs(arena.take<Vec<T>>(kTile * kQV)) {
     if (!frame.is_moved) rows.moved = rows.as_is;
     for (int j = 0; j < kTile; j++) all[j] = j;
+#if defined(__AMX_BF16__)
+    const Layout<3> layout(frame.l);
+    row_parts = arena.take<char>(kTile / kSide * layout.matrices() * kMatrix);
+    column_parts = arena.take<char>(kTile / kInner * 3 * layout.dim_matrices() * kMatrix);
+    weight_parts = arena.take<char>(kTile / kInner * 3 * kQV * kMatrix);
+    matrix_sums = arena.take<Vec<T>>(layout.dim_matrices() * kSide * kQV);
+#endif
   }
 
   // Points first ... first + count; rows after the last are 0 and take part in nothing but the distances.
-  void pack(const T* points, int64_t first, int64_t count, const Frame<T>& frame, bool with_norms) {
+  void pack(const T* points, int64_t first, int64_t count, const Frame<T>& frame, bool with_norms,
+            [[maybe_unused]] int num_parts) {
     const int64_t l = frame.l, total = count * l, padded = ceil_div(count, kRows) * kRows * l;
     const T* from = points + first * l;
     if (frame.is_moved) {
@@ -204,6 +272,12 @@ struct Tile {
     for (int64_t i = total; i < padded; i++) rows.moved[i] = 0;
     largest_norm = static_cast<double>(l) * static_cast<double>(largest);
     if (with_norms) find_norms(static_cast<int>(count), l);
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == 4) {
+      if (num_parts == 2) pack_point_parts<2>(rows.moved, static_cast<int>(count), kTile, l, row_parts, column_parts);
+      if (num_parts == 3) pack_point_parts<3>(rows.moved, static_cast<int>(count), kTile, l, row_parts, column_parts);
+    }
+#endif
   }
 
   void find_norms(int count, int64_t l) {
@@ -271,10 +345,23 @@ void distances_from_differences(const Tile<T>& tile, int count, int64_t l, const
   sum_over_dims<Terms::kSquaredDifferences, T, QV>(tile.rows.as_is, count, l, lanes.points.as_is, tile.pairs);
 }
 
+#if defined(__AMX_BF16__)
+template <int P, int QV>
+void scalar_products_by_matrices(const Tile<float>& tile, int64_t l, const Lanes<float>& lanes) {
+  for_squares(kTile / kSide, QV, ScalarProducts<P, QV>{Layout<P>(l), tile.row_parts, lanes.parts, tile.pairs});
+}
+#endif
+
 // The products are summed by themselves: between typical points they cancel, so their roundings are small.
 template <class T, int QV>
-void distances_from_products(const Tile<T>& tile, int count, int64_t l, const Lanes<T>& lanes) {
-  sum_over_dims<Terms::kProducts, T, QV>(tile.rows.moved, count, l, lanes.points.moved, tile.pairs);
+void distances_from_products(const Tile<T>& tile, int count, int64_t l, const Lanes<T>& lanes, int num_parts) {
+  if (num_parts == 0) sum_over_dims<Terms::kProducts, T, QV>(tile.rows.moved, count, l, lanes.points.moved, tile.pairs);
+#if defined(__AMX_BF16__)
+  if constexpr (sizeof(T) == 4) {
+    if (num_parts == 2) scalar_products_by_matrices<2, QV>(tile, l, lanes);
+    if (num_parts == 3) scalar_products_by_matrices<3, QV>(tile, l, lanes);
+  }
+#endif
   for (int j = 0; j < count; j++) {
 #pragma GCC unroll 4
     for (int v = 0; v < QV; v++) {
@@ -355,5 +442,23 @@ struct WeightedRows {
       for (int v = 0; v < QV; v++) sums[(k + c) * QV + v] += tile_sums[c][v];
   }
 };
+
+#if defined(__AMX_BF16__)
+// The same for all rows of the tile, with their sum of weights.
+template <int P, int QV>
+void add_weighted_rows_by_matrices(const Tile<float>& tile, int count, int64_t l, const Lanes<float>& lanes,
+                                   const Vec<float>* mass, Vec<float>* sums) {
+  pack_weight_parts<P, QV>(tile.pairs, count, kTile, tile.weight_parts);
+  const Layout<P> layout(l);
+  for_squares(layout.dim_matrices(), QV,
+              WeightedPoints<P, QV>{layout, kTile / kInner, tile.column_parts, tile.weight_parts, tile.matrix_sums});
+  for (int64_t k = 0; k < l; k++) {
+#pragma GCC unroll 4
+    for (int v = 0; v < QV; v++) {
+      sums[k * QV + v] += tile.matrix_sums[k * QV + v] - mass[v] * lanes.points.moved[k * QV + v];
+    }
+  }
+}
+#endif
 
 }  // namespace

@@ -17,7 +17,7 @@ from . import _common
 _LOG_PROB = 0
 _DIVERGENCES = {"js": 1, "kl": 2}
 # KdeProducts
-_NO_PRODUCTS, _SPLIT, _TF32 = range(3)
+_NO_PRODUCTS, _SPLIT, _REDUCED = range(3)
 
 
 def kde_log_prob(
@@ -363,7 +363,11 @@ def _launch_forward(
     dbandwidth = torch.empty(shape[:-1] if want_dbandwidth else 0, dtype=torch.float64, device=device)
     if value.numel() == 0:
         return value, dquery, dbandwidth
-    products = _NO_PRODUCTS if for_backward else _TF32 if query.is_cuda and _torch.tf32_allowed() else _SPLIT
+    products = _SPLIT
+    if for_backward:
+        products = _NO_PRODUCTS
+    elif _torch.reduced_precision_allowed(device.type):
+        products = _REDUCED
     outputs = (value.data_ptr(), dquery.data_ptr(), dbandwidth.data_ptr())
     _common.launch(native(), "kde_forward", device, mixture, value_kind, variance, products, *outputs)
     return value, dquery, dbandwidth

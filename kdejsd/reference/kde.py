@@ -64,7 +64,8 @@ def with_own_center(log_prob: Tensor, count: Tensor, query: Tensor, own: Tensor,
         [..., n], differentiable in all of them but `count`.
     """
     query, own = query.to(log_prob.dtype), own.to(log_prob.dtype)
-    h = torch.as_tensor(bandwidth, dtype=log_prob.dtype, device=log_prob.device)
+    # A tensor of a number is filled, not copied from the host, which a GPU would be waited for.
+    h = bandwidth.to(log_prob.dtype) if isinstance(bandwidth, Tensor) else log_prob.new_full((), bandwidth)
     step = (query - own) / (h.unsqueeze(-1) if h.ndim > 0 else h)
     kernel = normal_log_prob(step, 1.0) - query.shape[-1] * h.log()
     return torch.logaddexp(log_prob + count.log(), kernel) - (count + 1).log()

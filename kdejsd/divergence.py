@@ -55,10 +55,11 @@ def jsd_loss(
         target_samples: [k, l], samples of the target; only for "js" with reduction="mean".
         log_weights: [..., m], as in `kde_log_prob`.
         exclude_self: as in `kde_log_prob`: leaves a code's own lagged copy out.
-        own: [..., n, l], a center of its own for each code, which counts in that code's density alone, as one more of
-            the lagged codes: they have weight 1/(m + 1) each, or 1/m for a code that leaves one out. Detach it, or it
-            gets its gradient too. With z detached for codes z + h noise these are samples of their own p_e. Not with
-            target_samples, which have none, nor with log_weights or a bandwidth per center.
+        own: [..., n, l] in the codes' dtype, a center of its own for each code, which counts in that code's density
+            alone, as one more of the lagged codes: they have weight 1/(m + 1) each, or 1/m for a code that leaves one
+            out. For codes z + h noise, own=z.detach() makes them samples of their p_e, the law of eq. 3's mean. Without
+            the detach it gets its gradient too. None: no code has one. It does not go with target_samples, which have
+            no own center, nor with log_weights or a bandwidth per center. NaN gives NaN at that code.
         divergence: "js" or "kl".
         reduction: "mean", "sum", or "none" for the terms [..., n].
 

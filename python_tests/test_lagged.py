@@ -172,11 +172,11 @@ def operators(call) -> int:
 
 
 def test_loss_with_noise_is_one_pass():
-    """The noise costs two operators more, forward and backward: an addition and a detached copy."""
+    """The noise costs no more than its addition and the detached codes, forward and backward."""
     lagged, codes, indices = make()
     z, noise = codes.clone().requires_grad_(), torch.ones_like(codes)
     without, with_noise = (operators(lambda n=n: lagged.loss(z, indices, noise=n).backward()) for n in (None, noise))
-    assert with_noise <= without + 4
+    assert with_noise <= without + 3  # with the check of its dtype
     assert operators(lambda: lagged.loss(z, noise=noise).backward()) <= 20
 
 

@@ -326,7 +326,8 @@ def _checked_own(own: Tensor, query_name: str, query: Tensor, inputs: Inputs, sh
     _common.check_companion("own", own, query_name, query, (query.dtype,))
     if _common.checks_values():
         _common.check_finite("own", own)
-    own = own.to(flat.dtype)
+    if own.dtype != flat.dtype:
+        own = own.to(flat.dtype)
     return own if own.shape == flat.shape else own.expand(*shape, dim).reshape(flat.shape)
 
 
@@ -527,7 +528,8 @@ class _EagerKde(torch.autograd.Function):
 
 
 class _QueryTerms(torch.autograd.Function):
-    """The reduction is in here too: as nodes of the graph its steps would cost more than a small kernel."""
+    """What `_query_terms` gives. The reduction is in here too: as nodes of the graph its steps would cost more than a
+    small kernel."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:

@@ -107,9 +107,9 @@ struct Item {
     return per_center ? weight - static_cast<double>(l) * std::log2(h(j) / h0) : weight;
   }
 
-  // What the log-sum-exp of query i lacks to log p_e, nats.
-  double constant(int64_t i) const {
-    return kdejsd::kde_log_constant(kdejsd::kde_count(m, !log_weights, exclude ? exclude[i] : -1), l, h0);
+  // What the log-sum-exp of query i lacks to log p_e, nats; `own`: how many centers of its own are in the sum.
+  double constant(int64_t i, int64_t own = 0) const {
+    return kdejsd::kde_log_constant(kdejsd::kde_count(m, !log_weights, exclude ? exclude[i] : -1) + own, l, h0);
   }
 };
 
@@ -339,6 +339,7 @@ struct Forward {
   Frame<T> frame;
   Plan plan;
   int num_parts;       // of the products
+  const T* own;        // [n, l] or null
   double* value;       // [n]
   T* dquery;           // [n, l] or null
   double* dbandwidth;  // [n] or null
@@ -419,7 +420,14 @@ struct Forward {
         for (int64_t k = 0; k < item.l; k++) square += static_cast<double>(query[k]) * query[k];
         log_target = kdejsd::normal_log_prob(square, item.l, args.target_variance);
       }
-      const double log_prob = kdejsd::kde_log_prob(total, item.constant(i));
+      const auto own_step = [&](int64_t k) { return (static_cast<double>(own[i * item.l + k]) - query[k]) / item.h0; };
+      kdejsd::KdeShares shares = {total, 0.0, 1.0};
+      if (own) {
+        double square = 0;
+        for (int64_t k = 0; k < item.l; k++) square += own_step(k) * own_step(k);
+        shares = kdejsd::with_own_center(total, square);
+      }
+      const double log_prob = kdejsd::kde_log_prob(shares.sum, item.constant(i, own != nullptr));
       const kdejsd::KdeTerm term = kdejsd::kde_term(args.value_kind, log_prob, log_target);
       value[i] = term.value;
       if (dbandwidth)
@@ -432,6 +440,7 @@ struct Forward {
           sum += static_cast<double>(sums[k * lanes + lane]) * at(splits[s].reference);
         }
         double direction = sum / (total.sum * item.unit) / item.h0;  // the score of p_e, less the target's
+        if (own) direction = kdejsd::merged_score(shares, own_step(k) / item.h0, direction);
         if (has_target) direction += static_cast<double>(query[k]) / args.target_variance;
         dquery[i * item.l + k] = static_cast<T>(term.weight * direction);
       }
@@ -461,9 +470,11 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
                   {mix.l, item.scale, shift, is_moved},
                   plan,
                   num_parts<T>(mix.l, args.products),
+                  nullptr,
                   args.value + b * mix.n,
                   nullptr,
                   nullptr};
+  if (args.own) pass.own = static_cast<const T*>(args.own) + b * mix.n * mix.l;
   if (args.dquery) pass.dquery = static_cast<T*>(args.dquery) + b * mix.n * mix.l;
   if (args.dbandwidth) pass.dbandwidth = args.dbandwidth + b * mix.n;
   State<T>* splits = arena.take<State<T>>(plan.threads);

@@ -13,9 +13,8 @@ from .._native import native
 from ..reference import kde as reference
 from . import _common
 
-# KdeValue of csrc/kernels.h
-_LOG_PROB = 0
-_DIVERGENCES = {"js": 1, "kl": 2}
+# KdeValue of csrc/kernels.h, by the name of the divergence; None for log p_e itself
+_VALUES = {None: 0, "js": 1, "kl": 2}
 # KdeProducts
 _NO_PRODUCTS, _SPLIT, _REDUCED = range(3)
 
@@ -77,10 +76,26 @@ def named_log_prob(
     bandwidth: float | Tensor,
     log_weights: Tensor | None = None,
     exclude_self: bool | Tensor = False,
+    own: Tensor | None = None,
 ) -> Tensor:
-    """`kde_log_prob` for callers whose arguments have other names, which the errors are to use."""
+    """`kde_log_prob` for callers whose arguments have other names, which the errors are to use; `own` as in
+    `kdejsd.jsd_loss`."""
     inputs, shape = checked_inputs(names, query, centers, bandwidth, log_weights, exclude_self)
-    return _shaped(_log_prob(inputs), shape).to(inputs[0].dtype)
+    if own is None:
+        log_prob = _log_prob(inputs)
+    else:
+        log_prob = _log_prob_with_own(inputs, _checked_own(own, names[0], query, inputs, shape))
+    return _shaped(log_prob, shape).to(inputs[0].dtype)
+
+
+def _log_prob_with_own(inputs: Inputs, own: Tensor) -> Tensor:
+    """[n] or [B, n], in float64 from the kernels."""
+    query, centers, bandwidth, _, exclude = inputs
+    if _only_query_needs_grad(inputs, own):
+        return _query_terms(inputs, own, query.shape[:-1], 1.0, None, "none")
+    log_prob = _log_prob(inputs)
+    count = reference.center_count(log_prob, centers.shape[-2], False if exclude is None else exclude)
+    return reference.with_own_center(log_prob, count, query, own, bandwidth)
 
 
 def _log_prob(inputs: Inputs) -> Tensor:
@@ -104,12 +119,14 @@ def normal_divergence_terms(
     variance: float,
     divergence: str,
     reduction: str,
+    own: Tensor | None = None,
 ) -> Tensor | None:
     """Terms of the divergence from N(0, variance I), value and gradient in the one pass of the kde.
 
     Args:
         divergence: "js" for log 2 - softplus(log p_t - log p_e), "kl" for log p_e - log p_t.
-        reduction: "none" for the terms, "mean" or "sum" of them; the rest as in `kde_log_prob`.
+        reduction: "none" for the terms, "mean" or "sum" of them; own as in `kdejsd.jsd_loss`, the rest as in
+            `kde_log_prob`.
 
     Returns:
         [..., n] or a 0-dim tensor, in float64; or None where the pass cannot be fused: when something but the codes
@@ -117,12 +134,33 @@ def normal_divergence_terms(
         from `kde_log_prob`.
     """
     inputs, shape = checked_inputs(names, codes, centers, bandwidth, log_weights, exclude_self)
-    query, *others = inputs
-    if _common.needs_reference(query) or _common.is_traced(inputs) or _common.needs_grad(others):
+    if own is not None:
+        own = _checked_own(own, names[0], codes, inputs, shape)
+    if not _only_query_needs_grad(inputs, own):
         return None
-    if _common.needs_grad((query,)):
-        return _NormalTerms.apply(*inputs, shape, variance, divergence, reduction)  # type: ignore[no-untyped-call, no-any-return]
-    terms = _launch_forward(*inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0]
+    return _query_terms(inputs, own, shape, variance, divergence, reduction)
+
+
+def _only_query_needs_grad(inputs: Inputs, own: Tensor | None) -> bool:
+    """Whether the call takes the eager path and nothing but the query needs a gradient."""
+    query, *others = inputs
+    return not (
+        _common.needs_reference(query) or _common.is_traced((*inputs, own)) or _common.needs_grad((*others, own))
+    )
+
+
+def _query_terms(
+    inputs: Inputs,
+    own: Tensor | None,
+    shape: tuple[int, ...],
+    variance: float,
+    divergence: str | None,
+    reduction: str,
+) -> Tensor:
+    """What a call that is `_only_query_needs_grad` gives: terms of the divergence, or with None log p_e."""
+    if _common.needs_grad(inputs[:1]):
+        return _QueryTerms.apply(*inputs, own, shape, variance, divergence, reduction)  # type: ignore[no-untyped-call, no-any-return]
+    terms = _launch_forward(*inputs, value_kind=_VALUES[divergence], variance=variance, own=own)[0]
     return _reduced(_shaped(terms, shape), reduction)
 
 
@@ -266,6 +304,33 @@ def checked_inputs(
     return inputs, shape
 
 
+def _checked_own(own: Tensor, query_name: str, query: Tensor, inputs: Inputs, shape: tuple[int, ...]) -> Tensor:
+    """A center of its own for each query of checked inputs, in the shape of theirs."""
+    flat, _, bandwidth, log_weights, _ = inputs
+    dim = flat.shape[-1]
+    batch = _common.check_tensor("own", own).shape[:-2]
+    if own.shape[-2:] != (shape[-1], dim):
+        raise ValueError(
+            f"own must have shape [..., {shape[-1]}, {dim}], one center for each of {query_name}; got {list(own.shape)}"
+        )
+    if _common.broadcast_batch({query_name: torch.Size(shape[:-1]), "own": batch}) != shape[:-1]:
+        raise ValueError(
+            f"own must have no leading dimensions beside {list(shape[:-1])}, those of the result; got {list(own.shape)}"
+        )
+    if log_weights is not None:
+        raise ValueError(f"log_weights must be None where own is given, got shape {list(log_weights.shape)}")
+    if _per_center(bandwidth):
+        raise ValueError(
+            "bandwidth must be a number, a 0-dim tensor, or [..., 1] where own is given; got one per center"
+        )
+    _common.check_companion("own", own, query_name, query, (query.dtype,))
+    if _common.checks_values():
+        _common.check_finite("own", own)
+    if own.dtype != flat.dtype:
+        own = own.to(flat.dtype)
+    return own if own.shape == flat.shape else own.expand(*shape, dim).reshape(flat.shape)
+
+
 def _check_values(
     names: tuple[str, str],
     query: Tensor,
@@ -306,10 +371,10 @@ def _per_center(bandwidth: Tensor | float) -> bool:
     return isinstance(bandwidth, Tensor) and bandwidth.shape[-1] > 1
 
 
-def _reference(inputs: Inputs) -> Tensor:
+def _reference(inputs: Inputs, own: Tensor | None = None) -> Tensor:
     query, centers, bandwidth, log_weights, exclude = inputs
-    return reference.kde_log_prob(
-        query, centers, bandwidth, log_weights=log_weights, exclude_self=False if exclude is None else exclude
+    return reference.log_prob_with_own(
+        query, centers, bandwidth, own, log_weights=log_weights, exclude_self=False if exclude is None else exclude
     )
 
 
@@ -349,8 +414,9 @@ def _launch_forward(
     want_dquery: bool = False,
     want_dbandwidth: bool = False,
     for_backward: bool = False,
-    value_kind: int = _LOG_PROB,
+    value_kind: int = _VALUES[None],
     variance: float = 1.0,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two empty if not wanted.
 
@@ -368,8 +434,9 @@ def _launch_forward(
         products = _NO_PRODUCTS
     elif _torch.reduced_precision_allowed(device.type):
         products = _REDUCED
-    outputs = (value.data_ptr(), dquery.data_ptr(), dbandwidth.data_ptr())
-    _common.launch(native(), "kde_forward", device, mixture, value_kind, variance, products, *outputs)
+    own = None if own is None else own.contiguous()
+    addresses = (0 if t is None else t.data_ptr() for t in (own, value, dquery, dbandwidth))
+    _common.launch(native(), "kde_forward", device, mixture, value_kind, variance, products, *addresses)
     return value, dquery, dbandwidth
 
 
@@ -402,7 +469,7 @@ def _launch_backward(
 # Autograd, once for the raw calls and once for the operators
 
 
-def _save(ctx: Any, inputs: Inputs, *results: Tensor) -> None:
+def _save(ctx: Any, inputs: Inputs, *results: Tensor | None) -> None:
     """Keeps these for `_saved`. A number cannot be kept as the tensors are."""
     query, centers, bandwidth, log_weights, exclude = inputs
     h, ctx.number = (bandwidth, None) if isinstance(bandwidth, Tensor) else (None, bandwidth)
@@ -464,39 +531,34 @@ class _EagerKde(torch.autograd.Function):
         return _gradients(ctx, grad, _launch_backward)
 
 
-class _NormalTerms(torch.autograd.Function):
-    """The reduction is in here too: as nodes of the graph its steps would cost more than a small kernel."""
+class _QueryTerms(torch.autograd.Function):
+    """What `_query_terms` gives. The reduction is in here too: as nodes of the graph its steps would cost more than a
+    small kernel."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        inputs, (shape, variance, divergence, reduction) = arguments[:5], arguments[5:]
-        terms, dquery, _ = _launch_forward(*inputs, True, False, False, _DIVERGENCES[divergence], variance)  # type: ignore[call-arg]
-        _save(ctx, inputs, dquery)
+        inputs, (own, shape, variance, divergence, reduction) = arguments[:5], arguments[5:]
+        terms, dquery, _ = _launch_forward(*inputs, True, False, False, _VALUES[divergence], variance, own)  # type: ignore[call-arg]
+        _save(ctx, inputs, own, dquery)
         ctx.settings = shape, variance, divergence, reduction
         return _reduced(_shaped(terms, shape), reduction)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, (dquery,) = _saved(ctx)
+        inputs, (own, dquery) = _saved(ctx)
         shape, variance, divergence, reduction = ctx.settings
         if not torch.is_grad_enabled():
             if reduction == "none":
                 factor = grad.reshape(dquery.shape[:-1]).unsqueeze(-1).to(dquery.dtype)
             else:
                 factor = grad / float(math.prod(shape)) if reduction == "mean" else grad  # 0-dim: it widens no product
-            return (factor * dquery, *[None] * 8)
-        query, centers, bandwidth, log_weights, exclude = inputs
-        terms = reference.normal_divergence_terms(
-            query,
-            centers,
-            bandwidth,
-            variance,
-            divergence,
-            log_weights=log_weights,
-            exclude_self=False if exclude is None else exclude,
-        )
+            return (factor * dquery, *[None] * 9)
+        query = inputs[0]
+        terms = _reference(inputs, own)
+        if divergence is not None:
+            terms = reference.normal_divergence_terms(terms, query, variance, divergence)
         value = _reduced(_shaped(terms, shape), reduction)
-        return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), *[None] * 8)
+        return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), *[None] * 9)
 
 
 def _plain_gradients(grad: Tensor, inputs: Inputs, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

@@ -714,7 +714,7 @@ def float32_precision(request):
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("dim", [24, 31, 32, 57, 64, 256])
+@pytest.mark.parametrize("dim", [31, 32, 48, 57, 64, 256])
 @pytest.mark.parametrize("kind", ["scalar tensor", "per center, weights", "excluded, weights"])
 def test_reduced_precision(kind, dim, float32_precision, level):
     """Products of two bfloat16 parts where torch allows them and the processor has them; nothing else changes."""
@@ -724,7 +724,7 @@ def test_reduced_precision(kind, dim, float32_precision, level):
     }
     if kind != "scalar tensor" and isinstance(call["bandwidth"], torch.Tensor):
         call["bandwidth"] = call["bandwidth"].detach()
-    if float32_precision == "highest" or level != "amx":
+    if float32_precision == "highest" or level != "amx" or dim < 32:
         return assert_at_most_twice_the_error_of_plain_pytorch(call)
     found = value_and_gradients(kdejsd.kde_log_prob, call)
     truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
@@ -733,10 +733,10 @@ def test_reduced_precision(kind, dim, float32_precision, level):
     assert not torch.equal(value_and_gradients(kdejsd.kde_log_prob, call)[1], found[1])
 
 
-@pytest.mark.parametrize("dim", [16, 24, 64, 256])
+@pytest.mark.parametrize("dim", [16, 32, 50, 256])
 def test_products_keep_the_bound_on_an_exponent(dim, float32_precision, level):
     """2^-21 of its parts, or 2^-17, shortly before pairs are taken from differences; beyond, what differences have."""
-    reduced = float32_precision == "high" and level == "amx" and dim >= 24
+    reduced = float32_precision == "high" and level == "amx" and dim >= 32
     bound, limit = (2**-17, min(12 * dim, 512)) if reduced else (2**-21, 12 * dim)
     for share in (0.8, 1.4):
         radius = math.sqrt(share * limit / (dim * math.log2(math.e)))

@@ -45,18 +45,14 @@ inline double most_parts_of_products(int64_t l, int num_parts) {
   return static_cast<double>(num_parts == 2 ? smaller(most, 512) : most);  // of two bfloat16 parts: 2^-17 of them
 }
 
-#if defined(__AMX_BF16__)
-// From which dimensions on matrix registers are filled well enough.
-constexpr int64_t kMatrixDims = 24;
-#endif
-
 // In how many bfloat16 parts numbers are multiplied: 0 where there are no instructions for that.
 template <class T>
 int num_parts([[maybe_unused]] int64_t l, [[maybe_unused]] kdejsd::KdeProducts products) {
 #if defined(__AMX_BF16__)
-  if (sizeof(T) == 4 && l >= kMatrixDims) {
-    return products == kdejsd::KdeProducts::kNone ? 0 : products == kdejsd::KdeProducts::kSplit ? 3 : 2;
-  }
+  if (sizeof(T) == 8 || products == kdejsd::KdeProducts::kNone) return 0;
+  // Below, the vectors' products are as fast: fewer products would fill the matrix registers less.
+  const int parts = products == kdejsd::KdeProducts::kSplit ? 3 : 2;
+  return l >= (parts == 3 ? 48 : 32) ? parts : 0;
 #endif
   return 0;
 }

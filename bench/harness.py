@@ -54,7 +54,7 @@ def parse(
     """The arguments that every benchmark has, and of those that some have, the named options."""
     some = {
         "--providers": {"nargs": "+", "metavar": "NAME", "help": "only these, and kdejsd"},
-        "--levels": {"type": lambda text: text.split(","), "help": "kdejsd's instruction sets: base,v3,v4"},
+        "--levels": {"type": lambda text: text.split(","), "help": "kdejsd's instruction sets: base,v3,v4,amx"},
         "--gexp": {"type": float, "help": "likewise, exponentials in 1e9 a second"},
         "--centers": {"action": "store_true", "help": "the gradient for the centers too; only peers that have it"},
         "--graph": {"action": "store_true", "help": "on CUDA: also the kernels alone, by replays of a CUDA graph"},

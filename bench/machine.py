@@ -26,7 +26,9 @@ import kdejsd
 from kdejsd._native import native
 
 BENCH = Path(__file__).resolve().parent
-ARCHITECTURES = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4"}
+# What the compiler is told for each instruction set. The limit of "amx" is that of its vectors, as float32 has no
+# multiply-adds by matrices: products of bfloat16 parts may pass it.
+ARCHITECTURES = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4", "amx": "x86-64-v4"}
 SOURCES = ("kdejsd", "csrc", "CMakeLists.txt", "bench/*.py", "bench/*.cpp")
 MIB = 2.0**20
 
@@ -137,7 +139,7 @@ def cpu_peaks(level: str, dtype: torch.dtype, given: tuple[float, float] | None)
     """Peaks of one instruction set, by micro-kernels that the system's compiler builds now.
 
     Args:
-        level: "base", "v3" or "v4", as the compiled module names them.
+        level: "base", "v3", "v4" or "amx", as the compiled module names them.
         dtype: torch.float32 or torch.float64.
         given: GFLOP/s and G exp/s to take instead of measuring.
 

@@ -63,7 +63,7 @@ def providers(device: str, levels: list[str], tunings: Iterable[tuple[str, int]]
     found: dict[str, Provider | str] = {}
     if device == "cuda":
         found["kdejsd"] = Provider("kdejsd", _ours)
-        found["kdejsd TF32"] = Provider("kdejsd TF32", _ours_in_tf32, tolerance=TF32)
+        found["kdejsd TF32"] = Provider("kdejsd TF32", _ours_in_reduced_precision, tolerance=TF32)
         for key, value in tunings:
             name = f"kdejsd {key}={value}"
             found[name] = Provider(name, _ours, tuning={key: value})
@@ -71,6 +71,8 @@ def providers(device: str, levels: list[str], tunings: Iterable[tuple[str, int]]
         for level in levels:
             name = "kdejsd" if level == levels[0] else f"kdejsd {level}"
             found[name] = Provider(name, _ours, level=level)
+            if level == "amx":
+                found["kdejsd bf16x2"] = Provider("kdejsd bf16x2", _ours_in_reduced_precision, level=level)
     for name, log_prob, held, compiles in (
         ("gemm", gemm_log_prob, lambda n, m, dim: 4 * n * m, False),
         ("cdist", cdist_log_prob, lambda n, m, dim: 4 * n * m, False),
@@ -107,7 +109,7 @@ def _ours(codes: Tensor, lagged: Tensor, bandwidth: float, reduction: str) -> Te
     return kdejsd.jsd_loss(codes, lagged, bandwidth, reduction=reduction)
 
 
-def _ours_in_tf32(codes: Tensor, lagged: Tensor, bandwidth: float, reduction: str) -> Tensor:
+def _ours_in_reduced_precision(codes: Tensor, lagged: Tensor, bandwidth: float, reduction: str) -> Tensor:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

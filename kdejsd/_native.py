@@ -91,7 +91,7 @@ def build_info() -> dict[str, str | int | bool]:
     """What was built, and what of it can be used here.
 
     Returns:
-        A flat dict: versions, the compiler, the CPU instruction set in use and those built ("v4": AVX-512, "v3": AVX2),
+        A flat dict: versions, the compiler, the CPU instruction set in use and those built ("amx", "v4": AVX-512, "v3": AVX2),
         threads, and whether CUDA was built (for which architectures), is usable, and if not, why.
     """
     info: dict[str, str | int | bool] = {

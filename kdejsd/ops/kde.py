@@ -47,7 +47,9 @@ def kde_log_prob(
     Leading dimensions broadcast. All tensors share a device and a dtype: float32 and float64 are computed as such,
     float16 and bfloat16 in float32. On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a
     gradient takes the second pass: with an error like float32's, or in TF32 (about 1e-3 of the largest value and of the
-    largest gradient) where `torch.set_float32_matmul_precision("high")` or "medium" allows it.
+    largest gradient) where `torch.set_float32_matmul_precision("high")` or "medium" allows it. A CPU with AMX likewise
+    takes products of bfloat16 parts from 48 dimensions on, and where that setting allows it of fewer parts, from 32 on
+    (about 1e-5).
 
     Returns:
         [..., n], float64 for float64 input and float32 otherwise. NaN in a query gives NaN at that query; NaN in a
@@ -56,10 +58,8 @@ def kde_log_prob(
         waits for the device). -inf where no center has a weight that the dtype holds; the gradient is NaN there.
 
         What float32 cannot hold, float64 can. In float32 squares pass its range at distances of 1e19 h (the density is
-        then 0, from 1e38 h on NaN). Points are resolved to a unit in the last place of their distance from amid the
-        centers: a bandwidth of less than 1e-6 of their spread leaves no digit of the gradient. Of bandwidths per
-        center, h above is the geometric mean of the least and the greatest; one that is 1e30 times another gives NaN
-        everywhere.
+        then 0, from 1e38 h on NaN). Of bandwidths per center, h above is the geometric mean of the least and the
+        greatest; one that is 1e30 times another gives NaN everywhere.
 
     Raises:
         ValueError: shapes that do not match, m = 0, a bandwidth number that is not positive and finite in the dtype.

@@ -91,8 +91,8 @@ def build_info() -> dict[str, str | int | bool]:
     """What was built, and what of it can be used here.
 
     Returns:
-        A flat dict: versions, the compiler, the CPU instruction set in use and those built ("amx", "v4": AVX-512, "v3": AVX2),
-        threads, and whether CUDA was built (for which architectures), is usable, and if not, why.
+        A flat dict: versions, the compiler, the CPU instruction set in use and those built ("amx", "v4" for AVX-512,
+        "v3" for AVX2), threads, and whether CUDA was built (for which architectures), is usable, and if not, why.
     """
     info: dict[str, str | int | bool] = {
         "version": __version__,

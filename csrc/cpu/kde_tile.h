@@ -82,19 +82,19 @@ struct Frame {
       std::nth_element(sample, middle, sample + count);
       return *middle;
     };
-    T square = 0;
+    T length = 0;  // by magnitudes, whose sums hold small numbers whose squares would be 0
     for (int64_t k = 0; k < l; k++) {
       for (int64_t s = 0; s < count; s++) sample[s] = std::isnan(center(s)[k]) ? T(0) : center(s)[k];
       const T middle = median();
       shift[k] = std::isfinite(middle) ? middle : T(0);
-      square += shift[k] * shift[k];
+      length += std::fabs(shift[k]);
     }
     for (int64_t s = 0; s < count; s++) {
       sample[s] = 0;
-      for (int64_t k = 0; k < l; k++) sample[s] += (center(s)[k] - shift[k]) * (center(s)[k] - shift[k]);
+      for (int64_t k = 0; k < l; k++) sample[s] += std::fabs(center(s)[k] - shift[k]);
       if (std::isnan(sample[s])) sample[s] = 0;
     }
-    const bool is_moved = square > median();
+    const bool is_moved = length > median();
     for (int64_t k = 0; k < l; k++) shift[k] = is_moved ? shift[k] : T(0);
     for (int64_t k = l; k < l + kLanes<T>; k++) shift[k] = shift[k - l];
     return is_moved;

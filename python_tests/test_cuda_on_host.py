@@ -248,12 +248,8 @@ def test_a_center_apart_takes_no_digits_from_the_others(other, place, dim, host)
         assert error <= 2 * plain + 1.2e-6
 
 
-# Points are moved by a point amid the centers before they are subtracted, which rounds those of the other cluster.
-TWO_CLUSTERS = pytest.param("two clusters", marks=pytest.mark.xfail(strict=True, reason="rounded before subtraction"))
-
-
 @pytest.mark.parametrize("for_centers", [False, True])
-@pytest.mark.parametrize("kind", [TWO_CLUSTERS, *test_kde.FAR[1:]])
+@pytest.mark.parametrize("kind", test_kde.FAR)
 @pytest.mark.parametrize(("dim", "h"), [(2, 0.27), (17, 0.5)])
 def test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, host):
     test_kde.test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, None)
@@ -299,12 +295,12 @@ def test_plan_of_a_forward_pass(dim, products, shared_bytes, host):
             assert each * columns < 2**31
             # The workspace's arrays lie one behind the other.
             sums = splits * batch * n
-            moments = sums if more.get("per_center") or more.get("dbandwidth") else 0
+            moments = sums if more.get("dbandwidth") else 0
             in_dquery = splits == 1 or not more.get("gradient", True)
             assert plan["max"] == 0 and plan["sum"] == sums and plan["moment"] == 2 * sums
             assert plan["sum_centers"] == 2 * sums + moments
             assert plan["middle"] == plan["sum_centers"] + (0 if in_dquery else sums * dim)
-            assert plan["elements"] == plan["middle"] + (batch if more.get("per_center") else 0)
+            assert plan["elements"] == plan["middle"] + (2 * batch if more.get("per_center") else 0)
 
 
 def test_plan_fills_the_device_and_keeps_most_warps_at_work(host):

@@ -255,6 +255,30 @@ def test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_cent
     test_kde.test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, None)
 
 
+@pytest.mark.parametrize("for_centers", [False, True])
+@pytest.mark.parametrize("spread", [0.02, 0.2])
+@pytest.mark.parametrize(("dim", "offset"), [(2, 3.0), (12, 1.0), (40, 30.0)])
+def test_a_narrow_cluster_beside_the_origin(dim, offset, spread, for_centers, host):
+    """Its points differ by less than a bandwidth, and from the origin by a few."""
+    query, centers = (offset + spread * test_kde.points(n, dim, dtype=torch.float32, seed=n) for n in (80, 96))
+    call = {"query": query.requires_grad_(), "centers": centers.requires_grad_(for_centers), "bandwidth": 0.3}
+    test_kde.assert_at_most_twice_the_error_of_plain_pytorch(call)
+
+
+@pytest.mark.parametrize("for_centers", [False, True])
+@pytest.mark.parametrize(("dim", "per_center"), [(3, False), (3, True), (40, False), (40, True), (300, False)])
+def test_blocks_of_one_cluster_and_of_both(dim, per_center, for_centers, host):
+    """Two clusters one after the other: blocks of queries or of centers near the origin, far from it, and of both."""
+    query, centers = (0.1 * test_kde.points(n, dim, dtype=torch.float32, seed=n) for n in (170, 150))
+    query[70:] += 1000
+    centers[80:] += 1000
+    bandwidth = 0.3 + 0.7 * torch.rand(150, generator=torch.Generator().manual_seed(3)) if per_center else 0.4
+    if per_center:
+        bandwidth.requires_grad_(for_centers)
+    call = {"query": query.requires_grad_(), "centers": centers.requires_grad_(for_centers), "bandwidth": bandwidth}
+    test_kde.assert_at_most_twice_the_error_of_plain_pytorch(call)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Plans and launches
 

@@ -249,15 +249,35 @@ def test_a_center_apart_takes_no_digits_from_the_others(other, place, dim, host)
         assert error <= 2 * plain + 1.2e-6
 
 
-# Points are moved by a point amid the centers before they are subtracted, which rounds those of the other cluster.
-TWO_CLUSTERS = pytest.param("two clusters", marks=pytest.mark.xfail(strict=True, reason="rounded before subtraction"))
-
-
 @pytest.mark.parametrize("for_centers", [False, True])
-@pytest.mark.parametrize("kind", [TWO_CLUSTERS, *test_kde.FAR[1:]])
+@pytest.mark.parametrize("kind", test_kde.FAR)
 @pytest.mark.parametrize(("dim", "h"), [(2, 0.27), (17, 0.5)])
 def test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, host):
     test_kde.test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, None)
+
+
+@pytest.mark.parametrize("for_centers", [False, True])
+@pytest.mark.parametrize("spread", [0.02, 0.2])
+@pytest.mark.parametrize(("dim", "offset"), [(2, 3.0), (12, 1.0), (40, 30.0)])
+def test_a_narrow_cluster_beside_the_origin(dim, offset, spread, for_centers, host):
+    """Its points differ by less than a bandwidth, and from the origin by a few."""
+    query, centers = (offset + spread * test_kde.points(n, dim, dtype=torch.float32, seed=n) for n in (80, 96))
+    call = {"query": query.requires_grad_(), "centers": centers.requires_grad_(for_centers), "bandwidth": 0.3}
+    test_kde.assert_at_most_twice_the_error_of_plain_pytorch(call)
+
+
+@pytest.mark.parametrize("for_centers", [False, True])
+@pytest.mark.parametrize(("dim", "per_center"), [(3, False), (3, True), (40, False), (40, True), (300, False)])
+def test_blocks_of_one_cluster_and_of_both(dim, per_center, for_centers, host):
+    """Two clusters one after the other: blocks of queries or of centers near the origin, far from it, and of both."""
+    query, centers = (0.1 * test_kde.points(n, dim, dtype=torch.float32, seed=n) for n in (170, 150))
+    query[70:] += 1000
+    centers[80:] += 1000
+    bandwidth = 0.3 + 0.7 * torch.rand(150, generator=torch.Generator().manual_seed(3)) if per_center else 0.4
+    if per_center:
+        bandwidth.requires_grad_(for_centers)
+    call = {"query": query.requires_grad_(), "centers": centers.requires_grad_(for_centers), "bandwidth": bandwidth}
+    test_kde.assert_at_most_twice_the_error_of_plain_pytorch(call)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -301,12 +321,12 @@ def test_plan_of_a_forward_pass(dim, products, shared_bytes, host):
             assert each * columns < 2**31
             # The workspace's arrays lie one behind the other.
             sums = splits * batch * n
-            moments = sums if more.get("per_center") or more.get("dbandwidth") else 0
+            moments = sums if more.get("dbandwidth") else 0
             in_dquery = splits == 1 or not more.get("gradient", True)
             assert plan["max"] == 0 and plan["sum"] == sums and plan["moment"] == 2 * sums
             assert plan["sum_centers"] == 2 * sums + moments
             assert plan["middle"] == plan["sum_centers"] + (0 if in_dquery else sums * dim)
-            assert plan["elements"] == plan["middle"] + (batch if more.get("per_center") else 0)
+            assert plan["elements"] == plan["middle"] + (2 * batch if more.get("per_center") else 0)
 
 
 def test_plan_fills_the_device_and_keeps_most_warps_at_work(host):

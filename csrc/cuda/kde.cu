@@ -2,8 +2,8 @@
 // transposed pass that gives the gradients of centers, log weights and bandwidths. Nothing of size n x m is stored.
 //
 // A call is a pass over the pairs and a merge of what its blocks leave; before them, where each center has a bandwidth
-// of its own, a look for the middle one. kde_plan.h says how calls are cut into blocks, kde_mixture.cuh in what frame
-// and units they are computed, kde_passes.h which file has which pass.
+// of its own, a look for the middle one and the least. kde_plan.h says how calls are cut into blocks, kde_mixture.cuh
+// in what frame and units they are computed, kde_passes.h which file has which pass.
 //
 // Arrays are row-major: query [batch, n, l], centers [batch, m, l].
 #include <type_traits>
@@ -47,7 +47,7 @@ void forward(const KdeForward& args, void* workspace, int device, cudaStream_t s
   const ForwardPlan plan = forward_plan<T>(args, device);
   T* elements = static_cast<T*>(workspace);
   Partials<T> partials = {elements + plan.max, elements + plan.sum, nullptr, nullptr};
-  if (args.mixture.per_center || args.dbandwidth != nullptr) partials.moment = elements + plan.moment;
+  if (args.dbandwidth != nullptr) partials.moment = elements + plan.moment;
   if (args.dquery != nullptr) {
     partials.sum_centers = plan.splits == 1 ? static_cast<T*>(args.dquery) : elements + plan.sum_centers;
   }

@@ -99,10 +99,11 @@ __device__ void write_dcenter_scalars(const Item<T>& item, int64_t j, int64_t at
   dbandwidth[at] = (moment / (scaled * scaled) - static_cast<T>(item.l) * sum) / h;
 }
 
-// dcenters[j] = sum w (query - center) / h^2 for a thread's rows, the first of which is `first`.
+// dcenters[j] = sum w (query - center) / h^2 for a thread's rows, the first of which is `first`. `near`: the sums are
+// of the queries, else of the differences.
 template <typename T, int LC, int kSlabs>
-__device__ void write_dcenters(const Item<T>& item, int64_t first, int first_chunk, int chunks, const T (&sums)[kMicro],
-                               const T (&queries)[kSlabs][kMicro][LC], T* dcenters /* [m, l] */) {
+__device__ void write_dcenters(const Item<T>& item, bool near, int64_t first, int first_chunk, int chunks,
+                               const T (&mass)[kMicro], const T (&sums)[kSlabs][kMicro][LC], T* dcenters /* [m, l] */) {
   T h[kMicro];
 #pragma unroll
   for (int a = 0; a < kMicro; ++a) h[a] = first + a < item.m ? bandwidth_of(item, first + a) : T(1);
@@ -113,13 +114,13 @@ __device__ void write_dcenters(const Item<T>& item, int64_t first, int first_chu
     for (int c = 0; c < LC; ++c) {
       const int64_t k = static_cast<int64_t>(first_chunk + slab) * Tile<T, LC>::kChunk + LC * (threadIdx.x % kSide) + c;
       if (k >= item.l) continue;
-      const T shift = shift_of<1>(item, k);
 #pragma unroll
       for (int a = 0; a < kMicro; ++a) {
         const int64_t at = (first + a) * item.l + k;
         if (first + a >= item.m) break;
-        const T center = (item.centers[at] - shift) * item.scale;
-        dcenters[at] = (queries[slab][a][c] - center * sums[a]) * (T(1) / (item.scale * h[a])) / h[a];
+        T sum = sums[slab][a][c];
+        if (near) sum -= item.centers[at] * item.scale * mass[a];
+        dcenters[at] = sum * (T(1) / (item.scale * h[a])) / h[a];
       }
     }
   }
@@ -137,12 +138,16 @@ __global__ void __launch_bounds__(kTileThreads, kSlabs == 1 && sizeof(T) == 4 ? 
   const double* log_prob = args.log_prob + batch * item.n;            // [n]
   Stage<T, LC, kSlabs> stage{tile, item, {item.centers, item.m}, {item.query, item.n}, first_center};
   load_centers(tile, item, first_center);
+  if (threadIdx.x == 0) tile.first_chunk = group * plan.chunks;
   if (threadIdx.x < 2) {
     const int64_t count = kde_count(item.m, item.log_weights == nullptr, static_cast<int>(threadIdx.x) - 1);
     tile.log_constant[threadIdx.x] = kde_log_constant(count, item.l, static_cast<double>(item.h0));
   }
 
   tile.row_sums[threadIdx.x] = {};
+  const bool near = args.dcenters == nullptr || stage.rows_are_near([&](int row) {
+    return item.per_center ? center_terms(item, first_center + row).gain : item.gain;
+  });
   T queries[kSlabs][kMicro][LC] = {};
   const T same[kMicro] = {T(1), T(1), T(1), T(1)};
   for (int64_t query_tile = first_tile; query_tile < end_tile; ++query_tile) {
@@ -155,7 +160,7 @@ __global__ void __launch_bounds__(kTileThreads, kSlabs == 1 && sizeof(T) == 4 ? 
     if (args.dcenters == nullptr) continue;
     store_pairs(tile, pairs);
     __syncthreads();
-    add_weighted_sums(stage, group * plan.chunks, plan.chunks, same, queries);
+    add_weighted_sums(stage, near, plan.chunks, same, queries);
   }
 
   const BackwardOutputs<T> to = BackwardOutputs<T>(args).of_split(split * plan.elements);
@@ -170,7 +175,7 @@ __global__ void __launch_bounds__(kTileThreads, kSlabs == 1 && sizeof(T) == 4 ? 
     write_dcenter_scalars(item, j, batch * item.m + j, sums[a], moment, to.dlog_weights, to.dbandwidth);
   }
   if (to.dcenters == nullptr) return;
-  write_dcenters<T, LC, kSlabs>(item, first_row, group * plan.chunks, plan.chunks, sums, queries,
+  write_dcenters<T, LC, kSlabs>(item, near, first_row, group * plan.chunks, plan.chunks, sums, queries,
                                 to.dcenters + batch * item.m * item.l);
 }
 

@@ -45,15 +45,17 @@ __device__ void forward_weights(Tile<T, LC>& tile, bool per_center, int first_ce
   tile.row_sums[threadIdx.x] = sums;
 }
 
+// Writes a thread's rows' sums over its block's columns, and leaves in `mass` those of the factors of differences.
 template <typename T>
-__device__ void write_row_sums(const RowSums<T>& sums, const Partials<T>& partials, int64_t first_row,
-                               int64_t end_row) {
+__device__ void write_row_sums(const RowSums<T>& sums, const Partials<T>& partials, int64_t first_row, int64_t end_row,
+                               bool writes, bool per_center, T (&mass)[kMicro]) {
 #pragma unroll
   for (int a = 0; a < kMicro; ++a) {
     const T sum = sum_over<kSide>(sums.sum[a]);
     const T moment = sum_over<kSide>(sums.moment[a]);
     const int64_t row = first_row + a;
-    if (threadIdx.x % kSide != 0 || row >= end_row) continue;
+    mass[a] = per_center ? moment : sum;
+    if (!writes || threadIdx.x % kSide != 0 || row >= end_row) continue;
     partials.max[row] = sums.max[a];
     partials.sum[row] = sum;
     if (partials.moment != nullptr) partials.moment[row] = moment;
@@ -69,12 +71,15 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
   Tile<T, LC>& tile = shared_tile<T, LC>();
   const int64_t first_query = query_tile * kTile;
   Stage<T, LC, kSlabs> stage{tile, item, {item.query, item.n}, {item.centers, item.m}, first_query};
+  if (threadIdx.x == 0) tile.first_chunk = group * plan.chunks;
   if (threadIdx.x < kTile) {
     const int64_t i = first_query + threadIdx.x;
     const int64_t exclude = item.exclude != nullptr && i < item.n ? item.exclude[i] : -1;
     tile.exclude[threadIdx.x] = among(exclude, first_tile * kTile, end_tile * kTile);
   }
 
+  const T gain = largest_gain(item);
+  const bool near = partials.sum_centers == nullptr || stage.rows_are_near([&](int) { return gain; });
   T centers[kSlabs][kMicro][LC] = {};
   const T none = -T(INFINITY);
   tile.row_sums[threadIdx.x] = {{none, none, none, none}, {}, {}};
@@ -87,13 +92,14 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
     if (partials.sum_centers == nullptr) continue;
     store_pairs(tile, pairs);
     __syncthreads();
-    add_weighted_sums(stage, group * plan.chunks, plan.chunks, factor, centers);
+    add_weighted_sums(stage, near, plan.chunks, factor, centers);
   }
 
   const int64_t rows = mixture.batch * item.n;
   const int64_t first_row = (split * rows + batch * item.n) + first_query + kMicro * (threadIdx.x / kSide);
   const int64_t end_row = split * rows + (batch + 1) * item.n;
-  if (group == 0) write_row_sums(tile.row_sums[threadIdx.x], partials, first_row, end_row);
+  T mass[kMicro];
+  write_row_sums(tile.row_sums[threadIdx.x], partials, first_row, end_row, group == 0, item.per_center, mass);
   if (partials.sum_centers == nullptr) return;
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
@@ -104,8 +110,11 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(T) == 4 ? 2 : 1)
       for (int c = 0; c < LC; ++c) {
         const int64_t k =
             static_cast<int64_t>(group * plan.chunks + slab) * Tile<T, LC>::kChunk + LC * (threadIdx.x % kSide) + c;
-        if (first_row + a < end_row && k < item.l)
-          partials.sum_centers[(first_row + a) * item.l + k] = centers[slab][a][c];
+        if (first_row + a >= end_row || k >= item.l) continue;
+        T sum = centers[slab][a][c];
+        if (near)
+          sum -= item.query[(first_query + kMicro * (threadIdx.x / kSide) + a) * item.l + k] * item.scale * mass[a];
+        partials.sum_centers[(first_row + a) * item.l + k] = sum;
       }
     }
   }

@@ -91,9 +91,9 @@ __device__ T sum_of_centers(const Partials<T>& partials, T max, int64_t splits, 
 }
 
 // `warps` warps per query, a power of two: they merge the splits and write value and gradients,
-//   dquery = weight (s_e + query * pull), s_e = (sum of centers - query sum of precisions) / (sum of weights) / h0^2,
-// both scaled; a center of the query's own takes its share of s_e. dquery may be where the only split has left its
-// sums: the lane that writes a number is the one that has read it.
+//   dquery = weight (s_e + query * pull), s_e = (sum of weighted differences) / (sum of weights) / h0^2,
+// of which a center of the query's own takes its share. dquery may be where the only split has left its sums: the lane
+// that writes a number is the one that has read it.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     kde_merge_kernel(const KdeForward args, const T* middle, const Partials<T> partials, int64_t splits, int warps) {
@@ -130,7 +130,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (args.dquery != nullptr) {
     const T weight = static_cast<T>(term.weight), pull = plain ? T(0) : static_cast<T>(1 / variance);
     const T inverse = T(1) / (item.scale * item.h0);  // that of a subnormal h0 itself is infinite
-    const T precision = (item.per_center ? merged.moment : merged.exponents.sum) / merged.exponents.sum;
     T* dquery = static_cast<T*>(args.dquery) + row * item.l;
     const Sharing sharing(item.l, warps, warp % warps);
     for (int round = 0; round < sharing.rounds; ++round) {
@@ -138,8 +137,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           static_cast<int64_t>(sharing.chunk + round * sharing.step) * sharing.width + lane % sharing.width;
       const T sum = sum_of_centers(partials, merged.exponents.max, splits, row, rows, k, item.l, sharing, scratch);
       if (!inside || k >= item.l || lane >= sharing.width || sharing.part != 0) continue;
-      const T scaled_query = (query[k] - shift_of<3>(item, k)) * item.scale;
-      T score = (sum / merged.exponents.sum - scaled_query * precision) * inverse / item.h0;
+      T score = sum / merged.exponents.sum * inverse / item.h0;
       if (args.own != nullptr) {
         score = static_cast<T>(merged_score(shares, own_step(k) / h0, static_cast<double>(score)));
       }

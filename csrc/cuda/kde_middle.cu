@@ -1,4 +1,5 @@
-// The middle one of a batch item's bandwidths, where each center has its own: the unit of its distances.
+// The middle one of a batch item's bandwidths, where each center has its own: the unit of its distances. And the least
+// one, which says how sharp the differences are that matter.
 #include "cuda/kde_passes.h"
 
 namespace kdejsd {
@@ -9,7 +10,7 @@ constexpr int kThreads = 1024;
 
 // One block per batch item.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) kde_middle_kernel(const KdeMixture mixture, T* middle /* [batch] */) {
+__global__ void __launch_bounds__(kThreads) kde_middle_kernel(const KdeMixture mixture, T* middle /* [2, batch] */) {
   constexpr int kWarps = kThreads / kWarp;
   __shared__ T least[kWarps], greatest[kWarps];
   const T* bandwidth = static_cast<const T*>(mixture.bandwidth) + blockIdx.x * mixture.bandwidth_stride;
@@ -34,6 +35,7 @@ __global__ void __launch_bounds__(kThreads) kde_middle_kernel(const KdeMixture m
     high = std::fmax(high, greatest[warp]);
   }
   middle[blockIdx.x] = static_cast<T>(middle_bandwidth(low, high));
+  middle[mixture.batch + blockIdx.x] = low;
 }
 
 }  // namespace

@@ -1,11 +1,16 @@
 // What the kernels of the kde op share: a batch item with its frame of reference, and what a forward pass leaves for
 // the merge of its splits.
 //
-// Points are taken as (point - shift) * scale. The scale is the power of two next to 1/h0, h0 the bandwidth, or the
-// middle one where each center has its own, so it costs no digit; the shift puts centers that are far from the origin
-// about it. Exponents are in powers of two and relative to h0:
+// Points are taken as point * scale. The scale is the power of two next to 1/h0, h0 the bandwidth, or the middle one
+// where each center has its own, so it costs no digit, and neither do differences of points that are near each other.
+// Only the tensor cores' kernel takes them as (point - shift) * scale. Exponents are in powers of two and relative to
+// h0:
 //   x[i, j] = offset[j] - gain[j] d2[i, j],  gain[j] = log2(e)/2 (h0/h[j])^2 / (scale h0)^2,
 //   offset[j] = log2(e) log_weights[j] + l log2(h0/h[j]).
+//
+// Weighted sums are those of differences, sum of w (point - own), for each of the points that a pass leaves results
+// for. Taken as (sum of w point) - own (sum of w), they cost half the arithmetic and a rounding of `own`: that is done
+// where `own` is near the origin, see most_parts_of_sums.
 #pragma once
 
 #include "cuda/kde_plan.h"
@@ -30,6 +35,7 @@ struct Item {
   int64_t n, m, l;
   bool per_center;
   T h0;     // the bandwidth, or the middle one; NaN where it is not positive and finite
+  T least;  // bandwidth
   T scale;  // a power of two, scale h0 is in [1, 2)
   T gain;   // of a center with bandwidth h0
 };
@@ -42,7 +48,7 @@ __device__ T power_of_two_near_inverse(T h) {
 }
 
 template <typename T>
-__device__ Item<T> batch_item(const KdeMixture& mixture, const T* middle /* [batch] or null */, int64_t batch) {
+__device__ Item<T> batch_item(const KdeMixture& mixture, const T* middle /* [2, batch] or null */, int64_t batch) {
   Item<T> item;
   item.query = static_cast<const T*>(mixture.query) + batch * mixture.query_stride;
   item.centers = static_cast<const T*>(mixture.centers) + batch * mixture.centers_stride;
@@ -58,9 +64,10 @@ __device__ Item<T> batch_item(const KdeMixture& mixture, const T* middle /* [bat
   item.per_center = mixture.per_center;
   if (middle != nullptr) {
     item.h0 = middle[batch];
+    item.least = middle[mixture.batch + batch];
   } else {
     const T number = static_cast<T>(mixture.bandwidth_number);
-    item.h0 = checked_bandwidth(item.bandwidth != nullptr ? item.bandwidth[0] : number);
+    item.least = item.h0 = checked_bandwidth(item.bandwidth != nullptr ? item.bandwidth[0] : number);
   }
   item.scale = power_of_two_near_inverse(item.h0);
   const double scaled = static_cast<double>(item.scale) * static_cast<double>(item.h0);
@@ -73,11 +80,26 @@ __device__ T bandwidth_of(const Item<T>& item, int64_t j) {
   return item.per_center ? checked_bandwidth(item.bandwidth[j]) : item.h0;
 }
 
-// What is subtracted from coordinate k of all points: the middle between the second lowest and the second highest of
-// nine centers, where these two agree within a factor of three; elsewhere little would be gained. So one that lies far
-// from the others takes nothing with it. The middle is rounded to a quarter of the two's distance, and to 2^-16 of
-// itself, so that to subtract it is exact for centers near it and for larger ones too. The centers are spread over the
-// array without a period, which the array may have. `kAhead` of them are loaded at a time, where there are registers.
+// Of all centers.
+template <typename T>
+__device__ T largest_gain(const Item<T>& item) {
+  const T ratio = item.h0 / item.least;
+  return item.gain * (ratio * ratio);
+}
+
+// Up to which gain |own|^2 weighted sums are taken by way of the sum of the weights. Their error is 2^-24 of |own|,
+// which is the root of these parts in bandwidths, about; so it is alike that of differences of points some bandwidths
+// apart. Typical points have up to 12 l at the bandwidths in use, and weighted differences that are so much longer.
+template <typename T>
+__device__ T most_parts_of_sums(const Item<T>& item) {
+  return std::fmax(T(128), T(12) * static_cast<T>(item.l));
+}
+
+// The shift of coordinate k: the middle between the second lowest and the second highest of nine centers, where these
+// two agree within a factor of three; elsewhere little would be gained. So one that lies far from the others takes
+// nothing with it. The middle is rounded to a quarter of the two's distance, and to 2^-16 of itself, so that to
+// subtract it is exact for centers near it and for larger ones too. The centers are spread over the array without a
+// period, which the array may have. `kAhead` of them are loaded at a time, where there are registers.
 template <int kAhead = 9, typename T>
 __device__ T shift_of(const Item<T>& item, int64_t k) {
   if (k >= item.l) return T(0);
@@ -162,8 +184,8 @@ template <typename T>
 struct Partials {
   T* max;          // [splits, batch, n]
   T* sum;          // [splits, batch, n], of the weights
-  T* moment;       // [splits, batch, n], of the weights times (h0/h)^2 with one h per center, times d2 else; or null
-  T* sum_centers;  // [splits, batch, n, l], of the weights times (h0/h)^2 times the center; or null
+  T* moment;       // [splits, batch, n], of the weights times d2; or null
+  T* sum_centers;  // [splits, batch, n, l], of the weights times (h0/h)^2 (center - query), scaled; or null
 };
 
 }  // namespace cuda

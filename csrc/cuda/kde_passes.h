@@ -8,9 +8,10 @@
 namespace kdejsd {
 namespace cuda {
 
-// kde_middle.cu: queues the look for the middle bandwidth where each center has its own; returns `at`, else null.
+// kde_middle.cu: queues the look for the middle and the least bandwidth where each center has its own; returns `at`,
+// else null.
 template <typename T>
-const T* launch_middle(const KdeMixture& mixture, T* at /* [batch] */, cudaStream_t stream);
+const T* launch_middle(const KdeMixture& mixture, T* at /* [2, batch] */, cudaStream_t stream);
 
 // kde_tensor.cu and kde_forward.cu: the pass over all pairs, by tensor cores and without. `resident`: how many blocks
 // of the plan a multiprocessor holds.

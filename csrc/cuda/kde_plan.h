@@ -117,8 +117,8 @@ struct BackwardPlan {
 constexpr int kPlainTile = 64;  // rows and columns of the other kernels' tiles
 constexpr int kPlainSide = 16;  // threads that share a row's coordinates
 
-// A bandwidth of each center's own, whose middle one is looked for first: how many numbers that leaves.
-inline int64_t middle_count(const KdeMixture& mixture) { return mixture.per_center ? mixture.batch : 0; }
+// Bandwidths of each center's own, whose middle and least one are looked for first: how many numbers that leaves.
+inline int64_t middle_count(const KdeMixture& mixture) { return mixture.per_center ? 2 * mixture.batch : 0; }
 
 // The chunks of l that the blocks sum: how wide they are, and how many blocks share them. Where nothing is summed over
 // coordinates, one block goes through all of them.
@@ -203,7 +203,7 @@ ForwardPlan plan_forward(const KdeForward& args, int multiprocessors, int shared
   const int64_t each = plan.splits * mixture.batch * mixture.n;
   plan.sum = plan.max + each;
   plan.moment = plan.sum + each;
-  plan.sum_centers = plan.moment + (mixture.per_center || args.dbandwidth != nullptr ? each : 0);
+  plan.sum_centers = plan.moment + (args.dbandwidth != nullptr ? each : 0);
   const bool in_dquery = args.dquery == nullptr || plan.splits == 1;  // the sums of a single split lie in dquery
   plan.middle = plan.sum_centers + (in_dquery ? 0 : each * mixture.l);
   plan.elements = plan.middle + middle_count(mixture);

@@ -16,6 +16,9 @@
 // coordinates, as the other kernels do, where the parts exceed `largest_parts`, and then its sums from split products
 // in any case.
 //
+// A warp with a query that is far from the shift takes all its sums from differences, and its block has no shift: the
+// rounding of what is moved would be that of points which are near each other and far from it.
+//
 // While a tile is worked on, the next one is copied as it is. Each thread then brings what it has copied itself into
 // the frame, splits it, and puts it where all warps read it: in two places by turns, so that one barrier a tile is
 // enough.
@@ -129,14 +132,15 @@ struct CenterRow {
       fragment.set(i, at[0]);
     }
   }
-  // Coordinates k to k + 3.
-  __device__ Vector<float, 4> load_four(int k) const {
+  // Coordinates from k on, of one k-step.
+  template <int kCount>
+  __device__ Vector<float, kCount> load(int k) const {
     const float* at = row + word_of(k);
-    Vector<float, 4> point = load_vector<4>(at);
+    Vector<float, kCount> point = load_vector<kCount>(at);
     if constexpr (kInParts) {
-      const Vector<float, 4> small = load_vector<4>(at + kStepK);
+      const Vector<float, kCount> small = load_vector<kCount>(at + kStepK);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) point.at[e] += small.at[e];
+      for (int e = 0; e < kCount; ++e) point.at[e] += small.at[e];
     }
     return point;
   }
@@ -150,6 +154,18 @@ struct CenterRows {
 
   __device__ CenterRow<kInParts> operator[](int row) const { return {first + row * stride}; }
 };
+
+// This thread's share of the squared norm that a row will have in the frame.
+__device__ inline float share_of_norm(const float* row, const float* shift, float scale, int steps, Share share) {
+  float norm = 0;
+  for (int k = 4 * share.own; k < kStepK * steps; k += 4 * share.sharers) {
+    for (int e = k; e < k + 4; ++e) {
+      const float x = (row[e] - shift[e]) * scale;
+      norm = std::fma(x, x, norm);
+    }
+  }
+  return norm;
+}
 
 // Brings a row into the frame: as numbers, or where kInParts as their parts, as CenterRow has them. Returns this
 // thread's share of the squared norm of the numbers that the products will take. A NaN counts as itself, which TF32
@@ -261,7 +277,7 @@ __device__ void pairs_from_differences(const float* queries, int query_stride, c
 #pragma unroll
     for (int column = 0; column < 2 * kN; ++column) {
       const int j = column / 2;
-      const Vector<float, 4> center = centers[kTileN * j + point_of_column(2 * t + column % 2)].load_four(k);
+      const Vector<float, 4> center = centers[kTileN * j + point_of_column(2 * t + column % 2)].template load<4>(k);
 #pragma unroll
       for (int row = 0; row < 2 * kM; ++row) {
         float square = 0;
@@ -318,6 +334,52 @@ __device__ void add_weighted_sums(const Pairs<kM, kN>& weights, const CenterRows
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         total[r][step][e] = std::fma(total[r][step][e], factor[2 * r + e / 2], sums[r].total(e));
+      }
+    }
+  }
+}
+
+// total = total * factor + weights times differences of centers and queries, for all coordinates; `queries` as above.
+// It is rare, so there is one copy of the step, and not one for each place of the totals.
+template <bool kInParts, int kM, int kN, int kMostSteps>
+__device__ void add_weighted_differences(const Pairs<kM, kN>& weights, const float* queries, int query_stride,
+                                         const CenterRows<kInParts>& centers, int steps, const float (&factor)[2 * kM],
+                                         float (&total)[kM][kMostSteps][4]) {
+  const int lane = threadIdx.x % kWarp, t = lane % 4;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    const int k = kStepK * step + 2 * t;
+    float sums[kM][4] = {};
+    Vector<float, 2> query[2 * kM];
+#pragma unroll
+    for (int row = 0; row < 2 * kM; ++row) query[row] = load_vector<2>(queries + 8 * row * query_stride + k);
+#pragma unroll 1
+    for (int from = 0; from < 4; ++from) {  // the lane of the four of a row that has the weights
+#pragma unroll
+      for (int n = 0; n < 2 * kN; ++n) {
+        const int center = kTileN * (n / 2) + point_of_column(2 * from + n % 2);
+        const Vector<float, 2> point = centers[center].template load<2>(k);
+#pragma unroll
+        for (int row = 0; row < 2 * kM; ++row) {
+          const int half = 2 * (row % 2);
+          const float weight = __shfl_sync(kAllLanes, weights[row / 2][n / 2][half + n % 2], lane - t + from);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& sum = sums[row / 2][half + e];
+            sum = std::fma(weight, point.at[e] - query[row].at[e], sum);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int place = 0; place < kMostSteps; ++place) {
+      if (place != step) continue;
+#pragma unroll
+      for (int r = 0; r < kM; ++r) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          total[r][place][e] = std::fma(total[r][place][e], factor[2 * r + e / 2], sums[r][e]);
+        }
       }
     }
   }
@@ -426,14 +488,31 @@ __global__ void __launch_bounds__(kMostThreads, many_warps(kMostSteps, kM) ? 2 :
     clear_padding(l, steps, share, shared.query(row));
   }
   clear_padding(l, steps, share, shared.staged(own_row));
-  for (int k = threadIdx.x; k < kStepK * steps; k += blockDim.x) shared.shift()[k] = shift_of(item, k);
+  bool is_moved = false;
+  for (int k = threadIdx.x; k < kStepK * steps; k += blockDim.x) {
+    shared.shift()[k] = shift_of(item, k);
+    is_moved = is_moved || shared.shift()[k] != 0;
+  }
   for (int row = threadIdx.x; row < rows; row += blockDim.x) {
     const int64_t i = first_query + row;
     const int64_t exclude = item.exclude != nullptr && i < item.n ? item.exclude[i] : -1;
     shared.exclude()[row] = among(exclude, first_tile * kCenters, end_tile * kCenters);
   }
-  __syncthreads();
+  const float norm_of_sums = most_parts_of_sums(item) / largest_gain(item);
+  is_moved = __syncthreads_or(is_moved) != 0;
   wait_for_copies();
+  if (is_moved) {
+    bool is_far = false;
+    for (int row = own_row; row < rows; row += kCenters) {
+      const float own = share_of_norm(shared.query(row), shared.shift(), item.scale, steps, share);
+      const float norm = over_sharers(own, sharers);
+      is_far = is_far || norm > norm_of_sums;
+    }
+    if (__syncthreads_or(is_far) != 0) {
+      for (int k = threadIdx.x; k < kStepK * steps; k += blockDim.x) shared.shift()[k] = 0;
+      __syncthreads();
+    }
+  }
   for (int row = own_row; row < rows; row += kCenters) {
     float* query = shared.query(row);
     const float norm = recentre_row<kSplit, false>(query, shared.shift(), item.scale, steps, share, query);
@@ -456,6 +535,7 @@ __global__ void __launch_bounds__(kMostThreads, many_warps(kMostSteps, kM) ? 2 :
     sums.max[row] = -INFINITY;
   }
   largest_norm = max_over<kWarp>(largest_norm);
+  const bool near = largest_norm <= norm_of_sums;
 
   for (int64_t tile = first_tile; tile < end_tile; ++tile) {
     const int turn = static_cast<int>(tile - first_tile) % 2,
@@ -488,7 +568,9 @@ __global__ void __launch_bounds__(kMostThreads, many_warps(kMostSteps, kM) ? 2 :
     float factor[2 * kM];
     weights_from_pairs<kM, kN>(columns, from_products, item.per_center, with_moment, exclude, pairs, sums, factor);
     if (!with_sums) continue;
-    if (kSplit || from_products) {
+    if (!near) {
+      add_weighted_differences(pairs, queries, query_stride, centers, steps, factor, total);
+    } else if (kSplit || from_products) {
       add_weighted_sums<kSplit>(pairs, centers, steps, factor, total);
     } else {
       add_weighted_sums<true>(pairs, centers, steps, factor, total);
@@ -507,12 +589,16 @@ __global__ void __launch_bounds__(kMostThreads, many_warps(kMostSteps, kM) ? 2 :
       if (with_moment) partials.moment[at] = moment;
     }
     if (!with_sums) continue;
+    // What the sums of centers have too much, where they are not those of differences.
+    const float mass = item.per_center ? moment : sum;
 #pragma unroll
     for (int step = 0; step < kMostSteps; ++step) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int k = kStepK * step + 2 * t + e;
-        if (k < l) partials.sum_centers[at * l + k] = total[row / 2][step][2 * (row % 2) + e];
+        if (k >= l) continue;
+        const float own = near ? queries[8 * row * query_stride + k] * mass : 0.0f;
+        partials.sum_centers[at * l + k] = total[row / 2][step][2 * (row % 2) + e] - own;
       }
     }
   }

@@ -2,7 +2,8 @@
 // centers times queries), worked on in three steps:
 //   1. squared distances, from differences of coordinates; these pass through shared memory in chunks of 16 LC
 //   2. weights 2^x, which the block exchanges through shared memory
-//   3. weighted sums of the column points: rows 4 ty + {0..3}, coordinates LC tx + {0..LC-1} of up to kSlabs chunks
+//   3. weighted sums of differences: rows 4 ty + {0..3}, coordinates LC tx + {0..LC-1} of up to kSlabs chunks; of the
+//      column points where the rows are near the origin, of which the rows are to be subtracted at the end
 // Thread (ty, tx) has the 16 pairs of rows 4 ty + {0..3} and columns tx + {0, 16, 32, 48}. A tile is summed by itself
 // before it is added to the running sums, so long sums have two levels.
 #pragma once
@@ -44,6 +45,7 @@ struct Tile {
   T grad[kTile];            // of the queries; backward only
   T log2_prob[kTile];       // of the queries, in the units of x, and what its rounding left; backward only
   T log2_rest[kTile];
+  int first_chunk;         // of those that the block sums; here, that no addresses wait in registers for their turn
   double log_constant[2];  // of a query that counts all centers, and of one that excludes one; backward only
 };
 
@@ -75,7 +77,6 @@ struct Stage {
   int64_t first_row;
   int64_t first_column = 0;
   int present = -1;    // the chunk that was loaded last, -1 before the first
-  T shift = T(0);      // of this thread's coordinate in it
   bool ahead = false;  // the columns have been asked for
 
   __device__ int chunks() const { return static_cast<int>(ceil_div(item.l, kChunk)); }
@@ -83,7 +84,6 @@ struct Stage {
   // To be called between two barriers. Where l has one chunk only, the rows need loading but once.
   __device__ void load(int chunk, bool with_rows) {
     const bool first = present < 0;
-    if (chunk != present) shift = shift_of<3>(item, coordinate(chunk));
     present = chunk;
     if (with_rows && (first || chunks() > 1)) load_points(tile.rows, row_points, first_row);
     if (ahead) {
@@ -107,6 +107,34 @@ struct Stage {
     }
   }
 
+  // Whether all rows are near the origin, see most_parts_of_sums, and not so near each other beside it that this would
+  // be the greater loss: the shift, which is 0 for centers about the origin, stands for the others. A barrier.
+  template <typename Gain>
+  __device__ bool rows_are_near(const Gain& gain) const {
+    const int first = threadIdx.x / kSide;
+    T norm[kMicro] = {}, spread[kMicro] = {};
+    for (int64_t k = threadIdx.x % kSide; k < item.l; k += kSide) {
+      const T shift = shift_of<3>(item, k);
+      const int end = rows_inside(row_points, first_row, k);
+#pragma unroll
+      for (int a = 0; a < kMicro; ++a) {
+        const int row = first + kSide * a;
+        const T point = row < end ? row_points.points[(first_row + row) * item.l + k] : T(0);
+        const T x = point * item.scale, moved = (point - shift) * item.scale;
+        norm[a] = std::fma(x, x, norm[a]);
+        spread[a] = std::fma(moved, moved, spread[a]);
+      }
+    }
+    bool far = false;
+#pragma unroll
+    for (int a = 0; a < kMicro; ++a) {
+      const T slope = gain(first + kSide * a), parts = slope * sum_over<kSide>(norm[a]);
+      const T parts_moved = slope * sum_over<kSide>(spread[a]);
+      far = far || !(parts <= most_parts_of_sums(item) && parts <= 16 * parts_moved + 8);  // NaN is
+    }
+    return __syncthreads_or(far) == 0;
+  }
+
  private:
   static constexpr int kStep = kTileThreads / kChunk;  // rows that the block loads at once
 
@@ -125,7 +153,7 @@ struct Stage {
 #pragma unroll kLoads
     for (int step = 0; step < kTile / kStep; ++step) {
       const int row = start + step * kStep;
-      to[row][threadIdx.x % kChunk] = row < end ? (*from - shift) * scale : T(0);
+      to[row][threadIdx.x % kChunk] = row < end ? *from * scale : T(0);
       from += kStep * item.l;
     }
   }
@@ -136,7 +164,7 @@ struct Stage {
     wait_for_copies();
 #pragma unroll
     for (int row = threadIdx.x / kChunk; row < kTile; row += kStep) {
-      const T point = row < end ? (tile.next_columns[row][threadIdx.x % kChunk] - shift) * item.scale : T(0);
+      const T point = row < end ? tile.next_columns[row][threadIdx.x % kChunk] * item.scale : T(0);
       tile.columns[row][threadIdx.x % kChunk] = point;
     }
   }
@@ -206,41 +234,57 @@ __device__ void squared_distances(Stage<T, LC, kSlabs>& stage, int64_t next_colu
   }
 }
 
-// sums[a][c] = sum over the tile's columns of weight[row 4 ty + a] * coordinate LC tx + c of the chunk that is present.
-template <typename T, int LC>
-__device__ void weighted_sums(const Tile<T, LC>& tile, T (&sums)[kMicro][LC]) {
-  const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
+// total[a][c] = total[a][c] * factor[a] + sum over the tile's columns of weight[row 4 ty + a] * coordinate LC tx + c of
+// the chunk that is present, of the column or of its difference to the row; for a = first + {0..kRows-1}.
+template <int kRows, bool kDifferences, typename T, int LC>
+__device__ void add_weighted_sums(const Tile<T, LC>& tile, int first, const T (&factor)[kMicro],
+                                  T (&total)[kMicro][LC]) {
+  const int tx = threadIdx.x % kSide, first_row = kMicro * (threadIdx.x / kSide) + first;
+  T sums[kRows][LC] = {};
+  Vector<T, LC> row[kRows] = {};
+  if constexpr (kDifferences) {
+#pragma unroll
+    for (int a = 0; a < kRows; ++a) row[a] = load_vector<LC>(&tile.rows[first_row + a][LC * tx]);
+  }
 #pragma unroll 4
   for (int j = 0; j < kTile; ++j) {
-    const Vector<T, kMicro> weight = load_vector<kMicro>(&tile.pairs[j][kMicro * ty]);
+    const Vector<T, kRows> weight = load_vector<kRows>(&tile.pairs[j][first_row]);
     const Vector<T, LC> point = load_vector<LC>(&tile.columns[j][LC * tx]);
 #pragma unroll
-    for (int a = 0; a < kMicro; ++a) {
+    for (int a = 0; a < kRows; ++a) {
 #pragma unroll
-      for (int c = 0; c < LC; ++c) sums[a][c] = std::fma(weight.at[a], point.at[c], sums[a][c]);
+      for (int c = 0; c < LC; ++c) {
+        const T from_row = kDifferences ? point.at[c] - row[a].at[c] : point.at[c];
+        sums[a][c] = std::fma(weight.at[a], from_row, sums[a][c]);
+      }
     }
+  }
+#pragma unroll
+  for (int a = 0; a < kRows; ++a) {
+#pragma unroll
+    for (int c = 0; c < LC; ++c) total[first + a][c] = std::fma(total[first + a][c], factor[first + a], sums[a][c]);
   }
 }
 
-// total = total * factor + the tile's weighted sums, for the chunks first_chunk + {0..slabs-1}, slabs <= kSlabs.
+// total = total * factor + the tile's weighted sums, for the first `slabs` of the block's chunks, at most kSlabs.
+// `near`: of columns, else of differences.
 template <typename T, int LC, int kSlabs>
-__device__ void add_weighted_sums(Stage<T, LC, kSlabs>& stage, int first_chunk, int slabs, const T (&factor)[kMicro],
+__device__ void add_weighted_sums(Stage<T, LC, kSlabs>& stage, bool near, int slabs, const T (&factor)[kMicro],
                                   T (&total)[kSlabs][kMicro][LC]) {
 #pragma unroll
   for (int slab = 0; slab < kSlabs; ++slab) {
-    const int chunk = first_chunk + slab;
+    const int chunk = stage.tile.first_chunk + slab;
     if (slab >= slabs || chunk >= stage.chunks()) break;
     if (chunk != stage.present) {
       __syncthreads();
-      stage.load(chunk, false);
+      stage.load(chunk, !near);
       __syncthreads();
     }
-    T sums[kMicro][LC] = {};
-    weighted_sums(stage.tile, sums);
-#pragma unroll
-    for (int a = 0; a < kMicro; ++a) {
-#pragma unroll
-      for (int c = 0; c < LC; ++c) total[slab][a][c] = std::fma(total[slab][a][c], factor[a], sums[a][c]);
+    if (near) {
+      add_weighted_sums<kMicro, false>(stage.tile, 0, factor, total[slab]);
+    } else {  // the rows take registers, too many for all four at a time
+      add_weighted_sums<kMicro / 2, true>(stage.tile, 0, factor, total[slab]);
+      add_weighted_sums<kMicro / 2, true>(stage.tile, kMicro / 2, factor, total[slab]);
     }
   }
 }

@@ -137,6 +137,7 @@ class Block {
     if (static_cast<int>(threads_.size()) < count) threads_.resize(count);
     kernel_ = &kernel;
     barrier_ = {0, count, 0};
+    votes_[0] = votes_[1] = false;
     warps_.resize((count + kWarp - 1) / kWarp);
     for (Warp& warp : warps_) warp.barrier = {0, 0, 0};
     for (int i = 0; i < count; ++i) {
@@ -155,6 +156,12 @@ class Block {
   }
 
   void wait_for_block() { wait(barrier_); }
+  bool vote(bool mine) {
+    bool& all = votes_[barrier_.rounds % 2];
+    all = all || mine;
+    wait_for_block();
+    return all;
+  }
   void wait_for_warp() { wait(warp().barrier); }
   Thread& thread() { return threads_[threadIdx.x]; }
 
@@ -199,6 +206,7 @@ class Block {
     barrier.waiting = 0;
     ++barrier.rounds;
     moved_ = true;
+    if (&barrier == &barrier_) votes_[barrier.rounds % 2] = false;  // that of the round before, which all have read
   }
 
   void leave(Barrier& barrier) {  // who has left is not waited for
@@ -209,6 +217,7 @@ class Block {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   Barrier barrier_;
+  bool votes_[2];  // whether a thread that waits at the block's barrier has said so: of this round and of the next
   const std::function<void()>* kernel_;
   jmp_buf scheduler_;
   bool moved_;
@@ -227,6 +236,7 @@ inline void Block::enter() {
 }  // namespace host
 
 inline void __syncthreads() { host::block.wait_for_block(); }
+inline int __syncthreads_or(int mine) { return host::block.vote(mine != 0); }
 inline void __syncwarp(unsigned int = 0xffffffffu) { host::block.wait_for_warp(); }
 
 template <typename T>

@@ -19,6 +19,8 @@ _DIVERGENCES = {"js": 1, "kl": 2}
 # KdeProducts
 _NO_PRODUCTS, _SPLIT, _TF32 = range(3)
 
+_NO_STRIDES = (0,) * 5
+
 
 def kde_log_prob(
     query: Tensor,
@@ -80,18 +82,18 @@ def named_log_prob(
 ) -> Tensor:
     """`kde_log_prob` for callers whose arguments have other names, which the errors are to use."""
     inputs, shape = checked_inputs(names, query, centers, bandwidth, log_weights, exclude_self)
-    return _shaped(_log_prob(inputs), shape).to(inputs[0].dtype)
+    return _shaped(_log_prob(inputs), shape)
 
 
 def _log_prob(inputs: Inputs) -> Tensor:
-    """[n] or [B, n], in float64 from the kernels."""
+    """[n] or [B, n], in the dtype of the query."""
     if _common.needs_reference(inputs[0]):
         return _reference(inputs)
     if _common.is_traced(inputs):
-        return _operator(*_all_tensors(inputs))[0]  # type: ignore[no-any-return]
+        return _narrowed(_operator(*_all_tensors(inputs))[0], inputs[0].dtype)
     if _common.needs_grad(inputs):
         return _EagerKde.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
-    return _launch_forward(*inputs)[0]
+    return _narrowed(_forward(*inputs)[0], inputs[0].dtype)
 
 
 def normal_divergence_terms(
@@ -104,26 +106,29 @@ def normal_divergence_terms(
     variance: float,
     divergence: str,
     reduction: str,
+    narrow: bool = False,
 ) -> Tensor | None:
     """Terms of the divergence from N(0, variance I), value and gradient in the one pass of the kde.
 
     Args:
         divergence: "js" for log 2 - softplus(log p_t - log p_e), "kl" for log p_e - log p_t.
-        reduction: "none" for the terms, "mean" or "sum" of them; the rest as in `kde_log_prob`.
+        reduction: "none" for the terms, "mean" or "sum" of them.
+        narrow: whether to convert the result to the dtype of `kde_log_prob`; the rest as there.
 
     Returns:
-        [..., n] or a 0-dim tensor, in float64; or None where the pass cannot be fused: when something but the codes
-        needs a gradient, and wherever the kde itself does not take the eager path. The caller then composes the terms
-        from `kde_log_prob`.
+        [..., n] or a 0-dim tensor, in float64 unless narrow; or None where the pass cannot be fused: when something but
+        the codes needs a gradient, and wherever the kde itself does not take the eager path. The caller then composes
+        the terms from `kde_log_prob`.
     """
     inputs, shape = checked_inputs(names, codes, centers, bandwidth, log_weights, exclude_self)
     query, *others = inputs
     if _common.needs_reference(query) or _common.is_traced(inputs) or _common.needs_grad(others):
         return None
+    dtype = query.dtype if narrow else torch.float64
     if _common.needs_grad((query,)):
-        return _NormalTerms.apply(*inputs, shape, variance, divergence, reduction)  # type: ignore[no-untyped-call, no-any-return]
-    terms = _launch_forward(*inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0]
-    return _reduced(_shaped(terms, shape), reduction)
+        return _NormalTerms.apply(query, others, (shape, variance, divergence, reduction, dtype))  # type: ignore[no-untyped-call, no-any-return]
+    terms = _forward(*inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0]
+    return _narrowed(_reduced(_shaped(terms, shape), reduction), dtype)
 
 
 def raw_pass(inputs: Inputs, want_dquery: bool) -> tuple[Tensor, Tensor]:
@@ -141,6 +146,11 @@ def _shaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _reduced(terms: Tensor, reduction: str) -> Tensor:
     return terms.mean() if reduction == "mean" else terms.sum() if reduction == "sum" else terms
+
+
+def _narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float64 result in float64 or float32; `to` does the same, in half as much time again."""
+    return t if dtype == torch.float64 else t.float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -211,14 +221,13 @@ def checked_inputs(
         raise ValueError(f"exclude_self needs at least 2 {centers_name}, got 1")
 
     allowed = (query.dtype, dtype)  # half-precision queries may come with a float32 bandwidth and weights
-    for name, companion, dtypes in (
-        (centers_name, centers, allowed[:1]),
-        ("bandwidth", h, allowed),
-        ("log_weights", log_weights, allowed),
-        ("exclude_self", exclude, (torch.int64,)),
-    ):
-        if isinstance(companion, Tensor):
-            _common.check_companion(name, companion, query_name, query, dtypes)
+    _common.check_companion(centers_name, centers, query_name, query, allowed[:1])
+    if isinstance(h, Tensor):
+        _common.check_companion("bandwidth", h, query_name, query, allowed)
+    if log_weights is not None:
+        _common.check_companion("log_weights", log_weights, query_name, query, allowed)
+    if exclude is not None:
+        _common.check_companion("exclude_self", exclude, query_name, query, (torch.int64,))
     if query.dtype != dtype:
         query, centers = query.to(dtype), centers.to(dtype)
         h = h.to(dtype) if isinstance(h, Tensor) else h
@@ -226,8 +235,12 @@ def checked_inputs(
     if _common.checks_values():
         _check_values(names, query, centers, h, log_weights, exclude)
 
-    lone = (query, 2), (centers, 2), (h, 1), (log_weights, 1), (exclude, 1)
-    if all(not isinstance(t, Tensor) or t.ndim == ndim for t, ndim in lone):  # no batch: the usual call, kept short
+    if (  # no batch: the usual call, kept short
+        query.ndim == centers.ndim == 2
+        and (not isinstance(h, Tensor) or h.ndim == 1)
+        and (log_weights is None or log_weights.ndim == 1)
+        and (exclude is None or exclude.ndim == 1)
+    ):
         return (query, centers, h, log_weights, exclude), (n,)
 
     # The batch of the mixture: dimensions before those that every argument has anyway.
@@ -319,25 +332,54 @@ def _reference(inputs: Inputs) -> Tensor:
 
 def _mixture(
     query: Tensor, centers: Tensor, bandwidth: Tensor | float, log_weights: Tensor | None, exclude: Tensor | None
-) -> tuple[Any, tuple[Tensor | None, ...]]:
+) -> tuple[Any, list[Tensor | None]]:
     """The kernels' arguments, and the contiguous tensors they point into, which must outlive the call."""
     _common.check_cuda("query", query)
     n, dim, m = query.shape[-2], query.shape[-1], centers.shape[-2]
     batched = query.ndim == 3
     h, number = (bandwidth, 0.0) if isinstance(bandwidth, Tensor) else (None, bandwidth)
-    tensors = tuple(None if t is None else t.contiguous() for t in (query, centers, h, log_weights, exclude))
+    # Lists, as every item of a generator expression is a call of its own.
+    tensors = [None if t is None else t.contiguous() for t in (query, centers, h, log_weights, exclude)]
     mixture = native().KdeMixture(
         query.dtype == torch.float64,
         query.shape[0] if batched else 1,
         n,
         m,
         dim,
-        *(0 if t is None else t.data_ptr() for t in tensors),
+        *[0 if t is None else t.data_ptr() for t in tensors],
         h is not None and h.shape[-1] == m and m > 1,
-        *(t.stride(0) if batched and t is not None and t.shape[0] > 1 else 0 for t in tensors),
+        *([t.stride(0) if t is not None and t.shape[0] > 1 else 0 for t in tensors] if batched else _NO_STRIDES),
         number,
     )
     return mixture, tensors
+
+
+def _forward(
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: Tensor | float,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    want_dquery: bool = False,
+    want_dbandwidth: bool = False,
+    for_backward: bool = False,
+    value_kind: int = _LOG_PROB,
+    variance: float = 1.0,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two None if not wanted.
+
+    for_backward: the values are for `_launch_backward`, whose weights sum to 1 if the exponents are rounded alike.
+    """
+    mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
+    value = query.new_empty(*query.shape[:-1], dtype=torch.float64)  # numbers are read faster than a torch.Size
+    dquery = torch.empty_like(query, memory_format=torch.contiguous_format) if want_dquery else None
+    dbandwidth = torch.empty_like(value) if want_dbandwidth else None
+    if value.numel() == 0:
+        return value, dquery, dbandwidth
+    products = _NO_PRODUCTS if for_backward else _TF32 if query.is_cuda and _torch.tf32_allowed() else _SPLIT
+    outputs = [0 if t is None else t.data_ptr() for t in (value, dquery, dbandwidth)]
+    _common.launch(native(), "kde_forward", query.device, mixture, value_kind, variance, products, *outputs)
+    return value, dquery, dbandwidth
 
 
 def _launch_forward(
@@ -349,23 +391,12 @@ def _launch_forward(
     want_dquery: bool = False,
     want_dbandwidth: bool = False,
     for_backward: bool = False,
-    value_kind: int = _LOG_PROB,
-    variance: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two empty if not wanted.
-
-    for_backward: the values are for `_launch_backward`, whose weights sum to 1 if the exponents are rounded alike.
-    """
-    mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
-    shape, device = query.shape, query.device
-    value = torch.empty(shape[:-1], dtype=torch.float64, device=device)
-    dquery = torch.empty(shape if want_dquery else 0, dtype=query.dtype, device=device)
-    dbandwidth = torch.empty(shape[:-1] if want_dbandwidth else 0, dtype=torch.float64, device=device)
-    if value.numel() == 0:
-        return value, dquery, dbandwidth
-    products = _NO_PRODUCTS if for_backward else _TF32 if query.is_cuda and _torch.tf32_allowed() else _SPLIT
-    outputs = (value.data_ptr(), dquery.data_ptr(), dbandwidth.data_ptr())
-    _common.launch(native(), "kde_forward", device, mixture, value_kind, variance, products, *outputs)
+    """`_forward` as the operator's schema has it: what is not wanted is an empty tensor."""
+    wanted = want_dquery, want_dbandwidth, for_backward
+    value, dquery, dbandwidth = _forward(query, centers, bandwidth, log_weights, exclude, *wanted)
+    dquery = query.new_empty(0) if dquery is None else dquery
+    dbandwidth = query.new_empty(0, dtype=torch.float64) if dbandwidth is None else dbandwidth
     return value, dquery, dbandwidth
 
 
@@ -398,7 +429,7 @@ def _launch_backward(
 # Autograd, once for the raw calls and once for the operators
 
 
-def _save(ctx: Any, inputs: Inputs, *results: Tensor) -> None:
+def _save(ctx: Any, inputs: Inputs, *results: Tensor | None) -> None:
     """Keeps these for `_saved`. A number cannot be kept as the tensors are."""
     query, centers, bandwidth, log_weights, exclude = inputs
     h, ctx.number = (bandwidth, None) if isinstance(bandwidth, Tensor) else (None, bandwidth)
@@ -422,7 +453,7 @@ def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ..
 
     gradients: list[Tensor | None] = [None] * 5
     if need_query:
-        gradients[0] = grad.to(query.dtype).unsqueeze(-1) * dquery
+        gradients[0] = _narrowed(grad, query.dtype).unsqueeze(-1) * dquery
     if need_bandwidth and not per_center:
         gradients[2] = shared((grad * dbandwidth).sum(-1, keepdim=True), bandwidth).to(query.dtype)
     if need_centers or need_weights or (need_bandwidth and per_center):
@@ -449,9 +480,10 @@ def _wanted(ctx: Any, bandwidth: Tensor | float) -> tuple[bool, bool, bool]:
 class _EagerKde(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        log_prob, dquery, dbandwidth = _launch_forward(*inputs, *_wanted(ctx, inputs[2]))  # type: ignore[call-arg]
+        log_prob, dquery, dbandwidth = _forward(*inputs, *_wanted(ctx, inputs[2]))  # type: ignore[call-arg]
         _save(ctx, inputs, log_prob, dquery, dbandwidth)
-        return log_prob
+        # In here the conversion is no node of the graph.
+        return _narrowed(log_prob, inputs[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -461,26 +493,32 @@ class _EagerKde(torch.autograd.Function):
 
 
 class _NormalTerms(torch.autograd.Function):
-    """The reduction is in here too: as nodes of the graph its steps would cost more than a small kernel."""
+    """The reduction and the conversion are in here too: as nodes of the graph they would cost more than a small kernel.
+
+    Only the query has a gradient. The other inputs come as one argument and the settings as another, since torch looks
+    at each argument by itself.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        inputs, (shape, variance, divergence, reduction) = arguments[:5], arguments[5:]
-        terms, dquery, _ = _launch_forward(*inputs, True, False, False, _DIVERGENCES[divergence], variance)  # type: ignore[call-arg]
+    def forward(ctx: Any, query: Tensor, others: Any, settings: Any) -> Tensor:
+        shape, variance, divergence, reduction, dtype = settings
+        inputs: Inputs = (query, *others)
+        kind = _DIVERGENCES[divergence]
+        terms, dquery, _ = _forward(*inputs, want_dquery=True, value_kind=kind, variance=variance)
         _save(ctx, inputs, dquery)
-        ctx.settings = shape, variance, divergence, reduction
-        return _reduced(_shaped(terms, shape), reduction)
+        ctx.settings = settings
+        return _narrowed(_reduced(_shaped(terms, shape), reduction), dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, (dquery,) = _saved(ctx)
-        shape, variance, divergence, reduction = ctx.settings
+        shape, variance, divergence, reduction, _ = ctx.settings
         if not torch.is_grad_enabled():
             if reduction == "none":
                 factor = grad.reshape(dquery.shape[:-1]).unsqueeze(-1).to(dquery.dtype)
             else:
                 factor = grad / float(math.prod(shape)) if reduction == "mean" else grad  # 0-dim: it widens no product
-            return (factor * dquery, *[None] * 8)
+            return factor * dquery, None, None
         query, centers, bandwidth, log_weights, exclude = inputs
         terms = reference.normal_divergence_terms(
             query,
@@ -492,7 +530,7 @@ class _NormalTerms(torch.autograd.Function):
             exclude_self=False if exclude is None else exclude,
         )
         value = _reduced(_shaped(terms, shape), reduction)
-        return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), *[None] * 8)
+        return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), None, None)
 
 
 def _plain_gradients(grad: Tensor, inputs: Inputs, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

@@ -52,12 +52,13 @@ KdeMixture mixture(bool is_double, int64_t batch, int64_t n, int64_t m, int64_t 
           bandwidth_number};
 }
 
-KdeForward forward(const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t value,
-                   uintptr_t dquery, uintptr_t dbandwidth) {
+KdeForward forward(const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t own,
+                   uintptr_t value, uintptr_t dquery, uintptr_t dbandwidth) {
   return {mix,
           static_cast<KdeValue>(value_kind),
           target_variance,
           static_cast<KdeProducts>(products),
+          pointer(own),
           pointer<double>(value),
           pointer(dquery),
           pointer<double>(dbandwidth)};
@@ -136,8 +137,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<KdeMixture>(m, "KdeMixture").def(py::init(&mixture));
 
   m.def("kde_forward_cpu", [](const KdeMixture& mix, int value_kind, double target_variance, int products,
-                              uintptr_t value, uintptr_t dquery, uintptr_t dbandwidth, int threads) {
-    const KdeForward args = forward(mix, value_kind, target_variance, products, value, dquery, dbandwidth);
+                              uintptr_t own, uintptr_t value, uintptr_t dquery, uintptr_t dbandwidth, int threads) {
+    const KdeForward args = forward(mix, value_kind, target_variance, products, own, value, dquery, dbandwidth);
     py::gil_scoped_release release;
     kdejsd::cpu::kde_forward(args, threads);
   });
@@ -163,15 +164,16 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef KDEJSD_CUDA
   m.attr("has_cuda") = true;
-  m.def("kde_forward_workspace_cuda", [](const KdeMixture& mix, int value_kind, double target_variance, int products,
-                                         uintptr_t value, uintptr_t dquery, uintptr_t dbandwidth, int device) {
-    return kdejsd::cuda::kde_forward_workspace(
-        forward(mix, value_kind, target_variance, products, value, dquery, dbandwidth), device);
-  });
+  m.def("kde_forward_workspace_cuda",
+        [](const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t own, uintptr_t value,
+           uintptr_t dquery, uintptr_t dbandwidth, int device) {
+          return kdejsd::cuda::kde_forward_workspace(
+              forward(mix, value_kind, target_variance, products, own, value, dquery, dbandwidth), device);
+        });
   m.def("kde_forward_cuda",
-        [](const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t value,
+        [](const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t own, uintptr_t value,
            uintptr_t dquery, uintptr_t dbandwidth, uintptr_t workspace, int device, uintptr_t stream) {
-          const KdeForward args = forward(mix, value_kind, target_variance, products, value, dquery, dbandwidth);
+          const KdeForward args = forward(mix, value_kind, target_variance, products, own, value, dquery, dbandwidth);
           py::gil_scoped_release release;
           kdejsd::cuda::kde_forward(args, pointer(workspace), device, stream);
         });

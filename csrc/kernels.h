@@ -18,11 +18,11 @@ enum class KdeValue {
   kLogRatio,       // e - t
 };
 
-// How CUDA tensor cores may be used for float32; the CPU does not ask.
+// How products may be used for float32: by CUDA's tensor cores, by a CPU's matrix instructions or its vectors.
 enum class KdeProducts {
   kNone,   // not: distances from differences alone, rounded as kde_backward rounds them
-  kSplit,  // numbers split in two, with an error like float32's
-  kTf32,   // numbers rounded to TF32
+  kSplit,  // with an error like float32's: tensor cores and matrices multiply numbers in parts
+  kTf32,   // numbers rounded to TF32 on CUDA, and to two bfloat16 parts by a CPU's matrix instructions
 };
 
 // The mixture itself. Bandwidths that are not positive and finite count as NaN, and so do all of them where one is more
@@ -43,15 +43,20 @@ struct KdeMixture {
   double bandwidth_number;  // h where `bandwidth` is null, as per_center then is false; it is rounded to dtype first
 };
 
-// One streamed pass over the centers: the value, and its gradient for the query and for a shared bandwidth.
+// One streamed pass over the centers: the value, and its gradient for the query and for a shared bandwidth. A center of
+// a query's own counts in its density alone, as one more of the equal ones: they have weight 1/(m + 1) each, or 1/m for
+// a query that excludes one.
 struct KdeForward {
   KdeMixture mixture;
   KdeValue value_kind;
   double target_variance;  // of t above; not read for kLogProb
   KdeProducts products;
+  const void* own;     // [batch, n, l], a center of its own for each query; or null, as it must be with log_weights or
+                       // an h per center
   double* value;       // [batch, n]
   void* dquery;        // [batch, n, l], d value / d query; or null
-  double* dbandwidth;  // [batch, n], d log p_e / d h; or null, as it must be unless kLogProb and one h for all centers
+  double* dbandwidth;  // [batch, n], d log p_e / d h; or null, as it must be unless kLogProb, one h for all centers and
+                       // no own ones
 };
 
 // The transposed pass: gradients of sum_i grad[i] log p_e(query[i]), each summed over the queries in a fixed order.

@@ -8,7 +8,8 @@
 namespace kdejsd {
 namespace cpu {
 
-// Instruction sets: "v4" (AVX-512), "v3" (AVX2 with FMA), "base"; built_levels lists them, best last.
+// Instruction sets: "amx" (v4 and matrices of bfloat16), "v4" (AVX-512), "v3" (AVX2 with FMA), "base"; built_levels
+// lists them, best last.
 const char* level();
 std::string built_levels();
 bool set_level(const std::string& name);  // false: this processor lacks it, or it was not built; nothing changes

@@ -26,6 +26,7 @@ def jsd_loss(
     target_samples: Tensor | None = None,
     log_weights: Tensor | None = None,
     exclude_self: bool | Tensor = False,
+    own: Tensor | None = None,
     divergence: str = "js",
     reduction: str = "mean",
 ) -> Tensor:
@@ -54,6 +55,11 @@ def jsd_loss(
         target_samples: [k, l], samples of the target; only for "js" with reduction="mean".
         log_weights: [..., m], as in `kde_log_prob`.
         exclude_self: as in `kde_log_prob`: leaves a code's own lagged copy out.
+        own: [..., n, l] in the codes' dtype, a center of its own for each code, which counts in that code's density
+            alone, as one more of the lagged codes: they have weight 1/(m + 1) each, or 1/m for a code that leaves one
+            out. For codes z + h noise, own=z.detach() makes them samples of their p_e, the law of eq. 3's mean. Without
+            the detach it gets its gradient too. None: no code has one. It does not go with target_samples, which have
+            no own center, nor with log_weights or a bandwidth per center. NaN gives NaN at that code.
         divergence: "js" or "kl".
         reduction: "mean", "sum", or "none" for the terms [..., n].
 
@@ -61,7 +67,8 @@ def jsd_loss(
         float64 for float64 codes, float32 otherwise. The gap log p_t - log p_e and what follows is in float64.
 
     Raises:
-        ValueError: an unknown divergence or reduction, shapes that do not match, and as in `kde_log_prob`.
+        ValueError: an unknown divergence or reduction, shapes that do not match, own with what it does not go with,
+            and as in `kde_log_prob`.
             Codes that are NaN raise it too where a torch Distribution checks its arguments (validate_args).
         TypeError, RuntimeError: as in `kde_log_prob`.
     """
@@ -74,8 +81,11 @@ def jsd_loss(
             "target_samples needs divergence='js' and reduction='mean', "
             f"got divergence={divergence!r} and reduction={reduction!r}"
         )
+    if target_samples is not None and own is not None:
+        raise ValueError("target_samples must be None where own is given, got both")
     kde = (lagged, bandwidth, log_weights, exclude_self)
-    loss = _at_codes(("codes", "lagged"), codes, *kde, target, divergence, reduction, narrow=target_samples is None)
+    narrow = target_samples is None
+    loss = _at_codes(("codes", "lagged"), codes, *kde, target, divergence, reduction, own, narrow)
     if target_samples is not None:
         loss = loss + _at_target("lagged", target_samples, lagged, bandwidth, log_weights, target).mean()
     return loss.float() if loss.dtype == torch.float64 and codes.dtype != torch.float64 else loss
@@ -162,6 +172,7 @@ def _at_codes(
     target: Target | None,
     divergence: str,
     reduction: str,
+    own: Tensor | None = None,
     narrow: bool = False,
 ) -> Tensor:
     """log 2 + log p_e / (p_e + p_t), or log p_e - log p_t, of the codes; in float64.
@@ -171,11 +182,11 @@ def _at_codes(
     kde = (names, codes, centers, bandwidth, log_weights, exclude_self)
     if target is None or isinstance(target, IsotropicNormal):
         variance = 1.0 if target is None else target.variance
-        fused = normal_divergence_terms(*kde, variance, divergence, reduction, narrow)
+        fused = normal_divergence_terms(*kde, variance, divergence, reduction, own, narrow)
         if fused is not None:
             _check_target(target, names[0], codes)
             return fused
-    return divergence_terms(named_log_prob(*kde), codes, target, divergence, reduction, names[0])
+    return divergence_terms(named_log_prob(*kde, own), codes, target, divergence, reduction, names[0])
 
 
 def divergence_terms(

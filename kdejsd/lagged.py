@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 from ._ranks import gathered, rank_and_size
 from .bandwidth import optimal_bandwidth
@@ -16,6 +15,7 @@ from .divergence import codes_jsd, divergence_terms, jsd_loss
 from .ops._common import checks_values
 from .ops.kde import kde_log_prob
 from .ops.streamed import streamed_log_prob
+from .reference.kde import with_own_center
 from .targets import Target, checked_smoothable, checked_target
 
 _PART = 2**17  # codes of a rank that are gathered at a time
@@ -330,21 +330,18 @@ class LaggedKDE(nn.Module):
             RuntimeError: before the first refresh.
         """
         query = self._query(z)
-        return self._log_density(query, index)[0].to(query.dtype)
-
-    def _log_density(self, query: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """log p_e [n] without each query's own lagged copy, in float64 where the codes are streamed and in the query's
-        dtype otherwise; and of how many codes it is, [n]."""
-        own = None
-        if index is not None:
-            own = self.own_copy(index if self.ranks == 1 else gathered(index, "indices"))
         if self._is_streamed():
-            log_prob, count = streamed_log_prob(query, self.codes, self.bandwidth, own, sharded=self.ranks > 1)
-            return log_prob, count
-        count = torch.full_like(query[:, 0], len(self.codes))
-        if own is not None:
-            count = count - (own >= 0).to(count)
-        return kde_log_prob(query, self.codes, self.bandwidth, exclude_self=False if own is None else own), count
+            return self._streamed(query, index)[0].to(query.dtype)
+        exclude_self = False if index is None else self.own_copy(index)
+        return kde_log_prob(query, self.codes, self.bandwidth, exclude_self=exclude_self)
+
+    def _streamed(self, query: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """log p_e [n] without each query's own lagged copy, and of how many codes it is, [n]; both in float64."""
+        copy = None
+        if index is not None:
+            copy = self.own_copy(index if self.ranks == 1 else gathered(index, "indices"))
+        log_prob, count = streamed_log_prob(query, self.codes, self.bandwidth, copy, sharded=self.ranks > 1)
+        return log_prob, count
 
     def _is_streamed(self) -> bool:
         """Whether the codes lie in another dtype or memory than they are computed with, or on other ranks."""
@@ -380,30 +377,24 @@ class LaggedKDE(nn.Module):
         Raises:
             RuntimeError: before the first refresh.
         """
-        z = self._query(z)
-        if noise is None and self._is_streamed():
-            log_density = self._log_density(z, index)[0]
-            return divergence_terms(log_density, z, self.law, self.divergence, reduction).to(z)
-        if noise is None:
-            return jsd_loss(
-                z,
-                self.codes,
-                self.bandwidth,
-                target=self.law,
-                exclude_self=False if index is None else self.own_copy(index),
-                divergence=self.divergence,
-                reduction=reduction,
-            )
-        h, dim = self.bandwidth, z.shape[-1]
-        query = z + h * noise.to(z)
-        log_density, count = (t.to(z) for t in self._log_density(query, index))
-        kernel = -(query - z.detach()).square().sum(-1) / (2 * h * h) - dim * math.log(h * math.sqrt(2 * math.pi))
-        log_density = torch.logaddexp(count.log() + log_density, kernel) - (count + 1).log()
-        log_ratio = log_density.double() - self.law.log_prob(query).double()
-        terms = (log_ratio if self.divergence == "kl" else math.log(2) + logsigmoid(log_ratio)).to(z)
-        if reduction == "none":
-            return terms
-        return terms.mean() if reduction == "mean" else terms.sum()
+        query, own = self._query(z), None
+        if noise is not None:
+            query, own = torch.add(query, noise.to(query), alpha=self.bandwidth), query.detach()
+        if self._is_streamed():
+            log_density, count = self._streamed(query, index)
+            if own is not None:
+                log_density = with_own_center(log_density, count, query, own, self.bandwidth)
+            return divergence_terms(log_density, query, self.law, self.divergence, reduction).to(query)
+        return jsd_loss(
+            query,
+            self.codes,
+            self.bandwidth,
+            target=self.law,
+            exclude_self=False if index is None else self.own_copy(index),
+            own=own,
+            divergence=self.divergence,
+            reduction=reduction,
+        )
 
     def jsd(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """`codes_jsd` of codes z [n, l] by this kernel, from what the loss compares p_e with, the target or the

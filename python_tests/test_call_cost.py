@@ -19,13 +19,21 @@ import kdejsd
 PACKAGE = os.path.dirname(kdejsd.__file__) + os.sep
 
 
+LAGGED = points(16, 4, dtype=torch.float32, seed=1)
+OWN = points(8, 4, dtype=torch.float32, seed=2)
+FUNCTIONS = {
+    "jsd_loss": lambda codes: kdejsd.jsd_loss(codes, LAGGED, 0.7),
+    "jsd_loss with own": lambda codes: kdejsd.jsd_loss(codes, LAGGED, 0.7, own=OWN),
+    "kde_log_prob": lambda codes: kdejsd.kde_log_prob(codes, LAGGED, 0.7),
+}
+
+
 def a_call(function: str, with_gradient: bool) -> Callable[[], None]:
     codes = points(8, 4, dtype=torch.float32).requires_grad_(with_gradient)
-    lagged = points(16, 4, dtype=torch.float32, seed=1)
-    upstream = torch.ones(()) if function == "jsd_loss" else torch.ones(8)
+    upstream = torch.ones(8) if function == "kde_log_prob" else torch.ones(())
 
     def call() -> None:
-        value = getattr(kdejsd, function)(codes, lagged, 0.7)
+        value = FUNCTIONS[function](codes)
         if with_gradient:
             value.backward(upstream)
             codes.grad = None
@@ -68,8 +76,11 @@ def calls_in_the_package(call: Callable[[], None]) -> list[str]:
     [
         # one for the terms, their mean, its conversion
         ("jsd_loss", False, 3, 32),
-        # and for the gradient; in the backward pass the division, the product, and torch's own detach
-        ("jsd_loss", True, 7, 36),
+        # and for the gradient; in the backward pass the conversion, the division, the product, and torch's own detach
+        ("jsd_loss", True, 8, 36),
+        # no operator more; five calls that check it
+        ("jsd_loss with own", False, 3, 37),
+        ("jsd_loss with own", True, 8, 41),
         # one for the value, its conversion
         ("kde_log_prob", False, 2, 30),
         # and for the gradient; in the backward pass the upstream's dtype and shape, the product, detach
@@ -84,11 +95,11 @@ def test_few_operators_and_calls(function, with_gradient, most_operators, most_c
     assert 0 < len(names) <= most_calls, names
 
 
-@pytest.mark.parametrize("function", ["jsd_loss", "kde_log_prob"])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_the_graph_is_one_node(function):
     """Conversion and reduction are steps of the node: a node of their own costs more than what they do."""
     codes = points(8, 4, dtype=torch.float32).requires_grad_()
-    value = getattr(kdejsd, function)(codes, points(16, 4, dtype=torch.float32, seed=1), 0.7)
+    value = FUNCTIONS[function](codes)
     assert value.dtype == torch.float32
     nodes = [node for node, _ in value.grad_fn.next_functions if node is not None]
     assert [node.name() for node in nodes] == ["torch::autograd::AccumulateGrad"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import test_divergence
 import test_kde
 import test_nearest
 import test_omega
@@ -248,6 +249,17 @@ def test_a_center_apart_takes_no_digits_from_the_others(other, place, dim, host)
         assert error <= 2 * plain + 1.2e-6
 
 
+# Points are moved by a point amid the centers before they are subtracted, which rounds those of the other cluster.
+TWO_CLUSTERS = pytest.param("two clusters", marks=pytest.mark.xfail(strict=True, reason="rounded before subtraction"))
+
+
+@pytest.mark.parametrize("for_centers", [False, True])
+@pytest.mark.parametrize("kind", [TWO_CLUSTERS, *test_kde.FAR[1:]])
+@pytest.mark.parametrize(("dim", "h"), [(2, 0.27), (17, 0.5)])
+def test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, host):
+    test_kde.test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, None)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Plans and launches
 
@@ -258,7 +270,8 @@ def forward_arguments(n: int, m: int, dim: int, products: int, *, batch: int = 1
     mixture = CudaOnHost.KdeMixture(
         0, batch, n, m, dim, 8, 8, 8, None, None, more.get("per_center", False), *strides, 0.0
     )
-    return KdeForward(mixture, 0, 1.0, products, 8, 8 if gradient else None, 8 if more.get("dbandwidth") else None)
+    outputs = (8, 8 if gradient else None, 8 if more.get("dbandwidth") else None)
+    return KdeForward(mixture, 0, 1.0, products, None, *outputs)
 
 
 @pytest.mark.parametrize("shared_bytes", [227 * 1024, 163 * 1024, 99 * 1024], ids=["sm_90", "sm_80", "sm_86"])
@@ -386,6 +399,48 @@ def test_launches_leave_devices_and_limits_alone(host):
     kdejsd.omega(query, centers[:20])
     kdejsd.nearest_other_class(query, torch.arange(20) % 2)
     assert (host.devices_set(), host.allowances()) == before and before[0] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A center of its own for each code
+
+
+@pytest.mark.parametrize("divergence", ["js", "kl"])
+def test_own_center(divergence, host):
+    for exclusion in test_divergence.EXCLUSIONS:
+        for name in ("none", "smoothed", "mixture"):
+            for reduction in ("mean", "none"):
+                test_divergence.test_own_is_the_reference(
+                    name, divergence, reduction, exclusion, test_divergence.CODES, "cpu"
+                )
+    for size in test_divergence.OWN_SIZES:
+        test_divergence.test_own_in_float32(size, divergence, test_divergence.CODES, "cpu")
+    for where in ("its own center", "the lagged", "neither"):
+        test_divergence.test_own_of_codes_at_10_000_bandwidths(where, divergence, "cpu")
+    test_divergence.test_own_twice(divergence, "cpu")
+
+
+def test_own_center_edges(host):
+    test_divergence.test_own_where_the_lagged_codes_are_beyond_the_range_of_float32("cpu")
+    test_divergence.test_own_not_contiguous("cpu")
+    test_divergence.test_own_of_no_codes()
+    for dtype in DTYPES:
+        test_divergence.test_own_nan_in_nan_out(dtype, "none", test_divergence.CODES, "cpu")
+    for batch in [((3, 11, 3), (7, 3), (), (3, 11, 3)), ((4, 1, 11, 3), (3, 7, 3), (4, 1, 1), (3, 11, 3))]:
+        test_divergence.test_own_batches_broadcast(*batch, "none", test_divergence.CODES, "cpu")
+
+
+def test_own_center_beside_products_in_tf32(host):
+    host.tf32 = True
+    call = test_divergence.fresh(
+        test_divergence.own_arguments("index", n=33, m=300, dim=40), torch.float32, test_divergence.CODES
+    )
+    wide = test_divergence.fresh(call, torch.float64, test_divergence.CODES)
+    found, expected = (
+        test_divergence.value_and_gradients(f, c | {"divergence": "kl", "reduction": "none"})
+        for f, c in ((kdejsd.jsd_loss, call), (reference.jsd_loss, wide))
+    )
+    assert worst(found[0], expected[0]) < 1e-3 and worst(found[1], expected[1]) < 3e-3
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -247,6 +247,296 @@ def test_js_gradient_is_the_dampened_kl_gradient(name):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A center of its own for each code
+
+OWN = ("codes", "lagged", "bandwidth", "own")
+OWN_LEAVES = pytest.mark.parametrize("leaves", [OWN, CODES], ids=["all gradients", "codes only"])
+
+
+def own_arguments(exclusion: str = "none", device: str = "cpu", n: int = 23, m: int = 23, dim: int = DIM) -> dict:
+    """One call in float64; every tensor that can have a gradient requires it."""
+    call = arguments(exclusion, device, n, m, dim)
+    del call["log_weights"]
+    h = 0.5 + 0.15 * math.sqrt(dim)
+    call["bandwidth"] = torch.tensor(h, dtype=torch.float64, device=device, requires_grad=True)
+    noise = points(n, dim, device=device, seed=8)
+    return call | {"own": (call["codes"] - h * noise).detach().requires_grad_()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@OWN_LEAVES
+@pytest.mark.parametrize("exclusion", EXCLUSIONS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", TARGETS)
+def test_own_is_the_reference(name, divergence, reduction, exclusion, leaves, device):
+    target, truth = target_and_truth(name, device)
+    options = {"divergence": divergence, "reduction": reduction}
+    call = fresh(own_arguments(exclusion, device), torch.float64, leaves)
+    ours = value_and_gradients(kdejsd.jsd_loss, call | options | {"target": target})
+    expected = value_and_gradients(reference.jsd_loss, call | options | {"target": truth})
+    assert len(ours) == (5 if leaves is OWN else 2)
+    for got, wanted in zip(ours, expected, strict=True):
+        assert got.dtype == torch.float64 and got.shape == wanted.shape
+        assert worst(got, wanted) < 1e-12
+    with torch.no_grad():
+        assert worst(kdejsd.jsd_loss(**call, **options, target=target), ours[0]) < 1e-13
+
+
+@pytest.mark.parametrize("function", [kdejsd.jsd_loss, reference.jsd_loss])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_own_is_one_more_center(divergence, function):
+    """Each code by itself, its own center among the lagged ones and the one that it leaves out gone."""
+    call = fresh(own_arguments("index", n=9, m=7), torch.float64, ("codes", "own"))
+    codes, lagged, own, exclude = (call[k] for k in ("codes", "lagged", "own", "exclude_self"))
+    terms = []
+    for i in range(9):
+        centers = torch.cat([lagged[torch.arange(7) != exclude[i]], own[i : i + 1]])
+        terms.append(
+            reference.jsd_loss(codes[i : i + 1], centers, call["bandwidth"], divergence=divergence, reduction="none")
+        )
+    expected = torch.cat(terms)
+    found = function(**call, divergence=divergence, reduction="none")
+    assert worst(found, expected) < 1e-13
+    for leaf in (codes, own):
+        assert worst(*(torch.autograd.grad(t.sum(), leaf, retain_graph=True)[0] for t in (found, expected))) < 1e-12
+
+
+def own_in_float32(call: dict, leaves: tuple[str, ...] = CODES, **options) -> None:
+    """That the error is at most twice plain PyTorch's own, three times for gradients."""
+    call = fresh(call, torch.float32, leaves)
+    options = {"reduction": "none"} | options
+    truth = value_and_gradients(reference.jsd_loss, fresh(call, torch.float64, leaves) | options)
+    plain = value_and_gradients(reference.jsd_loss, call | options)
+    ours = value_and_gradients(kdejsd.jsd_loss, call | options)
+    for i, (got, yardstick, expected) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert got.dtype == torch.float32 and got.isfinite().all()
+        assert worst(got, expected) <= (2 if i == 0 else 3) * worst(yardstick, expected) + 1.2e-6
+
+
+OWN_SIZES = [(1, 1, 1), (61, 501, 2), (65, 121, 41), (40, 300, 256)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@OWN_LEAVES
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("size", OWN_SIZES, ids=str)
+def test_own_in_float32(size, divergence, leaves, device):
+    own_in_float32(own_arguments("none", device, *size), leaves, divergence=divergence)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("where", ["its own center", "the lagged", "neither"])
+def test_own_of_codes_at_10_000_bandwidths(where, divergence, device):
+    """From the lagged codes, from their own center, and from both in two directions."""
+    call = own_arguments("index", device, 33, 70)
+    far = torch.zeros(DIM, dtype=torch.float64, device=device)
+    far[0] = 1e4 * call["bandwidth"].item()
+    with torch.no_grad():
+        for name in {"its own center": ("codes", "own"), "the lagged": ("own",), "neither": ("codes",)}[where]:
+            call[name] += far
+        if where == "neither":
+            call["own"] -= 0.7 * far.roll(1)
+    own_in_float32(call, divergence=divergence)
+    own_in_float32(call, divergence=divergence, target=target_and_truth("mixture", device)[0].to(device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_own_twice(divergence, device):
+    """Where the code lies itself, and where a lagged code lies."""
+    call = own_arguments("none", device, 30, 30)
+    with torch.no_grad():
+        call["own"][:10] = call["codes"][:10]
+        call["own"][10:20] = call["lagged"][10:20]
+        call["codes"][15:20] = call["lagged"][15:20]
+    own_in_float32(call, divergence=divergence)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_own_where_the_lagged_codes_are_beyond_the_range_of_float32(device):
+    """Their density is 0 there, and the own center alone counts."""
+    codes = torch.full((3, DIM), 1e20, device=device)
+    own = codes.clone()
+    for divergence in DIVERGENCES:
+        call = {"codes": codes.clone().requires_grad_(), "lagged": 0 * codes, "bandwidth": 1.0, "own": own}
+        value, gradient = value_and_gradients(
+            kdejsd.jsd_loss, call | {"divergence": divergence, "target": StandardNormal(DIM).smoothed(1e19)}
+        )
+        assert value.isfinite() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@OWN_LEAVES
+@pytest.mark.parametrize("name", ["none", "mixture"])
+@pytest.mark.parametrize(
+    ("codes", "lagged", "bandwidth", "own"),
+    [
+        ((3, 11, DIM), (7, DIM), (), (3, 11, DIM)),
+        ((3, 11, DIM), (7, DIM), (1,), (11, DIM)),
+        ((11, DIM), (3, 7, DIM), (3, 1), (11, DIM)),
+        ((11, DIM), (3, 7, DIM), (), (3, 11, DIM)),
+        ((4, 1, 11, DIM), (3, 7, DIM), (4, 1, 1), (3, 11, DIM)),
+    ],
+)
+def test_own_batches_broadcast(codes, lagged, bandwidth, own, name, leaves, device):
+    target, truth = target_and_truth(name, device)
+    call = {
+        "codes": points(*codes, device=device, seed=1),
+        "lagged": points(*lagged, device=device, seed=2),
+        "bandwidth": 0.5 + torch.rand(bandwidth, dtype=torch.float64, generator=generator(3)).to(device),
+        "own": points(*own, device=device, seed=4),
+    }
+    for reduction in REDUCTIONS:
+        ours = value_and_gradients(
+            kdejsd.jsd_loss, fresh(call, torch.float64, leaves) | {"target": target, "reduction": reduction}
+        )
+        expected = value_and_gradients(
+            reference.jsd_loss, fresh(call, torch.float64, leaves) | {"target": truth, "reduction": reduction}
+        )
+        for got, wanted in zip(ours, expected, strict=True):
+            assert got.shape == wanted.shape and worst(got, wanted) < 1e-12
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_own_not_contiguous(device):
+    call = fresh(own_arguments(device=device), torch.float64, CODES)
+    expected = value_and_gradients(kdejsd.jsd_loss, call)
+    for strange in (call["own"].T.contiguous().T, torch.stack([call["own"]] * 2, -1)[..., 0]):
+        assert not strange.is_contiguous()
+        for got, wanted in zip(value_and_gradients(kdejsd.jsd_loss, call | {"own": strange}), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_own_of_no_codes():
+    codes, own = torch.empty(0, DIM, requires_grad=True), torch.empty(0, DIM)
+    assert kdejsd.jsd_loss(codes, torch.zeros(4, DIM), 0.5, own=own, reduction="none").shape == (0,)
+    for leaf in (False, True):
+        value = kdejsd.jsd_loss(codes, torch.zeros(4, DIM), 0.5, own=own.requires_grad_(leaf), reduction="sum")
+        (gradient,) = torch.autograd.grad(value, codes, create_graph=True)
+        assert value == 0 and gradient.shape == (0, DIM)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@OWN_LEAVES
+@pytest.mark.parametrize("name", ["none", "mixture"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_own_nan_in_nan_out(dtype, name, leaves, device):
+    call = fresh(own_arguments(device=device, n=10), dtype, leaves)
+    with torch.no_grad():
+        call["own"][4, 1] = math.nan
+    target = target_and_truth(name, device)[0]
+    value, gradient, *_ = value_and_gradients(kdejsd.jsd_loss, call | {"target": target, "reduction": "none"})
+    assert value.isnan().nonzero().tolist() == [[4]] and gradient.isnan().any(-1).nonzero().tolist() == [[4]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_own_of_half_types(dtype):
+    call = fresh(own_arguments("index"), dtype, CODES) | {"bandwidth": 0.6}
+    value, gradient = value_and_gradients(kdejsd.jsd_loss, call)
+    assert value.dtype == torch.float32 and gradient.dtype == dtype
+    assert worst(value, kdejsd.jsd_loss(**fresh(call, torch.float32, CODES))) < 1e-6
+
+
+@pytest.mark.parametrize("exclusion", EXCLUSIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", ["none", "smoothed", "mixture"])
+def test_own_derivatives(name, divergence, exclusion):
+    """First and second ones, of the pass and composed."""
+    target = target_and_truth(name)[0]
+    call = fresh(own_arguments(exclusion, n=4, m=4), torch.float64, CODES)
+    for leaves in (CODES, ("codes", "own", "bandwidth")):
+        leaf = fresh(call, torch.float64, leaves)
+
+        def terms(*values, names=leaves, leaf=leaf):
+            changed = leaf | dict(zip(names, values, strict=True))
+            return kdejsd.jsd_loss(**changed, target=target, divergence=divergence, reduction="none")
+
+        assert gradcheck(terms, tuple(leaf[k] for k in leaves))
+        assert gradgradcheck(terms, tuple(leaf[k] for k in leaves))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["none", "mixture"])
+def test_own_transforms(name, device):
+    """torch.compile, function transforms and meta tensors."""
+    target = target_and_truth(name, device)[0]
+    call = fresh(own_arguments(device=device, n=6, m=5), torch.float64, ())
+    batch = points(4, 6, DIM, device=device, seed=1)
+
+    def loss(codes):
+        return kdejsd.jsd_loss(codes, call["lagged"], 0.6, target=target, own=call["own"])
+
+    torch.testing.assert_close(torch.func.vmap(loss)(batch), torch.stack([loss(codes) for codes in batch]))
+    leaves = batch.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sum(loss(codes) for codes in leaves), leaves)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(batch), expected)
+    tangent = torch.func.jvp(loss, (batch[0],), (torch.ones_like(batch[0]),))[1]
+    torch.testing.assert_close(tangent, expected[0].sum())
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    codes = batch[0].clone().requires_grad_()
+    torch.testing.assert_close(compiled(codes), loss(codes))
+    torch.testing.assert_close(torch.autograd.grad(compiled(codes), codes)[0], expected[0])
+    z, c = torch.empty(4, DIM, device="meta"), torch.empty(5, DIM, device="meta")
+    assert kdejsd.jsd_loss(z, c, 0.5, target=target, own=z, reduction="none").shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "keywords"),
+    [
+        (TypeError, "own must be a tensor, got list", {"own": [[0.0] * DIM]}),
+        (
+            ValueError,
+            r"own must have shape \[..., 4, 3\], one center for each of codes; got \[5, 3\]",
+            {"own": torch.zeros(5, DIM)},
+        ),
+        (ValueError, r"own must have shape \[..., 4, 3\].* got \[4, 2\]", {"own": torch.zeros(4, 2)}),
+        (
+            ValueError,
+            r"no leading dimensions beside \[\], those of the result; got \[2, 4, 3\]",
+            {"own": torch.zeros(2, 4, DIM)},
+        ),
+        (
+            TypeError,
+            "own must have the dtype of codes, torch.float32; got torch.float64",
+            {"own": torch.zeros(4, DIM).double()},
+        ),
+        (RuntimeError, "own must be on the device of codes", {"own": torch.zeros(4, DIM, device="meta")}),
+        (
+            ValueError,
+            r"log_weights must be None where own is given, got shape \[5\]",
+            {"own": torch.zeros(4, DIM), "log_weights": torch.zeros(5)},
+        ),
+        (
+            ValueError,
+            "bandwidth must be a number.* where own is given; got one per center",
+            {"own": torch.zeros(4, DIM), "bandwidth": torch.ones(5)},
+        ),
+        (
+            ValueError,
+            "target_samples must be None where own is given, got both",
+            {"own": torch.zeros(4, DIM), "target_samples": torch.zeros(4, DIM)},
+        ),
+    ],
+)
+@pytest.mark.parametrize("target_name", ["none", "mixture"])
+def test_errors_of_own(error, text, keywords, target_name):
+    """The same with the pass fused and with it composed."""
+    call = {"codes": torch.zeros(4, DIM), "lagged": torch.zeros(5, DIM), "bandwidth": 0.5}
+    with pytest.raises(error, match=text):
+        kdejsd.jsd_loss(**call | {"target": target_and_truth(target_name)[0]} | keywords)
+
+
+def test_own_values_are_checked_where_asked(monkeypatch):
+    monkeypatch.setenv("KDEJSD_CHECK", "1")
+    z = torch.zeros(4, DIM)
+    with pytest.raises(ValueError, match="own must be finite, got 12 values"):
+        kdejsd.jsd_loss(z, z, 0.5, own=z / 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Shapes and dtypes
 
 

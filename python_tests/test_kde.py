@@ -631,24 +631,166 @@ def test_a_number_passes_the_checks_of_values(dtype, monkeypatch):
 # The machine: instruction sets, threads, memory
 
 
-@pytest.mark.parametrize("level", native().built_levels().split(","))
+@pytest.fixture(params=native().built_levels().split(","))
+def level(request):
+    before = native().level()
+    if not native().set_level(request.param):
+        pytest.skip(f"this processor does not run {request.param}")
+    yield request.param
+    native().set_level(before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(level, dtype):
-    before = native().level()
-    if not native().set_level(level):
-        pytest.skip(f"this processor does not run {level}")
+    for kind in KDES:
+        call = arguments(kind, 77, 130, 5, dtype, "cpu")
+        truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
+        for got, expected in zip(value_and_gradients(kdejsd.kde_log_prob, call), truth, strict=True):
+            assert worst(got, expected) < (5e-6 if dtype == torch.float32 else 1e-13)
+    query = points(3, 2, dtype=dtype)
+    query[0, 0], query[1, 0] = math.nan, math.inf
+    value = kdejsd.kde_log_prob(query, points(100, 2, dtype=dtype), 0.5)
+    assert value[0].isnan() and value[1].isneginf() and value[2].isfinite()
+
+
+def assert_at_most_twice_the_error_of_plain_pytorch(call: dict) -> None:
+    """The value and each gradient of a float32 call, against float64."""
+    wide = {
+        k: v.detach().double().requires_grad_(v.requires_grad)
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+        else v
+        for k, v in call.items()
+    }
+    truth = value_and_gradients(reference.kde_log_prob, wide)
+    plain = value_and_gradients(reference.kde_log_prob, call)
+    for got, yardstick, expected in zip(value_and_gradients(kdejsd.kde_log_prob, call), plain, truth, strict=True):
+        assert worst(got, expected) <= 2 * worst(yardstick, expected) + 1.2e-6
+
+
+@pytest.mark.parametrize("for_centers", [False, True])
+@pytest.mark.parametrize("narrow", [1.0, 0.3])
+@pytest.mark.parametrize("dim", [1, 2, 8, 15, 16, 24, 40, 64, 100, 256])
+def test_error_by_dimension(dim, narrow, for_centers, level):
+    """Distances from products, from differences, and sums of many dimensions; excluded centers and weights too."""
+    call = arguments("excluded, weights", 70, 500, dim, torch.float32, "cpu")
+    for name in ("centers", "log_weights"):
+        call[name] = call[name].detach().requires_grad_(for_centers)
+    call["bandwidth"] = narrow * min(0.95, 0.13 * dim**0.5)
+    assert_at_most_twice_the_error_of_plain_pytorch(call)
+
+
+def places(kind: str, n: int, m: int, dim: int, h: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and centers of which some are far from the others."""
+    query, centers = points(n, dim, dtype=torch.float32, seed=1), points(m, dim, dtype=torch.float32, seed=2)
+    if kind == "two clusters":
+        query, centers = 0.1 * query, 0.1 * centers
+        query[::2] += 1000
+        centers[::2] += 1000
+        query[: n // 4] = centers[: n // 4] + h * points(n // 4, dim, dtype=torch.float32, seed=3)
+    elif kind == "offset":
+        query, centers = query + 100, centers + 100
+    else:
+        centers[7] = float(kind)
+    return query, centers
+
+
+FAR = ["two clusters", "offset", "1e3", "-1e5", "1e6", "1e10", "1e20"]
+
+
+@pytest.mark.parametrize("for_centers", [False, True])
+@pytest.mark.parametrize("kind", FAR)
+@pytest.mark.parametrize(("dim", "h"), [(1, 0.1), (2, 0.27), (17, 0.5), (40, 0.75)])
+def test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_centers, level):
+    query, centers = places(kind, 80, 96, dim, h)
+    call = {"query": query.requires_grad_(), "centers": centers.requires_grad_(for_centers), "bandwidth": h}
+    assert_at_most_twice_the_error_of_plain_pytorch(call)
+
+
+@pytest.fixture(params=["highest", "high"])
+def float32_precision(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dim", [24, 31, 32, 57, 64, 256])
+@pytest.mark.parametrize("kind", ["scalar tensor", "per center, weights", "excluded, weights"])
+def test_reduced_precision(kind, dim, float32_precision, level):
+    """Products of two bfloat16 parts where torch allows them and the processor has them; nothing else changes."""
+    call = arguments(kind, 70, 500, dim, torch.float32, "cpu")
+    call = {
+        k: v.detach() if isinstance(v, torch.Tensor) and k in ("centers", "log_weights") else v for k, v in call.items()
+    }
+    if kind != "scalar tensor" and isinstance(call["bandwidth"], torch.Tensor):
+        call["bandwidth"] = call["bandwidth"].detach()
+    if float32_precision == "highest" or level != "amx":
+        return assert_at_most_twice_the_error_of_plain_pytorch(call)
+    found = value_and_gradients(kdejsd.kde_log_prob, call)
+    truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
+    assert worst(found[0], truth[0]) < 3e-5 and worst(found[1], truth[1]) < 3e-4
+    torch.set_float32_matmul_precision("highest")
+    assert not torch.equal(value_and_gradients(kdejsd.kde_log_prob, call)[1], found[1])
+
+
+@pytest.mark.parametrize("dim", [16, 24, 64, 256])
+def test_products_keep_the_bound_on_an_exponent(dim, float32_precision, level):
+    """2^-21 of its parts, or 2^-17, shortly before pairs are taken from differences; beyond, what differences have."""
+    reduced = float32_precision == "high" and level == "amx" and dim >= 24
+    bound, limit = (2**-17, min(12 * dim, 512)) if reduced else (2**-21, 12 * dim)
+    for share in (0.8, 1.4):
+        radius = math.sqrt(share * limit / (dim * math.log2(math.e)))
+        query, center = (radius * points(n, dim, dtype=torch.float32, seed=n) for n in (70, 1))
+        query *= (radius * dim**0.5 / query.norm(dim=1)).unsqueeze(1)
+        center *= radius * dim**0.5 / center.norm()
+        centers = torch.cat([center, -center])  # about the origin, so there is no shift; the second has no weight
+        log_weights = torch.tensor([0.0, -math.inf])
+        value = kdejsd.ops.kde._launch_forward(query, centers, torch.ones(1), log_weights, None)[0]
+        wide = query.double(), center.double()
+        exact = -0.5 * ((wide[0] - wide[1]).square().sum(-1) + dim * math.log(2 * math.pi))
+        parts = 0.5 * (wide[0].square().sum(-1) + wide[1].square().sum())
+        error = ((value - exact).abs() / parts).max()
+        assert error < (bound if share < 1 else 2**-21)
+        assert not reduced or share > 1 or error > 2**-21
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_below_the_smallest_normal_number_are_0(dtype, level):
+    """A product with one takes many processors a hundred cycles and more."""
+    least = -math.log2(torch.finfo(dtype).smallest_normal)
+    exponents = torch.linspace(least - 60, least + 60, 500, dtype=torch.float64)  # base 2
+    exponents[0] = 0
+    centers = (2 * math.log(2) * exponents).sqrt().to(dtype)[:, None]
+    log_weights = torch.full((500,), -math.log(500), dtype=dtype, requires_grad=True)
+    value = kdejsd.kde_log_prob(torch.zeros(1, 1, dtype=dtype), centers, 1.0, log_weights=log_weights)
+    (weights,) = torch.autograd.grad(value.sum(), log_weights)
+    tiny = weights < torch.finfo(dtype).smallest_normal
+    assert (weights[tiny] == 0).all() and 200 < tiny.sum() < 300
+    # Relative to the upstream gradient: a small one loses none of them.
+    value = kdejsd.kde_log_prob(torch.zeros(1, 1, dtype=dtype), centers, 1.0, log_weights=log_weights)
+    (small,) = torch.autograd.grad(1e-30 * value.sum(), log_weights)
+    torch.testing.assert_close(small[:1], 1e-30 * weights[:1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_the_setting_for_subnormal_numbers_is_the_callers(flush, level):
+    """On all threads: each of them writes gradients below the smallest normal number after its kernels."""
+    if not torch.set_flush_denormal(flush):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
-        for kind in KDES:
-            call = arguments(kind, 77, 130, 5, dtype, "cpu")
-            truth = value_and_gradients(reference.kde_log_prob, in_dtype(call, torch.float64))
-            for got, expected in zip(value_and_gradients(kdejsd.kde_log_prob, call), truth, strict=True):
-                assert worst(got, expected) < (5e-6 if dtype == torch.float32 else 1e-13)
-        query = points(3, 2, dtype=dtype)
-        query[0, 0], query[1, 0] = math.nan, math.inf
-        value = kdejsd.kde_log_prob(query, points(100, 2, dtype=dtype), 0.5)
-        assert value[0].isnan() and value[1].isneginf() and value[2].isfinite()
+        codes, centers = (points(n, 2, dtype=torch.float32, seed=n) + 10 for n in (3000, 400))
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(
+                kdejsd.jsd_loss(codes.requires_grad_(), centers, 0.5, reduction="sum"), codes
+            )
+            assert torch.tensor([1e-39]).mul(0.5).item() == (0 if flush else pytest.approx(5e-40, rel=1e-5))
     finally:
-        native().set_level(before)
+        torch.set_num_threads(before)
+        torch.set_flush_denormal(False)
+    subnormal = gradient.abs() < torch.finfo(torch.float32).smallest_normal  # p_t / p_e there is 1e-39 and less
+    assert subnormal.all(1).sum() > 1000 and (flush or (gradient[subnormal.all(1)] != 0).any(1).sum() > 900)
 
 
 @pytest.mark.parametrize("size", [(3, 20000, 4), (20000, 3, 4), (700, 900, 8), (5000, 64, 2)], ids=str)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.distributions import Independent, Normal
+from torch.nn.functional import logsigmoid
 
 from kdejsd import GaussianMixture, StandardNormal
 from kdejsd.bandwidth import optimal_bandwidth
@@ -131,7 +132,52 @@ def test_noise_puts_the_current_kernel_in_place_of_the_lagged_copy(divergence):
     (gradient,) = torch.autograd.grad(got.sum(), z)
     torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5)
-    assert lagged.loss(z, index, noise=noise).item() == pytest.approx(got.mean().item())
+    assert lagged.loss(z, index, noise=noise).item() == pytest.approx(got.mean().item(), abs=1e-8)
+
+
+@pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16], ids=["one pass", "streamed"])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("smoothed", [False, True])
+@pytest.mark.parametrize("target", [None, GaussianMixture([[-2.0, 0, 0], [2.0, 0, 0]], 0.5, [0.3, 0.7])])
+def test_loss_with_noise_is_its_formula(target, smoothed, divergence, indexed, storage_dtype):
+    """The term composed of its parts, in float64."""
+    lagged, _, indices = make(target=target, smoothed=smoothed, divergence=divergence, storage_dtype=storage_dtype)
+    generator = torch.Generator().manual_seed(1)
+    z, noise = torch.randn(2, 31, DIM, generator=generator).unbind()
+    index = torch.cat([indices[:20], torch.full((11,), -1)]) if indexed else None
+    found = lagged.loss(z.requires_grad_(), index, noise=noise, reduction="none")
+    (gradient,) = torch.autograd.grad(found.sum(), z)
+
+    z = z.detach().double().requires_grad_()
+    query = z + H * noise.double()
+    copy = lagged.own_copy(torch.full((31,), -1) if index is None else index)
+    log_density = kde_log_prob(query, lagged.codes.double(), H, exclude_self=copy)
+    count = M - (copy >= 0).double()
+    kernel = -(query - z.detach()).square().sum(-1) / (2 * H * H) - DIM * math.log(H * math.sqrt(2 * math.pi))
+    log_density = torch.logaddexp(count.log() + log_density, kernel) - (count + 1).log()
+    log_ratio = log_density - lagged.law.log_prob(query)
+    expected = log_ratio if divergence == "kl" else math.log(2) + logsigmoid(log_ratio)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=3e-6)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(expected.sum(), z)[0], rtol=1e-5, atol=5e-6)
+
+
+def operators(call) -> int:
+    """How many operators of torch a call runs, those that others are made of not counted."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    own = (e for e in profile.events() if e.name.startswith("aten::"))
+    return sum(e.cpu_parent is None or not e.cpu_parent.name.startswith("aten::") for e in own)
+
+
+def test_loss_with_noise_is_one_pass():
+    """The noise costs no more than its addition and the detached codes, forward and backward."""
+    lagged, codes, indices = make()
+    z, noise = codes.clone().requires_grad_(), torch.ones_like(codes)
+    without, with_noise = (operators(lambda n=n: lagged.loss(z, indices, noise=n).backward()) for n in (None, noise))
+    assert with_noise <= without + 3  # with the check of its dtype
+    assert operators(lambda: lagged.loss(z, noise=noise).backward()) <= 20
 
 
 def test_with_noise_the_term_is_the_mean_over_the_kernel_density():

@@ -154,24 +154,35 @@ def test_cuda_stream(device):
     assert _torch.cuda_stream(index) == torch.cuda.current_stream(index).cuda_stream != stream.cuda_stream
 
 
-def test_tf32_allowed():
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+def test_reduced_precision_allowed(device_type):
     """By either of torch's interfaces; in a process of its own, since torch does not like them mixed."""
-    script = """
+    script = f"""
 import torch
-from kdejsd._torch import tf32_allowed
-found = [tf32_allowed()]
+from kdejsd._torch import reduced_precision_allowed
+allowed = lambda: reduced_precision_allowed({device_type!r})
+found = [allowed()]
 for precision in ("high", "medium", "highest"):
     torch.set_float32_matmul_precision(precision)
-    found.append(tf32_allowed())
-torch.backends.cuda.matmul.allow_tf32 = True
-found.append(tf32_allowed())
-if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    found.append(tf32_allowed())
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    found.append(tf32_allowed())
+    found.append(allowed())
+backend = torch.backends.cuda if {device_type!r} == "cuda" else torch.backends.mkldnn
+if hasattr(getattr(backend, "matmul", None), "fp32_precision"):
+    for precision in ("tf32", "ieee"):
+        backend.matmul.fp32_precision = precision
+        found.append(allowed())
 print(found)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    expected = [False, True, True, False, True, False, True]
-    assert eval(done.stdout) in (expected, expected[:5])
+    expected = [False, True, True, False, True, False]
+    assert eval(done.stdout) in (expected, expected[:4])
+
+
+def test_tf32_is_allowed_by_the_older_flag():
+    script = """
+import torch
+from kdejsd._torch import reduced_precision_allowed
+torch.backends.cuda.matmul.allow_tf32 = True
+print(reduced_precision_allowed("cuda"), reduced_precision_allowed("cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[0] == "True"

@@ -1,6 +1,11 @@
 // Chooses, once and at run time, the instruction set whose copy of the kernels is called.
 
 #include <pthread.h>
+#ifdef KDEJSD_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 #include "machine.h"
@@ -17,6 +22,11 @@ KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
 }
 namespace v4 {
 KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+}
+#endif
+#ifdef KDEJSD_AMX
+namespace amx {
+KDEJSD_DECLARE_OP(kde_forward, KdeForward)
 }
 #endif
 #undef KDEJSD_DECLARE_OP
@@ -39,7 +49,25 @@ constexpr Level kLevels[] = {
     {"v3", KDEJSD_CPU_OPS(KDEJSD_V3_OP)},
     {"v4", KDEJSD_CPU_OPS(KDEJSD_V4_OP)},
 #endif
+#ifdef KDEJSD_AMX
+    {"amx", amx::kde_forward, v4::kde_backward, v4::omega_all, v4::omega_halves, v4::radius, v4::nearest},
+#endif
 };
+
+#ifdef KDEJSD_AMX
+// Whether the processor multiplies matrices of bfloat16, and the system keeps their registers for this process: it is
+// asked once, and may refuse.
+bool has_amx() {
+  static const bool has = [] {
+    unsigned int a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned int kNeeded = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return has;
+}
+#endif
 
 bool runs_here(const std::string& name) {
 #ifdef KDEJSD_X86_LEVELS
@@ -52,6 +80,9 @@ bool runs_here(const std::string& name) {
            __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl");
   }
+#ifdef KDEJSD_AMX
+  if (name == "amx") return runs_here("v4") && has_amx();
+#endif
 #endif
   return name == "base";
 }

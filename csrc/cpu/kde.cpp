@@ -2,20 +2,22 @@
 //
 // Vector lanes hold the points that get a result: queries in the forward pass, centers in the transposed one. The other
 // side is streamed past them in tiles of kTile points and only ever broadcast, so nothing is reduced across lanes. Per
-// tile and block of QV vectors there are three steps:
+// tile and block of QV vectors there are three steps, of which kde_tile.h has the first and the last:
 //   1. squared distances, in registers over the dimensions        -> pairs[kTile][QV]
 //   2. weights, in place: 2^(exponent - reference) or its product with an upstream gradient
-//   3. sums[l][QV] += weights * tile points, in registers over the tile
-// All points are moved by a point amid the centers and divided by the (middle) bandwidth when they are packed, so that
-// what is squared and summed is of order one. Distances come from differences, never from the expanded square.
-// Sums over many points run in two levels: in registers over a tile, then over the tiles.
+//   3. sums[l][QV] += weights * (tile points - lanes), in registers over the tile
+// Sums over many points run in two levels: in registers over a tile, then over the tiles. In all three steps what is
+// under the smallest normal number is 0.
 
 #include <cmath>
 #include <limits>
 #include <new>
+#include <optional>
 
+#include "cpu/kde_tile.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
+#include "cpu/subnormals.h"
 #include "cpu/tiles.h"
 #include "kernels.h"
 #include "math/log_sum_exp.h"
@@ -28,7 +30,6 @@ using kdejsd::KdeMixture;
 
 constexpr int64_t kStateBytes = 1 << 18;  // packed lanes of one chunk, and again its sums: half a second-level cache
 constexpr int64_t kSerialWork = 1 << 14;  // n m (l + 8) below which a second thread costs more than it brings
-constexpr int64_t kShiftSample = 256;     // centers whose mean is the shift
 constexpr int64_t kSkipDims = 96;         // dimensions from which looking for rows to skip pays
 
 // An excluded pair is this far apart: the weight is 0.
@@ -63,8 +64,8 @@ struct Item {
   const int64_t* exclude;  // [n] or null
   bool per_center;
   double h0;    // the bandwidth, or the middle one
-  T scale;      // of the packed points: 1 / h0, rounded
-  double unit;  // h0 * scale, which is not quite 1: the bandwidth in packed units
+  T scale;      // of the packed points: a power of two near 1 / h0
+  double unit;  // h0 * scale: the bandwidth in packed units
 
   Item(const KdeMixture& mix, int64_t b)
       : n(mix.n),
@@ -79,8 +80,10 @@ struct Item {
     const T number = static_cast<T>(mix.bandwidth_number);
     h0 = per_center ? middle_bandwidth()
                     : static_cast<double>(kdejsd::checked_bandwidth(bandwidth ? bandwidth[0] : number));
-    const double most = static_cast<double>(std::numeric_limits<T>::max());  // less than 1 / h0 where that is subnormal
-    scale = static_cast<T>(1.0 / h0 > most ? most : 1.0 / h0);
+    // 1 / h0 may lie beyond the normal numbers of T, on either side.
+    constexpr int kMost = std::numeric_limits<T>::max_exponent - 2;
+    const int exponent = std::isfinite(h0) ? -std::ilogb(h0) : 0;
+    scale = std::ldexp(std::isfinite(h0) ? T(1) : T(h0), static_cast<int>(larger(-kMost, smaller(kMost, exponent))));
     unit = h0 * static_cast<double>(scale);
   }
 
@@ -104,22 +107,9 @@ struct Item {
     return per_center ? weight - static_cast<double>(l) * std::log2(h(j) / h0) : weight;
   }
 
-  // What the log-sum-exp of query i lacks to log p_e, nats.
-  double constant(int64_t i) const {
-    return kdejsd::kde_log_constant(kdejsd::kde_count(m, !log_weights, exclude ? exclude[i] : -1), l, h0);
-  }
-
-  // A point amid the centers, the mean of some of them; 0 where that is not finite. Repeated, as pack_tile wants it.
-  void find_shift(T* shift /* [l + kLanes<T>] */) const {
-    const int64_t count = smaller(m, kShiftSample);
-    for (int64_t k = 0; k < l; k++) shift[k] = 0;
-    for (int64_t s = 0; s < count; s++) {
-      const T* center = centers + (m * s / count) * l;
-      for (int64_t k = 0; k < l; k++) shift[k] += center[k] / static_cast<T>(count);
-    }
-    for (int64_t k = 0; k < l; k++)
-      if (!std::isfinite(shift[k])) shift[k] = 0;
-    for (int64_t k = l; k < l + kLanes<T>; k++) shift[k] = shift[k - l];
+  // What the log-sum-exp of query i lacks to log p_e, nats; `own`: how many centers of its own are in the sum.
+  double constant(int64_t i, int64_t own = 0) const {
+    return kdejsd::kde_log_constant(kdejsd::kde_count(m, !log_weights, exclude ? exclude[i] : -1) + own, l, h0);
   }
 };
 
@@ -135,31 +125,6 @@ void mark_excluded(const int64_t* exclude, int64_t first_lane, int64_t lanes_end
   }
 }
 
-// The tile that one thread is working on.
-template <class T>
-struct Tile {
-  T* rows;        // [kTile, l]
-  T* offset;      // [kTile], see Item; in the transposed pass the queries' log p_e
-  T* slope;       // [kTile]; in the transposed pass the queries' gradients
-  T* precision;   // [kTile]
-  int* kept;      // [kTile], the numbers of all rows, for weighted sums that leave none out
-  Vec<T>* pairs;  // [kTile, kQV]
-
-  static int64_t bytes(int64_t l) {
-    return Arena::bytes<T>(kTile * l) + 3 * Arena::bytes<T>(kTile) + Arena::bytes<int>(kTile) +
-           Arena::bytes<Vec<T>>(kTile * kQV);
-  }
-  Tile(Arena arena, int64_t l)
-      : rows(arena.take<T>(kTile * l)),
-        offset(arena.take<T>(kTile)),
-        slope(arena.take<T>(kTile)),
-        precision(arena.take<T>(kTile)),
-        kept(arena.take<int>(kTile)),
-        pairs(arena.take<Vec<T>>(kTile * kQV)) {
-    for (int j = 0; j < kTile; j++) kept[j] = j;
-  }
-};
-
 // What a chunk of lanes has gathered from the points streamed past it. A block of QV vectors that starts at vector f
 // has its sums at sums + f * l, as [l][QV].
 template <class T>
@@ -167,7 +132,7 @@ struct State {
   Vec<T>* reference;  // [vectors], log2 units; not used by the transposed pass
   Vec<T>* weight;     // [vectors], sum of the weights
   Vec<T>* moment;     // [vectors], sum of weight * squared distance, or of weight * precision
-  Vec<T>* sums;       // [vectors * l], sum of weight * point
+  Vec<T>* sums;       // [vectors * l], sum of weight * (point - lane)
 
   static int64_t bytes(int64_t vectors, int64_t l) {
     return 3 * Arena::bytes<Vec<T>>(vectors) + Arena::bytes<Vec<T>>(vectors * l);
@@ -251,10 +216,11 @@ void raise_references(const Tile<T>& tile, int count, int64_t sum_vectors, Vec<T
   }
 }
 
-// Step 2: the weights in place of the squared distances, added up; false, and nothing added, where the tile's sum
-// passes kLargestSum.
+// Step 2: the weights in place of the squared distances, added up, in `mass` for this tile alone; false, and nothing
+// added, where the tile's sum passes kLargestSum.
 template <class T, int QV, Moment M>
-bool forward_weights(const Tile<T>& tile, int count, const Vec<T>* reference, Vec<T>* weight, Vec<T>* moment) {
+bool forward_weights(const Tile<T>& tile, int count, const Vec<T>* reference, Vec<T>* weight, Vec<T>* moment,
+                     Vec<T>* mass) {
   Vec<T>* pairs = tile.pairs;
   Vec<T> base[QV], tile_weight[QV] = {}, tile_moment[QV] = {};
   for (int v = 0; v < QV; v++) base[v] = reference[v];
@@ -281,42 +247,31 @@ bool forward_weights(const Tile<T>& tile, int count, const Vec<T>* reference, Ve
   for (int v = 0; v < QV; v++) {
     weight[v] += tile_weight[v];
     moment[v] += tile_moment[v];
+    mass[v] = M == Moment::kPrecision ? tile_moment[v] : tile_weight[v];
   }
   return true;
 }
 
-// The largest magnitude among a tile's coordinates, at least 1; NaN where one of them is not finite.
-template <class T>
-T tile_reach(const T* rows, int64_t count) {
-  Vec<T> largest = broadcast(T(1));
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    Vec<T> x;
-    std::memcpy(&x, rows + i, sizeof x);
-    x = x < T(0) ? -x : x;
-    largest = x > largest ? x : largest;
-  }
-  T reach = 1;
-  for (int lane = 0; lane < kLanes<T>; lane++) reach = largest[lane] > reach ? largest[lane] : reach;
-  for (; i < count; i++) reach = std::fabs(rows[i]) > reach ? std::fabs(rows[i]) : reach;
-  return reach < std::numeric_limits<T>::infinity() ? reach : std::numeric_limits<T>::quiet_NaN();
-}
-
-// The rows whose weights matter to the weighted sums of any lane; returns how many. A row is left out where for every
-// lane weight * reach <= epsilon W / m, W the sum of the weights so far, which only grows: what m such rows add to a
-// coordinate of (sum of weight * point) / W is less than the rounding of that coordinate, epsilon times 1 or more.
+// The rows whose weights matter to the weighted sums of any lane, and the sum of these; returns how many. A row is left
+// out where for every lane weight * reach <= epsilon W / m, reach the furthest that a row is from a lane and W the sum
+// of the weights so far, which only grows: what m such rows add to a coordinate of (sum of weight * difference) / W is
+// less than the rounding of that coordinate, epsilon times 1 or more.
 template <class T, int QV>
-int rows_that_matter(const Tile<T>& tile, int count, T reach, int64_t m, const Vec<T>* weight, int* kept) {
-  const T least = std::numeric_limits<T>::epsilon() / 2 / static_cast<T>(m) / reach;
+int rows_that_matter(const Tile<T>& tile, int count, double reach, int64_t m, const Vec<T>* weight, int* kept,
+                     Vec<T>* mass) {
+  if (!(reach < std::numeric_limits<double>::infinity())) reach = std::numeric_limits<double>::quiet_NaN();
+  const T least = static_cast<T>(std::numeric_limits<T>::epsilon() / 2 / static_cast<double>(m) / reach);
   Vec<T> bound[QV];
-  for (int v = 0; v < QV; v++) bound[v] = weight[v] * least;
+  for (int v = 0; v < QV; v++) bound[v] = weight[v] * least, mass[v] = Vec<T>{};
   int n = 0;
   for (int j = 0; j < count; j++) {
     Mask<T> matters = {};
 #pragma GCC unroll 4
     for (int v = 0; v < QV; v++) matters |= ~(tile.pairs[j * QV + v] <= bound[v]);  // NaN matters
-    kept[n] = j;
-    n += any<T>(matters);
+    if (!any<T>(matters)) continue;
+    kept[n++] = j;
+#pragma GCC unroll 4
+    for (int v = 0; v < QV; v++) mass[v] += tile.pairs[j * QV + v];
   }
   return n;
 }
@@ -327,34 +282,52 @@ struct ForwardBlock {
   const Tile<T>& tile;
   int64_t tile_first, first_lane, first_vector;
   int count;
-  T reach;
-  bool first_tile, want_sums;
-  const Vec<T>* lanes;
+  bool first_tile, want_sums, may_use_products;
+  int num_parts;
+  Lanes<T> lanes;
   const State<T>& state;
 
   template <int QV>
   void run() {
     Vec<T>* sums = state.sums + first_vector * item.l;
     Vec<T>*reference = state.reference + first_vector, *weight = state.weight + first_vector;
-    Vec<T>* moment = state.moment + first_vector;
-    distances<QV>();
+    Vec<T>*moment = state.moment + first_vector, mass[QV];
+    const double norms = tile.largest_norm + lanes.largest_norm, parts = tile.largest_slope * norms;
+    const bool use_products = may_use_products && parts <= most_parts_of_products(item.l, num_parts);
+    distances<QV>(use_products);
     // The first tile finds the references; it is rare that one has to be raised after it.
     if (first_tile) raise_references<T, QV>(tile, count, 0, reference, weight, moment, sums);
-    if (!forward_weights<T, QV, M>(tile, count, reference, weight, moment)) {
-      distances<QV>();
+    if (!forward_weights<T, QV, M>(tile, count, reference, weight, moment, mass)) {
+      distances<QV>(use_products);
       raise_references<T, QV>(tile, count, want_sums ? item.l : 0, reference, weight, moment, sums);
-      forward_weights<T, QV, M>(tile, count, reference, weight, moment);
+      forward_weights<T, QV, M>(tile, count, reference, weight, moment, mass);
     }
     if (!want_sums) return;
-    if (item.l < kSkipDims) return add_weighted_rows<T, QV>(tile.rows, tile.kept, count, item.l, tile.pairs, sums);
+#if defined(__AMX_BF16__)
+    if constexpr (sizeof(T) == 4) {
+      if (use_products && num_parts == 2)
+        return add_weighted_rows_by_matrices<2, QV>(tile, count, item.l, lanes, mass, sums);
+      if (use_products && num_parts == 3)
+        return add_weighted_rows_by_matrices<3, QV>(tile, count, item.l, lanes, mass, sums);
+    }
+#endif
+    WeightedRows<T, QV> rows{tile, tile.all, count, item.l, lanes, mass, sums};
     int kept[kTile];
-    const int matter = rows_that_matter<T, QV>(tile, count, reach, item.m, weight, kept);
-    add_weighted_rows<T, QV>(tile.rows, kept, matter, item.l, tile.pairs, sums);
+    if (item.l >= kSkipDims) {
+      rows.count = rows_that_matter<T, QV>(tile, count, std::sqrt(2 * norms), item.m, weight, kept, mass);
+      rows.rows = kept;
+    }
+    if (!(parts <= most_parts_of_sums(item.l))) rows.mass = nullptr;
+    rows.add();
   }
 
   template <int QV>
-  void distances() const {
-    squared_distances<T, QV>(tile.rows, count, item.l, lanes, tile.pairs);
+  void distances(bool use_products) const {
+    if (use_products) {
+      distances_from_products<T, QV>(tile, count, item.l, lanes, num_parts);
+    } else {
+      distances_from_differences<T, QV>(tile, count, item.l, lanes);
+    }
     if (item.exclude) mark_excluded<T, QV>(item.exclude, first_lane, item.n, tile_first, count, tile.pairs);
   }
 };
@@ -363,38 +336,48 @@ template <class T>
 struct Forward {
   const KdeForward& args;
   Item<T> item;
+  Frame<T> frame;
   Plan plan;
+  int num_parts;       // of the products
+  const T* own;        // [n, l] or null
   double* value;       // [n]
   T* dquery;           // [n, l] or null
   double* dbandwidth;  // [n] or null
-  const T* shift;      // [l]
 
-  // Streams split `split` of the centers past chunk `chunk` of the queries, whose packed lanes are at `lanes`.
+  // Streams split `split` of the centers past chunk `chunk` of the queries.
   template <Moment M>
-  void stream(int64_t chunk, int64_t split, const Vec<T>* lanes, const State<T>& state, const Tile<T>& tile) const {
+  void stream(int64_t chunk, int64_t split, const ChunkLanes<T>& lanes, const State<T>& state, Tile<T>& tile) const {
     const int64_t begin = plan.chunk_begin(chunk), vectors = plan.chunk_begin(chunk + 1) - begin;
     const bool same_terms = !item.per_center && !item.log_weights;  // then they are written once
+    const bool may_use_products = item.l >= kProductDims && args.products != kdejsd::KdeProducts::kNone;
+#if defined(__AMX_BF16__)
+    std::optional<MatrixRegisters> registers;
+    if (num_parts > 0) registers.emplace();
+#endif
     for (int64_t t = plan.tile_begin(split); t < plan.tile_begin(split + 1); t++) {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(smaller(kTile, item.m - first));
-      pack_tile(item.centers, first, count, item.l, shift, item.scale, tile.rows);
-      const T reach = item.l < kSkipDims ? T(1) : tile_reach(tile.rows, count * item.l);
+      tile.pack(item.centers, first, count, frame, may_use_products, num_parts);
       if (t == plan.tile_begin(split) || !same_terms) {
+        tile.largest_slope = 0;
         for (int j = 0; j < (same_terms ? kTile : count); j++) {
+          const double slope = item.slope(first + j);
           tile.offset[j] = static_cast<T>(item.offset(first + j));
-          tile.slope[j] = static_cast<T>(item.slope(first + j));
+          tile.slope[j] = static_cast<T>(slope);
           tile.precision[j] = static_cast<T>(item.precision(first + j));
+          tile.largest_slope = slope > tile.largest_slope ? slope : tile.largest_slope;
         }
       }
+      const FlushSubnormals flush;
       for_blocks(vectors, [&](int width, int64_t vector) {
-        with_width(width,
-                   ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count, reach,
-                                      t == plan.tile_begin(split), dquery != nullptr, lanes + vector * item.l, state});
+        with_width(width, ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
+                                             t == plan.tile_begin(split), dquery != nullptr, may_use_products,
+                                             num_parts, lanes.block(vector, item.l), state});
       });
     }
   }
 
-  void stream(int64_t chunk, int64_t split, const Vec<T>* lanes, const State<T>& state, const Tile<T>& tile) const {
+  void stream(int64_t chunk, int64_t split, const ChunkLanes<T>& lanes, const State<T>& state, Tile<T>& tile) const {
     state_clear(chunk, state);
     if (item.per_center) return stream<Moment::kPrecision>(chunk, split, lanes, state, tile);
     if (dbandwidth) return stream<Moment::kDistance>(chunk, split, lanes, state, tile);
@@ -405,11 +388,10 @@ struct Forward {
     state.clear(plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk), item.l);
   }
 
-  void pack(int64_t chunk, Vec<T>* lanes) const {
+  void pack(int64_t chunk, const ChunkLanes<T>& lanes) const {
     const int64_t begin = plan.chunk_begin(chunk);
     for_blocks(plan.chunk_begin(chunk + 1) - begin, [&](int width, int64_t vector) {
-      pack_lanes(item.query, (begin + vector) * kLanes<T>, item.n, item.l, shift, item.scale, width,
-                 lanes + vector * item.l);
+      lanes.pack(item.query, (begin + vector) * kLanes<T>, item.n, frame, width, vector, num_parts);
     });
   }
 
@@ -438,22 +420,27 @@ struct Forward {
         for (int64_t k = 0; k < item.l; k++) square += static_cast<double>(query[k]) * query[k];
         log_target = kdejsd::normal_log_prob(square, item.l, args.target_variance);
       }
-      const double log_prob = kdejsd::kde_log_prob(total, item.constant(i));
+      const auto own_step = [&](int64_t k) { return (static_cast<double>(own[i * item.l + k]) - query[k]) / item.h0; };
+      kdejsd::KdeShares shares = {total, 0.0, 1.0};
+      if (own) {
+        double square = 0;
+        for (int64_t k = 0; k < item.l; k++) square += own_step(k) * own_step(k);
+        shares = kdejsd::with_own_center(total, square);
+      }
+      const double log_prob = kdejsd::kde_log_prob(shares.sum, item.constant(i, own != nullptr));
       const kdejsd::KdeTerm term = kdejsd::kde_term(args.value_kind, log_prob, log_target);
       value[i] = term.value;
       if (dbandwidth)
         dbandwidth[i] = (moment / (total.sum * item.unit * item.unit) - static_cast<double>(item.l)) / item.h0;
       if (!dquery) continue;
-      const double mass = item.per_center ? moment : total.sum;  // sum of weight * precision
       for (int64_t k = 0; k < item.l; k++) {
         double sum = 0;
         for (int64_t s = 0; s < plan.splits; s++) {
           const T* sums = reinterpret_cast<const T*>(splits[s].sums + vector * item.l);
           sum += static_cast<double>(sums[k * lanes + lane]) * at(splits[s].reference);
         }
-        const double packed = static_cast<double>((query[k] - shift[k]) * item.scale);
-        double direction =
-            (sum - packed * mass) / (total.sum * item.unit) / item.h0;  // the score of p_e, less the target's
+        double direction = sum / (total.sum * item.unit) / item.h0;  // the score of p_e, less the target's
+        if (own) direction = kdejsd::merged_score(shares, own_step(k) / item.h0, direction);
         if (has_target) direction += static_cast<double>(query[k]) / args.target_variance;
         dquery[i * item.l + k] = static_cast<T>(term.weight * direction);
       }
@@ -464,23 +451,32 @@ struct Forward {
 template <class T>
 void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
   const KdeMixture& mix = args.mixture;
+  const Item<T> item(mix, b);
   const Plan plan(mix.n, kLanes<T>, mix.m, mix.l, sizeof(T), requested_threads);
-  const int64_t lane_bytes = Arena::bytes<Vec<T>>(plan.chunk_vectors * mix.l);
+  const int64_t lane_bytes = ChunkLanes<T>::bytes(plan.chunk_vectors, mix.l);
   const int64_t state_bytes = State<T>::bytes(plan.chunk_vectors, mix.l), tile_bytes = Tile<T>::bytes(mix.l);
   const int64_t copies = plan.splits == 1 ? plan.threads : 1;  // of the packed lanes; splits share them
   Memory memory(Arena::bytes<T>(mix.l + kLanes<T>) + copies * lane_bytes + plan.threads * (state_bytes + tile_bytes) +
                 Arena::bytes<State<T>>(plan.threads));
   Arena arena{memory.base};
   T* shift = arena.take<T>(mix.l + kLanes<T>);
-  Vec<T>* lanes = arena.take<Vec<T>>(copies * lane_bytes / static_cast<int64_t>(sizeof(Vec<T>)));
+  char* lanes = arena.take<char>(copies * lane_bytes);
   char* states = arena.take<char>(plan.threads * state_bytes);
   char* tiles = arena.take<char>(plan.threads * tile_bytes);
-  const int64_t lane_vectors = lane_bytes / static_cast<int64_t>(sizeof(Vec<T>));
 
-  Forward<T> pass{args, Item<T>(mix, b), plan, args.value + b * mix.n, nullptr, nullptr, shift};
+  const bool is_moved = Frame<T>::find_shift(item.centers, mix.m, mix.l, shift);
+  Forward<T> pass{args,
+                  item,
+                  {mix.l, item.scale, shift, is_moved},
+                  plan,
+                  num_parts<T>(mix.l, args.products),
+                  nullptr,
+                  args.value + b * mix.n,
+                  nullptr,
+                  nullptr};
+  if (args.own) pass.own = static_cast<const T*>(args.own) + b * mix.n * mix.l;
   if (args.dquery) pass.dquery = static_cast<T*>(args.dquery) + b * mix.n * mix.l;
   if (args.dbandwidth) pass.dbandwidth = args.dbandwidth + b * mix.n;
-  pass.item.find_shift(shift);
   State<T>* splits = arena.take<State<T>>(plan.threads);
   for (int s = 0; s < plan.threads; s++)
     new (splits + s) State<T>(Arena{states + s * state_bytes}, plan.chunk_vectors, mix.l);
@@ -488,11 +484,12 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {
     const int thread = thread_index();
-    const Tile<T> tile(Arena{tiles + thread * tile_bytes}, mix.l);
+    Tile<T> tile(Arena{tiles + thread * tile_bytes}, pass.frame);
+    const ChunkLanes<T> own_lanes(Arena{lanes + (copies > 1 ? thread : 0) * lane_bytes}, plan.chunk_vectors,
+                                  pass.frame);
     if (plan.splits == 1) {
 #pragma omp for schedule(dynamic)
       for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
-        Vec<T>* own_lanes = lanes + thread * lane_vectors;
         pass.pack(chunk, own_lanes);
         pass.stream(chunk, 0, own_lanes, splits[thread], tile);
         for_blocks(plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk),
@@ -501,9 +498,9 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
     } else {
       for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
 #pragma omp single
-        pass.pack(chunk, lanes);
+        pass.pack(chunk, own_lanes);
 #pragma omp for schedule(static)
-        for (int64_t split = 0; split < plan.splits; split++) pass.stream(chunk, split, lanes, splits[split], tile);
+        for (int64_t split = 0; split < plan.splits; split++) pass.stream(chunk, split, own_lanes, splits[split], tile);
         const int64_t vectors = plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk);
         const int64_t blocks = ceil_div(vectors, kQV);
 #pragma omp for schedule(static)
@@ -522,7 +519,7 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
 // Step 2: grad * 2^(exponent - log p_e), in place of the squared distances.
 template <class T, int QV>
 void backward_weights(const Tile<T>& tile, int count, const Vec<T>* offset, const Vec<T>* slope, Vec<T>* weight,
-                      Vec<T>* moment) {
+                      Vec<T>* moment, Vec<T>* mass) {
   Vec<T>* pairs = tile.pairs;
   Vec<T> tile_weight[QV] = {}, tile_moment[QV] = {};
   for (int j = 0; j < count; j++) {
@@ -540,6 +537,7 @@ void backward_weights(const Tile<T>& tile, int count, const Vec<T>* offset, cons
   for (int v = 0; v < QV; v++) {
     weight[v] += tile_weight[v];
     moment[v] += tile_moment[v];
+    mass[v] = tile_weight[v];
   }
 }
 
@@ -550,14 +548,17 @@ struct BackwardBlock {
   int64_t tile_first, first_lane, first_vector;
   int count;
   bool want_sums;
-  const Vec<T>* lanes;
+  Lanes<T> lanes;
   const Vec<T>* offset;
   const Vec<T>* slope;
+  double largest_slope;
   const State<T>& state;
 
   template <int QV>
   void run() {
-    squared_distances<T, QV>(tile.rows, count, item.l, lanes, tile.pairs);
+    Vec<T> mass[QV];
+    // The forward pass took its distances from differences too: the exponents are rounded alike.
+    distances_from_differences<T, QV>(tile, count, item.l, lanes);
     if (item.exclude) {
       for (int j = 0; j < count; j++) {
         const int64_t lane = item.exclude[tile_first + j] - first_lane;
@@ -565,51 +566,59 @@ struct BackwardBlock {
           reinterpret_cast<T*>(tile.pairs)[j * QV * kLanes<T> + lane] = kExcluded<T>;
       }
     }
-    backward_weights<T, QV>(tile, count, offset, slope, state.weight + first_vector, state.moment + first_vector);
-    if (want_sums)
-      add_weighted_rows<T, QV>(tile.rows, tile.kept, count, item.l, tile.pairs, state.sums + first_vector * item.l);
+    backward_weights<T, QV>(tile, count, offset, slope, state.weight + first_vector, state.moment + first_vector, mass);
+    if (!want_sums) return;
+    const double parts = largest_slope * (tile.largest_norm + lanes.largest_norm);
+    const bool by_mass = parts <= most_parts_of_sums(item.l);
+    WeightedRows<T, QV>{
+        tile, tile.all, count, item.l, lanes, by_mass ? mass : nullptr, state.sums + first_vector * item.l}
+        .add();
   }
 };
 
 template <class T>
 struct Backward {
   Item<T> item;
+  Frame<T> frame;
   Plan plan;
   const T* grad;           // [n]
+  int grad_exponent;       // of the largest: gradients are divided by 2 to it, so that no product with one is flushed
   const double* log_prob;  // [n]
   T* dcenters;             // [m, l] or null
   T* dlog_weights;         // [m] or null
   T* dbandwidth;           // [m] or null
-  const T* shift;          // [l]
 
-  void stream(int64_t chunk, Vec<T>* lanes, Vec<T>* offset, Vec<T>* slope, State<T>& state, const Tile<T>& tile) const {
+  void stream(int64_t chunk, const ChunkLanes<T>& lanes, Vec<T>* offset, Vec<T>* slope, State<T>& state,
+              Tile<T>& tile) const {
     const int64_t begin = plan.chunk_begin(chunk), vectors = plan.chunk_begin(chunk + 1) - begin;
     state.clear(vectors, item.l);
+    double largest_slope = 0;
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane++) {
       const int64_t j = smaller(begin * kLanes<T> + lane, item.m - 1);
       reinterpret_cast<T*>(offset)[lane] = static_cast<T>(item.offset(j));
       reinterpret_cast<T*>(slope)[lane] = static_cast<T>(item.slope(j));
+      largest_slope = item.slope(j) > largest_slope ? item.slope(j) : largest_slope;
     }
     for_blocks(vectors, [&](int width, int64_t vector) {
-      pack_lanes(item.centers, (begin + vector) * kLanes<T>, item.m, item.l, shift, item.scale, width,
-                 lanes + vector * item.l);
+      lanes.pack(item.centers, (begin + vector) * kLanes<T>, item.m, frame, width, vector, 0);
     });
     for (int64_t t = 0; t < plan.tiles; t++) {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(smaller(kTile, item.n - first));
-      pack_tile(item.query, first, count, item.l, shift, item.scale, tile.rows);
+      tile.pack(item.query, first, count, frame, false, 0);
       for (int j = 0; j < count; j++) {
         const int64_t i = first + j;
         // What rounding takes from the exponent is given back to the factor.
         const double exponent = kdejsd::kLog2E * (log_prob[i] - item.constant(i));
         tile.offset[j] = static_cast<T>(exponent);
         const double correction = std::exp2(static_cast<double>(tile.offset[j]) - exponent);
-        tile.slope[j] = static_cast<T>(static_cast<double>(grad[i]) * correction);
+        tile.slope[j] = static_cast<T>(std::ldexp(static_cast<double>(grad[i]) * correction, -grad_exponent));
       }
+      const FlushSubnormals flush;
       for_blocks(vectors, [&](int width, int64_t vector) {
-        with_width(width,
-                   BackwardBlock<T>{item, tile, first, (begin + vector) * kLanes<T>, vector, count, dcenters != nullptr,
-                                    lanes + vector * item.l, offset + vector, slope + vector, state});
+        with_width(width, BackwardBlock<T>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
+                                           dcenters != nullptr, lanes.block(vector, item.l), offset + vector,
+                                           slope + vector, largest_slope, state});
       });
     }
     for_blocks(vectors, [&](int width, int64_t vector) { finish(begin + vector, width, vector, state); });
@@ -620,30 +629,38 @@ struct Backward {
     const T* sums = reinterpret_cast<const T*>(state.sums + vector * item.l);
     for (int64_t lane = 0; lane < smaller(lanes, item.m - first); lane++) {
       const int64_t j = first + lane;
-      const double weight = static_cast<double>(reinterpret_cast<const T*>(state.weight + vector)[lane]);
-      const double moment = static_cast<double>(reinterpret_cast<const T*>(state.moment + vector)[lane]);
+      const auto gradient = [&](T sum) { return std::ldexp(static_cast<double>(sum), grad_exponent); };
+      const double weight = gradient(reinterpret_cast<const T*>(state.weight + vector)[lane]);
+      const double moment = gradient(reinterpret_cast<const T*>(state.moment + vector)[lane]);
       const double h = item.h(j), precision = item.precision(j), square = item.unit * item.unit;
       if (dlog_weights) dlog_weights[j] = static_cast<T>(weight);
       if (dbandwidth)
         dbandwidth[j] = static_cast<T>((moment * precision / square - static_cast<double>(item.l) * weight) / h);
       if (!dcenters) continue;
       for (int64_t k = 0; k < item.l; k++) {
-        const double packed = static_cast<double>((item.centers[j * item.l + k] - shift[k]) * item.scale);
-        const double sum = static_cast<double>(sums[k * lanes + lane]);
-        dcenters[j * item.l + k] = static_cast<T>((sum - weight * packed) * precision / item.unit / item.h0);
+        dcenters[j * item.l + k] = static_cast<T>(gradient(sums[k * lanes + lane]) * precision / item.unit / item.h0);
       }
     }
   }
 };
 
+// 2 to it is at most the largest magnitude; 0 where that is 0 or not finite.
+template <class T>
+int largest_exponent(const T* x, int64_t count) {
+  T largest = 0;
+  for (int64_t i = 0; i < count; i++) largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+  return largest > T(0) && std::isfinite(largest) ? std::ilogb(largest) : 0;
+}
+
 template <class T>
 void backward_item(const KdeBackward& args, int64_t b, int requested_threads) {
   const KdeMixture& mix = args.mixture;
+  const Item<T> item(mix, b);
   Plan plan(mix.m, kLanes<T>, mix.n, mix.l, sizeof(T), requested_threads);
   // Each center's sums run over the queries in order, whatever the number of threads: chunks only.
   plan.share_chunks();
 
-  const int64_t lane_bytes = Arena::bytes<Vec<T>>(plan.chunk_vectors * mix.l);
+  const int64_t lane_bytes = ChunkLanes<T>::bytes(plan.chunk_vectors, mix.l);
   const int64_t row_bytes = Arena::bytes<Vec<T>>(plan.chunk_vectors);
   const int64_t state_bytes = State<T>::bytes(plan.chunk_vectors, mix.l), tile_bytes = Tile<T>::bytes(mix.l);
   const int64_t thread_bytes = lane_bytes + 2 * row_bytes + state_bytes + tile_bytes;
@@ -651,22 +668,29 @@ void backward_item(const KdeBackward& args, int64_t b, int requested_threads) {
   Arena arena{memory.base};
   T* shift = arena.take<T>(mix.l + kLanes<T>);
 
-  Backward<T> pass{
-      Item<T>(mix, b), plan, static_cast<const T*>(args.grad) + b * mix.n, args.log_prob + b * mix.n, nullptr, nullptr,
-      nullptr,         shift};
+  const bool is_moved = Frame<T>::find_shift(item.centers, mix.m, mix.l, shift);
+  const T* grad = static_cast<const T*>(args.grad) + b * mix.n;
+  Backward<T> pass{item,
+                   {mix.l, item.scale, shift, is_moved},
+                   plan,
+                   grad,
+                   largest_exponent(grad, mix.n),
+                   args.log_prob + b * mix.n,
+                   nullptr,
+                   nullptr,
+                   nullptr};
   if (args.dcenters) pass.dcenters = static_cast<T*>(args.dcenters) + b * mix.m * mix.l;
   if (args.dlog_weights) pass.dlog_weights = static_cast<T*>(args.dlog_weights) + b * mix.m;
   if (args.dbandwidth) pass.dbandwidth = static_cast<T*>(args.dbandwidth) + b * mix.m;
-  pass.item.find_shift(shift);
 
 #pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
   {
     Arena own{arena.next + thread_index() * thread_bytes};
-    Vec<T>* lanes = own.take<Vec<T>>(plan.chunk_vectors * mix.l);
+    const ChunkLanes<T> lanes(Arena{own.take<char>(lane_bytes)}, plan.chunk_vectors, pass.frame);
     Vec<T>* offset = own.take<Vec<T>>(plan.chunk_vectors);
     Vec<T>* slope = own.take<Vec<T>>(plan.chunk_vectors);
     State<T> state(Arena{own.take<char>(state_bytes)}, plan.chunk_vectors, mix.l);
-    const Tile<T> tile(Arena{own.take<char>(tile_bytes)}, mix.l);
+    Tile<T> tile(Arena{own.take<char>(tile_bytes)}, pass.frame);
 #pragma omp for schedule(dynamic)
     for (int64_t chunk = 0; chunk < plan.chunks; chunk++) pass.stream(chunk, lanes, offset, slope, state, tile);
   }

@@ -33,12 +33,11 @@ __device__ MergedRow<T> merge_splits(const Partials<T>& partials, int64_t splits
   return {{max, sum_over<kWarp>(sum)}, sum_over<kWarp>(moment)};
 }
 
-template <typename T>
-__device__ double squared_norm(const T* query /* [l] */, int64_t l) {
+// The squared norm of a vector of l coordinates, by the lanes of a warp.
+template <typename Coordinate>
+__device__ double squared_norm(int64_t l, const Coordinate& coordinate) {
   double sum = 0;
-  for (int64_t k = threadIdx.x % kWarp; k < l; k += kWarp) {
-    sum = std::fma(static_cast<double>(query[k]), static_cast<double>(query[k]), sum);
-  }
+  for (int64_t k = threadIdx.x % kWarp; k < l; k += kWarp) sum = std::fma(coordinate(k), coordinate(k), sum);
   return sum_over<kWarp>(sum);
 }
 
@@ -93,8 +92,8 @@ __device__ T sum_of_centers(const Partials<T>& partials, T max, int64_t splits, 
 
 // `warps` warps per query, a power of two: they merge the splits and write value and gradients,
 //   dquery = weight (s_e + query * pull), s_e = (sum of centers - query sum of precisions) / (sum of weights) / h0^2,
-// both scaled. dquery may be where the only split has left its sums: the lane that writes a number is the one that has
-// read it.
+// both scaled; a center of the query's own takes its share of s_e. dquery may be where the only split has left its
+// sums: the lane that writes a number is the one that has read it.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     kde_merge_kernel(const KdeForward args, const T* middle, const Partials<T> partials, int64_t splits, int warps) {
@@ -111,14 +110,21 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const MergedRow<T> merged = merge_splits(partials, splits, row, rows);
   const int64_t exclude = item.exclude != nullptr ? item.exclude[i] : -1;
-  const int64_t count = kde_count(item.m, item.log_weights == nullptr, exclude);
+  const int64_t count = kde_count(item.m, item.log_weights == nullptr, exclude) + (args.own != nullptr);
   const double h0 = static_cast<double>(item.h0);
+  const auto own_step = [&](int64_t k) {
+    const T own = static_cast<const T*>(args.own)[row * item.l + k];
+    return (static_cast<double>(own) - static_cast<double>(query[k])) / h0;
+  };
+  KdeShares shares = {{static_cast<double>(merged.exponents.max), static_cast<double>(merged.exponents.sum)}, 0.0, 1.0};
+  if (args.own != nullptr) shares = with_own_center(shares.sum, squared_norm(item.l, own_step));
   const bool infinite = merged.exponents.sum == T(INFINITY);  // by a log-weight
   const double log_prob =
-      infinite ? static_cast<double>(NAN) : kde_log_prob(merged.exponents, kde_log_constant(count, item.l, h0));
+      infinite ? static_cast<double>(NAN) : kde_log_prob(shares.sum, kde_log_constant(count, item.l, h0));
   const bool plain = args.value_kind == KdeValue::kLogProb;
   const double variance = args.target_variance;
-  const double log_target = plain ? 0.0 : normal_log_prob(squared_norm(query, item.l), item.l, variance);
+  const auto coordinate = [&](int64_t k) { return static_cast<double>(query[k]); };
+  const double log_target = plain ? 0.0 : normal_log_prob(squared_norm(item.l, coordinate), item.l, variance);
   const KdeTerm term = kde_term(args.value_kind, log_prob, log_target);
 
   if (args.dquery != nullptr) {
@@ -133,7 +139,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       const T sum = sum_of_centers(partials, merged.exponents.max, splits, row, rows, k, item.l, sharing, scratch);
       if (!inside || k >= item.l || lane >= sharing.width || sharing.part != 0) continue;
       const T scaled_query = (query[k] - shift_of<3>(item, k)) * item.scale;
-      const T score = (sum / merged.exponents.sum - scaled_query * precision) * inverse / item.h0;
+      T score = (sum / merged.exponents.sum - scaled_query * precision) * inverse / item.h0;
+      if (args.own != nullptr) {
+        score = static_cast<T>(merged_score(shares, own_step(k) / h0, static_cast<double>(score)));
+      }
       dquery[k] = weight * (score + query[k] * pull);
     }
   }

@@ -88,6 +88,25 @@ KDEJSD_HD inline double kde_log_prob(LogSumExp2<T> exponents, double log_constan
   return kLn2 * (max + std::log2(static_cast<double>(exponents.sum))) + log_constant;
 }
 
+// A query's sum of weights where it has a center of its own too, which counts as one more of the equal ones; and the
+// shares of that sum that its own center and the others have.
+struct KdeShares {
+  LogSumExp2<double> sum;
+  double own, others;
+};
+
+KDEJSD_HD inline KdeShares with_own_center(LogSumExp2<double> others, double squared_distance /* over h^2 */) {
+  const LogSumExp2<double> own = {-0.5 * kLog2E * squared_distance, 1.0};
+  const LogSumExp2<double> sum = merge(own, others);
+  return {sum, rescale_factor(own.max, sum.max) / sum.sum, others.sum * rescale_factor(others.max, sum.max) / sum.sum};
+}
+
+// A coordinate of the gradient of log p_e from those of its two shares. One of no weight takes no part: where its sum
+// is empty its gradient is NaN.
+KDEJSD_HD inline double merged_score(const KdeShares& shares, double own, double others) {
+  return (shares.own == 0 ? 0.0 : shares.own * own) + (shares.others == 0 ? 0.0 : shares.others * others);
+}
+
 // log N(query; 0, variance I) of a query with this squared norm.
 KDEJSD_HD inline double normal_log_prob(double squared_norm, int64_t l, double variance) {
   return -0.5 * (squared_norm / variance + static_cast<double>(l) * (kLog2Pi + std::log(variance)));

@@ -13,11 +13,10 @@ from .._native import native
 from ..reference import kde as reference
 from . import _common
 
-# KdeValue of csrc/kernels.h
-_LOG_PROB = 0
-_DIVERGENCES = {"js": 1, "kl": 2}
+# KdeValue of csrc/kernels.h, by the name of the divergence; None for log p_e itself
+_VALUES = {None: 0, "js": 1, "kl": 2}
 # KdeProducts
-_NO_PRODUCTS, _SPLIT, _TF32 = range(3)
+_NO_PRODUCTS, _SPLIT, _REDUCED = range(3)
 
 _NO_STRIDES = (0,) * 5
 
@@ -79,21 +78,37 @@ def named_log_prob(
     bandwidth: float | Tensor,
     log_weights: Tensor | None = None,
     exclude_self: bool | Tensor = False,
+    own: Tensor | None = None,
 ) -> Tensor:
-    """`kde_log_prob` for callers whose arguments have other names, which the errors are to use."""
+    """`kde_log_prob` for callers whose arguments have other names, which the errors are to use; `own` as in
+    `kdejsd.jsd_loss`."""
     inputs, shape = checked_inputs(names, query, centers, bandwidth, log_weights, exclude_self)
-    return _shaped(_log_prob(inputs), shape)
+    if own is None:
+        log_prob = _log_prob(inputs, inputs[0].dtype)
+    else:
+        log_prob = _log_prob_with_own(inputs, _checked_own(own, names[0], query, inputs, shape))
+    return _shaped(log_prob, shape)
 
 
-def _log_prob(inputs: Inputs) -> Tensor:
+def _log_prob_with_own(inputs: Inputs, own: Tensor) -> Tensor:
     """[n] or [B, n], in the dtype of the query."""
+    query, centers, bandwidth, _, exclude = inputs
+    if _only_query_needs_grad(inputs, own):
+        return _query_terms(inputs, own, query.shape[:-1], 1.0, None, "none", query.dtype)
+    log_prob = _log_prob(inputs, torch.float64)
+    count = reference.center_count(log_prob, centers.shape[-2], False if exclude is None else exclude)
+    return _narrowed(reference.with_own_center(log_prob, count, query, own, bandwidth), query.dtype)
+
+
+def _log_prob(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """[n] or [B, n]: from the kernels in `dtype`, the query's or float64; from the reference in the query's."""
     if _common.needs_reference(inputs[0]):
         return _reference(inputs)
     if _common.is_traced(inputs):
-        return _narrowed(_operator(*_all_tensors(inputs))[0], inputs[0].dtype)
+        return _narrowed(_operator(*_all_tensors(inputs))[0], dtype)
     if _common.needs_grad(inputs):
-        return _EagerKde.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
-    return _narrowed(_forward(*inputs)[0], inputs[0].dtype)
+        return _EagerKde.apply(*inputs, dtype)  # type: ignore[no-untyped-call, no-any-return]
+    return _narrowed(_forward(*inputs)[0], dtype)
 
 
 def normal_divergence_terms(
@@ -106,6 +121,7 @@ def normal_divergence_terms(
     variance: float,
     divergence: str,
     reduction: str,
+    own: Tensor | None = None,
     narrow: bool = False,
 ) -> Tensor | None:
     """Terms of the divergence from N(0, variance I), value and gradient in the one pass of the kde.
@@ -113,6 +129,7 @@ def normal_divergence_terms(
     Args:
         divergence: "js" for log 2 - softplus(log p_t - log p_e), "kl" for log p_e - log p_t.
         reduction: "none" for the terms, "mean" or "sum" of them.
+        own: as in `kdejsd.jsd_loss`.
         narrow: whether to convert the result to the dtype of `kde_log_prob`; the rest as there.
 
     Returns:
@@ -121,13 +138,37 @@ def normal_divergence_terms(
         the terms from `kde_log_prob`.
     """
     inputs, shape = checked_inputs(names, codes, centers, bandwidth, log_weights, exclude_self)
-    query, *others = inputs
-    if _common.needs_reference(query) or _common.is_traced(inputs) or _common.needs_grad(others):
+    if own is not None:
+        own = _checked_own(own, names[0], codes, inputs, shape)
+    if not _only_query_needs_grad(inputs, own):
         return None
-    dtype = query.dtype if narrow else torch.float64
+    dtype = inputs[0].dtype if narrow else torch.float64
+    return _query_terms(inputs, own, shape, variance, divergence, reduction, dtype)
+
+
+def _only_query_needs_grad(inputs: Inputs, own: Tensor | None) -> bool:
+    """Whether the call takes the eager path and nothing but the query needs a gradient."""
+    query, *others = inputs
+    return not (
+        _common.needs_reference(query) or _common.is_traced((*inputs, own)) or _common.needs_grad((*others, own))
+    )
+
+
+def _query_terms(
+    inputs: Inputs,
+    own: Tensor | None,
+    shape: tuple[int, ...],
+    variance: float,
+    divergence: str | None,
+    reduction: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What a call that is `_only_query_needs_grad` gives, in `dtype`: terms of the divergence, or with None log p_e."""
+    query, *others = inputs
     if _common.needs_grad((query,)):
-        return _NormalTerms.apply(query, others, (shape, variance, divergence, reduction, dtype))  # type: ignore[no-untyped-call, no-any-return]
-    terms = _forward(*inputs, value_kind=_DIVERGENCES[divergence], variance=variance)[0]
+        settings = shape, variance, divergence, reduction, dtype
+        return _QueryTerms.apply(query, (*others, own), settings)  # type: ignore[no-untyped-call, no-any-return]
+    terms = _forward(*inputs, value_kind=_VALUES[divergence], variance=variance, own=own)[0]
     return _narrowed(_reduced(_shaped(terms, shape), reduction), dtype)
 
 
@@ -279,6 +320,34 @@ def checked_inputs(
     return inputs, shape
 
 
+def _checked_own(own: Tensor, query_name: str, query: Tensor, inputs: Inputs, shape: tuple[int, ...]) -> Tensor:
+    """A center of its own for each query of checked inputs, in the shape of theirs."""
+    flat, _, bandwidth, log_weights, _ = inputs
+    dim = flat.shape[-1]
+    batch = _common.check_tensor("own", own).shape[:-2]
+    if own.shape[-2:] != (shape[-1], dim):
+        raise ValueError(
+            f"own must have shape [..., {shape[-1]}, {dim}], one center for each of {query_name}; got {list(own.shape)}"
+        )
+    whole = torch.Size(shape[:-1])
+    if batch != whole and _common.broadcast_batch({query_name: whole, "own": batch}) != whole:
+        raise ValueError(
+            f"own must have no leading dimensions beside {list(whole)}, those of the result; got {list(own.shape)}"
+        )
+    if log_weights is not None:
+        raise ValueError(f"log_weights must be None where own is given, got shape {list(log_weights.shape)}")
+    if _per_center(bandwidth):
+        raise ValueError(
+            "bandwidth must be a number, a 0-dim tensor, or [..., 1] where own is given; got one per center"
+        )
+    _common.check_companion("own", own, query_name, query, (query.dtype,))
+    if _common.checks_values():
+        _common.check_finite("own", own)
+    if own.dtype != flat.dtype:
+        own = own.to(flat.dtype)
+    return own if own.shape == flat.shape else own.expand(*shape, dim).reshape(flat.shape)
+
+
 def _check_values(
     names: tuple[str, str],
     query: Tensor,
@@ -319,10 +388,10 @@ def _per_center(bandwidth: Tensor | float) -> bool:
     return isinstance(bandwidth, Tensor) and bandwidth.shape[-1] > 1
 
 
-def _reference(inputs: Inputs) -> Tensor:
+def _reference(inputs: Inputs, own: Tensor | None = None) -> Tensor:
     query, centers, bandwidth, log_weights, exclude = inputs
-    return reference.kde_log_prob(
-        query, centers, bandwidth, log_weights=log_weights, exclude_self=False if exclude is None else exclude
+    return reference.log_prob_with_own(
+        query, centers, bandwidth, own, log_weights=log_weights, exclude_self=False if exclude is None else exclude
     )
 
 
@@ -363,8 +432,9 @@ def _forward(
     want_dquery: bool = False,
     want_dbandwidth: bool = False,
     for_backward: bool = False,
-    value_kind: int = _LOG_PROB,
+    value_kind: int = _VALUES[None],
     variance: float = 1.0,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two None if not wanted.
 
@@ -376,9 +446,14 @@ def _forward(
     dbandwidth = torch.empty_like(value) if want_dbandwidth else None
     if value.numel() == 0:
         return value, dquery, dbandwidth
-    products = _NO_PRODUCTS if for_backward else _TF32 if query.is_cuda and _torch.tf32_allowed() else _SPLIT
-    outputs = [0 if t is None else t.data_ptr() for t in (value, dquery, dbandwidth)]
-    _common.launch(native(), "kde_forward", query.device, mixture, value_kind, variance, products, *outputs)
+    device, products = query.device, _SPLIT
+    if for_backward:
+        products = _NO_PRODUCTS
+    elif query.dtype == torch.float32 and _torch.reduced_precision_allowed(device.type):
+        products = _REDUCED
+    own = None if own is None else own.contiguous()
+    addresses = [0 if t is None else t.data_ptr() for t in (own, value, dquery, dbandwidth)]
+    _common.launch(native(), "kde_forward", device, mixture, value_kind, variance, products, *addresses)
     return value, dquery, dbandwidth
 
 
@@ -479,56 +554,53 @@ def _wanted(ctx: Any, bandwidth: Tensor | float) -> tuple[bool, bool, bool]:
 
 class _EagerKde(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs, dtype = arguments[:5], arguments[5]
         log_prob, dquery, dbandwidth = _forward(*inputs, *_wanted(ctx, inputs[2]))  # type: ignore[call-arg]
         _save(ctx, inputs, log_prob, dquery, dbandwidth)
         # In here the conversion is no node of the graph.
-        return _narrowed(log_prob, inputs[0].dtype)
+        return _narrowed(log_prob, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
-            return _plain_gradients(grad, _saved(ctx)[0], ctx.needs_input_grad)
-        return _gradients(ctx, grad, _launch_backward)
+            return (*_plain_gradients(grad, _saved(ctx)[0], ctx.needs_input_grad), None)
+        return (*_gradients(ctx, grad, _launch_backward), None)
 
 
-class _NormalTerms(torch.autograd.Function):
-    """The reduction and the conversion are in here too: as nodes of the graph they would cost more than a small kernel.
+class _QueryTerms(torch.autograd.Function):
+    """What `_query_terms` gives. The reduction and the conversion are in here too: as nodes of the graph they would
+    cost more than a small kernel.
 
-    Only the query has a gradient. The other inputs come as one argument and the settings as another, since torch looks
-    at each argument by itself.
+    Only the query has a gradient. The other inputs and `own` come as one argument and the settings as another, since
+    torch looks at each argument by itself.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, others: Any, settings: Any) -> Tensor:
         shape, variance, divergence, reduction, dtype = settings
-        inputs: Inputs = (query, *others)
-        kind = _DIVERGENCES[divergence]
-        terms, dquery, _ = _forward(*inputs, want_dquery=True, value_kind=kind, variance=variance)
-        _save(ctx, inputs, dquery)
+        inputs: Inputs = (query, *others[:-1])
+        own, kind = others[-1], _VALUES[divergence]
+        terms, dquery, _ = _forward(*inputs, want_dquery=True, value_kind=kind, variance=variance, own=own)
+        _save(ctx, inputs, own, dquery)
         ctx.settings = settings
         return _narrowed(_reduced(_shaped(terms, shape), reduction), dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, (dquery,) = _saved(ctx)
+        inputs, (own, dquery) = _saved(ctx)
         shape, variance, divergence, reduction, _ = ctx.settings
         if not torch.is_grad_enabled():
             if reduction == "none":
                 factor = grad.reshape(dquery.shape[:-1]).unsqueeze(-1).to(dquery.dtype)
             else:
-                factor = grad / float(math.prod(shape)) if reduction == "mean" else grad  # 0-dim: it widens no product
+                # In float64, as CUDA multiplies by a rounded 1 / n; 0-dim, so that it widens no product.
+                factor = grad.double() / float(math.prod(shape)) if reduction == "mean" else grad
             return factor * dquery, None, None
-        query, centers, bandwidth, log_weights, exclude = inputs
-        terms = reference.normal_divergence_terms(
-            query,
-            centers,
-            bandwidth,
-            variance,
-            divergence,
-            log_weights=log_weights,
-            exclude_self=False if exclude is None else exclude,
-        )
+        query = inputs[0]
+        terms = _reference(inputs, own)
+        if divergence is not None:
+            terms = reference.normal_divergence_terms(terms, query, variance, divergence)
         value = _reduced(_shaped(terms, shape), reduction)
         return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), None, None)
 

@@ -34,14 +34,52 @@ def kde_log_prob(
     logits = -squared_distance / (2 * h * h) - dim * h.log()
     if log_weights is not None:
         logits = logits + log_weights.where(log_weights < math.inf, math.nan).unsqueeze(-2)
-    log_count: float | Tensor = math.log(m) if log_weights is None else 0.0
     if exclude_self is not False:
-        own = torch.arange(n, device=query.device) if exclude_self is True else exclude_self
-        excluded = own.unsqueeze(-1) == torch.arange(m, device=query.device)
-        logits = logits.masked_fill(excluded, -math.inf)
-        if log_weights is None:
-            log_count = (m - excluded.sum(-1)).to(query.dtype).log()
-    return logits.logsumexp(-1) - log_count - 0.5 * dim * math.log(2 * math.pi)
+        place = torch.arange(n, device=query.device) if exclude_self is True else exclude_self
+        logits = logits.masked_fill(place.unsqueeze(-1) == torch.arange(m, device=query.device), -math.inf)
+    log_prob = logits.logsumexp(-1) - 0.5 * dim * math.log(2 * math.pi)
+    return log_prob if log_weights is not None else log_prob - center_count(log_prob, m, exclude_self).log()
+
+
+def center_count(log_prob: Tensor, m: int, exclude_self: bool | Tensor) -> Tensor:
+    """How many of m centers each query's density is of, in the dtype of log_prob: 0-dim, or one for each query."""
+    if isinstance(exclude_self, Tensor):
+        return m - ((exclude_self >= 0) & (exclude_self < m)).to(log_prob.dtype)
+    return log_prob.new_full((), m - exclude_self)
+
+
+def with_own_center(log_prob: Tensor, count: Tensor, query: Tensor, own: Tensor, bandwidth: float | Tensor) -> Tensor:
+    """log p_e where a query has a center of its own, which counts as one more of `count` equal ones:
+
+        log [(count p_e + N(query; own, h^2 I)) / (count + 1)]
+
+    Args:
+        log_prob: [..., n], log p_e of the others; everything is computed in its dtype.
+        count: [..., n] or 0-dim, how many the others are.
+        query: [..., n, l].
+        own: [..., n, l].
+        bandwidth: h, a number, a 0-dim tensor or [..., 1].
+
+    Returns:
+        [..., n], differentiable in all of them but `count`.
+    """
+    query, own = query.to(log_prob.dtype), own.to(log_prob.dtype)
+    # A tensor of a number is filled, not copied from the host, which a GPU would be waited for.
+    h = bandwidth.to(log_prob.dtype) if isinstance(bandwidth, Tensor) else log_prob.new_full((), bandwidth)
+    step = (query - own) / (h.unsqueeze(-1) if h.ndim > 0 else h)
+    kernel = normal_log_prob(step, 1.0) - query.shape[-1] * h.log()
+    return torch.logaddexp(log_prob + count.log(), kernel) - (count + 1).log()
+
+
+def log_prob_with_own(
+    query: Tensor, centers: Tensor, bandwidth: float | Tensor, own: Tensor | None, **kde: Any
+) -> Tensor:
+    """`kde_log_prob`, where each query has a center of its own too unless `own` is None."""
+    log_prob = kde_log_prob(query, centers, bandwidth, **kde)
+    if own is None:
+        return log_prob
+    count = center_count(log_prob, centers.shape[-2], kde.get("exclude_self", False))
+    return with_own_center(log_prob, count, query, own, bandwidth)
 
 
 def normal_log_prob(z: Tensor, variance: float) -> Tensor:
@@ -49,22 +87,22 @@ def normal_log_prob(z: Tensor, variance: float) -> Tensor:
     return -0.5 * (z.square().sum(-1) / variance + z.shape[-1] * math.log(2 * math.pi * variance))
 
 
-def normal_divergence_terms(
-    codes: Tensor, centers: Tensor, bandwidth: float | Tensor, variance: float, divergence: str, **kde: Any
-) -> Tensor:
-    """The terms of `jsd_loss` with reduction="none", in float64, for the target N(0, variance I)."""
-    log_prob = kde_log_prob(codes, centers, bandwidth, **kde).double()
-    return _terms(log_prob - normal_log_prob(codes.double(), variance), divergence)
+def normal_divergence_terms(log_prob: Tensor, codes: Tensor, variance: float, divergence: str) -> Tensor:
+    """The terms of `jsd_loss` with reduction="none" from log p_e at the codes, in float64, for the target
+    N(0, variance I)."""
+    return _terms(log_prob.double() - normal_log_prob(codes.double(), variance), divergence)
 
 
 def _terms(log_ratio: Tensor, divergence: str) -> Tensor:
     return log_ratio if divergence == "kl" else math.log(2) + logsigmoid(log_ratio)
 
 
-def _log_ratio(query: Tensor, centers: Tensor, bandwidth: float | Tensor, target: Any, **kde: Any) -> Tensor:
+def _log_ratio(
+    query: Tensor, centers: Tensor, bandwidth: float | Tensor, own: Tensor | None, target: Any, **kde: Any
+) -> Tensor:
     """log p_e - log p_t at the queries, the subtraction in float64."""
     log_target = normal_log_prob(query.double(), 1.0) if target is None else target.log_prob(query).double()
-    return kde_log_prob(query, centers, bandwidth, **kde).double() - log_target
+    return log_prob_with_own(query, centers, bandwidth, own, **kde).double() - log_target
 
 
 def jsd_loss(
@@ -76,14 +114,15 @@ def jsd_loss(
     target_samples: Tensor | None = None,
     log_weights: Tensor | None = None,
     exclude_self: bool | Tensor = False,
+    own: Tensor | None = None,
     divergence: str = "js",
     reduction: str = "mean",
 ) -> Tensor:
     """Same contract as `kdejsd.jsd_loss`."""
-    log_ratio = _log_ratio(codes, lagged, bandwidth, target, log_weights=log_weights, exclude_self=exclude_self)
+    log_ratio = _log_ratio(codes, lagged, bandwidth, own, target, log_weights=log_weights, exclude_self=exclude_self)
     terms = _terms(log_ratio, divergence)
     if target_samples is not None:
-        at_target = _log_ratio(target_samples, lagged, bandwidth, target, log_weights=log_weights)
+        at_target = _log_ratio(target_samples, lagged, bandwidth, None, target, log_weights=log_weights)
         terms = terms.mean() + math.log(2) + logsigmoid(-at_target).mean()
     if reduction != "none":
         terms = terms.mean() if reduction == "mean" else terms.sum()

@@ -34,7 +34,7 @@ def _struct(name: str, fields: str, first: type | None = None) -> type[ctypes.St
 
 
 KdeMixture = _struct("KdeMixture", "iqqqqPPPPP?qqqqqd")
-KdeForward = _struct("KdeForward", "idiPPP", KdeMixture)
+KdeForward = _struct("KdeForward", "idiPPPP", KdeMixture)
 KdeBackward = _struct("KdeBackward", "PPPPP", KdeMixture)
 
 

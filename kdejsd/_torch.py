@@ -16,6 +16,10 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 # Context in which a call goes to the device's kernel and not to the autograd one.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
+# How a backend, "cuda" or "mkldnn", takes the float32 products of a kind of operator: "tf32", "bf16", "ieee" or "none",
+# however that was set. None before torch 2.9. torch.backends asks it too, but takes a microsecond to.
+_float32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+
 
 def forward_mode_active() -> bool:
     """True inside a `forward_ad.dual_level`."""
@@ -41,9 +45,6 @@ def cuda_stream(device: int) -> int:
 def reduced_precision_allowed(device_type: str) -> bool:
     """Whether float32 products may be taken in TF32, or as sums of two bfloat16 numbers, on a CUDA device or the CPU:
     `torch.set_float32_matmul_precision` and its kin."""
-    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
-    # From torch 2.9 on the one question that has an answer however the precision was set.
-    precision = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
-    if precision is None:
+    if _float32_precision is None:
         return torch.get_float32_matmul_precision() != "highest"
-    return precision in ("tf32", "bf16")
+    return _float32_precision("cuda" if device_type == "cuda" else "mkldnn", "matmul") in ("tf32", "bf16")

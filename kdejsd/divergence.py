@@ -84,10 +84,11 @@ def jsd_loss(
     if target_samples is not None and own is not None:
         raise ValueError("target_samples must be None where own is given, got both")
     kde = (lagged, bandwidth, log_weights, exclude_self)
-    loss = _at_codes(("codes", "lagged"), codes, *kde, target, divergence, reduction, own)
+    narrow = target_samples is None
+    loss = _at_codes(("codes", "lagged"), codes, *kde, target, divergence, reduction, own, narrow)
     if target_samples is not None:
         loss = loss + _at_target("lagged", target_samples, lagged, bandwidth, log_weights, target).mean()
-    return loss if codes.dtype == torch.float64 else loss.float()
+    return loss.float() if loss.dtype == torch.float64 and codes.dtype != torch.float64 else loss
 
 
 def jsd(
@@ -172,12 +173,16 @@ def _at_codes(
     divergence: str,
     reduction: str,
     own: Tensor | None = None,
+    narrow: bool = False,
 ) -> Tensor:
-    """log 2 + log p_e / (p_e + p_t), or log p_e - log p_t, of the codes; in float64."""
+    """log 2 + log p_e / (p_e + p_t), or log p_e - log p_t, of the codes; in float64.
+
+    With `narrow`, for a caller that adds nothing to it, it may be in the dtype of `kde_log_prob` already.
+    """
     kde = (names, codes, centers, bandwidth, log_weights, exclude_self)
     if target is None or isinstance(target, IsotropicNormal):
         variance = 1.0 if target is None else target.variance
-        fused = normal_divergence_terms(*kde, variance, divergence, reduction, own)
+        fused = normal_divergence_terms(*kde, variance, divergence, reduction, own, narrow)
         if fused is not None:
             _check_target(target, names[0], codes)
             return fused

@@ -25,7 +25,7 @@ COMPUTE_DTYPE = {
     torch.bfloat16: torch.float32,
 }
 _KERNEL_DEVICES = ("cpu", "cuda")
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, float, type(None))
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, float, type(None)))
 
 library = torch.library.Library("kdejsd", "DEF")  # registrations end with this object
 TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -41,12 +41,16 @@ def is_traced(arguments: Iterable[Tensor | float | None]) -> bool:
     return (
         torch.compiler.is_compiling()
         or _torch.dispatch_modes() > 0
-        or any(type(a) not in _PLAIN_TYPES for a in arguments)
+        or not _PLAIN_TYPES.issuperset(map(type, arguments))
     )
 
 
 def needs_grad(arguments: Iterable[object]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    if torch.is_grad_enabled():
+        for argument in arguments:  # a loop, as a generator expression would be a call for each of them
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return True
+    return False
 
 
 def check_tensor(name: str, value: object) -> Tensor:

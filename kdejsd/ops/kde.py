@@ -18,6 +18,8 @@ _VALUES = {None: 0, "js": 1, "kl": 2}
 # KdeProducts
 _NO_PRODUCTS, _SPLIT, _REDUCED = range(3)
 
+_NO_STRIDES = (0,) * 5
+
 
 def kde_log_prob(
     query: Tensor,
@@ -82,31 +84,31 @@ def named_log_prob(
     `kdejsd.jsd_loss`."""
     inputs, shape = checked_inputs(names, query, centers, bandwidth, log_weights, exclude_self)
     if own is None:
-        log_prob = _log_prob(inputs)
+        log_prob = _log_prob(inputs, inputs[0].dtype)
     else:
         log_prob = _log_prob_with_own(inputs, _checked_own(own, names[0], query, inputs, shape))
-    return _shaped(log_prob, shape).to(inputs[0].dtype)
+    return _shaped(log_prob, shape)
 
 
 def _log_prob_with_own(inputs: Inputs, own: Tensor) -> Tensor:
-    """[n] or [B, n], in float64 from the kernels."""
+    """[n] or [B, n], in the dtype of the query."""
     query, centers, bandwidth, _, exclude = inputs
     if _only_query_needs_grad(inputs, own):
-        return _query_terms(inputs, own, query.shape[:-1], 1.0, None, "none")
-    log_prob = _log_prob(inputs)
+        return _query_terms(inputs, own, query.shape[:-1], 1.0, None, "none", query.dtype)
+    log_prob = _log_prob(inputs, torch.float64)
     count = reference.center_count(log_prob, centers.shape[-2], False if exclude is None else exclude)
-    return reference.with_own_center(log_prob, count, query, own, bandwidth)
+    return _narrowed(reference.with_own_center(log_prob, count, query, own, bandwidth), query.dtype)
 
 
-def _log_prob(inputs: Inputs) -> Tensor:
-    """[n] or [B, n], in float64 from the kernels."""
+def _log_prob(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """[n] or [B, n]: from the kernels in `dtype`, the query's or float64; from the reference in the query's."""
     if _common.needs_reference(inputs[0]):
         return _reference(inputs)
     if _common.is_traced(inputs):
-        return _operator(*_all_tensors(inputs))[0]  # type: ignore[no-any-return]
+        return _narrowed(_operator(*_all_tensors(inputs))[0], dtype)
     if _common.needs_grad(inputs):
-        return _EagerKde.apply(*inputs)  # type: ignore[no-untyped-call, no-any-return]
-    return _launch_forward(*inputs)[0]
+        return _EagerKde.apply(*inputs, dtype)  # type: ignore[no-untyped-call, no-any-return]
+    return _narrowed(_forward(*inputs)[0], dtype)
 
 
 def normal_divergence_terms(
@@ -120,25 +122,28 @@ def normal_divergence_terms(
     divergence: str,
     reduction: str,
     own: Tensor | None = None,
+    narrow: bool = False,
 ) -> Tensor | None:
     """Terms of the divergence from N(0, variance I), value and gradient in the one pass of the kde.
 
     Args:
         divergence: "js" for log 2 - softplus(log p_t - log p_e), "kl" for log p_e - log p_t.
-        reduction: "none" for the terms, "mean" or "sum" of them; own as in `kdejsd.jsd_loss`, the rest as in
-            `kde_log_prob`.
+        reduction: "none" for the terms, "mean" or "sum" of them.
+        own: as in `kdejsd.jsd_loss`.
+        narrow: whether to convert the result to the dtype of `kde_log_prob`; the rest as there.
 
     Returns:
-        [..., n] or a 0-dim tensor, in float64; or None where the pass cannot be fused: when something but the codes
-        needs a gradient, and wherever the kde itself does not take the eager path. The caller then composes the terms
-        from `kde_log_prob`.
+        [..., n] or a 0-dim tensor, in float64 unless narrow; or None where the pass cannot be fused: when something but
+        the codes needs a gradient, and wherever the kde itself does not take the eager path. The caller then composes
+        the terms from `kde_log_prob`.
     """
     inputs, shape = checked_inputs(names, codes, centers, bandwidth, log_weights, exclude_self)
     if own is not None:
         own = _checked_own(own, names[0], codes, inputs, shape)
     if not _only_query_needs_grad(inputs, own):
         return None
-    return _query_terms(inputs, own, shape, variance, divergence, reduction)
+    dtype = inputs[0].dtype if narrow else torch.float64
+    return _query_terms(inputs, own, shape, variance, divergence, reduction, dtype)
 
 
 def _only_query_needs_grad(inputs: Inputs, own: Tensor | None) -> bool:
@@ -156,12 +161,15 @@ def _query_terms(
     variance: float,
     divergence: str | None,
     reduction: str,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """What a call that is `_only_query_needs_grad` gives: terms of the divergence, or with None log p_e."""
-    if _common.needs_grad(inputs[:1]):
-        return _QueryTerms.apply(*inputs, own, shape, variance, divergence, reduction)  # type: ignore[no-untyped-call, no-any-return]
-    terms = _launch_forward(*inputs, value_kind=_VALUES[divergence], variance=variance, own=own)[0]
-    return _reduced(_shaped(terms, shape), reduction)
+    """What a call that is `_only_query_needs_grad` gives, in `dtype`: terms of the divergence, or with None log p_e."""
+    query, *others = inputs
+    if _common.needs_grad((query,)):
+        settings = shape, variance, divergence, reduction, dtype
+        return _QueryTerms.apply(query, (*others, own), settings)  # type: ignore[no-untyped-call, no-any-return]
+    terms = _forward(*inputs, value_kind=_VALUES[divergence], variance=variance, own=own)[0]
+    return _narrowed(_reduced(_shaped(terms, shape), reduction), dtype)
 
 
 def raw_pass(inputs: Inputs, want_dquery: bool) -> tuple[Tensor, Tensor]:
@@ -179,6 +187,11 @@ def _shaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _reduced(terms: Tensor, reduction: str) -> Tensor:
     return terms.mean() if reduction == "mean" else terms.sum() if reduction == "sum" else terms
+
+
+def _narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float64 result in float64 or float32; `to` does the same, in half as much time again."""
+    return t if dtype == torch.float64 else t.float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,14 +262,13 @@ def checked_inputs(
         raise ValueError(f"exclude_self needs at least 2 {centers_name}, got 1")
 
     allowed = (query.dtype, dtype)  # half-precision queries may come with a float32 bandwidth and weights
-    for name, companion, dtypes in (
-        (centers_name, centers, allowed[:1]),
-        ("bandwidth", h, allowed),
-        ("log_weights", log_weights, allowed),
-        ("exclude_self", exclude, (torch.int64,)),
-    ):
-        if isinstance(companion, Tensor):
-            _common.check_companion(name, companion, query_name, query, dtypes)
+    _common.check_companion(centers_name, centers, query_name, query, allowed[:1])
+    if isinstance(h, Tensor):
+        _common.check_companion("bandwidth", h, query_name, query, allowed)
+    if log_weights is not None:
+        _common.check_companion("log_weights", log_weights, query_name, query, allowed)
+    if exclude is not None:
+        _common.check_companion("exclude_self", exclude, query_name, query, (torch.int64,))
     if query.dtype != dtype:
         query, centers = query.to(dtype), centers.to(dtype)
         h = h.to(dtype) if isinstance(h, Tensor) else h
@@ -264,8 +276,12 @@ def checked_inputs(
     if _common.checks_values():
         _check_values(names, query, centers, h, log_weights, exclude)
 
-    lone = (query, 2), (centers, 2), (h, 1), (log_weights, 1), (exclude, 1)
-    if all(not isinstance(t, Tensor) or t.ndim == ndim for t, ndim in lone):  # no batch: the usual call, kept short
+    if (  # no batch: the usual call, kept short
+        query.ndim == centers.ndim == 2
+        and (not isinstance(h, Tensor) or h.ndim == 1)
+        and (log_weights is None or log_weights.ndim == 1)
+        and (exclude is None or exclude.ndim == 1)
+    ):
         return (query, centers, h, log_weights, exclude), (n,)
 
     # The batch of the mixture: dimensions before those that every argument has anyway.
@@ -313,9 +329,10 @@ def _checked_own(own: Tensor, query_name: str, query: Tensor, inputs: Inputs, sh
         raise ValueError(
             f"own must have shape [..., {shape[-1]}, {dim}], one center for each of {query_name}; got {list(own.shape)}"
         )
-    if _common.broadcast_batch({query_name: torch.Size(shape[:-1]), "own": batch}) != shape[:-1]:
+    whole = torch.Size(shape[:-1])
+    if batch != whole and _common.broadcast_batch({query_name: whole, "own": batch}) != whole:
         raise ValueError(
-            f"own must have no leading dimensions beside {list(shape[:-1])}, those of the result; got {list(own.shape)}"
+            f"own must have no leading dimensions beside {list(whole)}, those of the result; got {list(own.shape)}"
         )
     if log_weights is not None:
         raise ValueError(f"log_weights must be None where own is given, got shape {list(log_weights.shape)}")
@@ -384,28 +401,29 @@ def _reference(inputs: Inputs, own: Tensor | None = None) -> Tensor:
 
 def _mixture(
     query: Tensor, centers: Tensor, bandwidth: Tensor | float, log_weights: Tensor | None, exclude: Tensor | None
-) -> tuple[Any, tuple[Tensor | None, ...]]:
+) -> tuple[Any, list[Tensor | None]]:
     """The kernels' arguments, and the contiguous tensors they point into, which must outlive the call."""
     _common.check_cuda("query", query)
     n, dim, m = query.shape[-2], query.shape[-1], centers.shape[-2]
     batched = query.ndim == 3
     h, number = (bandwidth, 0.0) if isinstance(bandwidth, Tensor) else (None, bandwidth)
-    tensors = tuple(None if t is None else t.contiguous() for t in (query, centers, h, log_weights, exclude))
+    # Lists, as every item of a generator expression is a call of its own.
+    tensors = [None if t is None else t.contiguous() for t in (query, centers, h, log_weights, exclude)]
     mixture = native().KdeMixture(
         query.dtype == torch.float64,
         query.shape[0] if batched else 1,
         n,
         m,
         dim,
-        *(0 if t is None else t.data_ptr() for t in tensors),
+        *[0 if t is None else t.data_ptr() for t in tensors],
         h is not None and h.shape[-1] == m and m > 1,
-        *(t.stride(0) if batched and t is not None and t.shape[0] > 1 else 0 for t in tensors),
+        *([t.stride(0) if t is not None and t.shape[0] > 1 else 0 for t in tensors] if batched else _NO_STRIDES),
         number,
     )
     return mixture, tensors
 
 
-def _launch_forward(
+def _forward(
     query: Tensor,
     centers: Tensor,
     bandwidth: Tensor | float,
@@ -417,26 +435,43 @@ def _launch_forward(
     value_kind: int = _VALUES[None],
     variance: float = 1.0,
     own: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two empty if not wanted.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two None if not wanted.
 
     for_backward: the values are for `_launch_backward`, whose weights sum to 1 if the exponents are rounded alike.
     """
     mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
-    shape, device = query.shape, query.device
-    value = torch.empty(shape[:-1], dtype=torch.float64, device=device)
-    dquery = torch.empty(shape if want_dquery else 0, dtype=query.dtype, device=device)
-    dbandwidth = torch.empty(shape[:-1] if want_dbandwidth else 0, dtype=torch.float64, device=device)
+    value = query.new_empty(*query.shape[:-1], dtype=torch.float64)  # numbers are read faster than a torch.Size
+    dquery = torch.empty_like(query, memory_format=torch.contiguous_format) if want_dquery else None
+    dbandwidth = torch.empty_like(value) if want_dbandwidth else None
     if value.numel() == 0:
         return value, dquery, dbandwidth
-    products = _SPLIT
+    device, products = query.device, _SPLIT
     if for_backward:
         products = _NO_PRODUCTS
-    elif _torch.reduced_precision_allowed(device.type):
+    elif query.dtype == torch.float32 and _torch.reduced_precision_allowed(device.type):
         products = _REDUCED
     own = None if own is None else own.contiguous()
-    addresses = (0 if t is None else t.data_ptr() for t in (own, value, dquery, dbandwidth))
+    addresses = [0 if t is None else t.data_ptr() for t in (own, value, dquery, dbandwidth)]
     _common.launch(native(), "kde_forward", device, mixture, value_kind, variance, products, *addresses)
+    return value, dquery, dbandwidth
+
+
+def _launch_forward(
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: Tensor | float,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+    want_dquery: bool = False,
+    want_dbandwidth: bool = False,
+    for_backward: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_forward` as the operator's schema has it: what is not wanted is an empty tensor."""
+    wanted = want_dquery, want_dbandwidth, for_backward
+    value, dquery, dbandwidth = _forward(query, centers, bandwidth, log_weights, exclude, *wanted)
+    dquery = query.new_empty(0) if dquery is None else dquery
+    dbandwidth = query.new_empty(0, dtype=torch.float64) if dbandwidth is None else dbandwidth
     return value, dquery, dbandwidth
 
 
@@ -493,7 +528,7 @@ def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ..
 
     gradients: list[Tensor | None] = [None] * 5
     if need_query:
-        gradients[0] = grad.to(query.dtype).unsqueeze(-1) * dquery
+        gradients[0] = _narrowed(grad, query.dtype).unsqueeze(-1) * dquery
     if need_bandwidth and not per_center:
         gradients[2] = shared((grad * dbandwidth).sum(-1, keepdim=True), bandwidth).to(query.dtype)
     if need_centers or need_weights or (need_bandwidth and per_center):
@@ -519,46 +554,55 @@ def _wanted(ctx: Any, bandwidth: Tensor | float) -> tuple[bool, bool, bool]:
 
 class _EagerKde(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        log_prob, dquery, dbandwidth = _launch_forward(*inputs, *_wanted(ctx, inputs[2]))  # type: ignore[call-arg]
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        inputs, dtype = arguments[:5], arguments[5]
+        log_prob, dquery, dbandwidth = _forward(*inputs, *_wanted(ctx, inputs[2]))  # type: ignore[call-arg]
         _save(ctx, inputs, log_prob, dquery, dbandwidth)
-        return log_prob
+        # In here the conversion is no node of the graph.
+        return _narrowed(log_prob, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
-            return _plain_gradients(grad, _saved(ctx)[0], ctx.needs_input_grad)
-        return _gradients(ctx, grad, _launch_backward)
+            return (*_plain_gradients(grad, _saved(ctx)[0], ctx.needs_input_grad), None)
+        return (*_gradients(ctx, grad, _launch_backward), None)
 
 
 class _QueryTerms(torch.autograd.Function):
-    """What `_query_terms` gives. The reduction is in here too: as nodes of the graph its steps would cost more than a
-    small kernel."""
+    """What `_query_terms` gives. The reduction and the conversion are in here too: as nodes of the graph they would
+    cost more than a small kernel.
+
+    Only the query has a gradient. The other inputs and `own` come as one argument and the settings as another, since
+    torch looks at each argument by itself.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        inputs, (own, shape, variance, divergence, reduction) = arguments[:5], arguments[5:]
-        terms, dquery, _ = _launch_forward(*inputs, True, False, False, _VALUES[divergence], variance, own)  # type: ignore[call-arg]
+    def forward(ctx: Any, query: Tensor, others: Any, settings: Any) -> Tensor:
+        shape, variance, divergence, reduction, dtype = settings
+        inputs: Inputs = (query, *others[:-1])
+        own, kind = others[-1], _VALUES[divergence]
+        terms, dquery, _ = _forward(*inputs, want_dquery=True, value_kind=kind, variance=variance, own=own)
         _save(ctx, inputs, own, dquery)
-        ctx.settings = shape, variance, divergence, reduction
-        return _reduced(_shaped(terms, shape), reduction)
+        ctx.settings = settings
+        return _narrowed(_reduced(_shaped(terms, shape), reduction), dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, (own, dquery) = _saved(ctx)
-        shape, variance, divergence, reduction = ctx.settings
+        shape, variance, divergence, reduction, _ = ctx.settings
         if not torch.is_grad_enabled():
             if reduction == "none":
                 factor = grad.reshape(dquery.shape[:-1]).unsqueeze(-1).to(dquery.dtype)
             else:
-                factor = grad / float(math.prod(shape)) if reduction == "mean" else grad  # 0-dim: it widens no product
-            return (factor * dquery, *[None] * 9)
+                # In float64, as CUDA multiplies by a rounded 1 / n; 0-dim, so that it widens no product.
+                factor = grad.double() / float(math.prod(shape)) if reduction == "mean" else grad
+            return factor * dquery, None, None
         query = inputs[0]
         terms = _reference(inputs, own)
         if divergence is not None:
             terms = reference.normal_divergence_terms(terms, query, variance, divergence)
         value = _reduced(_shaped(terms, shape), reduction)
-        return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), *[None] * 9)
+        return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), None, None)
 
 
 def _plain_gradients(grad: Tensor, inputs: Inputs, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

@@ -733,6 +733,27 @@ def test_reduced_precision(kind, dim, float32_precision, level):
     assert not torch.equal(value_and_gradients(kdejsd.kde_log_prob, call)[1], found[1])
 
 
+@pytest.mark.parametrize("bits", [-1, 0x7FC00000, 0x7F800001, 0x7FFFFFFF])
+@pytest.mark.parametrize("dim", [3, 20, 64])
+def test_no_nan_is_lost(dim, bits, float32_precision, level):
+    """Whichever of its bits are set: cutting a number into parts can make 0 of some."""
+    nan = torch.tensor(bits if bits < 2**31 else bits - 2**32, dtype=torch.int32).view(torch.float32)
+    query, centers = points(70, dim, dtype=torch.float32), points(130, dim, dtype=torch.float32, seed=1)
+    for row in (0, 37, 69):
+        bad = query.clone()
+        bad[row, row % dim] = nan
+        call = {"query": bad.requires_grad_(), "centers": centers, "bandwidth": 1.0}
+        value, gradient = value_and_gradients(kdejsd.kde_log_prob, call)
+        assert value.isnan().nonzero().tolist() == [[row]] and gradient[row].isnan().all()
+        assert not gradient[:row].isnan().any() and not gradient[row + 1 :].isnan().any()
+    for row in (0, 64, 129):
+        bad = centers.clone()
+        bad[row, row % dim] = nan
+        call = {"query": query.clone().requires_grad_(), "centers": bad, "bandwidth": 1.0}
+        value, gradient = value_and_gradients(kdejsd.kde_log_prob, call)
+        assert value.isnan().all() and gradient.isnan().all()
+
+
 @pytest.mark.parametrize("dim", [16, 32, 50, 256])
 def test_products_keep_the_bound_on_an_exponent(dim, float32_precision, level):
     """2^-21 of its parts, or 2^-17, shortly before pairs are taken from differences; beyond, what differences have."""

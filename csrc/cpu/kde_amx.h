@@ -65,13 +65,13 @@ struct PartPairs<2> {
 inline __m512i as_int(Vec<float> x) { return reinterpret_cast<__m512i>(x); }
 inline Vec<float> as_float(__m512i x) { return reinterpret_cast<Vec<float>>(x); }
 
-// x as a sum of floats whose low halves are 0. Three that are cut off are x exactly. Of two, both are rounded: the
-// product of the small ones, which is left out, is then smaller and of either sign.
+// x as a sum of floats whose low halves are 0; three of them are x exactly. They are rounded, not cut off: what the
+// products of small parts leave out is then of either sign. A NaN may be lost here; norms and sums of weights carry it.
 template <int P>
 inline void split_in_parts(Vec<float> x, __m512i (&parts)[P]) {
   for (int p = 0; p < P; p++) {
-    const __m512i bits = P == 2 ? _mm512_add_epi32(as_int(x), _mm512_set1_epi32(0x8000)) : as_int(x);
-    parts[p] = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+    const __m512i rounded = _mm512_add_epi32(as_int(x), _mm512_set1_epi32(0x8000));
+    parts[p] = _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
     x -= as_float(parts[p]);
   }
 }

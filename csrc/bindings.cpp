@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 
+#include "cpu/parallel.h"
 #include "kernels.h"
 #include "machine.h"
 
@@ -161,6 +162,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_level", &kdejsd::cpu::set_level);
   m.def("built_levels", &kdejsd::cpu::built_levels);
   m.def("has_openmp", &kdejsd::cpu::has_openmp);
+  // For tests: as if a call of this thread had lost so much by waiting; and what its regions were.
+  m.def("lose_by_waiting", [](int64_t lost) { kdejsd::cpu::waiting().lose(lost, kdejsd::cpu::nanoseconds()); });
+  m.def("regions", [] {
+    const kdejsd::cpu::Waiting& waiting = kdejsd::cpu::waiting();
+    return py::make_tuple(waiting.alone, waiting.teams);
+  });
 
 #ifdef KDEJSD_CUDA
   m.attr("has_cuda") = true;

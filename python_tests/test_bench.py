@@ -536,6 +536,16 @@ def test_large_m_bench_keeps_memory_small_and_says_what_rounding_does(tmp_path):
     assert all(float(row["last_rec"]) < 0.8 * float(row["first_rec"]) for row in trained)
 
 
+def test_threads_bench_compares_busy_with_quiet():
+    done = run("--threads", "2", "--seconds", "0.05", script="bench_threads.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = done.stdout.partition("2 threads, 1 neighbours\n")[2].splitlines()[1:]
+    assert [line.split()[0] for line in table] == ["kde"] * 3 + ["centers", "omega", "nearest", "radius"]
+    for line in table:
+        quiet, p90, most, busy, busy_p90, busy_most, alone = map(float, line.split()[-7:])
+        assert quiet > 0 and 0 < p90 <= most and 0 < busy <= busy_p90 <= busy_most and 0 <= alone <= 1
+
+
 def test_ranks_bench_holds_its_model_against_real_ranks(tmp_path):
     table = tmp_path / "ranks.csv"
     done = run("--quick", "--csv", str(table), script="bench_ranks.py")

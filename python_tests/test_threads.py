@@ -68,6 +68,77 @@ def test_concurrent_calls_give_the_bits_of_single_ones(op, threads):
         torch.set_num_threads(before)
 
 
+def regions_of(op) -> tuple[int, int]:
+    """Regions of this thread that were completed by one thread alone, and by teams, while op ran."""
+    alone, teams = native().regions()
+    op()
+    after = native().regions()
+    return after[0] - alone, after[1] - teams
+
+
+def lose(nanoseconds: int) -> None:
+    """As if teams had cost this thread so much; once might be a hiccup of the system."""
+    for _ in range(2):
+        native().lose_by_waiting(nanoseconds)
+
+
+@pytest.fixture
+def threads_again():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("op", [kde, wide_kde, omega, radius, nearest])
+@pytest.mark.parametrize("threads", [2, 64])
+def test_bits_do_not_depend_on_who_is_there(op, threads, threads_again):
+    """A caller whose team kept it waiting does all of the team's work, cut as the team would have."""
+    torch.set_num_threads(1)
+    right = op(0)
+    torch.set_num_threads(threads)
+    expected = op(0)
+    for a, b in zip(expected, right, strict=True):
+        torch.testing.assert_close(a, b)
+    alone = 0
+    for _ in range(5):
+        lose(10**9)
+        found = []
+        alone += regions_of(lambda: found.extend(op(0)))[0]  # noqa: B023
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert alone > 0
+
+
+@pytest.mark.skipif(not native().has_openmp(), reason="built without OpenMP")
+def test_long_work_that_was_begun_alone_gets_a_team(threads_again):
+    """And no part of it is done twice, or not at all."""
+    torch.set_num_threads(2)
+    query, centers = points(6000, 8, seed=1), points(20_000, 8)
+    expected = kdejsd.kde_log_prob(query, centers, 0.5)
+    lose(10**9)
+    found = []
+    assert regions_of(lambda: found.append(kdejsd.kde_log_prob(query, centers, 0.5))) == (0, 1)
+    assert torch.equal(found[0], expected)
+
+
+@pytest.mark.skipif(not native().has_openmp(), reason="built without OpenMP")
+def test_teams_come_back_after_a_pause(threads_again):
+    torch.set_num_threads(2)
+    lose(10**6)
+    end = time.monotonic() + 100
+    while not regions_of(lambda: kde(0))[1]:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_each_thread_learns_for_itself(threads_again):
+    """What one thread of Python waits for says nothing about the others' teams: its calls alone are counted as such."""
+    torch.set_num_threads(1)
+    counted = regions_of(lambda: kdejsd.kde_log_prob(torch.zeros(4, 2), torch.zeros(5, 2), 1.0))
+    assert counted == (1, 0)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(native().regions).result() == (0, 0)
+
+
 def test_other_threads_go_on_meanwhile():
     """The kernels do not hold Python's lock: a data loader's thread is not kept waiting."""
     done = threading.Event()

@@ -481,36 +481,31 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
   for (int s = 0; s < plan.threads; s++)
     new (splits + s) State<T>(Arena{states + s * state_bytes}, plan.chunk_vectors, mix.l);
 
-#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
-  {
-    const int thread = thread_index();
+  Team::run(plan.threads, [&](Team::Part& part) {
+    const int thread = part.thread;
     Tile<T> tile(Arena{tiles + thread * tile_bytes}, pass.frame);
     const ChunkLanes<T> own_lanes(Arena{lanes + (copies > 1 ? thread : 0) * lane_bytes}, plan.chunk_vectors,
                                   pass.frame);
     if (plan.splits == 1) {
-#pragma omp for schedule(dynamic)
-      for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
+      part.each(plan.chunks, [&](int64_t chunk) {
         pass.pack(chunk, own_lanes);
         pass.stream(chunk, 0, own_lanes, splits[thread], tile);
         for_blocks(plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk),
                    [&](int width, int64_t vector) { pass.finish(chunk, width, vector, splits + thread); });
-      }
+      });
     } else {
       for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
-#pragma omp single
-        pass.pack(chunk, own_lanes);
-#pragma omp for schedule(static)
-        for (int64_t split = 0; split < plan.splits; split++) pass.stream(chunk, split, own_lanes, splits[split], tile);
+        part.each(1, [&](int64_t) { pass.pack(chunk, own_lanes); });
+        part.each(plan.splits, [&](int64_t split) { pass.stream(chunk, split, own_lanes, splits[split], tile); });
         const int64_t vectors = plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk);
         const int64_t blocks = ceil_div(vectors, kQV);
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++) {
+        part.each(blocks, [&](int64_t block) {
           const int64_t first = vectors * block / blocks;
           pass.finish(chunk, static_cast<int>(vectors * (block + 1) / blocks - first), first, splits);
-        }
+        });
       }
     }
-  }
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -683,17 +678,15 @@ void backward_item(const KdeBackward& args, int64_t b, int requested_threads) {
   if (args.dlog_weights) pass.dlog_weights = static_cast<T*>(args.dlog_weights) + b * mix.m;
   if (args.dbandwidth) pass.dbandwidth = static_cast<T*>(args.dbandwidth) + b * mix.m;
 
-#pragma omp parallel num_threads(plan.threads) if (plan.threads > 1)
-  {
-    Arena own{arena.next + thread_index() * thread_bytes};
+  Team::run(plan.threads, [&](Team::Part& part) {
+    Arena own{arena.next + part.thread * thread_bytes};
     const ChunkLanes<T> lanes(Arena{own.take<char>(lane_bytes)}, plan.chunk_vectors, pass.frame);
     Vec<T>* offset = own.take<Vec<T>>(plan.chunk_vectors);
     Vec<T>* slope = own.take<Vec<T>>(plan.chunk_vectors);
     State<T> state(Arena{own.take<char>(state_bytes)}, plan.chunk_vectors, mix.l);
     Tile<T> tile(Arena{own.take<char>(tile_bytes)}, pass.frame);
-#pragma omp for schedule(dynamic)
-    for (int64_t chunk = 0; chunk < plan.chunks; chunk++) pass.stream(chunk, lanes, offset, slope, state, tile);
-  }
+    part.each(plan.chunks, [&](int64_t chunk) { pass.stream(chunk, lanes, offset, slope, state, tile); });
+  });
 }
 
 }  // namespace

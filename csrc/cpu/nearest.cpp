@@ -68,8 +68,14 @@ struct Tree {
         pure(arena.take<int32_t>(2 * leaves)) {}
 
   void build(const T* latents, const int32_t* order, const int32_t* ids, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < leaves * kLeaf; i++) {
+    Team::run(threads, [&](Team::Part& part) {
+      part.ranges(leaves * kLeaf, threads, [&](int64_t first, int64_t end) { take(latents, order, ids, first, end); });
+    });
+    build_node(0, 0, leaves);
+  }
+
+  void take(const T* latents, const int32_t* order, const int32_t* ids, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; i++) {
       const bool real = i < n;
       indices[i] = real ? order[i] : kNone;
       classes[i] = real ? ids[order[i]] : kMixed;
@@ -77,7 +83,6 @@ struct Tree {
         rows[i * d + k] = real ? latents[order[i] * d + k] : std::numeric_limits<T>::infinity();
       }
     }
-    build_node(0, 0, leaves);
   }
 
   // Not inlined: the compiler would unroll the recursion, loops and all, and take longer over it than over the search.
@@ -292,18 +297,19 @@ void search_item(const NearestSearch& args, int64_t b, int threads) {
   tree.build(latents, order, ids, threads);
 
   // Each query's result is its own: the same whichever thread finds it.
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Arena own{arena.next + thread_index() * group_bytes};
+  constexpr int64_t kQueries = Group<T>::kQueries, kSome = 8 * kQueries;
+  Team::run(threads, [&](Team::Part& part) {
+    Arena own{arena.next + part.thread * group_bytes};
     Vec<T>* lanes = own.take<Vec<T>>(kGroup * d);
     Group<T> group{tree, lanes, own.take<T>(2 * d), 0, 0, {}, {}, {}};
-#pragma omp for schedule(dynamic, 8)
-    for (int64_t first = 0; first < n; first += Group<T>::kQueries) {
-      group.start(first);
-      group.search();
-      group.write(first, args.index + b * n);
-    }
-  }
+    part.each(ceil_div(n, kSome), [&](int64_t some) {
+      for (int64_t first = some * kSome; first < smaller(n, (some + 1) * kSome); first += kQueries) {
+        group.start(first);
+        group.search();
+        group.write(first, args.index + b * n);
+      }
+    });
+  });
 }
 
 }  // namespace

@@ -376,24 +376,19 @@ void all_pairs(const OmegaAll& args, int requested_threads) {
   pass.found = arena.take<Found>(tournament.blocks);
   for (int64_t block = 0; block < tournament.blocks; block++) new (pass.found + block) Found;
 
-#pragma omp parallel num_threads(tournament.threads) if (tournament.threads > 1)
-  {
-    const Tile<T> tile(Arena{arena.next + thread_index() * Tile<T>::bytes()});
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < tournament.panels; panel++) pass.pack(panel);
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < tournament.blocks; block++) pass.meet_within(block, tile);
+  Team::run(tournament.threads, [&](Team::Part& part) {
+    const Tile<T> tile(Arena{arena.next + part.thread * Tile<T>::bytes()});
+    part.each(tournament.panels, [&](int64_t panel) { pass.pack(panel); });
+    part.each(tournament.blocks, [&](int64_t block) { pass.meet_within(block, tile); });
     for (int64_t round = 0; round < tournament.rounds; round++) {
-#pragma omp for schedule(static)
-      for (int64_t index = 0; index < tournament.meetings(); index++) {
+      part.each(tournament.meetings(), [&](int64_t index) {
         int64_t low, high;
         tournament.meeting(round, index, &low, &high);
         if (high < tournament.blocks && low < high) pass.meet_blocks(low, high, tile);
-      }
+      });
     }
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < tournament.panels; panel++) pass.unpack(panel);
-  }
+    part.each(tournament.panels, [&](int64_t panel) { pass.unpack(panel); });
+  });
 
   Found whole;
   for (int64_t block = 0; block < tournament.blocks; block++) {
@@ -446,8 +441,7 @@ void halves(const OmegaHalves& args, int requested_threads) {
   const int threads = other_inputs + other_codes < kSerialWork ? 1 : requested_threads;
   Memory memory(Arena::bytes<double>(args.pairs));
   double* ratios = reinterpret_cast<double*>(memory.base);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t pair = 0; pair < args.pairs; pair++) {
+  const auto take = [&](int64_t pair) {
     const T* x = static_cast<const T*>(args.inputs) + pair * args.d;
     const T* z = static_cast<const T*>(args.codes) + pair * args.l;
     const T distance = row_distance(x, x + other_inputs, args.d),
@@ -462,7 +456,12 @@ void halves(const OmegaHalves& args, int requested_threads) {
       T* dz = static_cast<T*>(args.dcodes) + pair * args.l;
       write_differences(z, z + other_codes, args.l, terms.code_weight, dz, dz + other_codes);
     }
-  }
+  };
+  Team::run(threads, [&](Team::Part& part) {
+    part.ranges(args.pairs, threads, [&](int64_t pair, int64_t end) {
+      for (; pair < end; pair++) take(pair);
+    });
+  });
   *args.sum = 0;
   for (int64_t pair = 0; pair < args.pairs; pair++) *args.sum += ratios[pair];
 }

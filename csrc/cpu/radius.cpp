@@ -127,11 +127,10 @@ void radius_rows(const Radius& args, int requested_threads) {
   T* value = static_cast<T*>(args.value);
   T* dmasses = static_cast<T*>(args.dmasses);
   const int64_t pieces = (args.classes + kPiece - 1) / kPiece, units = args.rows * pieces;
-  [[maybe_unused]] const int threads = units * (args.classes / pieces) < kSerialWork ? 1 : requested_threads;
+  const int threads = units * (args.classes / pieces) < kSerialWork ? 1 : requested_threads;
   Sum<T>* partial = static_cast<Sum<T>*>(pieces == 1 ? nullptr : std::malloc(units * sizeof(Sum<T>)));
   if (pieces > 1 && !partial) throw std::bad_alloc();
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-  for (int64_t unit = 0; unit < units; unit++) {
+  const auto take = [&](int64_t unit) {
     const int64_t row = unit / pieces, first = unit % pieces * kPiece, left = args.classes - first;
     const int64_t offset = row * args.classes + first;
     const Sum<T> sum =
@@ -141,7 +140,12 @@ void radius_rows(const Radius& args, int requested_threads) {
     } else {
       value[row] = rounded(sum);
     }
-  }
+  };
+  Team::run(threads, [&](Team::Part& part) {
+    part.ranges(units, threads, [&](int64_t unit, int64_t end) {
+      for (; unit < end; unit++) take(unit);
+    });
+  });
   for (int64_t row = 0; partial && row < args.rows; row++) {
     Sum<T> total;
     for (int64_t unit = row * pieces; unit < (row + 1) * pieces; unit++) {

@@ -5,11 +5,13 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/parallel.h"
+
 namespace kdejsd {
 namespace cpu {
 namespace {
 
-constexpr int64_t kTaskPoints = 1 << 12;  // below, a task costs more than it brings
+constexpr int64_t kSharedPoints = 1 << 12;  // up to which sharing them costs more than it brings
 
 template <class T>
 struct Splitter {
@@ -51,16 +53,21 @@ struct Splitter {
     return best;
   }
 
+  int64_t left_of(int64_t count) const { return (count + leaf - 1) / leaf / 2 * leaf; }
+
+  void split_all(int64_t begin, int64_t count) {
+    const int64_t left = left_of(count);
+    if (left == 0) return;
+    split(begin, count);
+    split_all(begin, left);
+    split_all(begin + left, count - left);
+  }
+
   void split(int64_t begin, int64_t count) {
-    const int64_t leaves = (count + leaf - 1) / leaf;
-    if (leaves <= 1) return;
     Keyed* first = keyed.data() + begin;
-    const int64_t k = widest(first, count), left = leaves / 2 * leaf;
+    const int64_t k = widest(first, count), left = left_of(count);
     for (int64_t i = 0; i < count; i++) first[i].key = finite(points[first[i].index * d + k]);
     std::nth_element(first, first + left, first + count, [](const Keyed& a, const Keyed& b) { return a.key < b.key; });
-#pragma omp task if (left > kTaskPoints)
-    split(begin, left);
-    split(begin + left, count - left);
   }
 };
 
@@ -71,9 +78,33 @@ void spatial_order(const T* points, int64_t n, int64_t d, int64_t leaf, int32_t*
   Splitter<T> splitter{points, d, leaf, {}};
   splitter.keyed.resize(n);
   for (int64_t i = 0; i < n; i++) splitter.keyed[i].index = static_cast<int32_t>(i);
-#pragma omp parallel num_threads(threads) if (threads > 1 && n > kTaskPoints)
-#pragma omp single
-  splitter.split(0, n);
+  // Level after level until there are parts enough for all, then each part to its leaves.
+  struct Range {
+    int64_t begin, count;
+  };
+  std::vector<std::vector<Range>> levels = {{{0, n}}};
+  const int64_t enough = threads == 1 ? 1 : 4 * threads;
+  while (static_cast<int64_t>(levels.back().size()) < enough && levels.back().back().count > kSharedPoints) {
+    std::vector<Range> next;
+    for (const Range& whole : levels.back()) {
+      const int64_t left = splitter.left_of(whole.count);
+      next.push_back({whole.begin, left});
+      next.push_back({whole.begin + left, whole.count - left});
+    }
+    levels.push_back(next);
+  }
+  Team::run(n > kSharedPoints ? threads : 1, [&](Team::Part& part) {
+    for (size_t level = 0; level < levels.size(); level++) {
+      const std::vector<Range>& parts = levels[level];
+      part.each(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+        if (level + 1 < levels.size()) {
+          splitter.split(parts[i].begin, parts[i].count);
+        } else {
+          splitter.split_all(parts[i].begin, parts[i].count);
+        }
+      });
+    }
+  });
   for (int64_t i = 0; i < n; i++) order[i] = splitter.keyed[i].index;
 }
 

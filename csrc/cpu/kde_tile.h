@@ -31,7 +31,7 @@ static_assert(kTile % (2 * kSide) == 0 && kTile % kInner == 0, "see kde_amx.h");
 #else
 constexpr int kTile = 8 * kRows;  // tile points; pairs and tile stay in the first-level cache for small l
 #endif
-constexpr int kShiftSample = 31;  // centers whose median is the shift
+constexpr int kShiftSample = 15;  // centers whose median is the shift
 
 // Dimensions from which distances are taken from products. Below, the subtractions cost little beside the exponential,
 // and the roundings of the three parts are not small beside those of a distance.

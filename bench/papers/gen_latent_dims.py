@@ -155,11 +155,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [{k: v if k in texts else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
+def rounded(value: Any) -> Any:
+    """As the record has it: a row that is read from there shall not print another last digit."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        writer.writerows(rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -199,6 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
                     row = dict(zip(("data", "latent_dim", "model", "seed"), key, strict=True))
                     row["bandwidth"] = settings.get("bandwidth", "")
                     row |= measured(data, dim, kind, settings, epochs, options.seed, features)
+                    row = {k: rounded(v) for k, v in row.items()}
                     known[key] = row
                     rows.append(row)
                     if options.csv:

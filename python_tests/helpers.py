@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from kdejsd._native import cuda_problem
 
@@ -28,3 +31,15 @@ def worst(a: Tensor, b: Tensor) -> float:
         return 0.0
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     return float((a - b).abs().max() / b.abs().max().clamp_min(1.0))
+
+
+def operators(call: Callable[[], object]) -> list[str]:
+    """The torch operators that a call runs, without those that other operators call."""
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        call()
+    return [
+        event.name
+        for event in record.events()
+        if event.name.startswith("aten::")
+        and not (event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::"))
+    ]

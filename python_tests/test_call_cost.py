@@ -11,8 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import points
-from torch.profiler import ProfilerActivity, profile
+from helpers import operators, points
 
 import kdejsd
 
@@ -40,18 +39,6 @@ def a_call(function: str, with_gradient: bool) -> Callable[[], None]:
 
     call()  # what is done once is over
     return call
-
-
-def operators(call: Callable[[], None]) -> list[str]:
-    """The torch operators, without those that other operators call."""
-    with profile(activities=[ProfilerActivity.CPU]) as record:
-        call()
-    return [
-        event.name
-        for event in record.events()
-        if event.name.startswith("aten::")
-        and not (event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::"))
-    ]
 
 
 def calls_in_the_package(call: Callable[[], None]) -> list[str]:

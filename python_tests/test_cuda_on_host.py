@@ -83,17 +83,8 @@ def query_gradients(call: dict) -> dict:
     }
 
 
-def in_float64(call: dict) -> dict:
-    return {
-        k: v.detach().double().requires_grad_(v.requires_grad)
-        if isinstance(v, torch.Tensor) and v.is_floating_point()
-        else v
-        for k, v in call.items()
-    }
-
-
 def errors(found: list[torch.Tensor], call: dict) -> list[float]:
-    truth = test_kde.value_and_gradients(reference.kde_log_prob, in_float64(call))
+    truth = test_kde.value_and_gradients(reference.kde_log_prob, test_kde.in_float64(call))
     return [worst(got, expected) for got, expected in zip(found, truth, strict=True)]
 
 
@@ -113,7 +104,7 @@ def test_tensor_cores(size, kind, host):
         assert error <= 2 * plain + 1.2e-6
     host.tf32 = True
     rounded = same_in_any_order(host, kdejsd.kde_log_prob, call)
-    truth = test_kde.value_and_gradients(reference.kde_log_prob, in_float64(call))
+    truth = test_kde.value_and_gradients(reference.kde_log_prob, test_kde.in_float64(call))
     assert worst(rounded[0], truth[0]) < 3e-4 and worst(rounded[1], truth[1]) < 3e-3
     if kind == "scalar tensor":  # the sum over n queries of differences whose second part is l / h
         part = size[0] * size[2] / call["bandwidth"].item()
@@ -150,13 +141,7 @@ def test_tensor_cores_keep_the_bound_on_an_exponent(dim, tf32, host):
     for share in (0.85, 1.4):
         radius = math.sqrt(share * limit / (dim * math.log2(math.e)))
         query, center = (radius * test_kde.points(n, dim, dtype=torch.float32, seed=n) for n in (70, 1))
-        centers = torch.cat([center, -center])  # about the origin, so there is no shift; the second has no weight
-        log_weights = torch.tensor([0.0, -math.inf])
-        value = kdejsd.ops.kde._launch_forward(query, centers, torch.ones(1), log_weights, None)[0]
-        wide = query.double(), center.double()
-        exact = -0.5 * ((wide[0] - wide[1]).square().sum(-1) + dim * math.log(2 * math.pi))
-        parts = 0.5 * (wide[0].square().sum(-1) + wide[1].square().sum())
-        error = ((value - exact).abs() / parts).max()
+        error = test_kde.error_of_exponents(query, center)
         if share < 1:
             assert bound / 500 < error < bound / 4
         else:
@@ -183,7 +168,7 @@ def test_tensor_cores_edges(host):
         assert kdejsd.kde_log_prob(query, centers, 1.0).isnan().all()
         wide = test_kde.points(3, 50, 21, dtype=torch.float32)
         call = {"query": wide[:, :20], "centers": wide[:, 20:, :], "bandwidth": torch.tensor([[1.0], [2.0], [0.5]])}
-        assert worst(kdejsd.kde_log_prob(**call), reference.kde_log_prob(**in_float64(call))) < 3e-4
+        assert worst(kdejsd.kde_log_prob(**call), reference.kde_log_prob(**test_kde.in_float64(call))) < 3e-4
 
 
 @pytest.mark.parametrize("tf32", [False, True])

@@ -95,6 +95,17 @@ CODES = ("codes",)
 # Against plain PyTorch
 
 
+def assert_is_the_reference(call: dict, target, truth, count: int) -> torch.Tensor:
+    """The value, which with its gradients makes `count` tensors, all of them the reference's; in float64."""
+    ours = value_and_gradients(kdejsd.jsd_loss, call | {"target": target})
+    expected = value_and_gradients(reference.jsd_loss, call | {"target": truth})
+    assert len(ours) == count
+    for got, wanted in zip(ours, expected, strict=True):
+        assert got.dtype == torch.float64 and got.shape == wanted.shape
+        assert worst(got, wanted) < 1e-12
+    return ours[0]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("leaves", [ALL, CODES], ids=["all gradients", "codes only"])
 @pytest.mark.parametrize("exclusion", EXCLUSIONS)
@@ -105,14 +116,9 @@ def test_loss_is_the_reference(name, divergence, reduction, exclusion, leaves, d
     target, truth = target_and_truth(name, device)
     options = {"divergence": divergence, "reduction": reduction}
     call = fresh(arguments(exclusion, device), torch.float64, leaves)
-    ours = value_and_gradients(kdejsd.jsd_loss, call | options | {"target": target})
-    expected = value_and_gradients(reference.jsd_loss, call | options | {"target": truth})
-    assert len(ours) == (5 if leaves is ALL else 2)
-    for got, wanted in zip(ours, expected, strict=True):
-        assert got.dtype == torch.float64 and got.shape == wanted.shape
-        assert worst(got, wanted) < 1e-12
+    value = assert_is_the_reference(call | options, target, truth, 5 if leaves is ALL else 2)
     with torch.no_grad():
-        assert worst(kdejsd.jsd_loss(**call, **options, target=target), ours[0]) < 1e-14
+        assert worst(kdejsd.jsd_loss(**call, **options, target=target), value) < 1e-14
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -273,14 +279,9 @@ def test_own_is_the_reference(name, divergence, reduction, exclusion, leaves, de
     target, truth = target_and_truth(name, device)
     options = {"divergence": divergence, "reduction": reduction}
     call = fresh(own_arguments(exclusion, device), torch.float64, leaves)
-    ours = value_and_gradients(kdejsd.jsd_loss, call | options | {"target": target})
-    expected = value_and_gradients(reference.jsd_loss, call | options | {"target": truth})
-    assert len(ours) == (5 if leaves is OWN else 2)
-    for got, wanted in zip(ours, expected, strict=True):
-        assert got.dtype == torch.float64 and got.shape == wanted.shape
-        assert worst(got, wanted) < 1e-12
+    value = assert_is_the_reference(call | options, target, truth, 5 if leaves is OWN else 2)
     with torch.no_grad():
-        assert worst(kdejsd.jsd_loss(**call, **options, target=target), ours[0]) < 1e-13
+        assert worst(kdejsd.jsd_loss(**call, **options, target=target), value) < 1e-13
 
 
 @pytest.mark.parametrize("function", [kdejsd.jsd_loss, reference.jsd_loss])

@@ -69,6 +69,16 @@ def in_dtype(call: dict, dtype: torch.dtype) -> dict:
     }
 
 
+def in_float64(call: dict) -> dict:
+    """The same call from leaves in float64, of which those require a gradient that did."""
+    return {
+        k: v.detach().double().requires_grad_(v.requires_grad)
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+        else v
+        for k, v in call.items()
+    }
+
+
 def differentiable(call: dict) -> list[torch.Tensor]:
     return [v for v in call.values() if isinstance(v, torch.Tensor) and v.requires_grad]
 
@@ -655,13 +665,7 @@ def test_every_instruction_set(level, dtype):
 
 def assert_at_most_twice_the_error_of_plain_pytorch(call: dict) -> None:
     """The value and each gradient of a float32 call, against float64."""
-    wide = {
-        k: v.detach().double().requires_grad_(v.requires_grad)
-        if isinstance(v, torch.Tensor) and v.is_floating_point()
-        else v
-        for k, v in call.items()
-    }
-    truth = value_and_gradients(reference.kde_log_prob, wide)
+    truth = value_and_gradients(reference.kde_log_prob, in_float64(call))
     plain = value_and_gradients(reference.kde_log_prob, call)
     for got, yardstick, expected in zip(value_and_gradients(kdejsd.kde_log_prob, call), plain, truth, strict=True):
         assert worst(got, expected) <= 2 * worst(yardstick, expected) + 1.2e-6
@@ -754,6 +758,17 @@ def test_no_nan_is_lost(dim, bits, float32_precision, level):
         assert value.isnan().all() and gradient.isnan().all()
 
 
+def error_of_exponents(query: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
+    """The largest error of log p_e at h = 1 beside the parts of its exponent, of one center [1, l]."""
+    centers = torch.cat([center, -center])  # about the origin, so there is no shift; the second has no weight
+    log_weights = torch.tensor([0.0, -math.inf])
+    value = kdejsd.ops.kde._launch_forward(query, centers, torch.ones(1), log_weights, None)[0]
+    wide = query.double(), center.double()
+    exact = -0.5 * ((wide[0] - wide[1]).square().sum(-1) + query.shape[-1] * math.log(2 * math.pi))
+    parts = 0.5 * (wide[0].square().sum(-1) + wide[1].square().sum())
+    return ((value - exact).abs() / parts).max()
+
+
 @pytest.mark.parametrize("dim", [16, 32, 70, 256])
 def test_products_keep_the_bound_on_an_exponent(dim, float32_precision, level):
     """2^-21 of its parts, or 2^-17, shortly before pairs are taken from differences; beyond, what differences have."""
@@ -764,13 +779,7 @@ def test_products_keep_the_bound_on_an_exponent(dim, float32_precision, level):
         query, center = (radius * points(n, dim, dtype=torch.float32, seed=n) for n in (70, 1))
         query *= (radius * dim**0.5 / query.norm(dim=1)).unsqueeze(1)
         center *= radius * dim**0.5 / center.norm()
-        centers = torch.cat([center, -center])  # about the origin, so there is no shift; the second has no weight
-        log_weights = torch.tensor([0.0, -math.inf])
-        value = kdejsd.ops.kde._launch_forward(query, centers, torch.ones(1), log_weights, None)[0]
-        wide = query.double(), center.double()
-        exact = -0.5 * ((wide[0] - wide[1]).square().sum(-1) + dim * math.log(2 * math.pi))
-        parts = 0.5 * (wide[0].square().sum(-1) + wide[1].square().sum())
-        error = ((value - exact).abs() / parts).max()
+        error = error_of_exponents(query, center)
         assert error < (bound if share < 1 else 2**-21)
         assert not reduced or share > 1 or error > 2**-21
 

@@ -305,10 +305,9 @@ struct ForwardBlock {
     if (!want_sums) return;
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == 4) {
-      if (use_products && num_parts == 2)
-        return add_weighted_rows_by_matrices<2, QV>(tile, count, item.l, lanes, mass, sums);
-      if (use_products && num_parts == 3)
-        return add_weighted_rows_by_matrices<3, QV>(tile, count, item.l, lanes, mass, sums);
+      if (use_products && num_parts > 0)
+        return with_parts(
+            num_parts, [&](auto p) { add_weighted_rows_by_matrices<p, QV>(tile, count, item.l, lanes, mass, sums); });
     }
 #endif
     WeightedRows<T, QV> rows{tile, tile.all, count, item.l, lanes, mass, sums};

@@ -19,6 +19,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/simd.h"
 #include "cpu/tiles.h"
@@ -58,6 +59,13 @@ template <>
 struct PartPairs<2> {
   static constexpr int kCount = 3, kLeft[kCount] = {0, 1, 0}, kRight[kCount] = {1, 0, 0};
 };
+
+// f(number of parts) with the number as a constant; nothing where there are none.
+template <class F>
+void with_parts(int num_parts, F f) {
+  if (num_parts == 2) f(std::integral_constant<int, 2>{});
+  if (num_parts == 3) f(std::integral_constant<int, 3>{});
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Parts

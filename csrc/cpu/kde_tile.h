@@ -12,7 +12,6 @@
 // the block; see there.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -79,10 +78,15 @@ struct Frame {
     const int64_t count = smaller(m, kShiftSample);
     const auto center = [&](int64_t s) { return centers + m * s / count * l; };
     T sample[kShiftSample] = {};
+    // Sorted by hand: an algorithm of the standard library would have external linkage.
     const auto median = [&] {
-      T* middle = sample + count / 2;
-      std::nth_element(sample, middle, sample + count);
-      return *middle;
+      for (int64_t s = 1; s < count; s++) {
+        const T x = sample[s];
+        int64_t to = s;
+        for (; to > 0 && x < sample[to - 1]; to--) sample[to] = sample[to - 1];
+        sample[to] = x;
+      }
+      return sample[count / 2];
     };
     T length = 0;  // by magnitudes, whose sums hold small numbers whose squares would be 0
     for (int64_t k = 0; k < l; k++) {
@@ -180,9 +184,8 @@ struct ChunkLanes {
     largest_norm[vector] = largest;
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == 4) {
-      char* own = parts + vector * part_bytes;
-      if (num_parts == 2) pack_lane_parts<2>(to.points.moved, l, width, own);
-      if (num_parts == 3) pack_lane_parts<3>(to.points.moved, l, width, own);
+      with_parts(num_parts,
+                 [&](auto p) { pack_lane_parts<p>(to.points.moved, l, width, parts + vector * part_bytes); });
     }
 #endif
   }
@@ -272,8 +275,9 @@ struct Tile {
     if (with_norms) find_norms(static_cast<int>(count), l);
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == 4) {
-      if (num_parts == 2) pack_point_parts<2>(rows.moved, static_cast<int>(count), kTile, l, row_parts, column_parts);
-      if (num_parts == 3) pack_point_parts<3>(rows.moved, static_cast<int>(count), kTile, l, row_parts, column_parts);
+      with_parts(num_parts, [&](auto p) {
+        pack_point_parts<p>(rows.moved, static_cast<int>(count), kTile, l, row_parts, column_parts);
+      });
     }
 #endif
   }
@@ -343,21 +347,15 @@ void distances_from_differences(const Tile<T>& tile, int count, int64_t l, const
   sum_over_dims<Terms::kSquaredDifferences, T, QV>(tile.rows.as_is, count, l, lanes.points.as_is, tile.pairs);
 }
 
-#if defined(__AMX_BF16__)
-template <int P, int QV>
-void scalar_products_by_matrices(const Tile<float>& tile, int64_t l, const Lanes<float>& lanes) {
-  for_squares(kTile / kSide, QV, ScalarProducts<P, QV>{Layout<P>(l), tile.row_parts, lanes.parts, tile.pairs});
-}
-#endif
-
 // The products are summed by themselves: between typical points they cancel, so their roundings are small.
 template <class T, int QV>
 void distances_from_products(const Tile<T>& tile, int count, int64_t l, const Lanes<T>& lanes, int num_parts) {
   if (num_parts == 0) sum_over_dims<Terms::kProducts, T, QV>(tile.rows.moved, count, l, lanes.points.moved, tile.pairs);
 #if defined(__AMX_BF16__)
   if constexpr (sizeof(T) == 4) {
-    if (num_parts == 2) scalar_products_by_matrices<2, QV>(tile, l, lanes);
-    if (num_parts == 3) scalar_products_by_matrices<3, QV>(tile, l, lanes);
+    with_parts(num_parts, [&](auto p) {
+      for_squares(kTile / kSide, QV, ScalarProducts<p, QV>{Layout<p>(l), tile.row_parts, lanes.parts, tile.pairs});
+    });
   }
 #endif
   for (int j = 0; j < count; j++) {
@@ -398,46 +396,29 @@ struct WeightedRows {
 
   template <int Columns>
   void add_columns(int64_t k) const {
-    mass ? add_products<Columns>(k) : add_differences<Columns>(k);
+    mass ? add_columns<Columns, false>(k) : add_columns<Columns, true>(k);
   }
 
-  template <int Columns>
-  void add_products(int64_t k) const {
+  template <int Columns, bool differences>
+  void add_columns(int64_t k) const {
+    const T* points = differences ? tile.rows.as_is : tile.rows.moved;
+    const Vec<T>* own = (differences ? lanes.points.as_is : lanes.points.moved) + k * QV;
     Vec<T> tile_sums[Columns][QV] = {};
     for (int i = 0; i < count; i++) {
-      const T* row = tile.rows.moved + rows[i] * l + k;
+      const T* row = points + rows[i] * l + k;
       const Vec<T>* weight = tile.pairs + rows[i] * QV;
 #pragma GCC unroll 4
       for (int c = 0; c < Columns; c++) {
         const Vec<T> x = broadcast(row[c]);
 #pragma GCC unroll 4
-        for (int v = 0; v < QV; v++) tile_sums[c][v] += weight[v] * x;
+        for (int v = 0; v < QV; v++) tile_sums[c][v] += weight[v] * (differences ? x - own[c * QV + v] : x);
       }
     }
 #pragma GCC unroll 4
     for (int c = 0; c < Columns; c++)
 #pragma GCC unroll 4
       for (int v = 0; v < QV; v++)
-        sums[(k + c) * QV + v] += tile_sums[c][v] - mass[v] * lanes.points.moved[(k + c) * QV + v];
-  }
-
-  template <int Columns>
-  void add_differences(int64_t k) const {
-    Vec<T> tile_sums[Columns][QV] = {};
-    for (int i = 0; i < count; i++) {
-      const T* row = tile.rows.as_is + rows[i] * l + k;
-      const Vec<T>* weight = tile.pairs + rows[i] * QV;
-#pragma GCC unroll 4
-      for (int c = 0; c < Columns; c++) {
-        const Vec<T> x = broadcast(row[c]);
-#pragma GCC unroll 4
-        for (int v = 0; v < QV; v++) tile_sums[c][v] += weight[v] * (x - lanes.points.as_is[(k + c) * QV + v]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < Columns; c++)
-#pragma GCC unroll 4
-      for (int v = 0; v < QV; v++) sums[(k + c) * QV + v] += tile_sums[c][v];
+        sums[(k + c) * QV + v] += differences ? tile_sums[c][v] : tile_sums[c][v] - mass[v] * own[c * QV + v];
   }
 };
 

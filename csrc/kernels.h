@@ -18,10 +18,10 @@ enum class KdeValue {
   kLogRatio,       // e - t
 };
 
-// How products may be used for float32: by CUDA's tensor cores, by a CPU's matrix instructions or its vectors.
+// How products may be used for float32: by CUDA's tensor cores, by a CPU's vectors or its matrix instructions.
 enum class KdeProducts {
   kNone,   // not: distances from differences alone, rounded as kde_backward rounds them
-  kSplit,  // with an error like float32's: tensor cores and matrices multiply numbers in parts
+  kSplit,  // with an error like float32's: tensor cores multiply numbers in parts, a CPU uses its vectors
   kTf32,   // numbers rounded to TF32 on CUDA, and to two bfloat16 parts by a CPU's matrix instructions
 };
 

@@ -710,6 +710,21 @@ def test_points_far_from_others_take_none_of_their_digits(dim, h, kind, for_cent
     assert_at_most_twice_the_error_of_plain_pytorch(call)
 
 
+@pytest.mark.parametrize("bandwidths", [(1e-5, 1e5), (1e-3, 1e3), (0.3, 30.0)])
+@pytest.mark.parametrize("dim", [2, 95, 96, 200])
+def test_a_narrow_center_hides_no_wide_one(dim, bandwidths, level):
+    """A wide center pulls little, and has all the weight where the narrow ones do not reach."""
+    query, centers = points(16, dim, dtype=torch.float32), points(40, dim, dtype=torch.float32, seed=1)
+    bandwidth = torch.tensor(bandwidths).repeat(20)
+    for _ in ("far from the narrow ones", "some near"):
+        call = {"query": query.requires_grad_(), "centers": centers, "bandwidth": bandwidth}
+        truth = value_and_gradients(reference.kde_log_prob, in_float64(call))[1]
+        for row, exact in zip(value_and_gradients(kdejsd.kde_log_prob, call)[1], truth, strict=True):
+            assert (row - exact).abs().max() <= 1e-5 * exact.abs().max()
+        query = query.detach()
+        query[::2] = centers[:16:2] + bandwidths[0] * query[::2]
+
+
 @pytest.fixture(params=["highest", "high"])
 def float32_precision(request):
     before = torch.get_float32_matmul_precision()

@@ -253,16 +253,20 @@ bool forward_weights(const Tile<T>& tile, int count, const Vec<T>* reference, Ve
 }
 
 // The rows whose weights matter to the weighted sums of any lane, and the sum of these; returns how many. A row is left
-// out where for every lane weight * reach <= epsilon W / m, reach the furthest that a row is from a lane and W the sum
-// of the weights so far, which only grows: what m such rows add to a coordinate of (sum of weight * difference) / W is
-// less than the rounding of that coordinate, epsilon times 1 or more.
-template <class T, int QV>
-int rows_that_matter(const Tile<T>& tile, int count, double reach, int64_t m, const Vec<T>* weight, int* kept,
-                     Vec<T>* mass) {
+// out where for every lane weight * precision * reach <= epsilon W / m / h, in packed units: reach the furthest that a
+// row is from a lane, W the sum of the weights so far, which only grows, 1 / h^2 the mean of the precisions by these
+// weights. What m such rows add to the score (sum of weight * precision * difference) / W is then less than its
+// rounding, epsilon times 1 / h or more.
+template <class T, int QV, Moment M>
+int rows_that_matter(const Tile<T>& tile, int count, double reach, int64_t m, const Vec<T>* weight,
+                     const Vec<T>* moment, int* kept, Vec<T>* mass) {
   if (!(reach < std::numeric_limits<double>::infinity())) reach = std::numeric_limits<double>::quiet_NaN();
   const T least = static_cast<T>(std::numeric_limits<T>::epsilon() / 2 / static_cast<double>(m) / reach);
   Vec<T> bound[QV];
-  for (int v = 0; v < QV; v++) bound[v] = weight[v] * least, mass[v] = Vec<T>{};
+  for (int v = 0; v < QV; v++) {
+    bound[v] = least * (M == Moment::kPrecision ? sqrt<T>(weight[v]) * sqrt<T>(moment[v]) : weight[v]);
+    mass[v] = Vec<T>{};
+  }
   int n = 0;
   for (int j = 0; j < count; j++) {
     Mask<T> matters = {};
@@ -283,7 +287,7 @@ struct ForwardBlock {
   int64_t tile_first, first_lane, first_vector;
   int count;
   bool first_tile, want_sums, may_use_products;
-  int num_parts;
+  bool by_matrices;
   Lanes<T> lanes;
   const State<T>& state;
 
@@ -293,7 +297,7 @@ struct ForwardBlock {
     Vec<T>*reference = state.reference + first_vector, *weight = state.weight + first_vector;
     Vec<T>*moment = state.moment + first_vector, mass[QV];
     const double norms = tile.largest_norm + lanes.largest_norm, parts = tile.largest_slope * norms;
-    const bool use_products = may_use_products && parts <= most_parts_of_products(item.l, num_parts);
+    const bool use_products = may_use_products && parts <= most_parts_of_products(item.l, by_matrices);
     distances<QV>(use_products);
     // The first tile finds the references; it is rare that one has to be raised after it.
     if (first_tile) raise_references<T, QV>(tile, count, 0, reference, weight, moment, sums);
@@ -305,15 +309,13 @@ struct ForwardBlock {
     if (!want_sums) return;
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == 4) {
-      if (use_products && num_parts > 0)
-        return with_parts(
-            num_parts, [&](auto p) { add_weighted_rows_by_matrices<p, QV>(tile, count, item.l, lanes, mass, sums); });
+      if (use_products && by_matrices) return add_weighted_rows_by_matrices<QV>(tile, count, item.l, lanes, mass, sums);
     }
 #endif
     WeightedRows<T, QV> rows{tile, tile.all, count, item.l, lanes, mass, sums};
     int kept[kTile];
     if (item.l >= kSkipDims) {
-      rows.count = rows_that_matter<T, QV>(tile, count, std::sqrt(2 * norms), item.m, weight, kept, mass);
+      rows.count = rows_that_matter<T, QV, M>(tile, count, std::sqrt(2 * norms), item.m, weight, moment, kept, mass);
       rows.rows = kept;
     }
     if (!(parts <= most_parts_of_sums(item.l))) rows.mass = nullptr;
@@ -323,7 +325,7 @@ struct ForwardBlock {
   template <int QV>
   void distances(bool use_products) const {
     if (use_products) {
-      distances_from_products<T, QV>(tile, count, item.l, lanes, num_parts);
+      distances_from_products<T, QV>(tile, count, item.l, lanes, by_matrices);
     } else {
       distances_from_differences<T, QV>(tile, count, item.l, lanes);
     }
@@ -337,7 +339,7 @@ struct Forward {
   Item<T> item;
   Frame<T> frame;
   Plan plan;
-  int num_parts;       // of the products
+  bool by_matrices;    // see use_matrices
   const T* own;        // [n, l] or null
   double* value;       // [n]
   T* dquery;           // [n, l] or null
@@ -351,12 +353,12 @@ struct Forward {
     const bool may_use_products = item.l >= kProductDims && args.products != kdejsd::KdeProducts::kNone;
 #if defined(__AMX_BF16__)
     std::optional<MatrixRegisters> registers;
-    if (num_parts > 0) registers.emplace();
+    if (by_matrices) registers.emplace();
 #endif
     for (int64_t t = plan.tile_begin(split); t < plan.tile_begin(split + 1); t++) {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(smaller(kTile, item.m - first));
-      tile.pack(item.centers, first, count, frame, may_use_products, num_parts);
+      tile.pack(item.centers, first, count, frame, may_use_products, by_matrices);
       if (t == plan.tile_begin(split) || !same_terms) {
         tile.largest_slope = 0;
         for (int j = 0; j < (same_terms ? kTile : count); j++) {
@@ -371,7 +373,7 @@ struct Forward {
       for_blocks(vectors, [&](int width, int64_t vector) {
         with_width(width, ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
                                              t == plan.tile_begin(split), dquery != nullptr, may_use_products,
-                                             num_parts, lanes.block(vector, item.l), state});
+                                             by_matrices, lanes.block(vector, item.l), state});
       });
     }
   }
@@ -390,7 +392,7 @@ struct Forward {
   void pack(int64_t chunk, const ChunkLanes<T>& lanes) const {
     const int64_t begin = plan.chunk_begin(chunk);
     for_blocks(plan.chunk_begin(chunk + 1) - begin, [&](int width, int64_t vector) {
-      lanes.pack(item.query, (begin + vector) * kLanes<T>, item.n, frame, width, vector, num_parts);
+      lanes.pack(item.query, (begin + vector) * kLanes<T>, item.n, frame, width, vector, by_matrices);
     });
   }
 
@@ -468,7 +470,7 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
                   item,
                   {mix.l, item.scale, shift, is_moved},
                   plan,
-                  num_parts<T>(mix.l, args.products),
+                  use_matrices<T>(mix.l, args.products),
                   nullptr,
                   args.value + b * mix.n,
                   nullptr,
@@ -594,12 +596,12 @@ struct Backward {
       largest_slope = item.slope(j) > largest_slope ? item.slope(j) : largest_slope;
     }
     for_blocks(vectors, [&](int width, int64_t vector) {
-      lanes.pack(item.centers, (begin + vector) * kLanes<T>, item.m, frame, width, vector, 0);
+      lanes.pack(item.centers, (begin + vector) * kLanes<T>, item.m, frame, width, vector, false);
     });
     for (int64_t t = 0; t < plan.tiles; t++) {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(smaller(kTile, item.n - first));
-      tile.pack(item.query, first, count, frame, false, 0);
+      tile.pack(item.query, first, count, frame, false, false);
       for (int j = 0; j < count; j++) {
         const int64_t i = first + j;
         // What rounding takes from the exponent is given back to the factor.

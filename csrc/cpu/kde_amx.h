@@ -1,10 +1,10 @@
 // The products of kde_tile.h by AMX, the matrix instructions of Intel server processors, for float32.
 //
-// They multiply bfloat16 numbers and sum in float32. A float32 number is the sum of three bfloat16 ones, so a product
-// of two is that of six pairs of parts, with an error like float32's; or of three pairs of two parts each, with an
-// error of about 2^-16, where the caller allows it. The parts of the centers, the queries and the weights are laid out
-// so that what the instructions write is what kde_tile.h writes: rows are tile points, or dimensions, and the columns
-// of 16 are vectors of lanes.
+// They multiply bfloat16 numbers and sum in float32. A number is taken as the sum of two bfloat16 ones, a big part and
+// a small one, and a product of two numbers as three products of parts, with an error of about 2^-16: for callers who
+// allow that. (Three parts and six products have float32's error, and cost the gain.) The parts of the centers, the
+// queries and the weights are laid out so that what the instructions write is what kde_tile.h writes: rows are tile
+// points, or dimensions, and the columns of 16 are vectors of lanes.
 //
 //   pairs[tile point][lane]  = sum over dimensions of  point parts [point][dimension] * lane parts [dimension][lane]
 //   sums[dimension][lane]    = sum over points of      point parts [dimension][point] * weight parts [point][lane]
@@ -47,25 +47,10 @@ class MatrixRegisters {
   MatrixRegisters& operator=(const MatrixRegisters&) = delete;
 };
 
-// Which parts are multiplied: 0 is the big one. Each pair shares a part with the one before, so half the loads are
-// saved; the largest product comes last.
-template <int P>
-struct PartPairs;
-template <>
-struct PartPairs<3> {
-  static constexpr int kCount = 6, kLeft[kCount] = {0, 0, 1, 1, 2, 0}, kRight[kCount] = {2, 1, 1, 0, 0, 0};
-};
-template <>
-struct PartPairs<2> {
-  static constexpr int kCount = 3, kLeft[kCount] = {0, 1, 0}, kRight[kCount] = {1, 0, 0};
-};
-
-// f(number of parts) with the number as a constant; nothing where there are none.
-template <class F>
-void with_parts(int num_parts, F f) {
-  if (num_parts == 2) f(std::integral_constant<int, 2>{});
-  if (num_parts == 3) f(std::integral_constant<int, 3>{});
-}
+constexpr int kParts = 2;  // of a number: the big one, the small one
+// Which parts are multiplied. Each pair shares a part with the one before, so half the loads are saved; the largest
+// product comes last.
+constexpr int kProducts = 3, kLeft[kProducts] = {0, 1, 0}, kRight[kProducts] = {1, 0, 0};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Parts
@@ -73,11 +58,10 @@ void with_parts(int num_parts, F f) {
 inline __m512i as_int(Vec<float> x) { return reinterpret_cast<__m512i>(x); }
 inline Vec<float> as_float(__m512i x) { return reinterpret_cast<Vec<float>>(x); }
 
-// x as a sum of floats whose low halves are 0; three of them are x exactly. They are rounded, not cut off: what the
-// products of small parts leave out is then of either sign. A NaN may be lost here; norms and sums of weights carry it.
-template <int P>
-inline void split_in_parts(Vec<float> x, __m512i (&parts)[P]) {
-  for (int p = 0; p < P; p++) {
+// x as a sum of floats whose low halves are 0. They are rounded, not cut off: what the product of the small parts
+// leaves out is then of either sign. A NaN may be lost here; norms and sums of weights carry it.
+inline void split_in_parts(Vec<float> x, __m512i (&parts)[kParts]) {
+  for (int p = 0; p < kParts; p++) {
     const __m512i rounded = _mm512_add_epi32(as_int(x), _mm512_set1_epi32(0x8000));
     parts[p] = _mm512_and_si512(rounded, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
     x -= as_float(parts[p]);
@@ -109,45 +93,39 @@ inline void transpose(Vec<float> (&rows)[16]) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// How the dimensions lie in registers. 32 of them fill a row, and each of their P parts a register. What is left of the
+// How the dimensions lie in registers. 32 of them fill a row, and each of their parts a register. What is left of the
 // dimensions would leave these mostly empty: all its products are put in a row one behind the other, as if they were
 // dimensions of their own.
 
-template <int P>
 struct Layout {
-  using Pairs = PartPairs<P>;
   int64_t l, whole, rest, rest_matrices;
 
   explicit Layout(int64_t l)
-      : l(l),
-        whole(l / kInner),
-        rest((l % kInner + 1) / 2 * 2),
-        rest_matrices(ceil_div(Pairs::kCount * rest, kInner)) {}
-  int64_t matrices() const { return whole * P + rest_matrices; }  // of 16 points or lanes
-  int64_t dim_matrices() const { return ceil_div(l, kSide); }     // of 16 dimensions
+      : l(l), whole(l / kInner), rest((l % kInner + 1) / 2 * 2), rest_matrices(ceil_div(kProducts * rest, kInner)) {}
+  int64_t matrices() const { return whole * kParts + rest_matrices; }  // of 16 points or lanes
+  int64_t dim_matrices() const { return ceil_div(l, kSide); }          // of 16 dimensions
 };
 
 // Lanes as right factors: [vectors][matrices], from points [l][vectors].
-template <int P>
 void pack_lane_parts(const Vec<float>* points, int64_t l, int vectors, char* to) {
-  const Layout<P> layout(l);
+  const Layout layout(l);
   for (int v = 0; v < vectors; v++) {
     char* own = to + v * layout.matrices() * kMatrix;
-    std::memset(own + layout.whole * P * kMatrix, 0, layout.rest_matrices * kMatrix);
+    std::memset(own + layout.whole * kParts * kMatrix, 0, layout.rest_matrices * kMatrix);
     for (int64_t k = 0; k < l; k += 2) {
-      __m512i first[P], second[P];
-      split_in_parts<P>(points[k * vectors + v], first);
-      split_in_parts<P>(k + 1 < l ? points[(k + 1) * vectors + v] : Vec<float>{}, second);
+      __m512i first[kParts], second[kParts];
+      split_in_parts(points[k * vectors + v], first);
+      split_in_parts(k + 1 < l ? points[(k + 1) * vectors + v] : Vec<float>{}, second);
       if (k < layout.whole * kInner) {
-        for (int p = 0; p < P; p++) {
-          char* row = own + (k / kInner * P + p) * kMatrix + k % kInner / 2 * 64;
+        for (int p = 0; p < kParts; p++) {
+          char* row = own + (k / kInner * kParts + p) * kMatrix + k % kInner / 2 * 64;
           _mm512_store_si512(row, interleave(first[p], second[p]));
         }
       } else {
-        for (int i = 0; i < Layout<P>::Pairs::kCount; i++) {
+        for (int i = 0; i < kProducts; i++) {
           const int64_t row = (i * layout.rest + k - layout.whole * kInner) / 2;
-          const int p = Layout<P>::Pairs::kRight[i];
-          _mm512_store_si512(own + layout.whole * P * kMatrix + row * 64, interleave(first[p], second[p]));
+          const int p = kRight[i];
+          _mm512_store_si512(own + layout.whole * kParts * kMatrix + row * 64, interleave(first[p], second[p]));
         }
       }
     }
@@ -155,32 +133,31 @@ void pack_lane_parts(const Vec<float>* points, int64_t l, int vectors, char* to)
 }
 
 // Tile points as left factors, from rows [count][l]: for the distances [kTile / 16][matrices], with points in the rows,
-// and for the sums [kTile / 32][dim_matrices][P], with dimensions in the rows.
-template <int P>
+// and for the sums [kTile / 32][dim_matrices][kParts], with dimensions in the rows.
 void pack_point_parts(const float* rows, int count, int points, int64_t l, char* for_distances, char* for_sums) {
-  const Layout<P> layout(l);
+  const Layout layout(l);
   for (int j = 0; j < points; j++) {
     char* own = for_distances + j / kSide * layout.matrices() * kMatrix + j % kSide * 64;
-    alignas(64) char rest[Layout<P>::Pairs::kCount * kInner * 2 + 64] = {};
+    alignas(64) char rest[kProducts * kInner * 2 + 64] = {};
     for (int64_t k = 0; k < l; k += kInner) {
-      __m512i low[P], high[P];
-      split_in_parts<P>(j < count ? load_some(rows + j * l + k, l - k) : Vec<float>{}, low);
-      split_in_parts<P>(j < count && l - k > 16 ? load_some(rows + j * l + k + 16, l - k - 16) : Vec<float>{}, high);
-      alignas(64) char row[P][64];
-      for (int p = 0; p < P; p++) {
+      __m512i low[kParts], high[kParts];
+      split_in_parts(j < count ? load_some(rows + j * l + k, l - k) : Vec<float>{}, low);
+      split_in_parts(j < count && l - k > 16 ? load_some(rows + j * l + k + 16, l - k - 16) : Vec<float>{}, high);
+      alignas(64) char row[kParts][64];
+      for (int p = 0; p < kParts; p++) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(row[p]), narrow(low[p]));
         _mm256_store_si256(reinterpret_cast<__m256i*>(row[p] + 32), narrow(high[p]));
       }
       if (k < layout.whole * kInner) {
-        for (int p = 0; p < P; p++) std::memcpy(own + (k / kInner * P + p) * kMatrix, row[p], 64);
+        for (int p = 0; p < kParts; p++) std::memcpy(own + (k / kInner * kParts + p) * kMatrix, row[p], 64);
       } else {
-        for (int i = 0; i < Layout<P>::Pairs::kCount; i++) {
-          std::memcpy(rest + i * layout.rest * 2, row[Layout<P>::Pairs::kLeft[i]], 64);
+        for (int i = 0; i < kProducts; i++) {
+          std::memcpy(rest + i * layout.rest * 2, row[kLeft[i]], 64);
         }
       }
     }
     for (int64_t r = 0; r < layout.rest_matrices; r++) {
-      std::memcpy(own + (layout.whole * P + r) * kMatrix, rest + r * 64, 64);
+      std::memcpy(own + (layout.whole * kParts + r) * kMatrix, rest + r * 64, 64);
     }
   }
   for (int j = 0; j < points; j += kSide) {
@@ -190,11 +167,11 @@ void pack_point_parts(const float* rows, int count, int points, int64_t l, char*
         square[r] = j + r < count ? load_some(rows + (j + r) * l + d * kSide, l - d * kSide) : Vec<float>{};
       }
       transpose(square);
-      char* to = for_sums + (j / kInner * layout.dim_matrices() + d) * P * kMatrix + j % kInner * 2;
+      char* to = for_sums + (j / kInner * layout.dim_matrices() + d) * kParts * kMatrix + j % kInner * 2;
       for (int r = 0; r < 16; r++) {
-        __m512i parts[P];
-        split_in_parts<P>(square[r], parts);
-        for (int p = 0; p < P; p++) {
+        __m512i parts[kParts];
+        split_in_parts(square[r], parts);
+        for (int p = 0; p < kParts; p++) {
           _mm256_store_si256(reinterpret_cast<__m256i*>(to + p * kMatrix + r * 64), narrow(parts[p]));
         }
       }
@@ -202,18 +179,18 @@ void pack_point_parts(const float* rows, int count, int points, int64_t l, char*
   }
 }
 
-// Weights as right factors: [points / 32][vectors][P], from pairs [points][vectors].
-template <int P, int QV>
+// Weights as right factors: [points / 32][vectors][kParts], from pairs [points][vectors].
+template <int QV>
 void pack_weight_parts(const Vec<float>* pairs, int count, int points, char* to) {
   for (int j = 0; j < points; j += 2) {
 #pragma GCC unroll 4
     for (int v = 0; v < QV; v++) {
-      __m512i first[P], second[P];
-      split_in_parts<P>(j < count ? pairs[j * QV + v] : Vec<float>{}, first);
-      split_in_parts<P>(j + 1 < count ? pairs[(j + 1) * QV + v] : Vec<float>{}, second);
-      char* row = to + (j / kInner * QV + v) * P * kMatrix + j % kInner / 2 * 64;
+      __m512i first[kParts], second[kParts];
+      split_in_parts(j < count ? pairs[j * QV + v] : Vec<float>{}, first);
+      split_in_parts(j + 1 < count ? pairs[(j + 1) * QV + v] : Vec<float>{}, second);
+      char* row = to + (j / kInner * QV + v) * kParts * kMatrix + j % kInner / 2 * 64;
 #pragma GCC unroll 3
-      for (int p = 0; p < P; p++) _mm512_store_si512(row + p * kMatrix, interleave(first[p], second[p]));
+      for (int p = 0; p < kParts; p++) _mm512_store_si512(row + p * kMatrix, interleave(first[p], second[p]));
     }
   }
 }
@@ -261,14 +238,12 @@ inline void multiply() {
 }
 
 // All pairs of parts, which lie one behind the other; `left_next` and `right_next` are the ways to the second factors.
-template <int P, int Rows, int Columns>
+template <int Rows, int Columns>
 inline void multiply_parts(const char* left, int64_t left_next, const char* right, int64_t right_next) {
-  using Pairs = PartPairs<P>;
 #pragma GCC unroll 6
-  for (int i = 0; i < Pairs::kCount; i++) {
-    if (i == 0 || Pairs::kLeft[i] != Pairs::kLeft[i - 1]) load_left<Rows>(left + Pairs::kLeft[i] * kMatrix, left_next);
-    if (i == 0 || Pairs::kRight[i] != Pairs::kRight[i - 1])
-      load_right<Columns>(right + Pairs::kRight[i] * kMatrix, right_next);
+  for (int i = 0; i < kProducts; i++) {
+    if (i == 0 || kLeft[i] != kLeft[i - 1]) load_left<Rows>(left + kLeft[i] * kMatrix, left_next);
+    if (i == 0 || kRight[i] != kRight[i - 1]) load_right<Columns>(right + kRight[i] * kMatrix, right_next);
     multiply<Rows, Columns>();
   }
 }
@@ -292,9 +267,9 @@ void for_squares(int64_t rows, int64_t columns, F f) {
 }
 
 // pairs[16 rows][QV] = points times lanes.
-template <int P, int QV>
+template <int QV>
 struct ScalarProducts {
-  Layout<P> layout;
+  Layout layout;
   const char *points, *lanes;
   Vec<float>* pairs;
 
@@ -304,9 +279,9 @@ struct ScalarProducts {
     const char *left = points + row * next, *right = lanes + column * next;
     clear_sums<Rows, Columns>();
     for (int64_t s = 0; s < layout.whole; s++) {
-      multiply_parts<P, Rows, Columns>(left + s * P * kMatrix, next, right + s * P * kMatrix, next);
+      multiply_parts<Rows, Columns>(left + s * kParts * kMatrix, next, right + s * kParts * kMatrix, next);
     }
-    for (int64_t s = layout.whole * P; s < layout.matrices(); s++) {
+    for (int64_t s = layout.whole * kParts; s < layout.matrices(); s++) {
       load_left<Rows>(left + s * kMatrix, next);
       load_right<Columns>(right + s * kMatrix, next);
       multiply<Rows, Columns>();
@@ -316,9 +291,9 @@ struct ScalarProducts {
 };
 
 // sums[dimensions, to whole registers][QV] = points times weights.
-template <int P, int QV>
+template <int QV>
 struct WeightedPoints {
-  Layout<P> layout;
+  Layout layout;
   int groups;  // of 32 points
   const char *points, *weights;
   Vec<float>* sums;
@@ -327,8 +302,8 @@ struct WeightedPoints {
   void run(int64_t row, int64_t column) const {
     clear_sums<Rows, Columns>();
     for (int g = 0; g < groups; g++) {
-      multiply_parts<P, Rows, Columns>(points + (g * layout.dim_matrices() + row) * P * kMatrix, P * kMatrix,
-                                       weights + (g * QV + column) * P * kMatrix, P * kMatrix);
+      multiply_parts<Rows, Columns>(points + (g * layout.dim_matrices() + row) * kParts * kMatrix, kParts * kMatrix,
+                                    weights + (g * QV + column) * kParts * kMatrix, kParts * kMatrix);
     }
     store_sums<Rows, Columns>(reinterpret_cast<char*>(sums + row * kSide * QV + column), QV * 64);
   }

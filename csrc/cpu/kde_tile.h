@@ -39,23 +39,19 @@ constexpr int64_t kProductDims = 16;
 // The parts of an exponent, in log2 units, are slope (|x|^2 + |c|^2). A product's error is about 2^-25 of them, and
 // that of l squared differences grows with l likewise: up to 12 l, 2.4 times what typical points have at the bandwidths
 // in use, the two are alike.
-inline double most_parts_of_products(int64_t l, int num_parts) {
+inline double most_parts_of_products(int64_t l, bool by_matrices) {
   const int64_t most = 12 * l;
-  return static_cast<double>(num_parts == 2 ? smaller(most, 512) : most);  // of two bfloat16 parts: 2^-17 of them
+  return static_cast<double>(by_matrices ? smaller(most, 512) : most);  // of bfloat16 parts: 2^-17 of them
 }
 
-// In how many bfloat16 parts numbers are multiplied: 0 where there are no instructions for that.
+// Whether products are taken by matrices, where the caller allows their error. Below 32 dimensions the vectors are as
+// fast.
 template <class T>
-int num_parts([[maybe_unused]] int64_t l, [[maybe_unused]] kdejsd::KdeProducts products) {
+bool use_matrices([[maybe_unused]] int64_t l, [[maybe_unused]] kdejsd::KdeProducts products) {
 #if defined(__AMX_BF16__)
-  if (sizeof(T) == 8 || products == kdejsd::KdeProducts::kNone) return 0;
-  // Below, the vectors' products are as fast, and far above too, since they leave out rows that do not matter. Six
-  // products are worth it by up to 1.6 times on a core of one's own; where a neighbour uses the core's matrix unit
-  // too, they are a tenth to a third slower than vectors.
-  if (products == kdejsd::KdeProducts::kTf32) return l >= 32 ? 2 : 0;
-  return l >= 64 && l < 192 ? 3 : 0;
+  return sizeof(T) == 4 && products == kdejsd::KdeProducts::kTf32 && l >= 32;
 #endif
-  return 0;
+  return false;
 }
 
 // A moved sum's error is 2^-24 of |x|, which is sqrt(parts) bandwidths or less. The score is of the order of a
@@ -139,7 +135,7 @@ struct ChunkLanes {
     int64_t total =
         2 * Arena::bytes<Vec<T>>(vectors * l) + Arena::bytes<Vec<T>>(vectors) + Arena::bytes<double>(vectors);
 #if defined(__AMX_BF16__)
-    if (sizeof(T) == 4) total += vectors * Layout<3>(l).matrices() * kMatrix;
+    if (sizeof(T) == 4) total += vectors * Layout(l).matrices() * kMatrix;
 #endif
     return total;
   }
@@ -149,7 +145,7 @@ struct ChunkLanes {
         largest_norm(arena.take<double>(vectors)) {
     if (!frame.is_moved) points.moved = points.as_is;
 #if defined(__AMX_BF16__)
-    part_bytes = Layout<3>(frame.l).matrices() * kMatrix;
+    part_bytes = Layout(frame.l).matrices() * kMatrix;
     parts = arena.next;
 #endif
   }
@@ -163,7 +159,7 @@ struct ChunkLanes {
 
   // `width` vectors of lanes, the first lane being point `first`; the lanes after the last point repeat it.
   void pack(const T* from, int64_t first, int64_t count, const Frame<T>& frame, int width, int64_t vector,
-            [[maybe_unused]] int num_parts) const {
+            [[maybe_unused]] bool by_matrices) const {
     const int64_t l = frame.l, lanes = width * kLanes<T>;
     const Lanes<T> to = block(vector, l);
     T* as_is = reinterpret_cast<T*>(to.points.as_is);
@@ -184,8 +180,7 @@ struct ChunkLanes {
     largest_norm[vector] = largest;
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == 4) {
-      with_parts(num_parts,
-                 [&](auto p) { pack_lane_parts<p>(to.points.moved, l, width, parts + vector * part_bytes); });
+      if (by_matrices) pack_lane_parts(to.points.moved, l, width, parts + vector * part_bytes);
     }
 #endif
   }
@@ -207,7 +202,7 @@ struct Tile {
   Vec<T>* pairs;  // [kTile, kQV]
 #if defined(__AMX_BF16__)
   char *row_parts, *column_parts;  // of the moved rows, for distances and for sums; see kde_amx.h
-  char* weight_parts;              // [kTile / kInner, kQV, 3]
+  char* weight_parts;              // [kTile / kInner, kQV, kParts]
   Vec<T>* matrix_sums;             // [l, to whole registers, kQV]
 #endif
 
@@ -215,8 +210,8 @@ struct Tile {
     int64_t total = 2 * Arena::bytes<T>(kTile * l) + 4 * Arena::bytes<T>(kTile) + Arena::bytes<int>(kTile) +
                     Arena::bytes<Vec<T>>(kTile * kQV);
 #if defined(__AMX_BF16__)
-    const Layout<3> layout(l);
-    total += (kTile / kSide * layout.matrices() + kTile / kInner * 3 * (layout.dim_matrices() + kQV)) * kMatrix +
+    const Layout layout(l);
+    total += (kTile / kSide * layout.matrices() + kTile / kInner * kParts * (layout.dim_matrices() + kQV)) * kMatrix +
              Arena::bytes<Vec<T>>(layout.dim_matrices() * kSide * kQV);
 #endif
     return total;
@@ -234,17 +229,17 @@ struct Tile {
     if (!frame.is_moved) rows.moved = rows.as_is;
     for (int j = 0; j < kTile; j++) all[j] = j;
 #if defined(__AMX_BF16__)
-    const Layout<3> layout(frame.l);
+    const Layout layout(frame.l);
     row_parts = arena.take<char>(kTile / kSide * layout.matrices() * kMatrix);
-    column_parts = arena.take<char>(kTile / kInner * 3 * layout.dim_matrices() * kMatrix);
-    weight_parts = arena.take<char>(kTile / kInner * 3 * kQV * kMatrix);
+    column_parts = arena.take<char>(kTile / kInner * kParts * layout.dim_matrices() * kMatrix);
+    weight_parts = arena.take<char>(kTile / kInner * kParts * kQV * kMatrix);
     matrix_sums = arena.take<Vec<T>>(layout.dim_matrices() * kSide * kQV);
 #endif
   }
 
   // Points first ... first + count; rows after the last are 0 and take part in nothing but the distances.
   void pack(const T* points, int64_t first, int64_t count, const Frame<T>& frame, bool with_norms,
-            [[maybe_unused]] int num_parts) {
+            [[maybe_unused]] bool by_matrices) {
     const int64_t l = frame.l, total = count * l, padded = ceil_div(count, kRows) * kRows * l;
     const T* from = points + first * l;
     if (frame.is_moved) {
@@ -275,9 +270,7 @@ struct Tile {
     if (with_norms) find_norms(static_cast<int>(count), l);
 #if defined(__AMX_BF16__)
     if constexpr (sizeof(T) == 4) {
-      with_parts(num_parts, [&](auto p) {
-        pack_point_parts<p>(rows.moved, static_cast<int>(count), kTile, l, row_parts, column_parts);
-      });
+      if (by_matrices) pack_point_parts(rows.moved, static_cast<int>(count), kTile, l, row_parts, column_parts);
     }
 #endif
   }
@@ -349,13 +342,13 @@ void distances_from_differences(const Tile<T>& tile, int count, int64_t l, const
 
 // The products are summed by themselves: between typical points they cancel, so their roundings are small.
 template <class T, int QV>
-void distances_from_products(const Tile<T>& tile, int count, int64_t l, const Lanes<T>& lanes, int num_parts) {
-  if (num_parts == 0) sum_over_dims<Terms::kProducts, T, QV>(tile.rows.moved, count, l, lanes.points.moved, tile.pairs);
+void distances_from_products(const Tile<T>& tile, int count, int64_t l, const Lanes<T>& lanes, bool by_matrices) {
+  if (!by_matrices) sum_over_dims<Terms::kProducts, T, QV>(tile.rows.moved, count, l, lanes.points.moved, tile.pairs);
 #if defined(__AMX_BF16__)
   if constexpr (sizeof(T) == 4) {
-    with_parts(num_parts, [&](auto p) {
-      for_squares(kTile / kSide, QV, ScalarProducts<p, QV>{Layout<p>(l), tile.row_parts, lanes.parts, tile.pairs});
-    });
+    if (by_matrices) {
+      for_squares(kTile / kSide, QV, ScalarProducts<QV>{Layout(l), tile.row_parts, lanes.parts, tile.pairs});
+    }
   }
 #endif
   for (int j = 0; j < count; j++) {
@@ -424,13 +417,13 @@ struct WeightedRows {
 
 #if defined(__AMX_BF16__)
 // The same for all rows of the tile, with their sum of weights.
-template <int P, int QV>
+template <int QV>
 void add_weighted_rows_by_matrices(const Tile<float>& tile, int count, int64_t l, const Lanes<float>& lanes,
                                    const Vec<float>* mass, Vec<float>* sums) {
-  pack_weight_parts<P, QV>(tile.pairs, count, kTile, tile.weight_parts);
-  const Layout<P> layout(l);
+  pack_weight_parts<QV>(tile.pairs, count, kTile, tile.weight_parts);
+  const Layout layout(l);
   for_squares(layout.dim_matrices(), QV,
-              WeightedPoints<P, QV>{layout, kTile / kInner, tile.column_parts, tile.weight_parts, tile.matrix_sums});
+              WeightedPoints<QV>{layout, kTile / kInner, tile.column_parts, tile.weight_parts, tile.matrix_sums});
   for (int64_t k = 0; k < l; k++) {
 #pragma GCC unroll 4
     for (int v = 0; v < QV; v++) {

@@ -40,6 +40,15 @@ struct Level {
 #undef KDEJSD_OP_POINTER
 };
 
+#ifdef KDEJSD_AMX
+// The matrix instructions serve where the caller allows their error, and where they gain something.
+void kde_forward_amx(const KdeForward& args, int threads) {
+  const bool by_matrices =
+      args.mixture.dtype == DType::kFloat32 && args.products == KdeProducts::kTf32 && args.mixture.l >= 32;
+  (by_matrices ? amx::kde_forward : v4::kde_forward)(args, threads);
+}
+#endif
+
 constexpr Level kLevels[] = {
 #define KDEJSD_BASE_OP(name, Args) base::name,
     {"base", KDEJSD_CPU_OPS(KDEJSD_BASE_OP)},
@@ -50,7 +59,7 @@ constexpr Level kLevels[] = {
     {"v4", KDEJSD_CPU_OPS(KDEJSD_V4_OP)},
 #endif
 #ifdef KDEJSD_AMX
-    {"amx", amx::kde_forward, v4::kde_backward, v4::omega_all, v4::omega_halves, v4::radius, v4::nearest},
+    {"amx", kde_forward_amx, v4::kde_backward, v4::omega_all, v4::omega_halves, v4::radius, v4::nearest},
 #endif
 };
 

@@ -12,7 +12,6 @@
 #include <cmath>
 #include <limits>
 #include <new>
-#include <optional>
 
 #include "cpu/kde_tile.h"
 #include "cpu/parallel.h"
@@ -287,7 +286,6 @@ struct ForwardBlock {
   int64_t tile_first, first_lane, first_vector;
   int count;
   bool first_tile, want_sums, may_use_products;
-  bool by_matrices;
   Lanes<T> lanes;
   const State<T>& state;
 
@@ -297,7 +295,7 @@ struct ForwardBlock {
     Vec<T>*reference = state.reference + first_vector, *weight = state.weight + first_vector;
     Vec<T>*moment = state.moment + first_vector, mass[QV];
     const double norms = tile.largest_norm + lanes.largest_norm, parts = tile.largest_slope * norms;
-    const bool use_products = may_use_products && parts <= most_parts_of_products(item.l, by_matrices);
+    const bool use_products = may_use_products && parts <= most_parts_of_products(item.l);
     distances<QV>(use_products);
     // The first tile finds the references; it is rare that one has to be raised after it.
     if (first_tile) raise_references<T, QV>(tile, count, 0, reference, weight, moment, sums);
@@ -308,9 +306,7 @@ struct ForwardBlock {
     }
     if (!want_sums) return;
 #if defined(__AMX_BF16__)
-    if constexpr (sizeof(T) == 4) {
-      if (use_products && by_matrices) return add_weighted_rows_by_matrices<QV>(tile, count, item.l, lanes, mass, sums);
-    }
+    if (use_products) return add_weighted_rows_by_matrices<QV>(tile, count, item.l, lanes, mass, sums);
 #endif
     WeightedRows<T, QV> rows{tile, tile.all, count, item.l, lanes, mass, sums};
     int kept[kTile];
@@ -325,7 +321,7 @@ struct ForwardBlock {
   template <int QV>
   void distances(bool use_products) const {
     if (use_products) {
-      distances_from_products<T, QV>(tile, count, item.l, lanes, by_matrices);
+      distances_from_products<T, QV>(tile, count, item.l, lanes);
     } else {
       distances_from_differences<T, QV>(tile, count, item.l, lanes);
     }
@@ -339,7 +335,6 @@ struct Forward {
   Item<T> item;
   Frame<T> frame;
   Plan plan;
-  bool by_matrices;    // see use_matrices
   const T* own;        // [n, l] or null
   double* value;       // [n]
   T* dquery;           // [n, l] or null
@@ -352,13 +347,12 @@ struct Forward {
     const bool same_terms = !item.per_center && !item.log_weights;  // then they are written once
     const bool may_use_products = item.l >= kProductDims && args.products != kdejsd::KdeProducts::kNone;
 #if defined(__AMX_BF16__)
-    std::optional<MatrixRegisters> registers;
-    if (by_matrices) registers.emplace();
+    const MatrixRegisters registers;
 #endif
     for (int64_t t = plan.tile_begin(split); t < plan.tile_begin(split + 1); t++) {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(smaller(kTile, item.m - first));
-      tile.pack(item.centers, first, count, frame, may_use_products, by_matrices);
+      tile.pack(item.centers, first, count, frame, may_use_products);
       if (t == plan.tile_begin(split) || !same_terms) {
         tile.largest_slope = 0;
         for (int j = 0; j < (same_terms ? kTile : count); j++) {
@@ -373,7 +367,7 @@ struct Forward {
       for_blocks(vectors, [&](int width, int64_t vector) {
         with_width(width, ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
                                              t == plan.tile_begin(split), dquery != nullptr, may_use_products,
-                                             by_matrices, lanes.block(vector, item.l), state});
+                                             lanes.block(vector, item.l), state});
       });
     }
   }
@@ -392,7 +386,7 @@ struct Forward {
   void pack(int64_t chunk, const ChunkLanes<T>& lanes) const {
     const int64_t begin = plan.chunk_begin(chunk);
     for_blocks(plan.chunk_begin(chunk + 1) - begin, [&](int width, int64_t vector) {
-      lanes.pack(item.query, (begin + vector) * kLanes<T>, item.n, frame, width, vector, by_matrices);
+      lanes.pack(item.query, (begin + vector) * kLanes<T>, item.n, frame, width, vector);
     });
   }
 
@@ -466,15 +460,8 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
   char* tiles = arena.take<char>(plan.threads * tile_bytes);
 
   const bool is_moved = Frame<T>::find_shift(item.centers, mix.m, mix.l, shift);
-  Forward<T> pass{args,
-                  item,
-                  {mix.l, item.scale, shift, is_moved},
-                  plan,
-                  use_matrices<T>(mix.l, args.products),
-                  nullptr,
-                  args.value + b * mix.n,
-                  nullptr,
-                  nullptr};
+  Forward<T> pass{args,    item,   {mix.l, item.scale, shift, is_moved}, plan, nullptr, args.value + b * mix.n,
+                  nullptr, nullptr};
   if (args.own) pass.own = static_cast<const T*>(args.own) + b * mix.n * mix.l;
   if (args.dquery) pass.dquery = static_cast<T*>(args.dquery) + b * mix.n * mix.l;
   if (args.dbandwidth) pass.dbandwidth = args.dbandwidth + b * mix.n;
@@ -596,12 +583,12 @@ struct Backward {
       largest_slope = item.slope(j) > largest_slope ? item.slope(j) : largest_slope;
     }
     for_blocks(vectors, [&](int width, int64_t vector) {
-      lanes.pack(item.centers, (begin + vector) * kLanes<T>, item.m, frame, width, vector, false);
+      lanes.pack(item.centers, (begin + vector) * kLanes<T>, item.m, frame, width, vector);
     });
     for (int64_t t = 0; t < plan.tiles; t++) {
       const int64_t first = t * kTile;
       const int count = static_cast<int>(smaller(kTile, item.n - first));
-      tile.pack(item.query, first, count, frame, false, false);
+      tile.pack(item.query, first, count, frame, false);
       for (int j = 0; j < count; j++) {
         const int64_t i = first + j;
         // What rounding takes from the exponent is given back to the factor.
@@ -700,14 +687,17 @@ namespace kdejsd::cpu::KDEJSD_LEVEL {
 void kde_forward(const KdeForward& args, int threads) {
   if (args.mixture.n == 0) return;
   for (int64_t b = 0; b < args.mixture.batch; b++) {
+#if !defined(__AMX_BF16__)  // there for float32 alone
     if (args.mixture.dtype == DType::kFloat64) {
       forward_item<double>(args, b, threads);
-    } else {
-      forward_item<float>(args, b, threads);
+      continue;
     }
+#endif
+    forward_item<float>(args, b, threads);
   }
 }
 
+#if !defined(__AMX_BF16__)
 void kde_backward(const KdeBackward& args, int threads) {
   for (int64_t b = 0; b < args.mixture.batch; b++) {
     if (args.mixture.dtype == DType::kFloat64) {
@@ -717,5 +707,6 @@ void kde_backward(const KdeBackward& args, int threads) {
     }
   }
 }
+#endif
 
 }  // namespace kdejsd::cpu::KDEJSD_LEVEL

@@ -39,19 +39,11 @@ constexpr int64_t kProductDims = 16;
 // The parts of an exponent, in log2 units, are slope (|x|^2 + |c|^2). A product's error is about 2^-25 of them, and
 // that of l squared differences grows with l likewise: up to 12 l, 2.4 times what typical points have at the bandwidths
 // in use, the two are alike.
-inline double most_parts_of_products(int64_t l, bool by_matrices) {
-  const int64_t most = 12 * l;
-  return static_cast<double>(by_matrices ? smaller(most, 512) : most);  // of bfloat16 parts: 2^-17 of them
-}
-
-// Whether products are taken by matrices, where the caller allows their error. Below 32 dimensions the vectors are as
-// fast.
-template <class T>
-bool use_matrices([[maybe_unused]] int64_t l, [[maybe_unused]] kdejsd::KdeProducts products) {
+inline double most_parts_of_products(int64_t l) {
 #if defined(__AMX_BF16__)
-  return sizeof(T) == 4 && products == kdejsd::KdeProducts::kTf32 && l >= 32;
+  return static_cast<double>(smaller(512, 12 * l));  // of bfloat16 parts: 2^-17 of them
 #endif
-  return false;
+  return static_cast<double>(12 * l);
 }
 
 // A moved sum's error is 2^-24 of |x|, which is sqrt(parts) bandwidths or less. The score is of the order of a
@@ -135,7 +127,7 @@ struct ChunkLanes {
     int64_t total =
         2 * Arena::bytes<Vec<T>>(vectors * l) + Arena::bytes<Vec<T>>(vectors) + Arena::bytes<double>(vectors);
 #if defined(__AMX_BF16__)
-    if (sizeof(T) == 4) total += vectors * Layout(l).matrices() * kMatrix;
+    total += vectors * Layout(l).matrices() * kMatrix;
 #endif
     return total;
   }
@@ -158,8 +150,7 @@ struct ChunkLanes {
   }
 
   // `width` vectors of lanes, the first lane being point `first`; the lanes after the last point repeat it.
-  void pack(const T* from, int64_t first, int64_t count, const Frame<T>& frame, int width, int64_t vector,
-            [[maybe_unused]] bool by_matrices) const {
+  void pack(const T* from, int64_t first, int64_t count, const Frame<T>& frame, int width, int64_t vector) const {
     const int64_t l = frame.l, lanes = width * kLanes<T>;
     const Lanes<T> to = block(vector, l);
     T* as_is = reinterpret_cast<T*>(to.points.as_is);
@@ -179,9 +170,7 @@ struct ChunkLanes {
     }
     largest_norm[vector] = largest;
 #if defined(__AMX_BF16__)
-    if constexpr (sizeof(T) == 4) {
-      if (by_matrices) pack_lane_parts(to.points.moved, l, width, parts + vector * part_bytes);
-    }
+    pack_lane_parts(to.points.moved, l, width, parts + vector * part_bytes);
 #endif
   }
 };
@@ -238,8 +227,7 @@ struct Tile {
   }
 
   // Points first ... first + count; rows after the last are 0 and take part in nothing but the distances.
-  void pack(const T* points, int64_t first, int64_t count, const Frame<T>& frame, bool with_norms,
-            [[maybe_unused]] bool by_matrices) {
+  void pack(const T* points, int64_t first, int64_t count, const Frame<T>& frame, bool with_norms) {
     const int64_t l = frame.l, total = count * l, padded = ceil_div(count, kRows) * kRows * l;
     const T* from = points + first * l;
     if (frame.is_moved) {
@@ -269,9 +257,7 @@ struct Tile {
     largest_norm = static_cast<double>(l) * static_cast<double>(largest);
     if (with_norms) find_norms(static_cast<int>(count), l);
 #if defined(__AMX_BF16__)
-    if constexpr (sizeof(T) == 4) {
-      if (by_matrices) pack_point_parts(rows.moved, static_cast<int>(count), kTile, l, row_parts, column_parts);
-    }
+    pack_point_parts(rows.moved, static_cast<int>(count), kTile, l, row_parts, column_parts);
 #endif
   }
 
@@ -342,14 +328,11 @@ void distances_from_differences(const Tile<T>& tile, int count, int64_t l, const
 
 // The products are summed by themselves: between typical points they cancel, so their roundings are small.
 template <class T, int QV>
-void distances_from_products(const Tile<T>& tile, int count, int64_t l, const Lanes<T>& lanes, bool by_matrices) {
-  if (!by_matrices) sum_over_dims<Terms::kProducts, T, QV>(tile.rows.moved, count, l, lanes.points.moved, tile.pairs);
+void distances_from_products(const Tile<T>& tile, int count, int64_t l, const Lanes<T>& lanes) {
 #if defined(__AMX_BF16__)
-  if constexpr (sizeof(T) == 4) {
-    if (by_matrices) {
-      for_squares(kTile / kSide, QV, ScalarProducts<QV>{Layout(l), tile.row_parts, lanes.parts, tile.pairs});
-    }
-  }
+  for_squares(kTile / kSide, QV, ScalarProducts<QV>{Layout(l), tile.row_parts, lanes.parts, tile.pairs});
+#else
+  sum_over_dims<Terms::kProducts, T, QV>(tile.rows.moved, count, l, lanes.points.moved, tile.pairs);
 #endif
   for (int j = 0; j < count; j++) {
 #pragma GCC unroll 4

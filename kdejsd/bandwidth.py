@@ -16,14 +16,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from .ops.kde import kde_log_prob
-from .targets import (
-    GaussianMixture,
-    IsotropicNormal,
-    checked_smoothable,
-    checked_target,
-    sample_target,
-    target_moments,
-)
+from .targets import Law, SmoothableLaw, Target, checked_smoothable, checked_target, finite_moments, law_log_prob
 
 Answer = TypeVar("Answer")
 
@@ -54,7 +47,7 @@ def optimal_bandwidth(
     latent_dim: int,
     num_centers: int,
     *,
-    target: Any = None,
+    target: Target | None = None,
     smoothed: bool = False,
     method: Literal["root", "fixed-point"] = "root",
     trials: int = 10,
@@ -124,19 +117,19 @@ def optimal_bandwidth(
             raise ValueError(f"{name} must be at least {least}, got {number}")
     if method not in ("root", "fixed-point"):
         raise ValueError(f'method must be "root" or "fixed-point", got {method!r}')
-    target = checked_target(target, latent_dim)
+    law = checked_target(target, latent_dim)
     if smoothed and method != "root":
         raise ValueError(f'smoothed=True needs method="root", got {method!r}')
-    law = checked_smoothable(target) if smoothed else None
+    smoothable = checked_smoothable(law) if smoothed else None
 
     # A caller's no_grad or inference_mode would take away the gradient for h.
     with torch.inference_mode(False), torch.enable_grad():
-        draws: Iterable[_Trial] = (_draw(target, num_centers, seed, trial) for trial in range(trials))
-        if law is not None:
+        draws: Iterable[_Trial] = (_draw(law, num_centers, seed, trial) for trial in range(trials))
+        if smoothable is not None:
             draws = drawn = list(draws)
         values = tuple(_remembered(method, [trial], partial(_best, trial, method)) for trial in draws)
-        if law is not None:
-            values = _remembered("smoothed", drawn, partial(_settled, drawn, law, values))
+        if smoothable is not None:
+            values = _remembered("smoothed", drawn, partial(_settled, drawn, smoothable, values))
     std = float(np.std(values, ddof=1)) if trials > 1 else math.nan
     return OptimalBandwidth(float(np.mean(values)), std, values)
 
@@ -209,12 +202,12 @@ class _Trial:
         return digest.digest()
 
 
-def _draw(target: Any, num_centers: int, seed: int, trial: int) -> _Trial:
+def _draw(law: Law, num_centers: int, seed: int, trial: int) -> _Trial:
     state = np.random.SeedSequence((seed, trial)).generate_state(1, np.uint64)
     generator = torch.Generator("cpu").manual_seed(int(state[0]))
-    centers, *queries = (sample_target(target, num_centers, generator) for _ in range(3))
+    centers, *queries = (law.sample(num_centers, generator) for _ in range(3))
     query = torch.cat(queries)
-    log_target = target.log_prob(query).detach().double()
+    log_target = law.log_prob(query).detach().double()
     if not bool(log_target.isfinite().all()):
         raise ValueError("target must have a finite log_prob at its own samples, got NaN or infinity")
     return _Trial(centers, query, log_target)
@@ -232,12 +225,10 @@ def _remembered(question: str, trials: list[_Trial], answer: Callable[[], Answer
     return found
 
 
-def _settled(
-    trials: list[_Trial], target: IsotropicNormal | GaussianMixture, best: tuple[float, ...]
-) -> tuple[float, ...]:
+def _settled(trials: list[_Trial], law: SmoothableLaw, best: tuple[float, ...]) -> tuple[float, ...]:
     """The least bandwidth, from the mean of `best` on, with which codes settle within 1 % of the target's scale: as one
     value for each trial, whose mean it is."""
-    mean, variance = target_moments(target)
+    mean, variance = finite_moments(law, "the bandwidth with which codes settle")
     scale = float(variance.mean().sqrt())
     shape = variance.sqrt() / scale
 
@@ -256,7 +247,7 @@ def _settled(
         for centers, query in sets:
             codes = (_SETTLED * query).requires_grad_()
             log_density = kde_log_prob(codes, _SETTLED * centers, h).double()
-            log_law = target.smoothed(h * scale).log_prob(mean + scale * codes.double())
+            log_law = law_log_prob(law.smoothed(h * scale), mean + scale * codes.double())
             log_law = log_law + codes.shape[1] * math.log(scale)
             (gradient,) = torch.autograd.grad(-softplus(log_law - log_density).mean(), codes)
             found.append(float((gradient * query).sum()))

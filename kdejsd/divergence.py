@@ -12,7 +12,7 @@ from .bandwidth import optimal_bandwidth
 from .ops._common import broadcast_batch
 from .ops.kde import named_log_prob, normal_divergence_terms
 from .reference.kde import normal_log_prob
-from .targets import GaussianMixture, IsotropicNormal, Target, sample_target, target_dim
+from .targets import IsotropicNormal, Law, Target, as_law, law_log_prob, smoothed_where_possible, wide
 
 _LOG2 = math.log(2)
 
@@ -51,7 +51,8 @@ def jsd_loss(
         codes: [..., n, l], the codes z', that get the gradient; n at least 1 for reduction="mean".
         lagged: [..., m, l], the lagged codes; detach them, or they get their gradient too.
         bandwidth: as in `kde_log_prob`.
-        target: StandardNormal, GaussianMixture, or a torch Distribution over vectors; None for the standard normal.
+        target: StandardNormal, GaussianMixture, a torch Distribution over vectors, or an object with the methods of
+            `kdejsd.targets.Law`; None for the standard normal. Where its density is 0, "js" is log 2 and "kl" infinity.
         target_samples: [k, l], samples of the target; only for "js" with reduction="mean".
         log_weights: [..., m], as in `kde_log_prob`.
         exclude_self: as in `kde_log_prob`: leaves a code's own lagged copy out.
@@ -69,7 +70,6 @@ def jsd_loss(
     Raises:
         ValueError: an unknown divergence or reduction, shapes that do not match, own with what it does not go with,
             and as in `kde_log_prob`.
-            Codes that are NaN raise it too where a torch Distribution checks its arguments (validate_args).
         TypeError, RuntimeError: as in `kde_log_prob`.
     """
     if divergence not in ("js", "kl"):
@@ -148,7 +148,7 @@ def codes_jsd(codes: Tensor, bandwidth: float, law: Target, generator: torch.Gen
         The estimate, 0-dim.
     """
     noise = torch.randn(codes.shape, generator=generator, device=codes.device, dtype=codes.dtype)
-    law_samples = sample_target(law, len(codes), generator).to(codes)
+    law_samples = as_law(law).sample(len(codes), generator).to(codes)
     return jsd(codes + bandwidth * noise, codes, bandwidth, law_samples, target=law)
 
 
@@ -158,8 +158,7 @@ def target_jsd(codes: Tensor, target: Target, generator: torch.Generator) -> Ten
     the codes and the target alone."""
     count, dim = codes.shape
     bandwidth = optimal_bandwidth(dim, count, target=target).value
-    law = target.smoothed(bandwidth) if isinstance(target, (IsotropicNormal, GaussianMixture)) else target
-    return codes_jsd(codes, bandwidth, law, generator)
+    return codes_jsd(codes, bandwidth, smoothed_where_possible(as_law(target), bandwidth), generator)
 
 
 def _at_codes(
@@ -184,7 +183,7 @@ def _at_codes(
         variance = 1.0 if target is None else target.variance
         fused = normal_divergence_terms(*kde, variance, divergence, reduction, own, narrow)
         if fused is not None:
-            _check_target(target, names[0], codes)
+            _checked_law(target, names[0], codes)
             return fused
     return divergence_terms(named_log_prob(*kde, own), codes, target, divergence, reduction, names[0])
 
@@ -193,7 +192,7 @@ def divergence_terms(
     log_prob: Tensor, codes: Tensor, target: Target | None, divergence: str, reduction: str, name: str = "codes"
 ) -> Tensor:
     """The terms of `jsd_loss` at codes [..., n, l] from log p_e there, [..., n]; in float64."""
-    gap = _log_target(target, name, codes) - _wide(log_prob)
+    gap = _log_target(target, name, codes) - wide(log_prob)
     terms = -gap if divergence == "kl" else _LOG2 + logsigmoid(-gap)
     return terms.mean() if reduction == "mean" else terms.sum() if reduction == "sum" else terms
 
@@ -208,23 +207,17 @@ def _at_target(
 ) -> Tensor:
     """log 2 + log p_t / (p_e + p_t) at samples of the target, [..., k]; in float64."""
     log_prob = named_log_prob(("target_samples", name), target_samples, centers, bandwidth, log_weights)
-    return _LOG2 + logsigmoid(_log_target(target, "target_samples", target_samples) - _wide(log_prob))
+    return _LOG2 + logsigmoid(_log_target(target, "target_samples", target_samples) - wide(log_prob))
 
 
-def _check_target(target: Target | None, name: str, z: Tensor) -> None:
-    if target is not None and target_dim(target) != z.shape[-1]:
-        raise ValueError(f"target must have the {z.shape[-1]} dimensions of {name}, got {target_dim(target)}")
+def _checked_law(target: Target | None, name: str, z: Tensor) -> Law | None:
+    law = None if target is None else as_law(target)
+    if law is not None and law.dim != z.shape[-1]:
+        raise ValueError(f"target must have the {z.shape[-1]} dimensions of {name}, got {law.dim}")
+    return law
 
 
 def _log_target(target: Target | None, name: str, z: Tensor) -> Tensor:
-    """log p_t in float64: of float64 points where the target's own parameters allow it."""
-    _check_target(target, name, z)
-    if target is None:
-        return normal_log_prob(_wide(z), 1.0)
-    if isinstance(target, torch.distributions.Distribution):
-        return _wide(target.log_prob(z))
-    return target.log_prob(_wide(z))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.device.type == "mps" else x.double()  # that device has no float64
+    """log p_t in float64."""
+    law = _checked_law(target, name, z)
+    return normal_log_prob(wide(z), 1.0) if law is None else law_log_prob(law, z)

@@ -16,7 +16,7 @@ from .ops._common import checks_values
 from .ops.kde import kde_log_prob
 from .ops.streamed import streamed_log_prob
 from .reference.kde import with_own_center
-from .targets import Target, checked_smoothable, checked_target
+from .targets import Law, Target, checked_smoothable, checked_target
 
 _PART = 2**17  # codes of a rank that are gathered at a time
 
@@ -92,14 +92,14 @@ class LaggedKDE(nn.Module):
             raise TypeError(f"storage_dtype must be torch.float32 or torch.bfloat16, got {storage_dtype}")
         if storage_device not in (None, "cpu"):
             raise ValueError(f'storage_device must be "cpu" or None, got {storage_device!r}')
-        target = checked_target(target, latent_dim)
+        law = checked_target(target, latent_dim)
         if smoothed:
-            checked_smoothable(target)
+            checked_smoothable(law)
         if bandwidth is None:
-            bandwidth = optimal_bandwidth(latent_dim, num_centers, target=target).value
+            bandwidth = optimal_bandwidth(latent_dim, num_centers, target=law).value
         if not 0 < bandwidth < math.inf:
             raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
-        self.target = target
+        self.target = law
         self.smoothed = smoothed
         self.divergence = divergence
         self.refreshed = False
@@ -117,7 +117,7 @@ class LaggedKDE(nn.Module):
 
     def _set_bandwidth(self, bandwidth: float) -> None:
         self.bandwidth = float(bandwidth)
-        self.law: Target = self.target
+        self.law: Law = self.target
         if self.smoothed:
             self.law = checked_smoothable(self.target).smoothed(self.bandwidth)
 

@@ -19,7 +19,6 @@ from .entropy import kde_entropy
 from .models.autoencoder import JSD_SAMPLES, Autoencoder
 from .models.base import CHUNK
 from .models.gan import GAN
-from .targets import sample_target
 
 with train_extra():
     from torchmetrics.functional import mean_squared_error
@@ -85,7 +84,7 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
         * entropy, entropy_of_normal: of the whitened codes and of as many samples of the standard normal, in nats, each
           from at most 10 000 (`kde_entropy`, which is biased alike for both); None for codes that cannot be whitened.
         * variance, expected_variance: of each dimension, and what the loss aims at (`Autoencoder.expected_variance`;
-          None if that is negative: there is no such optimum).
+          None if that is negative, where there is no such optimum, or not finite).
         * mean: of each dimension.
         * covariance_eigenvalues: ascending.
         * posterior: for a model whose encoder gives a law (VAE, StochasticGEN), the numbers of one sample of each
@@ -94,7 +93,7 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
     """
     generator = torch.Generator(encoded.codes.device).manual_seed(seed)
     index = torch.arange(len(encoded.codes), device=encoded.codes.device) if training else None
-    ideal = sample_target(model.target, min(len(encoded.codes), JSD_SAMPLES), generator)
+    ideal = model.target.sample(min(len(encoded.codes), JSD_SAMPLES), generator)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         followed = encoded.codes if encoded.posterior is None else encoded.posterior
@@ -118,7 +117,7 @@ def _law_measures(model: Autoencoder, codes: Tensor, ideal: Tensor, generator: t
         "entropy": _entropy(codes),
         "entropy_of_normal": _entropy(torch.randn(codes.shape, generator=generator, device=codes.device)),
         "variance": codes.var(0).tolist(),
-        "expected_variance": expected.tolist() if bool((expected >= 0).all()) else None,
+        "expected_variance": expected.tolist() if bool((expected >= 0).all() and expected.isfinite().all()) else None,
         "mean": codes.mean(0).tolist(),
         "covariance_eigenvalues": torch.linalg.eigvalsh(codes.T.double().cov().reshape(2 * codes.shape[1:])).tolist(),
         "matched_jsd": float(target_jsd(codes[:JSD_SAMPLES], model.target, generator)),

@@ -14,7 +14,7 @@ from ._extras import train_extra
 from ._modes import evaluating
 from .diversity.bounds import uniform_radius_bound
 from .diversity.labels import Map, latent_labels, models_like
-from .targets import GaussianMixture, IsotropicNormal, StandardNormal, Target, target_dim
+from .targets import GaussianMixture, IsotropicNormal, Law, Target, as_law, checked_target
 
 with train_extra():
     from matplotlib import colormaps
@@ -40,7 +40,7 @@ def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
     codes, labels = codes[:_POINTS].double().cpu(), labels[:_POINTS].cpu()
     figure, axes = _square_figure()
     if codes.shape[1] == 1:
-        _histogram(axes, codes[:, 0], target)
+        _histogram(axes, codes[:, 0], as_law(target))
         return figure
     shift, plane = torch.zeros(codes.shape[1]).double(), torch.eye(2).double()
     names = ["code 1", "code 2"]
@@ -54,7 +54,7 @@ def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
         ]
     color = _class_colors(int(labels.max()) + 1 if len(labels) else 0)
     _scatter(axes, (codes - shift) @ plane, labels, color)
-    _draw_target(axes, target, shift, plane)
+    _draw_law(axes, as_law(target), shift, plane)
     axes.set(xlabel=names[0], ylabel=names[1], aspect="equal")
     axes.autoscale_view()
     _legend(axes, labels.unique().tolist(), color)
@@ -89,9 +89,7 @@ def latent_classes(
         ValueError: codes, labels or a target of another shape, an extent that is not positive and finite, a resolution
             below 2, and what `latent_labels` refuses.
     """
-    target = StandardNormal(2) if target is None else target
-    if target_dim(target) != 2:
-        raise ValueError(f"target must have 2 dimensions, got {target_dim(target)}")
+    law = checked_target(target, 2, "the picture")
     if codes is not None and (codes.ndim != 2 or codes.shape[1] != 2):
         raise ValueError(f"codes must have shape [n, 2], got {list(codes.shape)}")
     if labels is not None and (codes is None or labels.shape != codes.shape[:1]):
@@ -99,7 +97,7 @@ def latent_classes(
             f"labels must have one entry for each of the codes, got {list(labels.shape)} for "
             f"{'no codes' if codes is None else f'{len(codes)} codes'}"
         )
-    extent = _extent(target) if extent is None else extent
+    extent = _extent(law) if extent is None else extent
     if not 0 < extent < math.inf:
         raise ValueError(f"extent must be positive and finite, got {extent}")
     if resolution < 2:
@@ -121,7 +119,7 @@ def latent_classes(
         points = codes[:_POINTS].double().cpu()
         none = torch.full((len(points),), -1)
         _scatter(axes, points, none if labels is None else labels[:_POINTS].cpu(), color)
-    _draw_target(axes, target, torch.zeros(2).double(), torch.eye(2).double())
+    _draw_law(axes, law, torch.zeros(2).double(), torch.eye(2).double())
     axes.set(xlabel="latent 1", ylabel="latent 2", xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
     _legend(axes, regions.unique().tolist(), color)
     return figure
@@ -292,30 +290,30 @@ def _legend(axes: Axes, classes: list[int], color: Callable[[int], tuple[float, 
         axes.legend(handles=names, title="class", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
-def _draw_target(axes: Axes, target: Target, shift: Tensor, plane: Tensor) -> None:
-    for center, radius in _circles(target):
+def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
+    for center, radius in _circles(law):
         x, y = ((center - shift) @ plane).tolist()
         axes.add_patch(Circle((x, y), radius, fill=False, color="0.3", lw=0.8, ls="--"))
 
 
-def _circles(target: Target) -> list[tuple[Tensor, float]]:
+def _circles(law: Law) -> list[tuple[Tensor, float]]:
     """Centers [l] and radii; an isotropic law keeps its standard deviation in every projection."""
-    if isinstance(target, IsotropicNormal):
-        return [(torch.zeros(target.dim).double(), k * math.sqrt(target.variance)) for k in (1, 2, 3)]
-    if isinstance(target, GaussianMixture):
-        return [(mean, 2 * float(scale)) for mean, scale in zip(target.means.cpu(), target.scales.cpu(), strict=True)]
+    if isinstance(law, IsotropicNormal):
+        return [(torch.zeros(law.dim).double(), k * math.sqrt(law.variance)) for k in (1, 2, 3)]
+    if isinstance(law, GaussianMixture):
+        return [(mean, 2 * float(scale)) for mean, scale in zip(law.means.cpu(), law.scales.cpu(), strict=True)]
     return []
 
 
-def _extent(target: Target) -> float:
-    """What holds the target's circles with some room, or 4 if there are none."""
-    return max((1.15 * (float(center.abs().max()) + radius) for center, radius in _circles(target)), default=4.0)
+def _extent(law: Law) -> float:
+    """What holds the law's circles with some room, or 4 if there are none."""
+    return max((1.15 * (float(center.abs().max()) + radius) for center, radius in _circles(law)), default=4.0)
 
 
-def _histogram(axes: Axes, codes: Tensor, target: Target) -> None:
+def _histogram(axes: Axes, codes: Tensor, law: Law) -> None:
     axes.hist(codes.numpy(), bins=60, density=True, color="0.7", label="codes")
     z = torch.linspace(float(codes.min()) - 1, float(codes.max()) + 1, 400)
-    axes.plot(z.numpy(), target.log_prob(z[:, None]).exp().detach().cpu().numpy(), color="k", label="target")
+    axes.plot(z.numpy(), law.log_prob(z[:, None]).exp().detach().cpu().numpy(), color="k", label="target")
     axes.set(xlabel="code", ylabel="density")
     axes.legend(frameon=False)
 

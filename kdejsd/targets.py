@@ -1,16 +1,25 @@
-"""Known laws that codes are matched to: isotropic normals and mixtures of them, and each smoothed by the kernel."""
+"""Known laws that codes are matched to: isotropic normals, mixtures of them, torch's distributions, a user's own; each
+smoothed by the kernel where that has a closed form."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import (
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+)
 
+from . import _torch
 from .ops.kde import kde_log_prob
 from .reference.kde import normal_log_prob
 
@@ -42,6 +51,10 @@ class IsotropicNormal(nn.Module):
         """n samples as [n, dim] float32, on the generator's device (default: the CPU)."""
         device = None if generator is None else generator.device
         return torch.randn(n, self.dim, generator=generator, device=device) * math.sqrt(self.variance)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every dimension, each [dim]."""
+        return torch.zeros(self.dim), torch.full((self.dim,), self.variance)
 
     def smoothed(self, bandwidth: float) -> IsotropicNormal:
         """This law convolved with the kernel N(0, bandwidth^2 I): what a KDE of its own samples tends to."""
@@ -133,6 +146,13 @@ class GaussianMixture(nn.Module):
         means, scales = self.means.float().to(device), self.scales.float().to(device)
         return means[component] + scales[component, None] * noise, component
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every dimension, each [dim]."""
+        weights = self.log_weights.exp()[:, None]
+        mean = (weights * self.means).sum(0)
+        second = (weights * (self.means.square() + self.scales.square()[:, None])).sum(0)
+        return mean, second - mean.square()
+
     def smoothed(self, bandwidth: float) -> GaussianMixture:
         """This law convolved with the kernel N(0, bandwidth^2 I): every component's variance grows by bandwidth^2."""
         scales = (self.scales.square() + _positive(bandwidth) ** 2).sqrt()
@@ -142,82 +162,228 @@ class GaussianMixture(nn.Module):
         return f"components={self.means.shape[0]}, dim={self.dim}"
 
 
-Target: TypeAlias = IsotropicNormal | GaussianMixture | Distribution
+class Law(Protocol):
+    """What a target needs; the built-in ones have it, and a class of your own may.
+
+    It may also have `smoothed(bandwidth)`, the law convolved with the kernel N(0, bandwidth^2 I), and `moments()`, mean
+    and variance of every dimension, each [dim]; without these they are estimated from samples.
+    """
+
+    @property
+    def dim(self) -> int:
+        """l, the number of dimensions."""
+
+    def log_prob(self, z: Tensor, /) -> Tensor:
+        """Log-density in nats at z [..., dim], as [...]."""
+
+    def sample(self, n: int, generator: torch.Generator | None = None, /) -> Tensor:
+        """n samples [n, dim], drawn by the generator alone where there is one, on its device."""
 
 
-def target_dim(target: Target) -> int:
-    """The number of dimensions of the target's samples.
+class SmoothableLaw(Law, Protocol):
+    """A law that can be convolved with the kernel."""
+
+    def smoothed(self, bandwidth: float, /) -> Law:
+        """This law convolved with the kernel N(0, bandwidth^2 I)."""
+
+
+Target: TypeAlias = IsotropicNormal | GaussianMixture | Distribution | Law
+
+
+class DistributionLaw(nn.Module):
+    """A torch Distribution over vectors as a law, with its parameters where they are.
 
     Raises:
-        ValueError: a Distribution whose event is not one vector (wrap it in `torch.distributions.Independent`).
-        TypeError: something that is no target.
+        ValueError: a distribution whose event is not one vector (wrap it in `torch.distributions.Independent`).
     """
-    if isinstance(target, (IsotropicNormal, GaussianMixture)):
-        return target.dim
-    if isinstance(target, Distribution):
-        if len(target.event_shape) != 1 or len(target.batch_shape) != 0:
+
+    def __init__(self, distribution: Distribution) -> None:
+        super().__init__()
+        if len(distribution.event_shape) != 1 or len(distribution.batch_shape) != 0:
             raise ValueError(
                 "target must be one distribution over vectors, with event_shape [l] and batch_shape []; "
-                f"got event_shape {list(target.event_shape)} and batch_shape {list(target.batch_shape)} "
+                f"got event_shape {list(distribution.event_shape)} and batch_shape {list(distribution.batch_shape)} "
                 "(torch.distributions.Independent(target, 1) turns a batch of scalars into a vector)"
             )
-        return target.event_shape[0]
-    raise TypeError(
-        "target must be None, StandardNormal, GaussianMixture or a torch.distributions.Distribution, "
-        f"got {type(target).__name__}"
-    )
+        self.distribution = distribution
+        self.dim = distribution.event_shape[0]
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Log-density in nats at z [..., dim], as [...]: -inf outside of the support and NaN where z is NaN, whether or
+        not the distribution validates its arguments. (Without, many give a plausible number there; under torch.compile
+        and function transforms it is what the distribution gives.)"""
+        _check_dim(z, self.dim)
+        if z.numel() == 0:  # which some supports cannot check
+            return z.sum(-1)
+        try:
+            support = self.distribution.support
+        except NotImplementedError:
+            support = None
+        if support is None or torch.compiler.is_compiling() or _torch.transforms_active():
+            return self._log_prob(z)  # what lies outside cannot be asked there
+        inside = support.check(z)
+        if bool(inside.all()):
+            return self._log_prob(z)
+        outside = torch.where(z.isnan().any(-1), math.nan, -math.inf).to(z.dtype)
+        if not bool(inside.any()):
+            return outside
+        # A point of the support stands in for the others, so that none of their gradients is NaN.
+        stand_in = z[inside][0].detach()
+        return torch.where(inside, self._log_prob(torch.where(inside[..., None], z, stand_in)), outside)
+
+    def _log_prob(self, z: Tensor) -> Tensor:
+        log_density: Tensor = self.distribution.log_prob(z)
+        return log_density
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n samples [n, dim], on the generator's device. A Distribution draws from the global random state, which is
+        seeded from the generator for the draw and put back."""
+        if generator is None:
+            return self.distribution.sample(torch.Size((n,)))
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return self.distribution.sample(torch.Size((n,))).to(generator.device)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of every dimension, each [dim]; estimated from samples where the distribution has none."""
+        try:
+            return self.distribution.mean, self.distribution.variance
+        except NotImplementedError:
+            return _estimated_moments(self)
+
+    def __repr__(self) -> str:
+        return repr(self.distribution)
 
 
-def target_moments(target: Target) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every dimension of the target, each [l]."""
-    if isinstance(target, IsotropicNormal):
-        return torch.zeros(target.dim), torch.full((target.dim,), target.variance)
-    if isinstance(target, GaussianMixture):
-        weights, means = target.log_weights.exp()[:, None], target.means
-        mean = (weights * means).sum(0)
-        second = (weights * (means.square() + target.scales.square()[:, None])).sum(0)
-        return mean, second - mean.square()
-    return target.mean, target.variance
+class SmoothableDistribution(DistributionLaw):
+    """A normal Distribution, or a mixture of them."""
+
+    def smoothed(self, bandwidth: float) -> SmoothableDistribution:
+        """This law convolved with the kernel N(0, bandwidth^2 I)."""
+        return SmoothableDistribution(_with_kernel(self.distribution, _positive(bandwidth) ** 2))
 
 
-def checked_target(target: Target | None, latent_dim: int) -> Target:
-    """The target, None being the standard normal.
+def _innermost(distribution: Distribution) -> Distribution:
+    """Of a law of independent parts, or a mixture: that of a part, or of a component."""
+    if type(distribution) is Independent:
+        return _innermost(distribution.base_dist)
+    if type(distribution) is MixtureSameFamily:
+        return _innermost(distribution.component_distribution)
+    return distribution
+
+
+def _with_kernel(distribution: Any, variance: float) -> Distribution:
+    """The sum of a sample of a normal distribution, or of a mixture of them, and one of N(0, variance I)."""
+    if type(distribution) is Independent:
+        part = _with_kernel(distribution.base_dist, variance)
+        return Independent(part, distribution.reinterpreted_batch_ndims)
+    if type(distribution) is MixtureSameFamily:
+        components = _with_kernel(distribution.component_distribution, variance)
+        return MixtureSameFamily(distribution.mixture_distribution, components)
+    if type(distribution) is Normal:
+        return Normal(distribution.loc, (distribution.scale.square() + variance).sqrt())
+    if type(distribution) is LowRankMultivariateNormal:
+        return LowRankMultivariateNormal(distribution.loc, distribution.cov_factor, distribution.cov_diag + variance)
+    covariance = distribution.covariance_matrix
+    return MultivariateNormal(distribution.loc, covariance + variance * torch.eye(len(covariance[-1])).to(covariance))
+
+
+def as_law(target: Target) -> Law:
+    """The target as a law: itself, or a torch Distribution with the methods of one.
 
     Raises:
-        ValueError: a target that has not latent_dim dimensions, and as in `target_dim`.
-        TypeError: as in `target_dim`.
+        ValueError: a Distribution whose event is not one vector.
+        TypeError: something that is no target.
     """
-    target = StandardNormal(latent_dim) if target is None else target
-    if target_dim(target) != latent_dim:
-        raise ValueError(f"target must have latent_dim = {latent_dim} dimensions, got {target_dim(target)}")
-    return target
-
-
-def checked_smoothable(target: Target) -> IsotropicNormal | GaussianMixture:
-    """The target, if it has a `smoothed`.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if not isinstance(target, (IsotropicNormal, GaussianMixture)):
-        raise ValueError(
-            "smoothed=True needs a target that can be convolved with the kernel (StandardNormal or GaussianMixture), "
-            f"got {type(target).__name__}"
+    if isinstance(target, Distribution):
+        is_normal = type(_innermost(target)) in (Normal, MultivariateNormal, LowRankMultivariateNormal)
+        return SmoothableDistribution(target) if is_normal else DistributionLaw(target)
+    missing = [name for name in ("dim", "log_prob", "sample") if not hasattr(target, name)]
+    if missing or isinstance(target, type):
+        described = f"{type(target).__name__}, which has no {' and no '.join(missing)}"
+        if isinstance(target, type):
+            described = f"the class {target.__name__}, not an instance of it"
+        raise TypeError(
+            "target must be None, StandardNormal, GaussianMixture, a torch.distributions.Distribution, or an object "
+            f"with dim, log_prob(z) and sample(n, generator); got {described}"
         )
     return target
 
 
-def sample_target(target: Target, n: int, generator: torch.Generator) -> Tensor:
-    """n samples [n, dim] from any target, on the generator's device, by the generator alone.
+def checked_target(target: Target | None, dim: int, like: str = "latent_dim") -> Law:
+    """The target as a law, None being the standard normal.
 
-    A torch Distribution draws from the global random state; it is seeded from the generator for the draw and put back.
+    Raises:
+        ValueError: a target that has not `dim` dimensions, which `like` has, and as in `as_law`.
+        TypeError: as in `as_law`.
     """
-    if not isinstance(target, Distribution):
-        return target.sample(n, generator)
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return target.sample(torch.Size((n,))).to(generator.device)
+    law = StandardNormal(dim) if target is None else as_law(target)
+    if law.dim != dim:
+        raise ValueError(f"target must have {dim} dimensions, as {like} has, got {law.dim}")
+    return law
+
+
+def checked_smoothable(law: Law) -> SmoothableLaw:
+    """The law, if it has a `smoothed`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not hasattr(law, "smoothed"):
+        raise ValueError(
+            "smoothed=True needs a target that can be convolved with the kernel: StandardNormal, GaussianMixture, "
+            "torch's Normal in Independent, MultivariateNormal, a mixture of them, or an object with "
+            f"smoothed(bandwidth); got {law}"
+        )
+    return cast(SmoothableLaw, law)
+
+
+def smoothed_where_possible(law: Law, bandwidth: float) -> Law:
+    """The law convolved with the kernel, or itself where that is not known."""
+    return checked_smoothable(law).smoothed(bandwidth) if hasattr(law, "smoothed") else law
+
+
+def law_moments(law: Law) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every dimension of the law, each [l]."""
+    if hasattr(law, "moments"):
+        mean, variance = law.moments()
+        return mean, variance
+    return _estimated_moments(law)
+
+
+def finite_moments(law: Law, purpose: str) -> tuple[Tensor, Tensor]:
+    """`law_moments`.
+
+    Raises:
+        ValueError: one that is not finite, which the purpose needs.
+    """
+    mean, variance = law_moments(law)
+    if not bool((mean + variance).isfinite().all()):
+        raise ValueError(
+            f"target must have a finite mean and variance for {purpose}, got mean {mean.tolist()} and variance "
+            f"{variance.tolist()}"
+        )
+    return mean, variance
+
+
+def _estimated_moments(law: Law) -> tuple[Tensor, Tensor]:
+    n = max(1000, min(100_000, 10_000_000 // law.dim))  # the mean to 0.3 % of the deviation up to 100 dimensions
+    samples = law.sample(n, torch.Generator().manual_seed(0)).double()
+    return samples.mean(0), samples.var(0)
+
+
+def law_log_prob(law: Law, z: Tensor) -> Tensor:
+    """log-density in float64 at z [..., dim]: of float64 points where the law's parameters are numbers or float64, and
+    of float32 ones for half types elsewhere."""
+    if isinstance(law, (IsotropicNormal, GaussianMixture)):
+        return law.log_prob(wide(z))
+    return wide(law.log_prob(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return x if x.device.type == "mps" else x.double()
 
 
 def _check_dim(z: Tensor, dim: int) -> None:

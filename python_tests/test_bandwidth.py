@@ -260,7 +260,7 @@ LAPLACE = Independent(Laplace(torch.zeros(2), torch.ones(2)), 1)
         ((2, 10), {"method": "newton"}, ValueError, 'method must be "root" or "fixed-point", got \'newton\''),
         ((2, 10), {"smoothed": True, "method": "fixed-point"}, ValueError, 'smoothed=True needs method="root"'),
         ((2, 10), {"smoothed": True, "target": LAPLACE}, ValueError, "can be convolved .* got Independent"),
-        ((2, 10), {"target": StandardNormal(3)}, ValueError, "target must have latent_dim = 2 dimensions, got 3"),
+        ((2, 10), {"target": StandardNormal(3)}, ValueError, "target must have 2 dimensions, as latent_dim has, got 3"),
         ((2, 10), {"target": "normal"}, TypeError, "target must be None, StandardNormal"),
         ((2, 10), {"target": Normal(torch.zeros(2), torch.ones(2))}, ValueError, "event_shape"),
     ],

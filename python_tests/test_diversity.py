@@ -215,13 +215,13 @@ def nan_for_some(z: Tensor) -> Tensor:
         ((None, half_spaces, 2), {"num_samples": 1}, ValueError, "num_samples must be at least 2, got 1"),
         ((None, half_spaces, 2), {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ((None, half_spaces, 2), {"confidence": 1.0}, ValueError, "confidence must be above 0 and below 1, got 1.0"),
-        ((None, half_spaces, 2), {"target": StandardNormal(3)}, ValueError, "target must have latent_dim = 2 dim"),
+        ((None, half_spaces, 2), {"target": StandardNormal(3)}, ValueError, "target must have 2 dimensions, as latent_dim"),
         ((None, half_spaces, 2), {"target": "normal"}, TypeError, "target must be None, StandardNormal"),
         (
             (None, half_spaces, 2),
             {"codes": points(100, 3)},
             ValueError,
-            "codes must have the 2 dimensions of the prior",
+            "target must have 2 dimensions, as latent_dim has",
         ),
         ((None, half_spaces, 2), {"codes": points(100, 2), "hole_level": 0}, ValueError, "level must be above 0"),
     ],
@@ -316,7 +316,7 @@ def test_holes_refuse():
         (torch.zeros(100, 2), {}, ValueError, "codes must not all have an exact duplicate"),
         (points(100, 2), {"level": 1.0}, ValueError, "level must be above 0 and below 1, got 1.0"),
         (points(100, 2), {"num_samples": 1}, ValueError, "num_samples must be at least 2, got 1"),
-        (points(100, 2), {"target": StandardNormal(1)}, ValueError, "codes must have the 1 dimensions of the prior"),
+        (points(100, 2), {"target": StandardNormal(1)}, ValueError, "target must have"),
     ):
         with pytest.raises(error, match=message):
             latent_holes(codes, **settings)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import operators
-from torch.distributions import Independent, Normal
+from torch.distributions import Independent, Normal, Uniform
 from torch.nn.functional import logsigmoid
 
 from kdejsd import GaussianMixture, StandardNormal
@@ -208,8 +208,10 @@ def test_a_torch_distribution_is_a_target():
     lagged, codes, _ = make(target=target, smoothed=False)
     ours, _, _ = make(smoothed=False)
     torch.testing.assert_close(lagged.loss(codes), ours.loss(codes))
+    torch.testing.assert_close(make(target=target, smoothed=True)[0].loss(codes), make(smoothed=True)[0].loss(codes))
+    uniform = Independent(Uniform(-torch.ones(DIM), torch.ones(DIM)), 1)
     with pytest.raises(ValueError, match=r"smoothed=True needs a target that can be convolved.*got Independent"):
-        LaggedKDE(M, DIM, H, target, smoothed=True)
+        LaggedKDE(M, DIM, H, uniform, smoothed=True)
 
 
 @pytest.mark.parametrize("smoothed", [False, True])
@@ -299,7 +301,7 @@ def test_update_and_push_refuse():
         ({"num_centers": 5, "latent_dim": 2, "bandwidth": 1.0, "divergence": "tv"}, "divergence must be .* got 'tv'"),
         (
             {"num_centers": 5, "latent_dim": 2, "bandwidth": 1.0, "target": StandardNormal(3)},
-            "latent_dim = 2 dimensions, got 3",
+            "2 dimensions, as latent_dim has, got 3",
         ),
     ],
 )

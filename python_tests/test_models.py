@@ -317,7 +317,10 @@ def networks(width: int = 2) -> tuple[nn.Module, nn.Module]:
         (lambda: AAE(*networks(), 2, weight=-1.0), r"weight must not be negative, got -1\.0"),
         (lambda: WAE(*networks(), 2, weight=-1.0), r"weight must not be negative, got -1\.0"),
         (lambda: AAE(*networks(), 2, discriminator_hidden=()), r"discriminator_hidden must be widths .*, got \[\]"),
-        (lambda: AE(*networks(), 2, target=StandardNormal(3)), "target must have latent_dim = 2 dimensions, got 3"),
+        (
+            lambda: AE(*networks(), 2, target=StandardNormal(3)),
+            "target must have 2 dimensions, as latent_dim has, got 3",
+        ),
         (lambda: VAE(*networks(4), 2, observation_variance=0.0), r"observation_variance must be positive .*, got 0\.0"),
         (lambda: VAE(*networks(4), 2, prior="mixture"), 'prior must be "normal" or "flow", got \'mixture\''),
         (lambda: VAE(*networks(2), 2, prior="flow", flow_layers=0), "layers must be at least 1, got 0"),

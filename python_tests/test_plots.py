@@ -131,7 +131,7 @@ def test_a_class_has_one_colour_in_every_picture():
             r"labels must have one entry for each of the codes, got \[4\] for no codes",
         ),
         ({"codes": torch.zeros(4, 2), "labels": torch.zeros(3).long()}, r"got \[3\] for 4 codes"),
-        ({"target": StandardNormal(3)}, "target must have 2 dimensions, got 3"),
+        ({"target": StandardNormal(3)}, "target must have 2 dimensions, as the picture has, got 3"),
         ({"extent": math.inf}, "extent must be positive and finite, got inf"),
         ({"resolution": 1}, "resolution must be at least 2, got 1"),
     ],

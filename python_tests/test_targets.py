@@ -14,10 +14,23 @@ from scipy.integrate import quad
 from scipy.special import logsumexp
 from scipy.stats import chisquare, multivariate_normal
 from torch.autograd import gradcheck
-from torch.distributions import Independent, MultivariateNormal, Normal
+from torch.distributions import (
+    Beta,
+    Categorical,
+    Exponential,
+    ExpTransform,
+    Independent,
+    LowRankMultivariateNormal,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+    TransformedDistribution,
+    Uniform,
+)
 
-from kdejsd import GaussianMixture, StandardNormal
-from kdejsd.targets import IsotropicNormal, Target, sample_target, target_dim
+from kdejsd import GaussianMixture, LaggedKDE, StandardNormal, jsd_loss
+from kdejsd.targets import IsotropicNormal, Target, as_law, checked_target, law_moments
 
 MEANS = [[0.0, 0.0, 1.0], [2.0, -1.0, 0.0], [-3.0, 0.5, 0.5]]
 SCALES = [0.5, 1.0, 1.7]
@@ -121,7 +134,7 @@ def test_smoothed_is_the_convolution(name):
 def test_smoothing_twice_adds_variances(name):
     law, z = known_laws()[name][0], points(20, 3)
     assert worst(law.smoothed(0.3).smoothed(0.4).log_prob(z), law.smoothed(0.5).log_prob(z)) < 1e-15
-    assert target_dim(law.smoothed(0.3)) == 3
+    assert law.smoothed(0.3).dim == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +154,7 @@ def test_moments(name):
     else:
         mean = law.mean.numpy()
         covariance = np.diag(law.variance.numpy())
-    samples = sample_target(law, n, generator(3)).double().numpy()
+    samples = as_law(law).sample(n, generator(3)).double().numpy()
     assert samples.shape == (n, 3)
     centered = samples - mean
     assert (abs(centered.mean(0)) < 5 * samples.std(0) / math.sqrt(n)).all()
@@ -192,15 +205,15 @@ def test_sample_with_component(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ALL)
-def test_sample_target_leaves_the_global_random_state(name, device):
+def test_sampling_leaves_the_global_random_state(name, device):
     law = all_targets()[name]
     torch.manual_seed(1)
     state = torch.get_rng_state()
     source = torch.Generator(device).manual_seed(7)
-    first, second = sample_target(law, 10, source), sample_target(law, 10, source)
+    first, second = (as_law(law).sample(10, source) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    assert torch.equal(sample_target(law, 10, torch.Generator(device).manual_seed(7)), first)
+    assert torch.equal(as_law(law).sample(10, torch.Generator(device).manual_seed(7)), first)
     assert not torch.equal(first, second)
     assert first.shape == (10, 3) and first.device.type == device
 
@@ -276,8 +289,128 @@ def test_representations():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_target_dim(name):
-    assert target_dim(all_targets()[name]) == 3
+def test_dim(name):
+    assert as_law(all_targets()[name]).dim == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torch's distributions and laws of a user's own
+
+
+def normal_distributions() -> dict[str, torch.distributions.Distribution]:
+    scales, loc = torch.tensor([0.5, 1.0, 2.0]).double(), torch.tensor([1.0, 0.0, -1.0]).double()
+    factor = points(3, 2, seed=5)
+    weights = torch.tensor([0.3, 0.7]).double()
+    return {
+        "independent": Independent(Normal(loc, scales), 1),
+        "independent twice": Independent(Independent(Normal(loc, scales), 0), 1),
+        "multivariate": MultivariateNormal(loc, factor @ factor.T + torch.eye(3)),
+        "low rank": LowRankMultivariateNormal(loc, factor, scales),
+        "mixture": MixtureSameFamily(Categorical(weights), Independent(Normal(points(2, 3), scales), 1)),
+        "correlated mixture": MixtureSameFamily(
+            Categorical(weights), MultivariateNormal(points(2, 3), torch.eye(3).double() + factor @ factor.T)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(normal_distributions()))
+def test_normal_distributions_are_smoothed(name):
+    """The mean density over the kernel's noise, by a quadrature of each dimension."""
+    distribution, h, z = normal_distributions()[name], 0.8, points(7, 3, seed=9)
+    law = as_law(distribution)
+    nodes, shares = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(20))
+    noise = h * torch.cartesian_prod(nodes, nodes, nodes)
+    share = torch.cartesian_prod(shares, shares, shares).prod(-1) / (2 * math.pi) ** 1.5
+    exact = (law.log_prob(z[:, None] - noise).exp() * share).sum(-1).log()
+    torch.testing.assert_close(law.smoothed(h).log_prob(z), exact, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(law.smoothed(0.3).smoothed(0.4).log_prob(z), law.smoothed(0.5).log_prob(z))
+    with pytest.raises(ValueError, match="bandwidth must be positive and finite, got 0"):
+        law.smoothed(0)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize(
+    ("make", "inside", "outside"),
+    [
+        (lambda v: Independent(Uniform(torch.zeros(2), torch.ones(2), validate_args=v), 1, validate_args=v), 0.5, 1.5),
+        (lambda v: Independent(Exponential(torch.ones(2), validate_args=v), 1, validate_args=v), 0.5, -1.0),
+        (lambda v: Independent(Beta(torch.full((2,), 2.0), 3.0, validate_args=v), 1, validate_args=v), 0.4, -0.2),
+        (
+            lambda v: TransformedDistribution(
+                Independent(Normal(torch.zeros(2), 1.0, validate_args=v), 1), ExpTransform(), validate_args=v
+            ),
+            1.0,
+            -1.0,
+        ),
+    ],
+)
+def test_outside_of_the_support_the_density_is_0(make, inside, outside, validate):
+    distribution = make(validate)
+    z = torch.tensor([[inside, inside], [outside, inside], [math.nan, inside], [outside, outside]], requires_grad=True)
+    exact = float(distribution.log_prob(z[:1].detach()))
+    value = as_law(distribution).log_prob(z)
+    assert value[0].item() == exact and value[[1, 3]].isneginf().all() and value[2].isnan()
+    if value.requires_grad:  # the uniform law's does not
+        (gradient,) = torch.autograd.grad(value[0] + value[1] + value[3], z)
+        assert gradient.isfinite().all() and (gradient[1:] == 0).all()
+    assert as_law(distribution).log_prob(z[1:2]).isneginf().all()
+    assert as_law(distribution).log_prob(z[:0]).shape == (0,)
+
+    centers = points(30, 2).float()
+    terms = jsd_loss(z, centers, 0.5, target=distribution, reduction="none")
+    assert terms[1].item() == pytest.approx(math.log(2)) and terms[2].isnan() and terms[0] < math.log(2)
+    (gradient,) = torch.autograd.grad(terms[:2].sum(), z)
+    assert gradient[:2].isfinite().all() and gradient[0].abs().sum() > 0
+    assert jsd_loss(z, centers, 0.5, target=distribution, reduction="none", divergence="kl")[1].isposinf()
+
+
+def test_moments_of_laws():
+    for law in known_laws().values():
+        mean, variance = law_moments(law[0])
+        samples = law[0].sample(200_000, generator(1))
+        torch.testing.assert_close(samples.mean(0).double(), mean.double(), atol=0.03, rtol=0.02)
+        torch.testing.assert_close(samples.var(0).double(), variance.double(), atol=0.03, rtol=0.02)
+    log_normal = TransformedDistribution(Independent(Normal(torch.zeros(2), 0.5), 1), ExpTransform())
+    with pytest.raises(NotImplementedError):
+        _ = log_normal.mean
+    mean, variance = law_moments(as_law(log_normal))  # estimated
+    exact = math.exp(0.125), (math.exp(0.25) - 1) * math.exp(0.25)
+    torch.testing.assert_close(mean, torch.full((2,), exact[0]).double(), rtol=0.01, atol=0)
+    torch.testing.assert_close(variance, torch.full((2,), exact[1]).double(), rtol=0.05, atol=0)
+
+
+class Ring:
+    """A law of a user's own: no module, no moments, no smoothing."""
+
+    dim = 2
+
+    def log_prob(self, z):
+        return Normal(3.0, 0.5).log_prob(z.norm(dim=-1)) - (2 * math.pi * z.norm(dim=-1)).log()
+
+    def sample(self, n, generator=None):
+        angle = 2 * math.pi * torch.rand(n, generator=generator)
+        radius = 3 + 0.5 * torch.randn(n, generator=generator)
+        return radius[:, None] * torch.stack([angle.cos(), angle.sin()], -1)
+
+
+def test_a_law_of_ones_own():
+    law, z = checked_target(Ring(), 2), Ring().sample(4000, generator(2))
+    assert law.dim == 2
+    assert abs(float(jsd_loss(z[:2000], z[2000:], 0.3, target=law))) < 0.1
+    assert float(jsd_loss(z[:2000], z[2000:], 0.3)) > 0.3
+    lagged = LaggedKDE(2000, 2, target=law, smoothed=False)
+    lagged.refresh(z[2000:], torch.arange(2000))
+    assert 0.1 < lagged.bandwidth < 0.6 and abs(float(lagged.loss(z[:2000]))) < 0.1
+    torch.testing.assert_close(law_moments(law)[1], torch.full((2,), (9 + 0.25) / 2).double(), rtol=0.02, atol=0)
+    with pytest.raises(ValueError, match=r"smoothed=True needs a target that can be convolved.*got .*Ring"):
+        LaggedKDE(10, 2, 0.5, law, smoothed=True)
+
+
+def test_moments_that_are_not_finite_are_refused_where_they_are_needed():
+    wide = Independent(StudentT(torch.full((2,), 1.0)), 1)
+    code_norm = pytest.importorskip("kdejsd.models", reason="needs the extra `train`").autoencoder.CodeNorm
+    with pytest.raises(ValueError, match="target must have a finite mean and variance for codes to be normalised to"):
+        code_norm(as_law(wide), 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -319,15 +452,24 @@ def test_target_dim(name):
         (
             ValueError,
             r"got event_shape \[\] and batch_shape \[2\] \(torch.distributions.Independent",
-            lambda: target_dim(Normal(torch.zeros(2), 1.0)),
+            lambda: as_law(Normal(torch.zeros(2), 1.0)),
         ),
         (
             ValueError,
             r"got event_shape \[2\] and batch_shape \[5\]",
-            lambda: target_dim(Independent(Normal(torch.zeros(5, 2), 1.0), 1)),
+            lambda: as_law(Independent(Normal(torch.zeros(5, 2), 1.0), 1)),
         ),
         (TypeError, "integer", lambda: StandardNormal(2.5)),
-        (TypeError, "target must be None, StandardNormal.*got type", lambda: target_dim(StandardNormal)),
+        (
+            TypeError,
+            "target must be None, StandardNormal.*got the class StandardNormal, not an instance",
+            lambda: as_law(StandardNormal),
+        ),
+        (
+            TypeError,
+            r"log_prob\(z\) and sample.*got Linear, which has no dim and no log_prob and no sample",
+            lambda: as_law(torch.nn.Linear(2, 2)),
+        ),
     ],
 )
 def test_errors(error, text, make):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..bandwidth import check_codes, entropy_bandwidth
 from ..ops.kde import kde_log_prob
-from ..targets import StandardNormal, Target, sample_target, target_dim
+from ..targets import Target, checked_target
 
 _DRAWS = 2000  # of the threshold, for the standard error
 
@@ -67,9 +67,7 @@ def latent_holes(
         TypeError: codes that are not a floating-point tensor, or a target that is none.
     """
     check_codes(codes)
-    target = StandardNormal(codes.shape[1]) if target is None else target
-    if target_dim(target) != codes.shape[1]:
-        raise ValueError(f"codes must have the {target_dim(target)} dimensions of the prior, got {codes.shape[1]}")
+    prior = checked_target(target, codes.shape[1], "codes")
     if not 0 < level < 1:
         raise ValueError(f"level must be above 0 and below 1, got {level}")
     if num_samples < 2:
@@ -84,7 +82,7 @@ def latent_holes(
     order = torch.randperm(len(codes), generator=rng, device=rng.device).to(codes.device)
     centers = codes[order[held_out:]]
     bandwidth = entropy_bandwidth(centers)
-    samples = sample_target(target, num_samples, rng).to(codes)
+    samples = prior.sample(num_samples, rng).to(codes)
     of_codes, of_prior = (
         kde_log_prob(z, centers, bandwidth).double().sort().values.cpu() for z in (codes[order[:held_out]], samples)
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..entropy import collision_probability_from_counts
 from ..ops.radius import class_radius_bound
-from ..targets import IsotropicNormal, StandardNormal, Target, sample_target, target_dim
+from ..targets import IsotropicNormal, Target, checked_target
 from .bounds import collision_radius_bound, max_collision_entropy, uniform_radius_bound
 from .holes import LatentHoles, latent_holes
 from .labels import Map, latent_labels, models_like
@@ -200,12 +200,10 @@ def diversity_report(
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
     _check_confidence(confidence)
-    target = StandardNormal(latent_dim) if target is None else target
-    if target_dim(target) != latent_dim:
-        raise ValueError(f"target must have latent_dim = {latent_dim} dimensions, got {target_dim(target)}")
+    prior = checked_target(target, latent_dim)
     rng = torch.Generator().manual_seed(0) if rng is None else rng
 
-    latents = sample_target(target, num_samples, rng).to(models_like(generator, classifier))
+    latents = prior.sample(num_samples, rng).to(models_like(generator, classifier))
     labels, num_classes = latent_labels(generator, classifier, latents, batch_size=batch_size)
     counts = torch.bincount(labels, minlength=num_classes).cpu()
     draws = _collision_draws(counts, stream=0)
@@ -213,7 +211,7 @@ def diversity_report(
     low, high = np.log(1 / np.quantile(draws, [1 - tail, tail]))
 
     radius = bound = of_collision = uniform = entropy = None
-    if isinstance(target, IsotropicNormal) and target.variance == 1:
+    if isinstance(prior, IsotropicNormal) and prior.variance == 1:
         if latent_dim < _SEARCH_FROM:
             radius = class_radius(latents, labels.to(latents.device))
         else:
@@ -228,7 +226,7 @@ def diversity_report(
             entropy = float(max_collision_entropy(radius.mean))
     return DiversityReport(
         counts=tuple(counts.tolist()),
-        prior=str(target),
+        prior=str(prior),
         collision_entropy=math.log(1 / _attainable(float(collision_probability_from_counts(counts)), num_classes)),
         collision_entropy_interval=(float(low), float(high)),
         confidence=confidence,
@@ -237,7 +235,7 @@ def diversity_report(
         collision_bound=of_collision,
         uniform_bound=uniform,
         max_collision_entropy=entropy,
-        holes=None if codes is None else latent_holes(codes, target, level=hole_level, rng=rng),
+        holes=None if codes is None else latent_holes(codes, prior, level=hole_level, rng=rng),
     )
 
 

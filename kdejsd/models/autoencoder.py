@@ -11,7 +11,7 @@ from torch.nn.functional import batch_norm, mse_loss
 
 from .._ranks import gathered, summed
 from ..divergence import target_jsd
-from ..targets import Target, checked_target, target_moments
+from ..targets import Law, Target, checked_target, finite_moments, law_moments
 from .base import Batch, GenerativeModel, checked
 from .networks import Network
 
@@ -128,7 +128,7 @@ class Autoencoder(GenerativeModel):
     @property
     def expected_variance(self) -> Tensor:
         """Variance of every dimension of the codes that the loss aims at, [l]."""
-        return target_moments(self.target)[1]
+        return law_moments(self.target)[1]
 
     def on_validation_epoch_start(self) -> None:
         self._codes: list[Tensor] = []
@@ -166,9 +166,9 @@ class CodeNorm(nn.Module):
     momentum: ClassVar[float] = 0.1
     eps: ClassVar[float] = 1e-5
 
-    def __init__(self, target: Target, latent_dim: int) -> None:
+    def __init__(self, target: Law, latent_dim: int) -> None:
         super().__init__()
-        mean, variance = target_moments(target)
+        mean, variance = finite_moments(target, "codes to be normalised to")
         self.register_buffer("running_mean", torch.zeros(latent_dim))
         self.register_buffer("running_var", torch.ones(latent_dim))
         self.register_buffer("num_batches_tracked", torch.tensor(0))

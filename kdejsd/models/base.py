@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._extras import train_extra
 from .._modes import evaluating
 from .._ranks import rank_and_size
-from ..targets import Target, sample_target
+from ..targets import Law
 from .networks import Network
 
 with train_extra():
@@ -44,7 +44,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         generator: latents [n, l] -> images [n, C, H, W].
     """
 
-    target: Target
+    target: Law
     generator: nn.Module
 
     def __init__(self, latent_dim: int, learning_rate: float, decay: bool, betas: tuple[float, float]) -> None:
@@ -86,7 +86,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         seed, others on each rank)."""
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank_and_size()[0])
-        return sample_target(self.target, n, generator).to(self.device)
+        return self.target.sample(n, generator).to(self.device)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:

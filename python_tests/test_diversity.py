@@ -221,7 +221,7 @@ def nan_for_some(z: Tensor) -> Tensor:
             (None, half_spaces, 2),
             {"codes": points(100, 3)},
             ValueError,
-            "target must have 2 dimensions, as latent_dim has",
+            "dimensions, as codes has",
         ),
         ((None, half_spaces, 2), {"codes": points(100, 2), "hole_level": 0}, ValueError, "level must be above 0"),
     ],

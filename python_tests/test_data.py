@@ -1,10 +1,13 @@
 """The data modules: what they give out, in which order, and what they say about files that are missing or damaged."""
 
+import enum
+import fractions
 import gzip
 import math
 import os
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from helpers import generator
 from PIL import Image
 from scipy.io import savemat
 
+from kdejsd._plain import plain
 from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, Grid2D, ImageData, ImageFolder, base
 
 FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
@@ -120,6 +124,25 @@ def test_idx_files(tmp_path, compressed, kind, below):
     assert torch.equal(whole(data.val_dataloader())[1], torch.from_numpy(arrays["t10k-labels-idx1-ubyte"]))
 
 
+@pytest.mark.parametrize("kind", [MNIST, FashionMNIST])
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize(("below", "dotted"), [("raw", False), ("NAME/raw", False), ("", True)])
+def test_idx_files_as_others_lay_them_out(tmp_path, kind, compressed, below, dotted):
+    """torchvision's folders, and the names that some programs unpack to."""
+    folder = tmp_path / below.replace("NAME", kind.__name__)
+    arrays = write_mnist(folder, compressed)
+    if dotted:
+        for path in list(folder.iterdir()):
+            path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+            (folder / path.name).mkdir()  # Kaggle's copy of MNIST has folders of these names beside the files
+    data = kind(str(tmp_path), batch_size=10)
+    assert data.held_out.labels.tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
+    path = next(path for path in folder.rglob("t10k-images*") if path.is_file())
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged.*: curl -O .*/t10k-images-idx3-ubyte\.gz"):
+        kind(str(tmp_path), batch_size=10).setup()
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_missing_file(tmp_path, name):
     write_mnist(tmp_path, compressed=True)
@@ -127,7 +150,130 @@ def test_missing_file(tmp_path, name):
     with pytest.raises(FileNotFoundError) as error:
         MNIST(str(tmp_path)).setup()
     text = str(error.value)
-    assert f"{name}.gz" in text and str(tmp_path) in text and "--data.root" in text and "curl -O https://" in text
+    names = [form + end for form in (name, name.replace("-idx", ".idx")) for end in (".gz", "")]
+    places = [str(tmp_path / folder) for folder in ("", "mnist", "MNIST/raw", "raw")]
+    assert f"needs {' or '.join(names)}, which is in none of {', '.join(places)}. Name its folder with --data" in text
+    assert f"to get it: curl -O https://storage.googleapis.com/cvdf-datasets/mnist/{name}.gz" in text
+
+
+def in_folder(root) -> list[ImageData]:
+    return [kind(root) for kind in (MNIST, FashionMNIST, SVHN, CelebA, ImageFolder)]
+
+
+def test_a_root_is_expanded_and_kept_as_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SETS", str(tmp_path / "sets"))
+    for root, place in (("~/x", "x"), ("$SETS/y", "sets/y"), ("~/${NOT_SET}", "${NOT_SET}"), (tmp_path, "")):
+        for data in in_folder(root):
+            assert data.root == tmp_path / place
+            assert data.hparams["root"] == str(root) and type(data.hparams["root"]) is str
+    write_mnist(tmp_path / "x", compressed=True)
+    assert len(MNIST("~/x", batch_size=10).training) == 30
+
+
+@pytest.mark.parametrize(
+    ("root", "error", "text"),
+    [
+        ("", ValueError, "root must name a folder, got ''"),  # "$DATA" of a shell in which DATA is not set
+        (5, TypeError, "root must be the path of a folder, got 5"),
+        (b"x", TypeError, "root must be a plain value, .*, got bytes"),
+        (None, TypeError, "root must be the path of a folder, got None"),
+    ],
+)
+def test_a_root_that_is_no_folder(root, error, text):
+    for kind in (MNIST, FashionMNIST, SVHN, CelebA, ImageFolder):
+        with pytest.raises(error, match=text):
+            kind(root)
+    for kind, name in ((MNIST, "train-images.*"), (SVHN, "train_32x32.mat"), (CelebA, "img_align_celeba")):
+        with pytest.raises(
+            FileNotFoundError, match=rf"needs {name}, and there is no folder {Path.cwd()}/no/where\. Name"
+        ):
+            kind("no/where").setup()
+
+
+class Colour(str, enum.Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        (True, True),
+        (np.True_, True),
+        (3, 3),
+        (np.int64(3), 3),
+        (np.array(3, np.uint8), 3),
+        (torch.tensor(3), 3),
+        (0.5, 0.5),
+        (np.float32(0.5), 0.5),
+        (np.float64(0.5), 0.5),
+        (np.array(0.5), 0.5),
+        (torch.tensor(0.5, requires_grad=True), 0.5),
+        (fractions.Fraction(1, 2), 0.5),
+        (np.str_("a"), "a"),
+        (Colour.RED, "red"),
+        (Path("a/b"), "a/b"),
+        ((np.int64(1), [np.float64(2.0)], {np.str_("a"): Path("b")}), (1, [2.0], {"a": "b"})),
+    ],
+)
+def test_plain_values(value, expected):
+    def types(found):
+        items = found.items() if isinstance(found, dict) else found if isinstance(found, (tuple, list)) else ()
+        return type(found), [types(item) for item in items]
+
+    assert plain(value, "x") == expected and types(plain(value, "x")) == types(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (1j, "complex"),
+        (np.complex64(1), "complex64"),
+        (torch.ones(2), r"Tensor of shape \[2\]"),
+        (np.ones((2, 1)), r"ndarray of shape \[2, 1\]"),
+        ([torch.ones(2)], "Tensor"),
+        (b"x", "bytes"),
+        ({1, 2}, "set"),
+        (len, "builtin_function_or_method"),
+        (np.datetime64("2020"), "datetime64"),
+    ],
+)
+def test_values_that_no_checkpoint_can_hold(value, kind):
+    with pytest.raises(TypeError, match=f"size must be a plain value, .*, got {kind}"):
+        plain(value, "size")
+
+
+def test_settings_become_plain_values(tmp_path):
+    folder = ImageFolder(
+        tmp_path,
+        size=np.int64(8),
+        channels=np.array(1),
+        held_out=np.float64(0.5),
+        batch_size=np.int32(4),
+        train_size=torch.tensor(5),
+        labelled_size=np.int64(3),
+        seed=np.uint8(1),
+    )
+    grid = Grid2D(np.int64(1), np.int64(300), np.float32(0.5), np.int64(20))
+    for data in (folder, grid):
+        torch.save(dict(data.hparams), tmp_path / "settings.pt")
+        assert torch.load(tmp_path / "settings.pt", weights_only=True) == data.hparams
+        assert type(data.batch_size) is int and type(data.seed) is int
+        state = data.train_dataloader().state_dict() if data is grid else {}
+        assert {type(value) for value in state.values()} <= {int}
+    assert [type(value) for value in folder.image_shape] == [int] * 3
+    with pytest.raises(TypeError, match=r"train_size must be a plain value, .*, got set"):
+        Digits(train_size={300})
+
+
+def test_what_a_subclass_takes_beside_settings_is_left_out_of_checkpoints():
+    class Of(ImageData):
+        def __init__(self, images, scale, **kwargs):
+            super().__init__(**kwargs)
+
+    settings = {"batch_size": 100, "train_size": None, "labelled_size": None, "seed": 3, "scale": 2.0}
+    assert Of(torch.ones(5, 1, 8, 8), np.float64(2), seed=3).hparams == settings
 
 
 @pytest.mark.parametrize(

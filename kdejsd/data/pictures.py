@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .._extras import train_extra
-from .base import ImageData, ImageSet, find
+from .._plain import plain
+from .base import ImageData, ImageSet, find, folder_of
 
 with train_extra():
     from PIL import Image, ImageOps
@@ -70,7 +72,7 @@ class ImageFolder(ImageData):
     """A folder of pictures; those in subfolders too, and then the first subfolder is the class.
 
     Args:
-        root: the folder.
+        root: the folder. `~` and environment variables are put in.
         size: side in pixels; a picture is cut to a square around its centre and resized.
         channels: 3 for colour, 1 for grey.
         held_out: share of the pictures held out, drawn by the seed.
@@ -83,15 +85,18 @@ class ImageFolder(ImageData):
 
     suffixes: ClassVar[tuple[str, ...]] = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-    def __init__(self, root: str, size: int = 32, channels: int = 3, held_out: float = 0.1, **kwargs: Any) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], size: int = 32, channels: int = 3, held_out: float = 0.1, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        size, channels, held_out = plain(size, "size"), plain(channels, "channels"), plain(held_out, "held_out")
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
-        self.root = Path(root)
+        self.root = folder_of(root)
         self.held_out_share = held_out
         self.image_shape = (channels, size, size)
 
@@ -126,7 +131,8 @@ class CelebA(ImageData):
 
     Args:
         root: folder that holds the folder img_align_celeba and the file list_eval_partition.txt, or that holds a folder
-            celeba/ with them. Without the file one in ten images is held out, drawn by the seed.
+            celeba/ with them. Without the file one in ten images is held out, drawn by the seed. `~` and environment
+            variables are put in.
         kwargs: as in `ImageData`.
 
     Raises:
@@ -142,12 +148,12 @@ class CelebA(ImageData):
         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
     )
 
-    def __init__(self, root: str, **kwargs: Any) -> None:
+    def __init__(self, root: str | os.PathLike[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root = Path(root)
+        self.root = folder_of(root)
 
     def load(self) -> tuple[Pictures, Pictures]:
-        folder = find(self, self.root, "celeba", ("img_align_celeba",), self.how_to_get)
+        folder = find(self, self.root, ("", "celeba"), ("img_align_celeba",), self.how_to_get, Path.is_dir)
         partition = folder.with_name("list_eval_partition.txt")
         if partition.exists():
             names = self._partition(partition)

@@ -16,7 +16,45 @@ from .._plain import plain
 from .base import ImageData, ImageSet, find, folder_of
 
 with train_extra():
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+_BITS, _WHITE_IS, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF: per sample; 0 if white is 0; 2 if signed
+
+
+def in_bytes(picture: Image.Image) -> Image.Image:
+    """The picture as it is to be seen, in bytes (mode L or RGB): turned upright as its EXIF data say, the first one of
+    several frames, over white where it is transparent; 0 to 255 is the range of its own kind of numbers.
+
+    Raises:
+        ValueError: numbers without a range: floating-point ones that are not all from 0 to 1, signed ones, integers of
+            32 bits.
+        OSError, ValueError, SyntaxError and others, by format: a damaged picture.
+    """
+    ImageOps.exif_transpose(picture, in_place=True)
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF
+    if tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
+        raise ValueError("it has signed integers, whose black and white are unknown")
+    sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    if sixteen or picture.mode == "F":
+        values = np.asarray(picture)
+        top = 2 ** tags.get(_BITS, (16,))[0] - 1 if sixteen else 1
+        lowest, highest = values.min(), values.max()
+        if not (lowest >= 0 and highest <= top):
+            raise ValueError(f"its values must be from 0 to {top}, and they are from {lowest:g} to {highest:g}")
+        values = values * (255.0 / top)
+        if tags.get(_WHITE_IS) == 0:
+            values = 255 - values
+        if "transparency" in picture.info:
+            values = np.where(np.asarray(picture) == picture.info["transparency"], 255, values)
+        return Image.fromarray(np.rint(values).astype(np.uint8))
+    if picture.mode == "I":
+        raise ValueError("it has integers of 32 bits, whose white is unknown")
+    if picture.mode == "La":
+        picture = picture.convert("LA")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
 class Pictures:
@@ -60,16 +98,26 @@ class Pictures:
     def _read(self, path: Path) -> Tensor:
         try:
             with Image.open(path) as picture:
-                pixels = np.array(self.prepare(picture))
+                pixels = np.array(self.prepare(in_bytes(picture)))
         except FileNotFoundError:
             raise FileNotFoundError(f"the picture {path} is missing{self.hint}") from None
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises, by format
-            raise ValueError(f"{path} is damaged: expected a picture, but {error}{self.hint}") from error
+        except UnidentifiedImageError:
+            raise ValueError(f"{path} is no picture in any format that Pillow reads{self.hint}") from None
+        except Exception as error:  # of many kinds, by format
+            kind: type[Exception] = ValueError
+            reason = str(error) or repr(error)
+            if isinstance(error, OSError) and error.errno is not None:  # the system's: Pillow's own have no number
+                kind, reason = type(error), str(error.strerror)
+            raise kind(f"the picture {path} cannot be read: {reason}{self.hint}") from error
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
 class ImageFolder(ImageData):
     """A folder of pictures; those in subfolders too, and then the first subfolder is the class.
+
+    A picture is turned upright by its EXIF data and put over white where it is transparent. Of several frames the first
+    one is taken. Numbers are read by the range of their kind: 65535 is the white of 16 bits, 1.0 that of floating-point
+    numbers.
 
     Args:
         root: the folder. `~` and environment variables are put in.

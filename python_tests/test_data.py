@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import generator
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from scipy.io import savemat
 
@@ -493,6 +494,151 @@ def test_a_picture_that_the_system_cannot_read(tmp_path, monkeypatch):
         ImageFolder(str(tmp_path), batch_size=1).setup()
 
 
+def write_pictures(root, **counts: int) -> None:
+    """Grey pictures in folders, by their paths; a picture's value is its folder's place."""
+    for place, (folder, count) in enumerate(counts.items()):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("L", (4, 4), 10 * place).save(root / folder / f"{number}.png")
+
+
+def found_by(capsys, root, **settings) -> tuple[list[tuple[int, int]], list[tuple[int, int]], str]:
+    """(value, label) of the pictures trained on and held out, and what is said."""
+    data = ImageFolder(root, size=2, channels=1, batch_size=1, **settings)
+    parts = [
+        sorted(zip(part.images[:, 0, 0, 0].tolist(), part.labels.tolist(), strict=True))
+        for part in (data.training, data.held_out)
+    ]
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("ImageFolder: ") and err.count("\n") == 1 and err.endswith("\n")
+    return parts[0], parts[1], err.removeprefix("ImageFolder: ").strip()
+
+
+def test_what_is_hidden_is_left_out(tmp_path, capsys):
+    write_pictures(
+        tmp_path, **{".ipynb_checkpoints": 1, "__MACOSX/b": 1, "b": 2, "a": 2, "c": 0, "b/.cache": 1, "b/d.png": 1}
+    )
+    (tmp_path / "b" / "._0.png").write_bytes(b"resource fork")
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "notes.TXT").touch()
+    (tmp_path / "a" / "x.heic").touch()
+    (tmp_path / "a" / "y.heic").touch()
+    Image.new("L", (4, 4), 200).save(tmp_path / "b" / "deeper.png")
+    training, held_out, said = found_by(capsys, tmp_path)
+    assert sorted(training + held_out) == [(20, 1), (20, 1), (30, 0), (30, 0), (60, 1), (200, 1)]
+    assert said == (
+        f"6 pictures in {tmp_path}; classes: a 2, b 4; left out: 1 folder without pictures (c); "
+        "5 hidden or of the system (.DS_Store, .ipynb_checkpoints, __MACOSX, b/._0.png, b/.cache); "
+        "3 files of other kinds (2 .heic, 1 .txt)"
+    )
+
+
+def test_what_was_found_is_said_once_and_in_short(tmp_path, capsys, monkeypatch):
+    write_pictures(tmp_path, **{f"{number}": 1 for number in range(12)})
+    Image.new("L", (4, 4), 200).save(tmp_path / "at_the_root.png")
+    training, held_out, said = found_by(capsys, tmp_path)
+    names = ["0", "1", "10", "11", "2", "3", "4", "5", "6", "7"]  # classes in the order of their names as text
+    assert {label: value for value, label in training + held_out}[2] == 100
+    assert said == (
+        f"13 pictures in {tmp_path}; classes: {', '.join(f'{name} 1' for name in names)} and 2 more; without a class: 1"
+    )
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    ImageFolder(tmp_path, batch_size=1).setup()
+    assert capsys.readouterr().err == ""
+
+
+def test_links_are_followed(tmp_path, capsys):
+    write_pictures(tmp_path, **{"elsewhere/x": 2, "root/a": 2})
+    root = tmp_path / "root"
+    (root / "b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (root / "a" / "again.png").symlink_to(root / "a" / "0.png")
+    training, held_out, said = found_by(capsys, root)
+    assert sorted(training + held_out) == [(0, 1), (0, 1), (10, 0), (10, 0), (10, 0)]
+    assert said == f"5 pictures in {root}; classes: a 3, b 2"
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "error", "text"),
+    [
+        ("a/loop", "..", ValueError, "a/loop is a link to a folder that it is in"),
+        ("loop", ".", ValueError, "loop is a link to a folder that it is in"),
+        ("b/to_c", "../c", ValueError, "b/to_c/to_b is a link to a folder that it is in"),
+        ("d", "nowhere", FileNotFoundError, "d is a link to nowhere, which is not there"),
+        ("d.png", "nowhere.png", FileNotFoundError, r"d\.png is a link to nowhere\.png, which is not there"),
+        ("self", "self", FileNotFoundError, "self is a link to self, which is not there"),
+    ],
+)
+def test_links_that_are_refused(tmp_path, link, target, error, text):
+    write_pictures(tmp_path, a=2, b=1, c=1)
+    (tmp_path / link).symlink_to(target)
+    if link == "b/to_c":
+        (tmp_path / "c/to_b").symlink_to("../b")
+    with pytest.raises(error, match=f"{tmp_path}/{text}"):
+        ImageFolder(tmp_path, batch_size=1).setup()
+
+
+def test_a_folder_that_the_system_cannot_read(tmp_path, monkeypatch):
+    def refused(path):
+        if path.name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    write_pictures(tmp_path, a=2, b=2)
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match=f"the folder {tmp_path}/a cannot be read: Permission denied"):
+        ImageFolder(tmp_path, batch_size=1).setup()
+
+
+@pytest.mark.parametrize("first", ["train", "Training"])
+@pytest.mark.parametrize("other", ["val", "VALID", "validation", "test", "Testing"])
+def test_a_split_is_understood(tmp_path, capsys, first, other):
+    write_pictures(
+        tmp_path, **{f"{first}/a": 3, f"{first}/b": 2, f"{other}/a/deep": 1, f"{other}/b": 1, f"{other}/.x": 1}
+    )
+    (tmp_path / "labels.csv").touch()
+    training, held_out, said = found_by(capsys, tmp_path)
+    assert training == [(0, 0)] * 3 + [(10, 1)] * 2 and held_out == [(20, 0), (30, 1)]
+    assert said == (
+        f"5 pictures to train on in {tmp_path}/{first}, 2 held out in {tmp_path}/{other}; classes: a 4, b 3; left out: "
+        f"1 hidden or of the system ({other}/.x); 1 file of other kinds (1 .csv)"
+    )
+
+
+def test_of_two_parts_to_hold_out_the_validation_is_taken(tmp_path, capsys):
+    write_pictures(tmp_path, **{"train": 2, "val": 2, "test": 3, "more/a": 1, "train/empty": 0})
+    training, held_out, said = found_by(capsys, tmp_path)
+    assert training == [(0, -1)] * 2 and held_out == [(10, -1)] * 2
+    assert said == (
+        f"2 pictures to train on in {tmp_path}/train, 2 held out in {tmp_path}/val; no classes; "
+        "left out: 4 pictures in neither part (more, test); 1 folder without pictures (train/empty)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ({"train/a": 2, "train/b": 1, "val/a": 1}, "same classes, and .*/val has none of b: .*--data.root=.*/train"),
+        ({"train/a": 2, "val/a": 1, "val/c": 1}, "same classes, and .*/train has none of c"),
+        ({"train/a": 2, "test": 1}, "same classes, and .*/test has none of a"),
+        ({"train/a": 2, "train/b": 2, "val": 0}, "hold both parts .* has train: .*--data.root=.*/train"),
+        ({"test/a": 2, "valid/a": 2}, "hold both parts of a split, train or training and val or .* has test, valid"),
+        ({"data/train/a": 2, "data/val/a": 2}, "the split is in .*/data: name that folder with --data.root"),
+        ({"bottle/train/a": 2, "bottle/test/a": 2, "nut/train/a": 2}, "the split is in .*/bottle: name that"),
+    ],
+)
+def test_splits_that_are_refused(tmp_path, counts, text):
+    write_pictures(tmp_path, **counts)
+    with pytest.raises(ValueError, match=text):
+        ImageFolder(tmp_path, batch_size=1).setup()
+
+
+def test_a_class_may_have_the_name_of_a_part(tmp_path, capsys):
+    write_pictures(tmp_path, car=2, train=2)
+    training, held_out, _ = found_by(capsys, tmp_path)
+    assert sorted(training + held_out) == [(0, 0), (0, 0), (10, 1), (10, 1)]
+
+
 @pytest.mark.parametrize("below", ["", "svhn"])
 def test_svhn(tmp_path, below):
     arrays = write_svhn(tmp_path / below)
@@ -552,6 +698,37 @@ def test_celeba(tmp_path, below):
             assert (image - expected).abs().mean() < 3 and (image - expected).abs().max() < 6
 
 
+@pytest.mark.parametrize(
+    ("pictures", "partition"),
+    [
+        ("img_align_celeba", "list_eval_partition.csv"),
+        ("img_align_celeba", "img_align_celeba/list_eval_partition.csv"),
+        ("img_align_celeba/img_align_celeba", "list_eval_partition.csv"),  # Kaggle's copy
+        ("img_align_celeba/img_align_celeba", "img_align_celeba/list_eval_partition.txt"),
+        ("Img/img_align_celeba", "Eval/list_eval_partition.txt"),  # the authors' own
+        ("celeba/Img/img_align_celeba", "celeba/Eval/list_eval_partition.txt"),
+    ],
+)
+def test_celeba_uses_its_own_partition(tmp_path, capsys, pictures, partition):
+    write_celeba(tmp_path / "made")
+    folder, file = tmp_path / pictures, tmp_path / partition
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "made/img_align_celeba").rename(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = (tmp_path / "made/list_eval_partition.txt").read_text().splitlines()[1:]
+    if file.suffix == ".csv":
+        lines = ["\ufeffimage_id,partition", *(line.replace(" ", ",") for line in lines)]
+    file.write_text("\n".join(lines))
+    (folder / "._000001.jpg").touch()
+    data = CelebA(tmp_path, batch_size=2)
+    for part, numbers in ((data.training, range(1, 7)), (data.held_out, range(9, 12))):
+        assert [round(float(image[0].float().mean()) / 20) for image in part.images] == list(numbers)
+    assert capsys.readouterr().err == (
+        f"CelebA: 6 pictures to train on and 3 held out in {folder}, by {file}; left out: 2 for validation, 1 that it "
+        "does not name\n"
+    )
+
+
 def test_celeba_reads_only_what_is_trained_on(tmp_path):
     write_celeba(tmp_path)
     chosen = CelebA(str(tmp_path), batch_size=2, train_size=3, seed=1)
@@ -565,10 +742,15 @@ def test_celeba_reads_only_what_is_trained_on(tmp_path):
         CelebA(str(tmp_path), batch_size=2).setup()
 
 
-def test_celeba_without_a_partition_holds_out_one_in_ten(tmp_path):
+def test_celeba_without_a_partition_holds_out_one_in_ten(tmp_path, capsys):
     write_celeba(tmp_path, count=20, partition=False)
+    (tmp_path / "img_align_celeba/._000001.jpg").touch()
     data = CelebA(str(tmp_path), batch_size=2)
     assert len(data.training) == 18 and len(data.held_out) == 2
+    folder = tmp_path / "img_align_celeba"
+    assert capsys.readouterr().err == (
+        f"CelebA: 20 pictures in {folder}, and no list_eval_partition: one in ten is held out\n"
+    )
     assert not torch.equal(CelebA(str(tmp_path), batch_size=2, seed=3).held_out.images, data.held_out.images)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -18,6 +19,7 @@ from .._plain import plain
 
 with train_extra():
     import lightning.pytorch as pl
+    from lightning.pytorch.utilities import rank_zero_only
     from matplotlib.figure import Figure
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -340,3 +342,9 @@ def find(
 def unreadable(data: ImageData, path: Path, error: OSError, how_to_get: str) -> OSError:
     """The error for a file that was there when it was looked for."""
     return type(error)(f"{type(data).__name__} cannot read {path}: {error.strerror}; {how_to_get}")
+
+
+@rank_zero_only
+def note(data: ImageData, text: str) -> None:
+    """Tells the user, once for all ranks, what was found."""
+    print(f"{type(data).__name__}: {text}", file=sys.stderr)

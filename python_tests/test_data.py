@@ -1,18 +1,26 @@
 """The data modules: what they give out, in which order, and what they say about files that are missing or damaged."""
 
+import enum
+import fractions
 import gzip
+import io
+import itertools
 import math
 import os
 import struct
 import sys
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import generator
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from scipy.io import savemat
 
+from kdejsd._plain import plain
 from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, Grid2D, ImageData, ImageFolder, base
 
 FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
@@ -120,6 +128,25 @@ def test_idx_files(tmp_path, compressed, kind, below):
     assert torch.equal(whole(data.val_dataloader())[1], torch.from_numpy(arrays["t10k-labels-idx1-ubyte"]))
 
 
+@pytest.mark.parametrize("kind", [MNIST, FashionMNIST])
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize(("below", "dotted"), [("raw", False), ("NAME/raw", False), ("", True)])
+def test_idx_files_as_others_lay_them_out(tmp_path, kind, compressed, below, dotted):
+    """torchvision's folders, and the names that some programs unpack to."""
+    folder = tmp_path / below.replace("NAME", kind.__name__)
+    arrays = write_mnist(folder, compressed)
+    if dotted:
+        for path in list(folder.iterdir()):
+            path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+            (folder / path.name).mkdir()  # Kaggle's copy of MNIST has folders of these names beside the files
+    data = kind(str(tmp_path), batch_size=10)
+    assert data.held_out.labels.tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
+    path = next(path for path in folder.rglob("t10k-images*") if path.is_file())
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{path.name} is damaged.*: curl -O .*/t10k-images-idx3-ubyte\.gz"):
+        kind(str(tmp_path), batch_size=10).setup()
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_missing_file(tmp_path, name):
     write_mnist(tmp_path, compressed=True)
@@ -127,7 +154,130 @@ def test_missing_file(tmp_path, name):
     with pytest.raises(FileNotFoundError) as error:
         MNIST(str(tmp_path)).setup()
     text = str(error.value)
-    assert f"{name}.gz" in text and str(tmp_path) in text and "--data.root" in text and "curl -O https://" in text
+    names = [form + end for form in (name, name.replace("-idx", ".idx")) for end in (".gz", "")]
+    places = [str(tmp_path / folder) for folder in ("", "mnist", "MNIST/raw", "raw")]
+    assert f"needs {' or '.join(names)}, which is in none of {', '.join(places)}. Name its folder with --data" in text
+    assert f"to get it: curl -O https://storage.googleapis.com/cvdf-datasets/mnist/{name}.gz" in text
+
+
+def in_folder(root) -> list[ImageData]:
+    return [kind(root) for kind in (MNIST, FashionMNIST, SVHN, CelebA, ImageFolder)]
+
+
+def test_a_root_is_expanded_and_kept_as_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SETS", str(tmp_path / "sets"))
+    for root, place in (("~/x", "x"), ("$SETS/y", "sets/y"), ("~/${NOT_SET}", "${NOT_SET}"), (tmp_path, "")):
+        for data in in_folder(root):
+            assert data.root == tmp_path / place
+            assert data.hparams["root"] == str(root) and type(data.hparams["root"]) is str
+    write_mnist(tmp_path / "x", compressed=True)
+    assert len(MNIST("~/x", batch_size=10).training) == 30
+
+
+@pytest.mark.parametrize(
+    ("root", "error", "text"),
+    [
+        ("", ValueError, "root must name a folder, got ''"),  # "$DATA" of a shell in which DATA is not set
+        (5, TypeError, "root must be the path of a folder, got 5"),
+        (b"x", TypeError, "root must be a plain value, .*, got bytes"),
+        (None, TypeError, "root must be the path of a folder, got None"),
+    ],
+)
+def test_a_root_that_is_no_folder(root, error, text):
+    for kind in (MNIST, FashionMNIST, SVHN, CelebA, ImageFolder):
+        with pytest.raises(error, match=text):
+            kind(root)
+    for kind, name in ((MNIST, "train-images.*"), (SVHN, "train_32x32.mat"), (CelebA, "img_align_celeba")):
+        with pytest.raises(
+            FileNotFoundError, match=rf"needs {name}, and there is no folder {Path.cwd()}/no/where\. Name"
+        ):
+            kind("no/where").setup()
+
+
+class Colour(str, enum.Enum):
+    RED = "red"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        (True, True),
+        (np.True_, True),
+        (3, 3),
+        (np.int64(3), 3),
+        (np.array(3, np.uint8), 3),
+        (torch.tensor(3), 3),
+        (0.5, 0.5),
+        (np.float32(0.5), 0.5),
+        (np.float64(0.5), 0.5),
+        (np.array(0.5), 0.5),
+        (torch.tensor(0.5, requires_grad=True), 0.5),
+        (fractions.Fraction(1, 2), 0.5),
+        (np.str_("a"), "a"),
+        (Colour.RED, "red"),
+        (Path("a/b"), "a/b"),
+        ((np.int64(1), [np.float64(2.0)], {np.str_("a"): Path("b")}), (1, [2.0], {"a": "b"})),
+    ],
+)
+def test_plain_values(value, expected):
+    def types(found):
+        items = found.items() if isinstance(found, dict) else found if isinstance(found, (tuple, list)) else ()
+        return type(found), [types(item) for item in items]
+
+    assert plain(value, "x") == expected and types(plain(value, "x")) == types(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (1j, "complex"),
+        (np.complex64(1), "complex64"),
+        (torch.ones(2), r"Tensor of shape \[2\]"),
+        (np.ones((2, 1)), r"ndarray of shape \[2, 1\]"),
+        ([torch.ones(2)], "Tensor"),
+        (b"x", "bytes"),
+        ({1, 2}, "set"),
+        (len, "builtin_function_or_method"),
+        (np.datetime64("2020"), "datetime64"),
+    ],
+)
+def test_values_that_no_checkpoint_can_hold(value, kind):
+    with pytest.raises(TypeError, match=f"size must be a plain value, .*, got {kind}"):
+        plain(value, "size")
+
+
+def test_settings_become_plain_values(tmp_path):
+    folder = ImageFolder(
+        tmp_path,
+        size=np.int64(8),
+        channels=np.array(1),
+        held_out=np.float64(0.5),
+        batch_size=np.int32(4),
+        train_size=torch.tensor(5),
+        labelled_size=np.int64(3),
+        seed=np.uint8(1),
+    )
+    grid = Grid2D(np.int64(1), np.int64(300), np.float32(0.5), np.int64(20))
+    for data in (folder, grid):
+        torch.save(dict(data.hparams), tmp_path / "settings.pt")
+        assert torch.load(tmp_path / "settings.pt", weights_only=True) == data.hparams
+        assert type(data.batch_size) is int and type(data.seed) is int
+        state = data.train_dataloader().state_dict() if data is grid else {}
+        assert {type(value) for value in state.values()} <= {int}
+    assert [type(value) for value in folder.image_shape] == [int] * 3
+    with pytest.raises(TypeError, match=r"train_size must be a plain value, .*, got set"):
+        Digits(train_size={300})
+
+
+def test_what_a_subclass_takes_beside_settings_is_left_out_of_checkpoints():
+    class Of(ImageData):
+        def __init__(self, images, scale, **kwargs):
+            super().__init__(**kwargs)
+
+    settings = {"batch_size": 100, "train_size": None, "labelled_size": None, "seed": 3, "scale": 2.0}
+    assert Of(torch.ones(5, 1, 8, 8), np.float64(2), seed=3).hparams == settings
 
 
 @pytest.mark.parametrize(
@@ -187,10 +337,306 @@ def test_image_folder_refusals(tmp_path):
         ImageFolder(str(tmp_path / "nowhere")).setup()
     with pytest.raises(FileNotFoundError, match=r"needs at least two pictures .* found 0"):
         ImageFolder(str(tmp_path)).setup()
+
+
+def tiff(values, white_is_zero: bool = False, signed: bool = False, bits: int | None = None) -> bytes:
+    """A picture of 2 x 2 pixels of the values' own kind, in their byte order."""
+    order = "<" if values.dtype.newbyteorder("=") == values.dtype else ">"
+    content = values.tobytes()
+    tags = {
+        **{256: 2, 257: 2, 258: bits or 8 * values.itemsize, 259: 1, 262: 0 if white_is_zero else 1, 273: 8, 277: 1},
+        **{278: 2, 279: len(content), 339: 2 if signed else 3 if values.dtype.kind == "f" else 1},
+    }
+    entries = b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(content))
+    return start + content + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+def saved(picture: Image.Image, kind: str, **settings) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **settings)
+    return stream.getvalue()
+
+
+def of(mode: str, *pixels, palette=()) -> Image.Image:
+    picture = Image.new(mode, (2, 2))
+    if palette:
+        picture.putpalette(palette)
+    for place, pixel in enumerate(pixels):
+        picture.putpixel((place % 2, place // 2), pixel)
+    return picture
+
+
+def as_read(folder, content: bytes, channels: int, size: int = 2) -> torch.Tensor:
+    """What ImageFolder makes of a file: [channels, size, size]."""
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(content)
+    return ImageFolder(folder, size=size, channels=channels, batch_size=1).training.images[0]
+
+
+GREY = np.array([[65535, 40000], [300, 0]])
+PALETTE = (255, 0, 0, 0, 0, 255)
+SIXTEEN = [255, 156, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (saved(Image.fromarray(GREY.astype(np.uint16)), "png"), SIXTEEN),
+        (saved(Image.fromarray(GREY.astype(np.uint16)), "png", transparency=40000), [255, 255, 1, 0]),
+        (saved(Image.fromarray(GREY.astype(np.uint16)), "ppm"), SIXTEEN),
+        (saved(Image.fromarray(GREY.astype(np.uint16)), "tiff", compression="tiff_lzw"), SIXTEEN),
+        (tiff(GREY.astype("<u2")), SIXTEEN),
+        (tiff(GREY.astype(">u2")), SIXTEEN),
+        (tiff(GREY.astype("<u2"), white_is_zero=True), [0, 99, 254, 255]),
+        (tiff(np.frombuffer(bytes([0xFF, 0xF8, 0x00, 0x01, 0x00, 0x00]), np.uint8), bits=12), [255, 128, 1, 0]),
+        (tiff(np.array([1, 0.5, 0.2, 0], "<f4")), [255, 128, 51, 0]),
+        (tiff(np.array([1, 0.5, 0.2, 0], ">f4")), [255, 128, 51, 0]),
+        (tiff(np.array([1, 0.5, 0.2, 0], "<f4"), white_is_zero=True), [0, 128, 204, 255]),
+        (saved(of("1", 1, 0, 0, 1), "png"), [255, 0, 0, 255]),
+        (saved(of("LA", (0, 255), (0, 0), (0, 51), (200, 255)), "png"), [0, 255, 204, 200]),
+        (saved(of("LA", (0, 255), (0, 0), (0, 51), (200, 255)), "tiff"), [0, 255, 204, 200]),
+        (saved(of("L", 7, 8, 9, 10), "png", transparency=8), [7, 255, 9, 10]),
+    ],
+    ids=itertools.count(),
+)
+def test_grey_is_read_by_its_own_range(tmp_path, content, expected):
+    assert as_read(tmp_path, content, 1).flatten().tolist() == expected
+    assert as_read(tmp_path, content, 3).tolist() == [torch.tensor(expected).reshape(2, 2).tolist()] * 3
+
+
+WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (saved(of("RGBA", (200, 0, 0, 0), (200, 0, 0, 255), (*RED, 51), (0, 0, 0, 0)), "png"),
+         [WHITE, (200, 0, 0), (255, 204, 204), WHITE]),
+        (saved(of("RGBA", (200, 0, 0, 0), (*BLUE, 255)), "webp", lossless=True), [WHITE, BLUE, WHITE, WHITE]),
+        (saved(of("RGB", RED, BLUE), "png", transparency=RED), [WHITE, BLUE, (0, 0, 0), (0, 0, 0)]),
+        (saved(of("P", 0, 1, 1, 0, palette=PALETTE), "png"), [RED, BLUE, BLUE, RED]),
+        (saved(of("P", 0, 1, 1, 0, palette=PALETTE), "png", transparency=0), [WHITE, BLUE, BLUE, WHITE]),
+        (saved(of("P", 0, 1, 1, 0, palette=PALETTE), "png", transparency=bytes([51, 255])),
+         [(255, 204, 204), BLUE, BLUE, (255, 204, 204)]),
+        (saved(of("P", 0, 1, 1, 0, palette=PALETTE), "gif", transparency=0), [WHITE, BLUE, BLUE, WHITE]),
+        (saved(of("CMYK", (255, 0, 0, 0), (0, 0, 0, 255)), "tiff"), [(0, 255, 255), (0, 0, 0), WHITE, WHITE]),
+        (saved(Image.new("RGB", (2, 2), RED), "gif", save_all=True, append_images=[Image.new("RGB", (2, 2), BLUE)]),
+         [RED] * 4),
+        (saved(Image.new("RGB", (2, 2), RED), "tiff", save_all=True, append_images=[Image.new("RGB", (2, 2), BLUE)]),
+         [RED] * 4),
+    ],
+    ids=itertools.count(),
+)  # fmt: skip
+def test_colour_is_read_as_it_is_seen(tmp_path, content, expected):
+    """Transparent is white, and of several frames the first one is taken."""
+    assert as_read(tmp_path, content, 3).flatten(1).T.tolist() == [list(pixel) for pixel in expected]
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "tiff", "webp"])
+@pytest.mark.parametrize(("orientation", "corner"), [(1, (0, 0)), (3, (1, 1)), (6, (0, 1)), (8, (1, 0)), (2, (0, 1))])
+def test_pictures_are_turned_upright(tmp_path, kind, orientation, corner):
+    picture = Image.new("L", (16, 16))
+    picture.paste(255, (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    read = as_read(tmp_path, saved(picture, kind, exif=exif), 1, size=16)[0].float()
+    quarters = torch.nn.functional.avg_pool2d(read[None], 8)[0]
+    assert quarters[corner] > 250 and quarters.sum() < 260
+
+
+def test_exif_data_that_are_damaged_do_no_harm(tmp_path):
+    content = saved(Image.new("L", (2, 2), 100), "jpeg", exif=b"Exif\0\0rubbish")
+    assert as_read(tmp_path, content, 1).flatten().tolist() == [100] * 4
+
+
+def large_png() -> bytes:
+    """The beginning of a picture of 200 megapixels."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 20_000, 10_000, 8, 0, 0, 0, 0), b"IDAT")
+    parts = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"no picture", "is no picture in any format that Pillow reads"),
+        (b"", "is no picture in any format that Pillow reads"),
+        (saved(Image.new("RGB", (99, 99)), "jpeg")[:-50], "cannot be read: image file is truncated"),
+        (saved(Image.effect_noise((99, 99), 9), "png")[:-500], "cannot be read: .*truncated"),
+        (large_png(), r"cannot be read: Image size \(200000000 pixels\) exceeds limit"),
+        (tiff(np.array([255, 0.5, 0, 0], "<f4")), "cannot be read: its values must be from 0 to 1, .* from 0 to 255"),
+        (tiff(np.array([0.5, -1, 0, 0], "<f4")), "cannot be read: its values must be from 0 to 1, .* from -1 to 0.5"),
+        (tiff(np.array([0.5, np.nan, 0, 0], "<f4")), "cannot be read: its values must be from 0 to 1, .* nan to nan"),
+        (tiff(GREY.astype("<u4")), "cannot be read: it has integers of 32 bits"),
+        (tiff(GREY.astype("<u4"), signed=True), "cannot be read: it has signed integers"),
+        (tiff(GREY.astype("<u2"), signed=True), "cannot be read: it has signed integers"),
+        (tiff(GREY.astype(np.uint8), signed=True), "cannot be read: it has signed integers"),
+    ],
+    ids=itertools.count(),
+)
+def test_pictures_that_are_refused(tmp_path, content, text):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"b\.png is damaged: expected a picture"):
+    (tmp_path / "b.png").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/b\.png {text}") as error:
         ImageFolder(str(tmp_path), batch_size=1).setup()
+    assert "\n" not in str(error.value)
+
+
+def test_a_picture_that_the_system_cannot_read(tmp_path, monkeypatch):
+    def refused(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    monkeypatch.setattr(Image, "open", refused)
+    with pytest.raises(PermissionError, match=r"the picture .*\.png cannot be read: Permission denied"):
+        ImageFolder(str(tmp_path), batch_size=1).setup()
+
+
+def write_pictures(root, **counts: int) -> None:
+    """Grey pictures in folders, by their paths; a picture's value is its folder's place."""
+    for place, (folder, count) in enumerate(counts.items()):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            Image.new("L", (4, 4), 10 * place).save(root / folder / f"{number}.png")
+
+
+def found_by(capsys, root, **settings) -> tuple[list[tuple[int, int]], list[tuple[int, int]], str]:
+    """(value, label) of the pictures trained on and held out, and what is said."""
+    data = ImageFolder(root, size=2, channels=1, batch_size=1, **settings)
+    parts = [
+        sorted(zip(part.images[:, 0, 0, 0].tolist(), part.labels.tolist(), strict=True))
+        for part in (data.training, data.held_out)
+    ]
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("ImageFolder: ") and err.count("\n") == 1 and err.endswith("\n")
+    return parts[0], parts[1], err.removeprefix("ImageFolder: ").strip()
+
+
+def test_what_is_hidden_is_left_out(tmp_path, capsys):
+    write_pictures(
+        tmp_path, **{".ipynb_checkpoints": 1, "__MACOSX/b": 1, "b": 2, "a": 2, "c": 0, "b/.cache": 1, "b/d.png": 1}
+    )
+    (tmp_path / "b" / "._0.png").write_bytes(b"resource fork")
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "notes.TXT").touch()
+    (tmp_path / "a" / "x.heic").touch()
+    (tmp_path / "a" / "y.heic").touch()
+    Image.new("L", (4, 4), 200).save(tmp_path / "b" / "deeper.png")
+    training, held_out, said = found_by(capsys, tmp_path)
+    assert sorted(training + held_out) == [(20, 1), (20, 1), (30, 0), (30, 0), (60, 1), (200, 1)]
+    assert said == (
+        f"6 pictures in {tmp_path}; classes: a 2, b 4; left out: 1 folder without pictures (c); "
+        "5 hidden or of the system (.DS_Store, .ipynb_checkpoints, __MACOSX, b/._0.png, b/.cache); "
+        "3 files of other kinds (2 .heic, 1 .txt)"
+    )
+
+
+def test_what_was_found_is_said_once_and_in_short(tmp_path, capsys, monkeypatch):
+    write_pictures(tmp_path, **{f"{number}": 1 for number in range(12)})
+    Image.new("L", (4, 4), 200).save(tmp_path / "at_the_root.png")
+    training, held_out, said = found_by(capsys, tmp_path)
+    names = ["0", "1", "10", "11", "2", "3", "4", "5", "6", "7"]  # classes in the order of their names as text
+    assert {label: value for value, label in training + held_out}[2] == 100
+    assert said == (
+        f"13 pictures in {tmp_path}; classes: {', '.join(f'{name} 1' for name in names)} and 2 more; without a class: 1"
+    )
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    ImageFolder(tmp_path, batch_size=1).setup()
+    assert capsys.readouterr().err == ""
+
+
+def test_links_are_followed(tmp_path, capsys):
+    write_pictures(tmp_path, **{"elsewhere/x": 2, "root/a": 2})
+    root = tmp_path / "root"
+    (root / "b").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (root / "a" / "again.png").symlink_to(root / "a" / "0.png")
+    training, held_out, said = found_by(capsys, root)
+    assert sorted(training + held_out) == [(0, 1), (0, 1), (10, 0), (10, 0), (10, 0)]
+    assert said == f"5 pictures in {root}; classes: a 3, b 2"
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "error", "text"),
+    [
+        ("a/loop", "..", ValueError, "a/loop is a link to a folder that it is in"),
+        ("loop", ".", ValueError, "loop is a link to a folder that it is in"),
+        ("b/to_c", "../c", ValueError, "b/to_c/to_b is a link to a folder that it is in"),
+        ("d", "nowhere", FileNotFoundError, "d is a link to nowhere, which is not there"),
+        ("d.png", "nowhere.png", FileNotFoundError, r"d\.png is a link to nowhere\.png, which is not there"),
+        ("self", "self", FileNotFoundError, "self is a link to self, which is not there"),
+    ],
+)
+def test_links_that_are_refused(tmp_path, link, target, error, text):
+    write_pictures(tmp_path, a=2, b=1, c=1)
+    (tmp_path / link).symlink_to(target)
+    if link == "b/to_c":
+        (tmp_path / "c/to_b").symlink_to("../b")
+    with pytest.raises(error, match=f"{tmp_path}/{text}"):
+        ImageFolder(tmp_path, batch_size=1).setup()
+
+
+def test_a_folder_that_the_system_cannot_read(tmp_path, monkeypatch):
+    def refused(path):
+        if path.name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    write_pictures(tmp_path, a=2, b=2)
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match=f"the folder {tmp_path}/a cannot be read: Permission denied"):
+        ImageFolder(tmp_path, batch_size=1).setup()
+
+
+@pytest.mark.parametrize("first", ["train", "Training"])
+@pytest.mark.parametrize("other", ["val", "VALID", "validation", "test", "Testing"])
+def test_a_split_is_understood(tmp_path, capsys, first, other):
+    write_pictures(
+        tmp_path, **{f"{first}/a": 3, f"{first}/b": 2, f"{other}/a/deep": 1, f"{other}/b": 1, f"{other}/.x": 1}
+    )
+    (tmp_path / "labels.csv").touch()
+    training, held_out, said = found_by(capsys, tmp_path)
+    assert training == [(0, 0)] * 3 + [(10, 1)] * 2 and held_out == [(20, 0), (30, 1)]
+    assert said == (
+        f"5 pictures to train on in {tmp_path}/{first}, 2 held out in {tmp_path}/{other}; classes: a 4, b 3; left out: "
+        f"1 hidden or of the system ({other}/.x); 1 file of other kinds (1 .csv)"
+    )
+
+
+def test_of_two_parts_to_hold_out_the_validation_is_taken(tmp_path, capsys):
+    write_pictures(tmp_path, **{"train": 2, "val": 2, "test": 3, "more/a": 1, "train/empty": 0})
+    training, held_out, said = found_by(capsys, tmp_path)
+    assert training == [(0, -1)] * 2 and held_out == [(10, -1)] * 2
+    assert said == (
+        f"2 pictures to train on in {tmp_path}/train, 2 held out in {tmp_path}/val; no classes; "
+        "left out: 4 pictures in neither part (more, test); 1 folder without pictures (train/empty)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ({"train/a": 2, "train/b": 1, "val/a": 1}, "same classes, and .*/val has none of b: .*--data.root=.*/train"),
+        ({"train/a": 2, "val/a": 1, "val/c": 1}, "same classes, and .*/train has none of c"),
+        ({"train/a": 2, "test": 1}, "same classes, and .*/test has none of a"),
+        ({"train/a": 2, "train/b": 2, "val": 0}, "hold both parts .* has train: .*--data.root=.*/train"),
+        ({"test/a": 2, "valid/a": 2}, "hold both parts of a split, train or training and val or .* has test, valid"),
+        ({"data/train/a": 2, "data/val/a": 2}, "the split is in .*/data: name that folder with --data.root"),
+        ({"bottle/train/a": 2, "bottle/test/a": 2, "nut/train/a": 2}, "the split is in .*/bottle: name that"),
+    ],
+)
+def test_splits_that_are_refused(tmp_path, counts, text):
+    write_pictures(tmp_path, **counts)
+    with pytest.raises(ValueError, match=text):
+        ImageFolder(tmp_path, batch_size=1).setup()
+
+
+def test_a_class_may_have_the_name_of_a_part(tmp_path, capsys):
+    write_pictures(tmp_path, car=2, train=2)
+    training, held_out, _ = found_by(capsys, tmp_path)
+    assert sorted(training + held_out) == [(0, 0), (0, 0), (10, 1), (10, 1)]
 
 
 @pytest.mark.parametrize("below", ["", "svhn"])
@@ -252,6 +698,37 @@ def test_celeba(tmp_path, below):
             assert (image - expected).abs().mean() < 3 and (image - expected).abs().max() < 6
 
 
+@pytest.mark.parametrize(
+    ("pictures", "partition"),
+    [
+        ("img_align_celeba", "list_eval_partition.csv"),
+        ("img_align_celeba", "img_align_celeba/list_eval_partition.csv"),
+        ("img_align_celeba/img_align_celeba", "list_eval_partition.csv"),  # Kaggle's copy
+        ("img_align_celeba/img_align_celeba", "img_align_celeba/list_eval_partition.txt"),
+        ("Img/img_align_celeba", "Eval/list_eval_partition.txt"),  # the authors' own
+        ("celeba/Img/img_align_celeba", "celeba/Eval/list_eval_partition.txt"),
+    ],
+)
+def test_celeba_uses_its_own_partition(tmp_path, capsys, pictures, partition):
+    write_celeba(tmp_path / "made")
+    folder, file = tmp_path / pictures, tmp_path / partition
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "made/img_align_celeba").rename(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = (tmp_path / "made/list_eval_partition.txt").read_text().splitlines()[1:]
+    if file.suffix == ".csv":
+        lines = ["\ufeffimage_id,partition", *(line.replace(" ", ",") for line in lines)]
+    file.write_text("\n".join(lines))
+    (folder / "._000001.jpg").touch()
+    data = CelebA(tmp_path, batch_size=2)
+    for part, numbers in ((data.training, range(1, 7)), (data.held_out, range(9, 12))):
+        assert [round(float(image[0].float().mean()) / 20) for image in part.images] == list(numbers)
+    assert capsys.readouterr().err == (
+        f"CelebA: 6 pictures to train on and 3 held out in {folder}, by {file}; left out: 2 for validation, 1 that it "
+        "does not name\n"
+    )
+
+
 def test_celeba_reads_only_what_is_trained_on(tmp_path):
     write_celeba(tmp_path)
     chosen = CelebA(str(tmp_path), batch_size=2, train_size=3, seed=1)
@@ -261,14 +738,19 @@ def test_celeba_reads_only_what_is_trained_on(tmp_path):
         (tmp_path / "img_align_celeba" / f"{number + 1:06}.jpg").write_bytes(b"not to be read")
     again = CelebA(str(tmp_path), batch_size=2, train_size=3, seed=1)
     assert torch.equal(again.training.images, chosen.training.images)
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match="is no picture"):
         CelebA(str(tmp_path), batch_size=2).setup()
 
 
-def test_celeba_without_a_partition_holds_out_one_in_ten(tmp_path):
+def test_celeba_without_a_partition_holds_out_one_in_ten(tmp_path, capsys):
     write_celeba(tmp_path, count=20, partition=False)
+    (tmp_path / "img_align_celeba/._000001.jpg").touch()
     data = CelebA(str(tmp_path), batch_size=2)
     assert len(data.training) == 18 and len(data.held_out) == 2
+    folder = tmp_path / "img_align_celeba"
+    assert capsys.readouterr().err == (
+        f"CelebA: 20 pictures in {folder}, and no list_eval_partition: one in ten is held out\n"
+    )
     assert not torch.equal(CelebA(str(tmp_path), batch_size=2, seed=3).held_out.images, data.held_out.images)
 
 
@@ -286,10 +768,12 @@ def test_celeba_refusals(tmp_path):
     picture, partition = tmp_path / "img_align_celeba" / "000003.jpg", tmp_path / "list_eval_partition.txt"
     content = picture.read_bytes()
     picture.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"000003\.jpg is damaged: .*; {source}"):
+    with pytest.raises(ValueError, match=rf"000003\.jpg cannot be read: .*; {source}"):
         setup()
     Image.new("RGB", (178, 178)).save(picture)
-    with pytest.raises(ValueError, match=r"000003\.jpg is damaged: .* 178 x 218 pixels and has 178 x 178; to get it"):
+    with pytest.raises(
+        ValueError, match=r"000003\.jpg cannot be read: .* 178 x 218 pixels and has 178 x 178; to get it"
+    ):
         setup()
     picture.unlink()
     with pytest.raises(FileNotFoundError, match=rf"the picture .*000003\.jpg is missing; {source}"):

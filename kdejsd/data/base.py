@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -13,9 +15,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from .. import plots
 from .._extras import train_extra
+from .._plain import plain
 
 with train_extra():
     import lightning.pytorch as pl
+    from lightning.pytorch.utilities import rank_zero_only
     from matplotlib.figure import Figure
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -148,6 +152,9 @@ class BatchLoader(DataLoader[Batch]):
 class ImageData(pl.LightningDataModule):
     """Images to train on: a training set, a held-out set, and batches of them.
 
+    Its settings go into checkpoints, as Python's own numbers and text. What else the constructor of a subclass takes,
+    an object, say, is left out there.
+
     Args:
         batch_size: images per training step, on each device.
         train_size: train on this many images, drawn by the seed; None takes all.
@@ -158,6 +165,7 @@ class ImageData(pl.LightningDataModule):
     Raises:
         ValueError: batch_size or train_size below 1 or larger than the training set, labelled_size below 0 or larger
             than the number of images trained on.
+        TypeError: a setting that is no plain value.
     """
 
     image_shape: tuple[int, int, int]
@@ -171,6 +179,8 @@ class ImageData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        batch_size, train_size = plain(batch_size, "batch_size"), plain(train_size, "train_size")
+        labelled_size, seed = plain(labelled_size, "labelled_size"), plain(seed, "seed")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if train_size is not None and train_size < batch_size:
@@ -185,6 +195,11 @@ class ImageData(pl.LightningDataModule):
         self.seed = seed
         self._sets: tuple[ImageSet, ImageSet] | None = None
         self.save_hyperparameters(logger=False)  # so that a checkpoint says what it was trained on
+        for name, value in list(self.hparams.items()):
+            try:
+                self.hparams[name] = plain(value, name)
+            except TypeError:
+                del self.hparams[name]
 
     def load(self) -> tuple[ImageSource, ImageSource]:
         """All training images and the held-out images."""
@@ -277,23 +292,59 @@ def _finite(data: ImageData, part: str, images: ImageSet) -> ImageSet:
     return images
 
 
-def find(data: ImageData, root: Path, folder: str, names: Sequence[str], how_to_get: str) -> Path:
-    """The file or folder of one of these names, in the root or in its folder; names that stand first go first.
+def folder_of(root: str | os.PathLike[str]) -> Path:
+    """The folder that a root names, with `~` and environment variables put in.
+
+    Raises:
+        ValueError: it names none.
+        TypeError: neither text nor a path.
+    """
+    name = plain(root, "root")
+    if not isinstance(name, str):
+        raise TypeError(f"root must be the path of a folder, got {root!r}")
+    if not name:  # what a variable that is not set leaves of "$DATA"; Path would take it for the current folder
+        raise ValueError("root must name a folder, got ''")
+    return Path(os.path.expanduser(os.path.expandvars(name)))
+
+
+def find(
+    data: ImageData,
+    root: Path,
+    folders: Sequence[str],
+    names: Sequence[str],
+    how_to_get: str,
+    is_there: Callable[[Path], bool] = Path.is_file,
+) -> Path:
+    """The file of one of these names in the root or in one of its folders; what stands first goes first.
+
+    Args:
+        folders: by their paths from the root, which is "".
+        is_there: Path.is_dir for a folder in place of a file.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    folders = (root, root / folder)
-    for place in folders:
+    places = [root / folder for folder in folders]
+    for place in places:
         for name in names:
-            if (place / name).exists():
+            if is_there(place / name):
                 return place / name
+    where = (
+        f"which is in none of {', '.join(map(str, places))}"
+        if root.is_dir()
+        else f"and there is no folder {root.absolute()}"
+    )
     raise FileNotFoundError(
-        f"{type(data).__name__} needs {' or '.join(names)}, which is neither in {folders[0]} nor in {folders[1]}. "
-        f"Name its folder with --data.root; {how_to_get}"
+        f"{type(data).__name__} needs {' or '.join(names)}, {where}. Name its folder with --data.root; {how_to_get}"
     )
 
 
 def unreadable(data: ImageData, path: Path, error: OSError, how_to_get: str) -> OSError:
     """The error for a file that was there when it was looked for."""
     return type(error)(f"{type(data).__name__} cannot read {path}: {error.strerror}; {how_to_get}")
+
+
+@rank_zero_only
+def note(data: ImageData, text: str) -> None:
+    """Tells the user, once for all ranks, what was found."""
+    print(f"{type(data).__name__}: {text}", file=sys.stderr)

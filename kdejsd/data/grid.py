@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import plots
 from .._extras import train_extra
+from .._plain import plain
 from .base import ImageData, ImageSet
 
 with train_extra():
@@ -48,6 +49,7 @@ class Grid2D(ImageData):
     def __init__(
         self, n: int = 2, num_samples: int = 100_000, held_out: float = 0.1, batch_size: int = 200, **kwargs: Any
     ) -> None:
+        n, num_samples, held_out = plain(n, "n"), plain(num_samples, "num_samples"), plain(held_out, "held_out")
         if n < 0:
             raise ValueError(f"n must not be negative, got {n}")
         if num_samples < 2:

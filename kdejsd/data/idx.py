@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -12,14 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ImageData, ImageSet, find, unreadable
+from .base import ImageData, ImageSet, find, folder_of, unreadable
 
 
 class MNIST(ImageData):
     """Handwritten digits, 28x28: 60 000 for training, the 10 000 of the test set held out.
 
     Args:
-        root: folder that holds the four idx files, as they are or gzipped, or that holds a folder mnist/ with them.
+        root: folder that holds the four idx files, as they are or gzipped (train-images-idx3-ubyte or
+            train-images.idx3-ubyte and so on), or that holds a folder mnist/ or MNIST/raw/ with them. `~` and
+            environment variables are put in.
         kwargs: as in `ImageData`.
 
     Raises:
@@ -28,21 +31,18 @@ class MNIST(ImageData):
     """
 
     image_shape = (1, 28, 28)
-    folder: ClassVar[str] = "mnist"
+    folders: ClassVar[tuple[str, ...]] = ("", "mnist", "MNIST/raw", "raw")  # torchvision's are the last two
     source: ClassVar[str] = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 
-    def __init__(self, root: str, **kwargs: Any) -> None:
+    def __init__(self, root: str | os.PathLike[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root = Path(root)
+        self.root = folder_of(root)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         return self._part("train"), self._part("t10k")
 
     def _part(self, part: str) -> ImageSet:
-        names = (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
-        images_path, labels_path = (
-            find(self, self.root, self.folder, (f"{name}.gz", name), self._how_to_get(name)) for name in names
-        )
+        images_path, labels_path = (self._find(f"{part}-{name}-ubyte") for name in ("images-idx3", "labels-idx1"))
         images, labels = self._read(images_path, dimensions=3), self._read(labels_path, dimensions=1)
         if images.shape[1:] != self.image_shape[1:]:
             raise self._damaged(images_path, "images of 28 x 28 pixels", f"{images.shape[1]} x {images.shape[2]}")
@@ -52,6 +52,11 @@ class MNIST(ImageData):
             )
         return ImageSet(images[:, None], labels.long())
 
+    def _find(self, name: str) -> Path:
+        dotted = name.replace("-idx", ".idx")  # as it is unpacked by some programs
+        names = (f"{name}.gz", name, f"{dotted}.gz", dotted)
+        return find(self, self.root, self.folders, names, self._how_to_get(name))
+
     def _read(self, path: Path, dimensions: int) -> Tensor:
         """One idx file: big-endian magic number 2048 + dimensions, the sizes, then a byte per value."""
         try:
@@ -59,7 +64,7 @@ class MNIST(ImageData):
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise self._damaged(path, "a whole gzip file", str(error)) from error
         except OSError as error:
-            raise unreadable(self, path, error, self._how_to_get(path.name.removesuffix(".gz"))) from error
+            raise unreadable(self, path, error, self._how_to_get(path.name)) from error
         header = 4 + 4 * dimensions
         if len(content) < header:
             raise self._damaged(path, f"at least the {header} bytes of an idx header", f"{len(content)} bytes")
@@ -72,19 +77,17 @@ class MNIST(ImageData):
         return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
 
     def _damaged(self, path: Path, expected: str, found: str) -> ValueError:
-        name = path.name.removesuffix(".gz")
-        return ValueError(f"{path} is damaged: expected {expected}, found {found}; {self._how_to_get(name)}")
+        return ValueError(f"{path} is damaged: expected {expected}, found {found}; {self._how_to_get(path.name)}")
 
     def _how_to_get(self, name: str) -> str:
-        return f"to get it: curl -O {self.source}{name}.gz"
+        return f"to get it: curl -O {self.source}{name.removesuffix('.gz').replace('.idx', '-idx')}.gz"
 
 
 class FashionMNIST(MNIST):
     """Pictures of clothing, 28x28, in ten classes: 60 000 for training, the 10 000 of the test set held out.
 
     Args:
-        root: folder that holds the four idx files, as they are or gzipped, or that holds a folder fashion-mnist/ with
-            them.
+        root: as in `MNIST`, and the folders are fashion-mnist/ and FashionMNIST/raw/.
         kwargs: as in `ImageData`.
 
     Raises:
@@ -92,5 +95,5 @@ class FashionMNIST(MNIST):
         ValueError: a damaged file, and what `ImageData` refuses.
     """
 
-    folder = "fashion-mnist"
+    folders = ("", "fashion-mnist", "FashionMNIST/raw", "raw")
     source = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"

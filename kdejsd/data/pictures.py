@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,10 +13,50 @@ import torch
 from torch import Tensor
 
 from .._extras import train_extra
-from .base import ImageData, ImageSet, find
+from .._plain import plain
+from .base import ImageData, ImageSet, find, folder_of, note
+from .tree import Tree, check_whole, classes_of, left_out, parts_of, read_tree, shortened
 
 with train_extra():
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+_BITS, _WHITE_IS, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF: per sample; 0 if white is 0; 2 if signed
+
+
+def in_bytes(picture: Image.Image) -> Image.Image:
+    """The picture as it is to be seen, in bytes (mode L or RGB): turned upright as its EXIF data say, the first one of
+    several frames, over white where it is transparent; 0 to 255 is the range of its own kind of numbers.
+
+    Raises:
+        ValueError: numbers without a range: floating-point ones that are not all from 0 to 1, signed ones, integers of
+            32 bits.
+        OSError, ValueError, SyntaxError and others, by format: a damaged picture.
+    """
+    ImageOps.exif_transpose(picture, in_place=True)
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF
+    if tags.get(_SAMPLE_FORMAT, (1,))[0] == 2:
+        raise ValueError("it has signed integers, whose black and white are unknown")
+    sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    if sixteen or picture.mode == "F":
+        values = np.asarray(picture)
+        top = 2 ** tags.get(_BITS, (16,))[0] - 1 if sixteen else 1
+        lowest, highest = values.min(), values.max()
+        if not (lowest >= 0 and highest <= top):
+            raise ValueError(f"its values must be from 0 to {top}, and they are from {lowest:g} to {highest:g}")
+        values = values * (255.0 / top)
+        if tags.get(_WHITE_IS) == 0:
+            values = 255 - values
+        if "transparency" in picture.info:
+            values = np.where(np.asarray(picture) == picture.info["transparency"], 255, values)
+        return Image.fromarray(np.rint(values).astype(np.uint8))
+    if picture.mode == "I":
+        raise ValueError("it has integers of 32 bits, whose white is unknown")
+    if picture.mode == "La":
+        picture = picture.convert("LA")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
 class Pictures:
@@ -58,40 +100,62 @@ class Pictures:
     def _read(self, path: Path) -> Tensor:
         try:
             with Image.open(path) as picture:
-                pixels = np.array(self.prepare(picture))
+                pixels = np.array(self.prepare(in_bytes(picture)))
         except FileNotFoundError:
             raise FileNotFoundError(f"the picture {path} is missing{self.hint}") from None
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises, by format
-            raise ValueError(f"{path} is damaged: expected a picture, but {error}{self.hint}") from error
+        except UnidentifiedImageError:
+            raise ValueError(f"{path} is no picture in any format that Pillow reads{self.hint}") from None
+        except Exception as error:  # of many kinds, by format
+            kind: type[Exception] = ValueError
+            reason = str(error) or repr(error)
+            if isinstance(error, OSError) and error.errno is not None:  # the system's: Pillow's own have no number
+                kind, reason = type(error), str(error.strerror)
+            raise kind(f"the picture {path} cannot be read: {reason}{self.hint}") from error
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
 class ImageFolder(ImageData):
-    """A folder of pictures; those in subfolders too, and then the first subfolder is the class.
+    """A folder of pictures; those in its subfolders too, and then the first subfolder is the class.
+
+    Classes are numbered in the order of their names as text: 10 comes before 2. A root with a folder train (or
+    training) and a folder val, valid, validation, test or testing holds a split: what is in the first is trained on,
+    what is in the other (the first of these that is there) is held out, and the folders in them are the classes. What
+    was found, and what was left out, is said on one line.
+
+    Hidden files and folders, and those of the system (__MACOSX), are left out; links are followed.
+
+    A picture is turned upright by its EXIF data and put over white where it is transparent. Of several frames the first
+    one is taken. Numbers are read by the range of their kind: 65535 is the white of 16 bits, 1.0 that of floating-point
+    numbers.
 
     Args:
-        root: the folder.
+        root: the folder. `~` and environment variables are put in.
         size: side in pixels; a picture is cut to a square around its centre and resized.
         channels: 3 for colour, 1 for grey.
-        held_out: share of the pictures held out, drawn by the seed.
+        held_out: share of the pictures held out, drawn by the seed, where the root holds no split.
         kwargs: as in `ImageData`.
 
     Raises:
-        FileNotFoundError: no such folder, or no picture in it.
-        ValueError: a picture that cannot be read, or a setting out of range.
+        FileNotFoundError: no such folder, or no picture in it; a link to nothing.
+        OSError: a file or folder that cannot be read.
+        ValueError: a picture that cannot be read, a split that is in part or elsewhere, one whose classes differ, a
+            link to a folder that it is in, or a setting out of range.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-    def __init__(self, root: str, size: int = 32, channels: int = 3, held_out: float = 0.1, **kwargs: Any) -> None:
+    def __init__(
+        self, root: str | os.PathLike[str], size: int = 32, channels: int = 3, held_out: float = 0.1, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        size, channels, held_out = plain(size, "size"), plain(channels, "channels"), plain(held_out, "held_out")
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
         if not 0 < held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
-        self.root = Path(root)
+        self.root = folder_of(root)
         self.held_out_share = held_out
         self.image_shape = (channels, size, size)
 
@@ -100,16 +164,40 @@ class ImageFolder(ImageData):
             raise FileNotFoundError(
                 f"ImageFolder needs a folder of pictures, and {self.root} is none; name it with --data.root"
             )
-        paths = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in self.suffixes)
-        if len(paths) < 2:
+        tree = read_tree(self.root, self.suffixes)
+        parts = parts_of(tree)
+        if parts is None:
+            check_whole(tree)
+            classes = sorted(tree.holding())
+            found = [self._labelled(tree, classes)]
+            how = f"{len(found[0])} pictures in {self.root}"
+        else:
+            classes = classes_of(*parts)
+            found = [self._labelled(part, classes) for part in parts]
+            how = (
+                f"{len(found[0])} pictures to train on in {parts[0].path}, {len(found[1])} held out in {parts[1].path}"
+            )
+        if len(found[0]) < 2:
             raise FileNotFoundError(
                 f"ImageFolder needs at least two pictures ({', '.join(self.suffixes)}) in {self.root}, "
-                f"found {len(paths)}"
+                f"found {len(found[0])}"
             )
-        places = [path.relative_to(self.root).parts for path in paths]
-        classes = sorted({place[0] for place in places if len(place) > 1})
-        labels = [classes.index(place[0]) if len(place) > 1 else -1 for place in places]
-        return self._split(Pictures(paths, torch.tensor(labels), self._prepare), self.held_out_share)
+        counts = Counter(label for pictures in found for label in pictures.labels.tolist())
+        of_classes = [f"{name} {counts[label]}" for label, name in enumerate(classes)]
+        said = [how, f"classes: {shortened(of_classes)}" if classes else "no classes"]
+        if classes and counts[-1]:
+            said.append(f"without a class: {counts[-1]}")
+        rest = left_out(tree, list(parts or (tree,)))
+        note(self, "; ".join([*said, f"left out: {rest}"] if rest else said))
+        return (found[0], found[1]) if parts else self._split(found[0], self.held_out_share)
+
+    def _labelled(self, tree: Tree, classes: list[str]) -> Pictures:
+        """All pictures of a folder, in the order of their paths."""
+        number = {name: label for label, name in enumerate(classes)}
+        paths = tree.all_pictures()
+        places = [path.relative_to(tree.path).parts for path in paths]
+        labels = [number[place[0]] if len(place) > 1 else -1 for place in places]
+        return Pictures(paths, torch.tensor(labels), self._prepare)
 
     def _prepare(self, picture: Image.Image) -> Image.Image:
         channels, size, _ = self.image_shape
@@ -125,8 +213,9 @@ class CelebA(ImageData):
     2.0 GB for training and 245 MB held out; with train_size only those images are read.
 
     Args:
-        root: folder that holds the folder img_align_celeba and the file list_eval_partition.txt, or that holds a folder
-            celeba/ with them. Without the file one in ten images is held out, drawn by the seed.
+        root: folder that holds the folder img_align_celeba and the file list_eval_partition.txt or .csv (beside the
+            folder, in it, or in Eval/), or that holds a folder celeba/ or Img/ with them. Without the file one in ten
+            images is held out, drawn by the seed. `~` and environment variables are put in.
         kwargs: as in `ImageData`.
 
     Raises:
@@ -142,26 +231,42 @@ class CelebA(ImageData):
         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
     )
 
-    def __init__(self, root: str, **kwargs: Any) -> None:
+    def __init__(self, root: str | os.PathLike[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root = Path(root)
+        self.root = folder_of(root)
 
     def load(self) -> tuple[Pictures, Pictures]:
-        folder = find(self, self.root, "celeba", ("img_align_celeba",), self.how_to_get)
-        partition = folder.with_name("list_eval_partition.txt")
-        if partition.exists():
-            names = self._partition(partition)
-            return self._pictures(folder, names["0"]), self._pictures(folder, names["2"])
-        found = sorted(path.name for path in folder.glob("*.jpg"))
+        folder = find(
+            self, self.root, ("", "celeba", "Img", "celeba/Img"), ("img_align_celeba",), self.how_to_get, Path.is_dir
+        )
+        beside = [folder.parent, folder, folder.parent.parent / "Eval"]
+        if (folder / folder.name).is_dir():  # as Kaggle's copy is unpacked
+            folder = folder / folder.name
+            beside.append(folder)
+        found = sorted(name for name in os.listdir(folder) if name.endswith(".jpg") and not name.startswith("."))
         if len(found) < 2:
             raise FileNotFoundError(f"CelebA needs pictures (.jpg) in {folder}, found {len(found)}; {self.how_to_get}")
-        return self._split(self._pictures(folder, found), held_out=0.1)
+        partitions = [place / f"list_eval_partition.{suffix}" for place in beside for suffix in ("txt", "csv")]
+        partition = next((path for path in partitions if path.is_file()), None)
+        if partition is None:
+            note(self, f"{len(found)} pictures in {folder}, and no list_eval_partition: one in ten is held out")
+            return self._split(self._pictures(folder, found), held_out=0.1)
+        names = self._partition(partition)
+        unknown = len(set(found).difference(*names.values()))
+        note(
+            self,
+            f"{len(names['0'])} pictures to train on and {len(names['2'])} held out in {folder}, by {partition}; "
+            f"left out: {len(names['1'])} for validation" + (f", {unknown} that it does not name" if unknown else ""),
+        )
+        return self._pictures(folder, names["0"]), self._pictures(folder, names["2"])
 
     def _partition(self, path: Path) -> dict[str, list[str]]:
         """The names of the pictures for training, validation and test: 0, 1, 2."""
         names: dict[str, list[str]] = {"0": [], "1": [], "2": []}
-        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
-            fields = line.split()
+        for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
+            fields = line.replace(",", " ").split()
+            if number == 1 and fields == ["image_id", "partition"]:
+                continue
             if len(fields) != 2 or fields[1] not in names:
                 raise ValueError(
                     f"{path} is damaged: expected a picture's name and 0, 1 or 2 in line {number}, found {line[:80]!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from scipy.io import loadmat
 
-from .base import ImageData, ImageSet, find, unreadable
+from .base import ImageData, ImageSet, find, folder_of, unreadable
 
 
 class SVHN(ImageData):
@@ -20,7 +21,8 @@ class SVHN(ImageData):
     read.
 
     Args:
-        root: folder that holds train_32x32.mat and test_32x32.mat, or that holds a folder svhn/ with them.
+        root: folder that holds train_32x32.mat and test_32x32.mat, or that holds a folder svhn/ with them. `~` and
+            environment variables are put in.
         kwargs: as in `ImageData`.
 
     Raises:
@@ -31,15 +33,15 @@ class SVHN(ImageData):
     image_shape = (3, 32, 32)
     source: ClassVar[str] = "http://ufldl.stanford.edu/housenumbers/"
 
-    def __init__(self, root: str, **kwargs: Any) -> None:
+    def __init__(self, root: str | os.PathLike[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.root = Path(root)
+        self.root = folder_of(root)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
         return self._part("train_32x32.mat"), self._part("test_32x32.mat")
 
     def _part(self, name: str) -> ImageSet:
-        path = find(self, self.root, "svhn", (name,), self._how_to_get(name))
+        path = find(self, self.root, ("", "svhn"), (name,), self._how_to_get(name))
         try:
             with path.open("rb") as file:
                 content = loadmat(file, variable_names=("X", "y"))

@@ -215,7 +215,7 @@ def nan_for_some(z: Tensor) -> Tensor:
         ((None, half_spaces, 2), {"num_samples": 1}, ValueError, "num_samples must be at least 2, got 1"),
         ((None, half_spaces, 2), {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ((None, half_spaces, 2), {"confidence": 1.0}, ValueError, "confidence must be above 0 and below 1, got 1.0"),
-        ((None, half_spaces, 2), {"target": StandardNormal(3)}, ValueError, "target must have 2 dimensions, as latent_dim"),
+        ((None, half_spaces, 2), {"target": StandardNormal(3)}, ValueError, "target must have 2 dimensions"),
         ((None, half_spaces, 2), {"target": "normal"}, TypeError, "target must be None, StandardNormal"),
         (
             (None, half_spaces, 2),
@@ -394,3 +394,12 @@ def test_diversity_needs_nothing_of_the_extra():
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "kdejsd.diversity.report" in modules
     assert not {"lightning", "matplotlib", "sklearn", "scipy.stats", "scipy.optimize"} & set(modules)
+
+
+def test_a_report_is_shown_as_its_table():
+    """As the last line of a notebook's cell, too."""
+    report = diversity_report(None, sectors(4), 2, num_samples=500)
+    assert repr(report) == str(report) and "tensor" not in repr(report) and "class radius" in repr(report)
+    assert "tensor" not in repr(report.class_radius) and "mean=" in repr(report.class_radius)
+    comparison = compare_diversity(report, report)
+    assert repr(comparison) == str(comparison) and "collision entropy" in repr(comparison)

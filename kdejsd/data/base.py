@@ -111,8 +111,7 @@ class BatchOrder(DistributedSampler[Tensor]):
 class BatchLoader(DataLoader[Batch]):
     """Whole batches by index, in this process; its place in the epoch goes into checkpoints.
 
-    There are no workers: an index operation takes less time than handing a batch over, and a fork after OpenMP has been
-    used hangs the child.
+    There are no workers: an index operation takes less time than handing a batch over.
     """
 
     def __init__(self, dataset: ImageSet, order: BatchOrder) -> None:

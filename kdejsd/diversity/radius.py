@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class ClassRadius:
 
     mean: float
     standard_error: float
-    per_sample: Tensor
+    per_sample: Tensor = field(repr=False)
     latent_dim: int
     invertible: bool
 
@@ -64,9 +64,9 @@ class SearchedRadius(ClassRadius):
         boundary: [N, d], for each sample the point of another class at the distance per_sample; NaN if none was found.
     """
 
-    latents: Tensor
-    labels: Tensor
-    boundary: Tensor
+    latents: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    boundary: Tensor = field(repr=False)
 
 
 def _summary(per_sample: Tensor) -> tuple[float, float]:

@@ -28,9 +28,9 @@ _SHOWN = 20  # classes whose probability is printed
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-@dataclass(frozen=True, eq=False)  # the radius of every sample is a tensor
+@dataclass(frozen=True, eq=False, repr=False)  # eq: the radius of every sample is a tensor
 class DiversityReport:
-    """What `diversity_report` measured; `str` makes a table of it, `as_dict` plain values.
+    """What `diversity_report` measured; printed it is a table, `as_dict` plain values.
 
     Attributes:
         counts: samples of the prior that are of each class.
@@ -100,7 +100,7 @@ class DiversityReport:
             "holes": None if self.holes is None else asdict(self.holes),
         }
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         low, high = self.collision_entropy_interval
         rows = [
             (f"diversity under {self.prior}", f"{self.num_samples}", f"samples, {self.num_classes} classes"),
@@ -239,7 +239,7 @@ def diversity_report(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiversityComparison:
     """What `compare_diversity` found; `str` says it in words.
 
@@ -263,7 +263,7 @@ class DiversityComparison:
         low, high = self.entropy_interval
         return "a" if low > 0 else "b" if high < 0 else None
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         def row(name: str, difference: float, interval: Iterable[float]) -> str:
             low, high = interval
             return f"{name:32}{difference:>10.4f}  {100 * self.confidence:g} % interval {low:.4f} to {high:.4f}"

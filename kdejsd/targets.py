@@ -81,13 +81,18 @@ class GaussianMixture(nn.Module):
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        means = torch.as_tensor(means, dtype=torch.float64)
+        if not isinstance(means, Tensor):
+            means = torch.as_tensor(means, dtype=torch.float64, device=_device())
+        means = means.to(torch.float64)
         if means.ndim != 2 or means.numel() == 0:
             raise ValueError(f"means must have shape [K, dim] with K and dim at least 1, got {list(means.shape)}")
         count = means.shape[0]
-        scales = torch.as_tensor(scales, dtype=torch.float64)
-        weights = torch.ones(count) if weights is None else weights
-        weights = torch.as_tensor(weights, dtype=torch.float64)
+        if not isinstance(scales, Tensor):
+            scales = torch.as_tensor(scales, dtype=torch.float64, device=_device())
+        weights = [1.0] * count if weights is None else weights
+        if not isinstance(weights, Tensor):
+            weights = torch.as_tensor(weights, dtype=torch.float64, device=_device())
+        scales, weights = scales.to(torch.float64), weights.to(torch.float64)
         if scales.ndim == 0:
             scales = scales.expand(count)
         for name, value in (("scales", scales), ("weights", weights)):
@@ -171,7 +176,8 @@ def target_dim(target: Target) -> int:
 def target_moments(target: Target) -> tuple[Tensor, Tensor]:
     """Mean and variance of every dimension of the target, each [l]."""
     if isinstance(target, IsotropicNormal):
-        return torch.zeros(target.dim), torch.full((target.dim,), target.variance)
+        device = _device()
+        return torch.zeros(target.dim, device=device), torch.full((target.dim,), target.variance, device=device)
     if isinstance(target, GaussianMixture):
         weights, means = target.log_weights.exp()[:, None], target.means
         mean = (weights * means).sum(0)
@@ -218,6 +224,13 @@ def sample_target(target: Target, n: int, generator: torch.Generator) -> Tensor:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return target.sample(torch.Size((n,))).to(generator.device)
+
+
+def _device() -> torch.device:
+    """Where numbers are put that no tensor's device says a place for: torch's default device; under the meta device,
+    where models are built to be loaded, the CPU, since these numbers are looked at."""
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _check_dim(z: Tensor, dim: int) -> None:

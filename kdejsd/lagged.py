@@ -296,14 +296,14 @@ class LaggedKDE(nn.Module):
         places = (self.oldest.round().long() + torch.arange(len(codes), device=self.examples.device)) % m
         self.codes[places.to(self.codes.device)] = codes.to(self.codes)
         self.examples[places] = indices.double()
-        self.oldest.copy_((self.oldest + len(codes)) % m)
+        self.oldest.add_(len(codes)).remainder_(m)
         self._stamp(1)
         self._remember(indices, places)
 
     def _stamp(self, changed: Tensor | int) -> None:
         """Notes that the examples have changed, if they have."""
-        number = (self.stamp[0] + changed * _GOLDEN) % 1
-        self.stamp.copy_(torch.stack((number, number * number)))
+        number = self.stamp[0].add_(changed * _GOLDEN).remainder_(1)
+        torch.mul(number, number, out=self.stamp[1])
 
     @torch.no_grad()
     def shard(self) -> None:

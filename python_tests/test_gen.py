@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import pickle
 from itertools import chain
 
@@ -413,6 +414,23 @@ def test_numbers_of_numpy_reach_no_checkpoint(tmp_path):
     assert {type(found[name]) for name in ("latent_dim", "num_lagged", "refresh_every")} == {int}
     assert {type(value) for value in model.settings().values()} <= {int, float, bool, str}
     assert_same_state(ImageGEN.load_from_checkpoint(tmp_path / "a.ckpt", network=Small), model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        ("AAE", {"weight": 0.5}),
+        ("GAN", {"packing": 2, "discriminator_steps": 3}),
+        ("GEN", {"weight": 0.5}),
+        ("LCVAE", {"omega_weight": 3.0, "clip": 0.25}),
+        ("VAE", {"observation_variance": 0.25}),
+        ("WAE", {"weight": 0.5}),
+    ],
+)
+def test_numbers_of_numpy_are_plain_in_reports(kind, numbers):
+    model = model_of(kind, **{name: np.asarray(value)[()] for name, value in numbers.items()})
+    assert json.loads(json.dumps(model.settings())) == model_of(kind, **numbers).settings()
+    assert {name: type(model.hparams[name]) for name in numbers} == {name: type(v) for name, v in numbers.items()}
 
 
 def test_what_no_checkpoint_can_hold_is_refused_or_left_out():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -19,6 +20,11 @@ from .reference.kde import with_own_center
 from .targets import Law, Target, checked_smoothable, checked_target
 
 _PART = 2**17  # codes of a rank that are gathered at a time
+_SHARED_OUT = ("codes", "examples")  # of all that is in the buffers: each rank has others
+_BUFFERS = (*_SHARED_OUT, "oldest", "stamp")
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie apart from each other, modulo 1
+_NO_CODES = "no codes yet"
+_MIXED = "averages over the codes of different examples, which are no codes"
 
 
 class LaggedKDE(nn.Module):
@@ -29,11 +35,14 @@ class LaggedKDE(nn.Module):
     them anew and hands them to `refresh`, or a part of them to `update`; or `push` lets the codes of the minibatches
     themselves take the place of the oldest.
 
-    The state_dict carries the lagged codes, the examples they belong to and the bandwidth: a module that is loaded goes
-    on where the saved one stood. They are no buffers, which DistributedDataParallel would make those of the first rank.
+    The state_dict carries the lagged codes, the examples they belong to and the bandwidth, as tensors: a module that is
+    loaded goes on where the saved one stood. The first two are buffers, so that averages of models have them too
+    (`torch.optim.swa_utils.AveragedModel`). An average of codes of the same examples is taken for their codes; where
+    the examples differ, as those of a queue do from step to step, nothing is left until the next `refresh`.
 
     On several ranks of torch.distributed every rank may keep a share of the codes (`shard`): the densities and their
-    gradients are those of all codes together.
+    gradients are those of all codes together. A share is no buffer: DistributedDataParallel would make it the first
+    rank's.
 
     For millions of codes they may be kept in bfloat16, on the host, or both. They are then streamed: parts of them are
     converted and moved into a few MiB while the loss is computed, and the loss has no second derivatives. What is
@@ -60,15 +69,24 @@ class LaggedKDE(nn.Module):
         num_centers: m.
         codes: [m, l], the lagged codes, of storage_dtype unless the module was cast to another one; this rank's alone
             where they are sharded.
-        indices: [m] int64, the training example of each code; -1 where it is not known.
+        examples: [m] float64, the training example of each code; -1 where it is not known. In floating point equal
+            numbers have themselves as their average.
+        oldest: 0-dim float64, the place of the oldest code.
+        stamp: [2] float64, a number s in [0, 1), another one whenever the examples change, and s^2. Of an average over
+            different ones the second is greater than the square of the first; so it is before the first refresh.
         bandwidth: h as a float.
         law: what p_e is compared with: the target, or the smoothed target.
 
     Raises:
         ValueError: sizes below 1, a target of another dimension, a bandwidth that is not positive and finite, an
             unknown divergence or storage_device, or `smoothed` with a target that has no `smoothed(h)`.
-        TypeError: another storage_dtype.
+        TypeError: sizes that are no integers, or another storage_dtype.
     """
+
+    codes: Tensor
+    examples: Tensor
+    oldest: Tensor
+    stamp: Tensor
 
     def __init__(
         self,
@@ -83,6 +101,7 @@ class LaggedKDE(nn.Module):
         storage_device: Literal["cpu"] | None = None,
     ) -> None:
         super().__init__()
+        num_centers, latent_dim = operator.index(num_centers), operator.index(latent_dim)
         for name, value in (("num_centers", num_centers), ("latent_dim", latent_dim)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -96,24 +115,28 @@ class LaggedKDE(nn.Module):
         if smoothed:
             checked_smoothable(law)
         if bandwidth is None:
-            bandwidth = optimal_bandwidth(latent_dim, num_centers, target=law).value
+            with torch.device("cpu"):  # there are no numbers on the meta device, where a module may be built
+                bandwidth = optimal_bandwidth(latent_dim, num_centers, target=law).value
         if not 0 < bandwidth < math.inf:
             raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
         self.target = law
         self.smoothed = smoothed
         self.divergence = divergence
-        self.refreshed = False
         self._set_bandwidth(bandwidth)
         self.num_centers = num_centers
         self.rank, self.ranks = 0, 1
         self.storage_device = storage_device
-        self.codes = torch.zeros(num_centers, latent_dim, dtype=storage_dtype, device=storage_device)
-        self.indices = torch.full((num_centers,), -1)
-        # The place of each example's newest code, one entry more for codes whose example is not known, and the place
-        # of the oldest code.
+        codes = torch.zeros(num_centers, latent_dim, dtype=storage_dtype, device=storage_device)
+        self.register_buffer("codes", codes)
+        self.register_buffer("examples", torch.full((num_centers,), -1.0, dtype=torch.float64))
+        self.register_buffer("oldest", torch.tensor(0.0, dtype=torch.float64))
+        self.register_buffer("stamp", torch.tensor([0.0, 1.0], dtype=torch.float64))
+        # What is read off the buffers: the place of each example's newest code, with one entry more for codes whose
+        # example is not known, and what is wrong with the codes, if anything is. `_seen` tells which buffer was read.
+        self._reserved: int | None = None
         self.places = torch.full((1,), -1)
-        self.oldest = 0
-        self._reserved = False
+        self._fault: str | None = _NO_CODES
+        self._seen: tuple[Tensor, int] | None = None
 
     def _set_bandwidth(self, bandwidth: float) -> None:
         self.bandwidth = float(bandwidth)
@@ -121,15 +144,69 @@ class LaggedKDE(nn.Module):
         if self.smoothed:
             self.law = checked_smoothable(self.target).smoothed(self.bandwidth)
 
+    @property
+    def indices(self) -> Tensor:
+        """A copy of `examples` as [m] int64."""
+        return self.examples.round().long()
+
+    @property
+    def refreshed(self) -> bool:
+        """Whether there are codes. To find out waits for a GPU."""
+        self._read()
+        return self._fault is None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LaggedKDE:
-        """What `to`, `cuda` and their kin do to every tensor of a module: not to codes that are to stay on the host."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.indices, self.places = fn(self.indices), fn(self.places)
-        self._keep(fn(self.codes) if self.storage_device is None else self.codes)
+        """What `to`, `cuda` and their kin do to every tensor of a module: not to codes that are to stay on the host;
+        and the examples' numbers keep their dtype."""
+        codes, numbers = self.codes, {id(getattr(self, name)) for name in _BUFFERS[1:]}
+
+        def applied(t: Tensor) -> Tensor:
+            if t is codes and self.storage_device is not None:
+                return t
+            result = fn(t)
+            return t.to(result.device) if id(t) in numbers and result.dtype != t.dtype else result
+
+        super()._apply(applied, recurse)  # type: ignore[no-untyped-call]
+        if self.ranks > 1:
+            for name in _SHARED_OUT:
+                setattr(self, name, applied(getattr(self, name)))
+        self.places = applied(self.places)
+        self._seen = None
+        self._keep(self.codes)
         return self
 
     def _keep(self, codes: Tensor) -> None:
-        self.codes = codes.pin_memory() if self.storage_device == "cpu" and self.indices.is_cuda else codes
+        self.codes = codes.pin_memory() if self.storage_device == "cpu" and self.examples.is_cuda else codes
+
+    def _look(self) -> None:
+        """Reads the buffers again if they are others than those that were read: optimisers that average models, and
+        whoever loads a state, write into them. Nothing waits for a GPU to find out."""
+        if torch.compiler.is_compiling():
+            return
+        examples, version = self._now()
+        if self._seen is None or self._seen[0] is not examples or self._seen[1] != version:
+            self._read()
+
+    def _now(self) -> tuple[Tensor, int]:
+        examples = self.examples
+        return examples, -1 if examples.is_inference() else examples._version
+
+    @torch.no_grad()
+    def _read(self) -> None:
+        with torch.inference_mode(False):  # `places` are written into later, in any mode
+            indices, oldest = self.indices, self.oldest.round().long()
+            spread = 1.0 if indices.is_meta else float(self.stamp[1] - self.stamp[0].square())
+            self._fault = None if spread < 1e-9 else _NO_CODES if spread == 1 else _MIXED
+            room = self._reserved
+            if room is None:
+                room = 0 if self._fault else int(indices.max()) + 1
+            self.places = torch.full((room + 1,), -1, device=indices.device)
+            if self._fault is None:
+                age = torch.arange(len(indices), device=indices.device)
+                age = (age - oldest) % len(indices)  # the greatest is the newest
+                newest = self.places.scatter_reduce(0, indices.where(indices >= 0, room), age, "amax")
+                self.places = ((newest + oldest) % len(indices)).where(newest >= 0, -1)
+        self._seen = self._now()
 
     @torch.no_grad()
     def refresh(self, codes: Tensor | Iterable[Tensor], indices: Tensor | None = None) -> None:
@@ -147,6 +224,7 @@ class LaggedKDE(nn.Module):
             TypeError: codes that are not floating, indices that are not int64.
         """
         m = len(self.codes)
+        self._look()
         if isinstance(codes, Tensor):
             self._check(codes, indices, m)
             self.codes.copy_(codes)
@@ -158,13 +236,18 @@ class LaggedKDE(nn.Module):
                 start += len(part)
             if start < m:
                 raise ValueError(f"codes must be {m} in all their parts, got {start}")
+        before = None if self._fault else self.indices
         if indices is None:
-            self.indices.fill_(-1)
+            self.examples.fill_(-1)
         else:
-            self.indices.copy_(indices)
-        self.oldest = 0
-        self.refreshed = True
-        self._remember(self.indices, torch.arange(len(self.indices), device=self.indices.device))
+            self.examples.copy_(indices)
+        self.oldest.zero_()
+        if before is None:
+            self.stamp.zero_()
+        else:
+            self._stamp((before != self.examples).any())
+        self._fault = None
+        self._remember(self.indices, torch.arange(m, device=self.examples.device))
 
     @torch.no_grad()
     def update(self, codes: Tensor, start: int) -> None:
@@ -209,12 +292,18 @@ class LaggedKDE(nn.Module):
                 f"num_centers must be a multiple of {self.ranks}, the number of ranks, for push, got {self.num_centers}"
             )
         m = len(self.codes)
-        codes, indices = codes[-m:], indices[-m:].to(self.indices)
-        places = (self.oldest + torch.arange(len(codes), device=self.indices.device)) % m
+        codes, indices = codes[-m:], indices[-m:].to(self.examples.device)
+        places = (self.oldest.round().long() + torch.arange(len(codes), device=self.examples.device)) % m
         self.codes[places.to(self.codes.device)] = codes.to(self.codes)
-        self.indices[places] = indices
+        self.examples[places] = indices.double()
+        self.oldest.add_(len(codes)).remainder_(m)
+        self._stamp(1)
         self._remember(indices, places)
-        self.oldest = (self.oldest + len(codes)) % m
+
+    def _stamp(self, changed: Tensor | int) -> None:
+        """Notes that the examples have changed, if they have."""
+        number = self.stamp[0].add_(changed * _GOLDEN).remainder_(1)
+        torch.mul(number, number, out=self.stamp[1])
 
     @torch.no_grad()
     def shard(self) -> None:
@@ -222,11 +311,11 @@ class LaggedKDE(nn.Module):
         places r, r + R, r + 2 R and so on. On one process nothing changes.
 
         From here on `refresh` and `update` are for this rank's share, `push` for the codes of its minibatch, and
-        `log_prob` and `loss` for its queries. These two are called by all ranks together, with as many queries on each,
-        and so is `state_dict`, which has the codes of all ranks and can be loaded on any number of them. In a step each
-        rank does 1 / R of the work for the queries of all ranks, and what it sends does not depend on m. There are no
-        second derivatives, and the loss of a rank is the mean over its own queries: DistributedDataParallel averages
-        the gradients.
+        `log_prob` and `loss` for its queries. These two are called by all ranks together, with as many queries on each.
+        `state_dict` has this rank's share and asks no other rank; what can be loaded on any number of ranks is
+        `gathered_state`. In a step each rank does 1 / R of the work for the queries of all ranks, and what it sends
+        does not depend on m. There are no second derivatives, and the loss of a rank is the mean over its own queries:
+        DistributedDataParallel averages the gradients.
 
         Raises:
             ValueError: fewer codes than ranks.
@@ -237,32 +326,65 @@ class LaggedKDE(nn.Module):
         rank, ranks = rank_and_size()
         if self.num_centers < ranks:
             raise ValueError(f"num_centers must be at least {ranks}, the number of ranks, got {self.num_centers}")
-        codes, indices, oldest = self.codes, self.indices, self.oldest
-        self.rank, self.ranks = rank, ranks
-        self._take_share(codes, indices, oldest)
+        if ranks > 1:
+            self.rank, self.ranks = rank, ranks
+            self._take_share(*(getattr(self, name) for name in _BUFFERS))
 
     @torch.no_grad()
     def gather(self) -> None:
         """Gives all codes back to every rank; called by all of them. On one process nothing changes."""
-        state = self.get_extra_state()
-        device = self.codes.device
-        self.rank, self.ranks = 0, 1
-        self._take_share(state["codes"].to(device), state["indices"].to(self.indices.device), state["oldest"])
+        if self.ranks > 1:
+            state = self.gathered_state()
+            self.rank, self.ranks = 0, 1
+            self._take_share(*(state[name].to(getattr(self, name).device) for name in _BUFFERS))
+
+    @torch.no_grad()
+    def gathered_state(self, prefix: str = "") -> dict[str, Tensor]:
+        """The part of `state_dict` that a share takes, with the codes of all ranks, which call this together. It can be
+        loaded on any number of ranks.
+
+        Args:
+            prefix: put before the names: `model.state_dict() | model.lagged.gathered_state("lagged.")`.
+
+        Returns:
+            The tensors by their names; those that were gathered are on the host.
+        """
+        state = {
+            "codes": self._whole(self.codes),
+            "examples": self._whole(self.examples),
+            "oldest": self.oldest * self.ranks,
+            "stamp": self.stamp,
+        }
+        return {prefix + name: t for name, t in (state | self._numbers(0, 1)).items()}
+
+    def _numbers(self, rank: int, ranks: int) -> dict[str, Tensor]:
+        """What the state has beside the buffers."""
+        return {
+            "bandwidth": torch.tensor(self.bandwidth, dtype=torch.float64, device="cpu"),
+            "shard": torch.tensor([rank, ranks], device="cpu"),
+        }
 
     def share(self, whole: Tensor) -> Tensor:
         """Of a tensor with an entry for each of the m places the entries of this rank's."""
         return whole[self.rank :: self.ranks]
 
-    def _take_share(self, codes: Tensor, indices: Tensor, oldest: int) -> None:
+    def _take_share(self, codes: Tensor, examples: Tensor, oldest: Tensor, stamp: Tensor) -> None:
         """Keeps this rank's share of all codes, the oldest of which stands at a place."""
-        if oldest % self.ranks:  # the oldest codes of all ranks have to stand at the same place
-            codes, indices, oldest = codes.roll(-oldest, 0), indices.roll(-oldest), 0
-        self._keep(self.share(codes).clone())
-        self.indices = self.share(indices).clone()
-        self.oldest = oldest // self.ranks
-        self.places = self.places.new_full((len(self.places),), -1)
-        order = (self.oldest + torch.arange(len(self.indices), device=self.indices.device)) % len(self.indices)
-        self._remember(self.indices[order], order)
+        start = int(oldest)
+        if start % self.ranks:  # the oldest codes of all ranks have to stand at the same place
+            codes, examples, start = codes.roll(-start, 0), examples.roll(-start), 0
+        with torch.inference_mode(False):
+            kept = (self.share(codes).clone(), self.share(examples).clone())
+        self.oldest.fill_(start // self.ranks)
+        self.stamp.copy_(stamp)
+        for name, value in zip(_SHARED_OUT, kept, strict=True):
+            delattr(self, name)
+            if self.ranks == 1:
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self._keep(self.codes)
+        self._seen = None
 
     def _whole(self, own: Tensor) -> Tensor:
         """All ranks' entries at their places, on the host; of this rank's, in parts that fit the device."""
@@ -270,7 +392,7 @@ class LaggedKDE(nn.Module):
             return own
         whole = torch.empty(self.num_centers, *own.shape[1:], dtype=own.dtype)
         least = self.num_centers // self.ranks
-        device = self.indices.device
+        device = self.examples.device
         for start in range(0, least, _PART):
             part = gathered(own[start : min(start + _PART, least)].to(device), "codes")
             places = torch.arange(self.ranks * start, self.ranks * start + len(part)).view(-1, self.ranks).T.flatten()
@@ -284,24 +406,25 @@ class LaggedKDE(nn.Module):
     def reserve(self, num_examples: int) -> None:
         """Makes room to remember the places of examples 0 to num_examples - 1. Without it room is made as indices come,
         which makes a GPU wait for them; after it an index beyond is out of bounds."""
-        self._make_room(num_examples)
-        self._reserved = True
+        self._reserved = num_examples
+        self._seen = None
 
     def own_copy(self, index: Tensor) -> Tensor:
         """Where the newest lagged code of each example stands: index [n] int64 -> places [n] int64, -1 for none."""
+        self._look()
         place = self.places[index.clamp(-1, len(self.places) - 1)]
-        return place.where((index >= 0) & (place >= 0) & (self.indices[place] == index), -1)
+        return place.where((index >= 0) & (place >= 0) & (self.examples[place].round() == index), -1)
 
     def _remember(self, indices: Tensor, places: Tensor) -> None:
-        if not self._reserved and len(indices) and (room := int(indices.max()) + 1) >= len(self.places):
-            self._make_room(2 * room)
+        """Notes where the codes of examples stand that have just been put there."""
+        if self._reserved is None and len(indices) and (room := int(indices.max()) + 1) >= len(self.places):
+            with torch.inference_mode(False):
+                more = self.places.new_full((2 * room + 1,), -1)
+                more[: len(self.places) - 1] = self.places[:-1]
+                self.places = more
         self.places[indices.where(indices >= 0, len(self.places) - 1)] = places
-
-    def _make_room(self, num_examples: int) -> None:
-        places = self.places.new_full((num_examples + 1,), -1)
-        kept = min(num_examples, len(self.places) - 1)
-        places[:kept] = self.places[:kept]
-        self.places = places
+        if not torch.compiler.is_compiling():
+            self._seen = self._now()
 
     def _check(self, codes: Tensor, indices: Tensor | None, count: int) -> None:
         expected = [count, self.codes.shape[1]]
@@ -320,8 +443,9 @@ class LaggedKDE(nn.Module):
             raise TypeError(f"indices must be int64, got {indices.dtype}")
 
     def _check_refreshed(self, name: str) -> None:
-        if not self.refreshed:
-            raise RuntimeError(f"LaggedKDE holds no codes yet: call refresh(codes) before {name}")
+        self._look()
+        if self._fault is not None:
+            raise RuntimeError(f"LaggedKDE holds {self._fault}: call refresh(codes) before {name}")
 
     def log_prob(self, z: Tensor, index: Tensor | None = None) -> Tensor:
         """log p_e in nats at z [n, l], as [n]; `index` as in `loss`.
@@ -345,7 +469,7 @@ class LaggedKDE(nn.Module):
 
     def _is_streamed(self) -> bool:
         """Whether the codes lie in another dtype or memory than they are computed with, or on other ranks."""
-        return self.ranks > 1 or self.codes.dtype != self._dtype or self.codes.device != self.indices.device
+        return self.ranks > 1 or self.codes.dtype != self._dtype or self.codes.device != self.examples.device
 
     def loss(
         self,
@@ -410,24 +534,59 @@ class LaggedKDE(nn.Module):
         """In which everything is computed."""
         return torch.promote_types(self.codes.dtype, torch.float32)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {
-            "bandwidth": self.bandwidth,
-            "refreshed": self.refreshed,
-            "oldest": self.oldest * self.ranks,
-            "codes": self._whole(self.codes),
-            "indices": self._whole(self.indices),
-        }
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        shares = {name: getattr(self, name) for name in _SHARED_OUT} if self.ranks > 1 else {}
+        for name, value in (shares | self._numbers(self.rank, self.ranks)).items():
+            destination[prefix + name] = value
 
     @torch.no_grad()
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        expected = [self.num_centers, self.codes.shape[1]]
-        if list(state["codes"].shape) != expected:
-            raise ValueError(f"the state's codes must have shape {expected}, got {list(state['codes'].shape)}")
-        self._set_bandwidth(state["bandwidth"])
-        self.refreshed = state["refreshed"]
-        codes, indices = state["codes"].to(self.codes), state["indices"].to(self.indices)
-        self._take_share(codes, indices, state["oldest"])
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        first_format = state_dict.pop(f"{prefix}_extra_state", None)
+        if first_format is not None:
+            state_dict |= {prefix + name: value for name, value in _of_first_format(first_format).items()}
+        bandwidth, shard = (_popped(state_dict, prefix + name, missing_keys) for name in ("bandwidth", "shard"))
+        if bandwidth is not None and not bandwidth.is_meta:
+            self._set_bandwidth(float(bandwidth))
+        rank, ranks = (0, 1) if shard is None or shard.is_meta else shard.tolist()
+        if ranks > 1 and (rank, ranks) != (self.rank, self.ranks):
+            error_msgs.append(
+                f"{prefix}codes are the share of rank {rank} of {ranks}, which no other rank can load. "
+                "LaggedKDE.gathered_state is what all of them can."
+            )
+            for name in _BUFFERS:
+                state_dict.pop(prefix + name, None)
+            return
+        if self.ranks > 1:  # what is no buffer is not known to Module
+            self._load_share([_popped(state_dict, prefix + name, missing_keys) for name in _BUFFERS], ranks, error_msgs)
+            state_dict |= {prefix + name: getattr(self, name) for name in _BUFFERS[len(_SHARED_OUT) :]}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        self._read()
+
+    def _load_share(self, state: list[Tensor | None], ranks: int, error_msgs: list[str]) -> None:
+        """Takes the buffers from the state of one process, or of this very rank."""
+        found = [value for value in state if value is not None]
+        if len(found) < len(_BUFFERS):
+            return
+        expected = [self.num_centers if ranks == 1 else len(self.codes), self.codes.shape[1]]
+        if list(found[0].shape) != expected:
+            error_msgs.append(f"the state's codes must have shape {expected}, got {list(found[0].shape)}")
+        elif ranks == 1:
+            self._take_share(*(t.to(getattr(self, name)) for name, t in zip(_BUFFERS, found, strict=True)))
+        else:
+            for name, value in zip(_BUFFERS, found, strict=True):
+                getattr(self, name).copy_(value)
 
     def extra_repr(self) -> str:
         m, dim = self.num_centers, self.codes.shape[1]
@@ -436,3 +595,23 @@ class LaggedKDE(nn.Module):
             f"{m}, {dim}, bandwidth={self.bandwidth:.4g}, smoothed={self.smoothed}, divergence={self.divergence!r}, "
             f"codes in {storage}"
         )
+
+
+def _popped(state_dict: dict[str, Any], key: str, missing_keys: list[str]) -> Tensor | None:
+    """What is under a key, which is taken away, or noted as missing."""
+    value: Tensor | None = state_dict.pop(key, None)
+    if value is None:
+        missing_keys.append(key)
+    return value
+
+
+def _of_first_format(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The state of one process from the dict that stood in its place in the first checkpoints."""
+    return {
+        "codes": state["codes"],
+        "examples": state["indices"].double(),
+        "oldest": torch.tensor(float(state["oldest"]), dtype=torch.float64),
+        "stamp": torch.tensor([0.0, 0.0 if state["refreshed"] else 1.0], dtype=torch.float64),
+        "bandwidth": torch.tensor(state["bandwidth"], dtype=torch.float64),
+        "shard": torch.tensor([0, 1]),
+    }

@@ -54,7 +54,8 @@ class IsotropicNormal(nn.Module):
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of every dimension, each [dim]."""
-        return torch.zeros(self.dim), torch.full((self.dim,), self.variance)
+        device = _device()
+        return torch.zeros(self.dim, device=device), torch.full((self.dim,), self.variance, device=device)
 
     def smoothed(self, bandwidth: float) -> IsotropicNormal:
         """This law convolved with the kernel N(0, bandwidth^2 I): what a KDE of its own samples tends to."""
@@ -94,13 +95,18 @@ class GaussianMixture(nn.Module):
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        means = torch.as_tensor(means, dtype=torch.float64)
+        if not isinstance(means, Tensor):
+            means = torch.as_tensor(means, dtype=torch.float64, device=_device())
+        means = means.to(torch.float64)
         if means.ndim != 2 or means.numel() == 0:
             raise ValueError(f"means must have shape [K, dim] with K and dim at least 1, got {list(means.shape)}")
         count = means.shape[0]
-        scales = torch.as_tensor(scales, dtype=torch.float64)
-        weights = torch.ones(count) if weights is None else weights
-        weights = torch.as_tensor(weights, dtype=torch.float64)
+        if not isinstance(scales, Tensor):
+            scales = torch.as_tensor(scales, dtype=torch.float64, device=_device())
+        weights = [1.0] * count if weights is None else weights
+        if not isinstance(weights, Tensor):
+            weights = torch.as_tensor(weights, dtype=torch.float64, device=_device())
+        scales, weights = scales.to(torch.float64), weights.to(torch.float64)
         if scales.ndim == 0:
             scales = scales.expand(count)
         for name, value in (("scales", scales), ("weights", weights)):
@@ -384,6 +390,13 @@ def law_log_prob(law: Law, z: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """In float64, where the device has it."""
     return x if x.device.type == "mps" else x.double()
+
+
+def _device() -> torch.device:
+    """Where numbers are put that no tensor's device says a place for: torch's default device; under the meta device,
+    where models are built to be loaded, the CPU, since these numbers are looked at."""
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _check_dim(z: Tensor, dim: int) -> None:

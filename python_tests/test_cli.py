@@ -479,7 +479,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(run, tmp_path):
     interrupted = last(tmp_path / "run")
     steps = interrupted["global_step"]
     assert f"of step {steps};" in out
-    assert interrupted["state_dict"]["lagged._extra_state"]["codes"].shape == (200, 2)
+    assert interrupted["state_dict"]["lagged.codes"].shape == (200, 2)
     limits = ["--trainer.max_epochs=-1", f"--trainer.max_steps={steps + 4}"]
     run("fit", "--ckpt_path=run/checkpoints/last.ckpt", *limits, "--out=resumed", cwd=tmp_path)
     assert metrics(tmp_path / "resumed")["run"]["steps"] == steps + 4

@@ -1,16 +1,22 @@
 """GEN: refresh, training, repeatability, checkpoints."""
 
+import copy
+import functools
+import json
+import pickle
 from itertools import chain
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from kdejsd import GaussianMixture
 from kdejsd.data import Digits
 from kdejsd.metrics import code_measures, encode_set
-from kdejsd.models import FC, GEN, Conv, ImageGEN
+from kdejsd.models import FC, GEN, Conv, ImageGEN, images
 from kdejsd.models.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.filterwarnings(
@@ -308,13 +314,151 @@ def test_checkpoint_holds_plain_values_and_restores_the_model(tmp_path):
     model = make()
     train(model, 1).save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert checkpoint["state_dict"]["lagged._extra_state"]["codes"].shape == (200, 2)
+    assert checkpoint["state_dict"]["lagged.codes"].shape == (200, 2)
     restored = ImageGEN.load_from_checkpoint(tmp_path / "a.ckpt")
     assert_same_state(restored, model)
     own = GEN(
         *(getattr(FC(Digits.image_shape, 2), part) for part in ("encoder", "decoder")), latent_dim=2, bandwidth=0.4
     )
     assert "encoder" not in own.hparams
+
+
+MODELS = ["AAE", "AE", "GAN", "GEN", "LCVAE", "SemiSupervisedGEN", "StochasticGEN", "VAE", "WAE"]
+Small = functools.partial(FC, hidden=(16,))
+MIXTURE = GaussianMixture([[-1.0, 0.0], [1.0, 0.0]], 0.5)
+
+
+def model_of(kind: str, bandwidth: float = 0.4, **options) -> pl.LightningModule:
+    if "GEN" in kind:
+        options = {"num_lagged": 100, "bandwidth": bandwidth} | options
+    if kind == "SemiSupervisedGEN":
+        options["target"] = MIXTURE
+    return getattr(images, kind)(Digits.image_shape, 2, **options)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_state_of_every_model_is_tensors_of_their_own(tmp_path, kind):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    model, other = model_of(kind), model_of(kind, 0.5)
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    safetensors.load_model(other, tmp_path / "model.safetensors")
+    assert_same_state(other, model)
+
+
+@pytest.mark.parametrize("kind", ["GEN", "StochasticGEN", "SemiSupervisedGEN", "WAE"])
+def test_a_model_is_built_on_the_meta_device_and_loaded(kind):
+    model = model_of(kind)
+    with torch.device("meta"):
+        other = model_of(kind)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert not [name for name, t in chain(other.named_parameters(), other.named_buffers()) if t.is_meta]
+    batch = torch.rand(9, 1, 8, 8)
+    assert torch.equal(other.eval().encode(batch), model.eval().encode(batch))
+    empty = model_of(kind).to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict())
+    assert torch.equal(empty.eval().encode(batch), model.encode(batch))
+
+
+@pytest.mark.parametrize(("kind", "refresh"), [("GEN", "queue"), ("StochasticGEN", "full")])
+def test_a_trained_model_is_copied_and_keeps_no_graph(kind, refresh):
+    model = model_of(kind, refresh=refresh, network=Small)
+    train(model, 1)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_same_state(other, model)
+        assert other.run_measures() == model.run_measures()
+    parts = [value for value in vars(model).values() if not isinstance(value, dict)]
+    tensors = chain.from_iterable(part if isinstance(part, tuple) else [part] for part in parts)
+    assert not [t for t in tensors if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+
+
+@pytest.mark.parametrize("refresh", ["full", "rolling", "queue"])
+def test_an_averaged_model_ends_with_codes_of_its_examples(tmp_path, refresh):
+    """Also in its checkpoints, from which it goes on."""
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer, model, *_):
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+                self.codes, self.indices = model.lagged.codes.clone(), model.lagged.indices
+
+    def averaged(**options):
+        model = make(refresh=refresh, refresh_every=3, network=Small)
+        train(model, 3, EMAWeightAveraging(decay=0.9), save, **options)
+        return model
+
+    save = Save()
+    model = averaged()
+    saved = make(refresh=refresh, network=Small)
+    saved.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
+    if refresh == "queue":
+        assert torch.equal(saved.lagged.codes, save.codes) and torch.equal(saved.lagged.indices, save.indices)
+    for found in (model, saved):
+        indices = found.lagged.indices
+        assert found.lagged.refreshed and int(indices.min()) >= 0 and int(indices.max()) < 300
+        codes = found.eval().encode(Digits(train_size=300).training[indices][0]).detach()
+        assert (codes - found.lagged.codes).norm(dim=1).mean() < 0.5 * torch.pdist(codes).mean()
+    if refresh != "queue":  # which is encoded anew at the end
+        assert_same_state(averaged(ckpt_path=tmp_path / "a.ckpt"), model)
+
+
+def test_numbers_of_numpy_reach_no_checkpoint(tmp_path):
+    rate = np.logspace(-3, -1, 3)[0]
+    numbers = {"latent_dim": np.int64(2), "num_lagged": np.int64(200), "bandwidth": np.float64(0.4)}
+    numbers |= {"learning_rate": rate, "weight": np.float32(0.5), "betas": np.array([0.5, 0.999]).tolist()}
+    numbers |= {"refresh_every": np.int32(3), "input_dropout": torch.tensor(0.125)}
+    model = make(**numbers, network=Small)
+    train(model, 1).save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    found = checkpoint["hyper_parameters"]
+    assert found | {"latent_dim": 2, "refresh_every": 3, "learning_rate": 1e-3, "input_dropout": 0.125} == found
+    assert {type(found[name]) for name in ("latent_dim", "num_lagged", "refresh_every")} == {int}
+    assert {type(value) for value in model.settings().values()} <= {int, float, bool, str}
+    assert_same_state(ImageGEN.load_from_checkpoint(tmp_path / "a.ckpt", network=Small), model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        ("AAE", {"weight": 0.5}),
+        ("GAN", {"packing": 2, "discriminator_steps": 3}),
+        ("GEN", {"weight": 0.5}),
+        ("LCVAE", {"omega_weight": 3.0, "clip": 0.25}),
+        ("VAE", {"observation_variance": 0.25}),
+        ("WAE", {"weight": 0.5}),
+    ],
+)
+def test_numbers_of_numpy_are_plain_in_reports(kind, numbers):
+    model = model_of(kind, **{name: np.asarray(value)[()] for name, value in numbers.items()})
+    assert json.loads(json.dumps(model.settings())) == model_of(kind, **numbers).settings()
+    assert {name: type(model.hparams[name]) for name in numbers} == {name: type(v) for name, v in numbers.items()}
+
+
+def test_what_no_checkpoint_can_hold_is_refused_or_left_out():
+    with pytest.raises(TypeError, match=r"betas must be a plain value.*got ndarray of shape"):
+        make(betas=np.array([0.5, 0.999]))
+
+    class Own(ImageGEN):
+        def __init__(self, image_shape, judge, **kwargs):
+            super().__init__(image_shape, **kwargs)
+
+    model = Own(Digits.image_shape, nn.Linear(2, 2), num_lagged=200, bandwidth=0.4, target=MIXTURE)
+    assert not {"judge", "target", "network"} & model.hparams.keys() and model.hparams["num_lagged"] == 200
+
+
+def test_the_first_checkpoints_are_taken():
+    model, other = model_of("SemiSupervisedGEN"), model_of("SemiSupervisedGEN", 0.5)
+    model.lagged.refresh(torch.randn(100, 2), torch.arange(100))
+    state = {name: t for name, t in model.state_dict().items() if name not in ("norm.shift", "norm.scale")}
+    lagged = {
+        name: state.pop(f"lagged.{name}") for name in ("codes", "examples", "oldest", "stamp", "bandwidth", "shard")
+    }
+    state["lagged._extra_state"] = {
+        **{"bandwidth": 0.4, "refreshed": True, "oldest": 0},
+        **{"codes": lagged["codes"], "indices": lagged["examples"].long()},
+    }
+    state |= {f"classes.{name}": t for name, t in MIXTURE.state_dict().items()}
+    other.load_state_dict(state)
+    assert_same_state(other, model)
 
 
 def test_codes_are_normalised_to_the_mean_and_variance_of_the_target():

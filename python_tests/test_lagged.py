@@ -1,12 +1,18 @@
 """LaggedKDE: refresh, a query's own copy, its losses, its state."""
 
+import copy
+import io
 import math
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers import operators
+from torch import nn
 from torch.distributions import Independent, Normal, Uniform
 from torch.nn.functional import logsigmoid
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from kdejsd import GaussianMixture, StandardNormal
 from kdejsd.bandwidth import optimal_bandwidth
@@ -237,6 +243,281 @@ def test_state_is_restored_whole():
     other.load_state_dict(lagged.state_dict())
     assert (other.bandwidth, other.refreshed) == (H, True)
     assert torch.equal(other.loss(codes, indices), lagged.loss(codes, indices))
+
+
+class Holder(nn.Module):
+    """A module of a user's that holds lagged codes."""
+
+    def __init__(self, lagged: LaggedKDE) -> None:
+        super().__init__()
+        self.linear, self.lagged = nn.Linear(2, 2), lagged
+
+
+def assert_same_codes(lagged: LaggedKDE, expected: LaggedKDE) -> None:
+    """Also for what is read off the state: the bandwidth, the law, each example's place, the next place of a queue."""
+    wanted = torch.arange(-1, 1000)
+    for _ in range(2):
+        assert (lagged.bandwidth, lagged.refreshed) == (expected.bandwidth, expected.refreshed) == (H, True)
+        assert torch.equal(lagged.codes, expected.codes) and torch.equal(lagged.indices, expected.indices)
+        assert torch.equal(lagged.own_copy(wanted), expected.own_copy(wanted))
+        assert torch.equal(lagged.loss(expected.codes, wanted[:M]), expected.loss(expected.codes, wanted[:M]))
+        for module in (lagged, expected):
+            module.push(torch.zeros(5, DIM), torch.arange(5, 10))
+
+
+def through_torch_save(holder: Holder, other: Holder, folder) -> Holder:
+    torch.save(holder.state_dict(), folder / "state.pt")
+    other.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+    return other
+
+
+def through_the_meta_device(holder: Holder, other: Holder, folder) -> Holder:
+    with torch.device("meta"):
+        other = Holder(LaggedKDE(M, DIM, target=GaussianMixture([[-2.0, 0, 0], [2.0, 0, 0]], 0.5)))
+    other.load_state_dict(copy.deepcopy(holder.state_dict()), assign=True)
+    return other
+
+
+def through_empty_memory(holder: Holder, other: Holder, folder) -> Holder:
+    other.to_empty(device="cpu")
+    other.load_state_dict(holder.state_dict())
+    return other
+
+
+def through_pickle(holder: Holder, other: Holder, folder) -> Holder:
+    return pickle.loads(pickle.dumps(holder))
+
+
+def through_deepcopy(holder: Holder, other: Holder, folder) -> Holder:
+    return copy.deepcopy(holder)
+
+
+def through_safetensors(holder: Holder, other: Holder, folder) -> Holder:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    safetensors.save_model(holder, folder / "model.safetensors")
+    safetensors.load_model(other, folder / "model.safetensors")
+    safetensors.save_file(holder.state_dict(), folder / "state.safetensors")
+    other.load_state_dict(safetensors.load_file(folder / "state.safetensors"))
+    return other
+
+
+def through_accelerate(holder: Holder, other: Holder, folder) -> Holder:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    for module, step in ((holder, "save_state"), (other, "load_state")):
+        accelerator = accelerate.Accelerator(cpu=True)
+        accelerator.prepare(module)
+        getattr(accelerator, step)(folder)
+    return other
+
+
+def through_the_hub(holder: Holder, other: Holder, folder) -> Holder:
+    hub = pytest.importorskip(
+        "huggingface_hub.hub_mixin", reason="huggingface_hub is not installed", exc_type=ImportError
+    )
+
+    class Shared(Holder, hub.PyTorchModelHubMixin):
+        def __init__(self, bandwidth: float = 0.1) -> None:
+            super().__init__(LaggedKDE(M, DIM, bandwidth, holder.lagged.target))
+
+    shared = Shared()
+    shared.load_state_dict(holder.state_dict())
+    shared.save_pretrained(folder)
+    return Shared.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        *(through_torch_save, through_the_meta_device, through_empty_memory, through_pickle, through_deepcopy),
+        *(through_safetensors, through_accelerate, through_the_hub),
+    ],
+)
+def test_the_usual_tools_carry_the_state(tmp_path, through):
+    target = GaussianMixture([[-2.0, 0, 0], [2.0, 0, 0]], 0.5)
+    lagged, codes, _ = make(target=target)
+    lagged.push(codes[:7].flip(0), torch.arange(7))
+    carried = through(Holder(lagged), Holder(LaggedKDE(M, DIM, 0.1, target)), tmp_path).lagged
+    assert_same_codes(carried, lagged)
+
+
+def test_every_part_of_the_state_is_a_tensor_of_its_own():
+    state = make()[0].state_dict()
+    assert state.keys() == {"codes", "examples", "oldest", "stamp", "bandwidth", "shard"}
+    assert all(isinstance(value, torch.Tensor) for value in state.values())
+    assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
+
+
+@pytest.mark.parametrize("refreshed", [True, False])
+def test_the_state_of_the_first_format_is_taken(refreshed):
+    lagged, codes, indices = make()
+    lagged.push(codes[:7], indices[:7])
+    first = {"bandwidth": H, "refreshed": refreshed, "oldest": 7, "codes": lagged.codes, "indices": lagged.indices}
+    other = LaggedKDE(M, DIM, 0.1)
+    other.load_state_dict({"_extra_state": first})
+    assert other.refreshed == refreshed and other.bandwidth == H
+    if refreshed:
+        assert_same_codes(other, lagged)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda state: state | LaggedKDE(M + 1, DIM, H).state_dict(), "size mismatch for codes"),
+        (lambda state: {name: t for name, t in state.items() if name != "bandwidth"}, 'Missing.*"bandwidth"'),
+        (lambda state: state | {"shard": torch.tensor([1, 3])}, "codes are the share of rank 1 of 3, which no other"),
+        (lambda state: state | {"other": torch.zeros(2)}, 'Unexpected.*"other"'),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change, text):
+    lagged = LaggedKDE(M, DIM, H)
+    with pytest.raises(RuntimeError, match=text):
+        lagged.load_state_dict(change(make()[0].state_dict()))
+
+
+def test_a_shard_loads_the_whole_state(monkeypatch):
+    lagged, codes, _ = make()
+    lagged.push(codes[:7], torch.arange(7))
+    monkeypatch.setattr("kdejsd.lagged.rank_and_size", lambda: (1, 3))
+    shard = LaggedKDE(M, DIM, 0.1)
+    shard.shard()
+    assert not {"codes", "examples"} & {name for name, _ in shard.named_buffers()}
+    shard.load_state_dict(lagged.state_dict())
+    assert shard.refreshed and shard.bandwidth == H
+    # By age, for the oldest of all ranks to stand at the same place.
+    assert torch.equal(shard.codes, lagged.codes.roll(-7, 0)[1::3]) and int(shard.oldest) == 0
+    assert torch.equal(shard.indices, lagged.indices.roll(-7)[1::3])
+    other = LaggedKDE(M, DIM, 0.1)
+    other.shard()
+    other.load_state_dict(shard.state_dict())
+    assert torch.equal(other.codes, shard.codes)
+    assert torch.equal(other.own_copy(torch.arange(1000)), shard.own_copy(torch.arange(1000)))
+    with pytest.raises(RuntimeError, match=r"the state's codes must have shape \[40, 3\], got \[41, 3\]"):
+        other.load_state_dict(LaggedKDE(M + 1, DIM, H).state_dict())
+
+
+AVERAGES = {
+    "copied": {},
+    "equal weights": {"use_buffers": True},
+    "exponential": {"use_buffers": True, "avg_fn": get_ema_avg_fn(0.9)},
+    "exponential, all at once": {"use_buffers": True, "multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+}
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_averaged_model_has_the_codes_or_their_average(name, early):
+    _, codes, indices = make()
+    model = Holder(LaggedKDE(M, DIM, H))
+    if early:
+        average = AveragedModel(model, **AVERAGES[name])
+    model.lagged.refresh(codes, indices)
+    if not early:
+        average = AveragedModel(model, **AVERAGES[name])
+    for step in range(4):
+        model.lagged.refresh(codes + step, indices)
+        average.update_parameters(model)
+    lagged = average.module.lagged
+    shift = {"copied": 3, "equal weights": 1.5}.get(name, 0.9 * (0.9 * 0.1 + 0.2) + 0.3)
+    torch.testing.assert_close(lagged.codes, codes + shift)
+    assert lagged.refreshed and torch.equal(lagged.indices, indices)
+    expected = LaggedKDE(M, DIM, H)
+    expected.refresh(lagged.codes, indices)
+    assert torch.equal(lagged.loss(codes, indices), expected.loss(codes, indices))
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_over_a_queue_is_a_queue_or_refused(name):
+    lagged, codes, _ = make()
+    model = Holder(lagged)
+    average = AveragedModel(model, **AVERAGES[name])
+    for step in range(4):
+        lagged.push(codes[:M], torch.arange(M * step, M * step + M))  # which leaves the oldest at its place
+        average.update_parameters(model)
+    if name == "copied":
+        assert_same_codes(average.module.lagged, lagged)
+        return
+    with pytest.raises(RuntimeError, match=r"holds averages over the codes of different examples.*call refresh"):
+        average.module.lagged.loss(codes)
+    assert not average.module.lagged.refreshed
+    average.module.lagged.refresh(codes)
+    assert average.module.lagged.refreshed
+
+
+def test_inference_mode_leaves_nothing_that_cannot_be_written_later():
+    lagged, codes, indices = make()
+    expected, _, _ = make()
+    fresh = LaggedKDE(M, DIM, H)
+    with torch.inference_mode():
+        for module in (lagged, fresh):
+            module.refresh(codes * 1, indices)
+            module.push(codes[:3] * 1, torch.arange(5000, 5003))
+            module.reserve(6000)
+            module.loss(codes, indices)
+    expected.push(codes[:3], torch.arange(5000, 5003))
+    for module in (lagged, fresh, expected):
+        module.push(codes[:5], torch.arange(5003, 5008))
+        module.update(codes[:5], 2)
+    for module in (lagged, fresh):
+        assert torch.equal(module.codes, expected.codes)
+        assert torch.equal(module.own_copy(torch.arange(5010)), expected.own_copy(torch.arange(5010)))
+        module.refresh(codes, indices)
+        assert torch.equal(module.own_copy(indices), torch.arange(M))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_another_dtype_is_that_of_the_codes_alone(dtype):
+    lagged, codes, _ = make()
+    indices = 2**20 + torch.arange(M)  # which no half type holds
+    lagged.refresh(codes, indices)
+    lagged.to(dtype)
+    assert torch.equal(lagged.codes, codes.to(dtype)) and lagged.bandwidth == H
+    assert torch.equal(lagged.indices, indices) and torch.equal(lagged.own_copy(indices), torch.arange(M))
+
+
+def test_the_newest_of_an_examples_codes_is_its_own_copy_after_loading():
+    lagged, codes, _ = make()
+    for step in range(3):
+        lagged.push(codes[:15] + step, torch.arange(15) % 4)
+    other = LaggedKDE(M, DIM, 0.1)
+    other.load_state_dict(lagged.state_dict())
+    assert torch.equal(other.own_copy(torch.arange(4)), lagged.own_copy(torch.arange(4)))
+
+
+def test_shared_memory_is_shared():
+    lagged, codes, _ = make()
+    lagged.share_memory()
+    assert lagged.codes.is_shared() and lagged.examples.is_shared()
+    lagged.refresh(codes)
+    assert lagged.refreshed
+
+
+def test_a_compiled_push_is_compiled_once():
+    (lagged, codes, indices), (expected, *_) = make(), make()
+    for module in (lagged, expected):
+        module.reserve(1000)
+        module.own_copy(indices)
+    graphs = []
+    push = torch.compile(lagged.push, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    counts = []
+    for step in range(4):
+        push(codes[:7] + step, indices[:7] + step)
+        expected.push(codes[:7] + step, indices[:7] + step)
+        counts.append(len(graphs))
+    assert counts == counts[:1] * 4
+    assert torch.equal(lagged.codes, expected.codes)
+    assert torch.equal(lagged.own_copy(torch.arange(1000)), expected.own_copy(torch.arange(1000)))
+
+
+def test_numbers_of_numpy_become_plain():
+    lagged = LaggedKDE(np.int64(M), np.int32(DIM), np.float64(H))
+    assert type(lagged.num_centers) is int and type(lagged.bandwidth) is float
+    lagged.refresh(make()[1])
+    file = io.BytesIO()
+    torch.save(lagged.state_dict(), file)
+    file.seek(0)
+    LaggedKDE(M, DIM, 0.1).load_state_dict(torch.load(file, weights_only=True))
+    with pytest.raises(TypeError):
+        LaggedKDE(40.5, DIM, H)
 
 
 def test_half_precision_codes_are_taken():

@@ -111,7 +111,8 @@ def sharded_measures(rank, ranks):
         module.shard()
         n = len(queries) // ranks
         found[name] = measures(module, queries, slice(n * rank, n * (rank + 1)), examples_of(module.num_centers))
-    return found | {"state": states(rank, ranks), "errors": errors(rank, ranks), "sent": sent(), "nan": nan(rank)}
+    found |= {"state": states(rank, ranks), "errors": errors(rank, ranks), "sent": sent(), "nan": nan(rank)}
+    return found | {"wrapped": wrapped(rank)}
 
 
 def states(rank, ranks):
@@ -122,11 +123,15 @@ def states(rank, ranks):
         module.refresh(points(m, DIM, seed=1), examples_of(m))
         module.shard()
         module.update(module.share(points(m, DIM, seed=4))[:5], 0)
-        found[name] = module.state_dict()
-        other = lagged(m)
-        other.shard()
-        other.load_state_dict(found[name])
-        assert torch.equal(other.codes, module.codes) and torch.equal(other.indices, module.indices)
+        found[name] = module.gathered_state()
+        for state in (found[name], module.state_dict()):  # of all ranks, and of this one
+            other = lagged(m)
+            other.shard()
+            other.load_state_dict(state)
+            assert torch.equal(other.codes, module.codes) and torch.equal(other.indices, module.indices)
+            wanted = torch.arange(80)
+            assert torch.equal(other.own_copy(wanted), module.own_copy(wanted))
+        found[name, "share"] = module.state_dict()
         module.gather()
         found[name, "gathered"] = module.state_dict()
     queue = lagged(60)
@@ -136,7 +141,40 @@ def states(rank, ranks):
         pushed, examples = points(12, DIM, seed=10 + step), (torch.arange(12) + 12 * step) % 80
         n = 12 // ranks
         queue.push(pushed[n * rank : n * (rank + 1)], examples[n * rank : n * (rank + 1)])
-    found["queue"] = queue.state_dict()
+    found["queue"] = queue.gathered_state()
+    if rank == 0:  # while the others go on
+        found["alone"] = queue.state_dict()
+    return found
+
+
+class Nested(nn.Module):
+    """A module of a user's with lagged codes, in DistributedDataParallel."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(DIM, DIM).double()
+        self.lagged = lagged(60)
+
+    def forward(self, x):
+        return self.lagged.loss(self.encoder(x))
+
+
+def wrapped(rank):
+    """The codes before a step and after it, wrapped before they are sharded and afterwards."""
+    found = {}
+    for when in ("before", "after"):
+        torch.manual_seed(0)
+        module = Nested()
+        if when == "after":
+            module.lagged.shard()
+        parallel = nn.parallel.DistributedDataParallel(module)
+        if when == "before":
+            module.lagged.shard()
+        module.lagged.refresh(module.lagged.share(points(60, DIM, seed=1)), module.lagged.share(torch.arange(60)))
+        given = module.lagged.codes.clone()
+        for _ in range(2):
+            parallel(points(2, DIM, seed=rank)).backward()
+        found[when] = torch.stack([given, module.lagged.codes])
     return found
 
 
@@ -258,6 +296,23 @@ def test_the_state_is_that_of_one_process(found, name, m):
         torch.testing.assert_close(of_rank["state"][name, "gathered"], expected.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name, m", [("even", 60), ("uneven", 61)])
+def test_the_state_of_a_rank_alone_is_its_share_which_no_other_module_takes(found, name, m):
+    for rank, of_rank in enumerate(found):
+        share = of_rank["state"][name, "share"]
+        assert torch.equal(share["codes"], of_rank["state"][name]["codes"][rank :: len(found)])
+        with pytest.raises(RuntimeError, match=f"codes are the share of rank {rank} of {len(found)}, which no other"):
+            lagged(m).load_state_dict(share)
+    assert len(found[0]["state"]["alone"]["codes"]) == 60 // len(found)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_module_that_holds_a_share_can_be_distributed(found, when):
+    for rank, of_rank in enumerate(found):
+        given, kept = of_rank["wrapped"][when]
+        assert torch.equal(kept, given) and torch.equal(given, points(60, DIM, seed=1)[rank :: len(found)])
+
+
 def test_a_queue_over_ranks_holds_the_newest_codes_in_their_order(found):
     expected = lagged(60)
     expected.refresh(points(60, DIM, seed=1), examples_of(60))
@@ -268,7 +323,7 @@ def test_a_queue_over_ranks_holds_the_newest_codes_in_their_order(found):
     assert whole.oldest == expected.oldest
     # Of a minibatch the codes of one rank stand by turns with those of the others.
     for module in (whole, expected):
-        module.by_age = module.indices.roll(-module.oldest).view(5, 12).sort().values
+        module.by_age = module.indices.roll(-int(module.oldest)).view(5, 12).sort().values
         module.sorted = module.codes[module.indices.sort().indices]
     assert torch.equal(whole.by_age, expected.by_age) and torch.equal(whole.sorted, expected.sorted)
     z, index = points(7, DIM), torch.tensor([0, 79, 27, 28, -1, 3, 50])
@@ -387,9 +442,9 @@ def test_a_run_on_several_ranks_is_the_run_of_one_with_the_whole_minibatch(runs,
         assert found["measured"].keys() == expected["measured"].keys() >= {"val_rec", "val_jsd"}
         if name == "queue":  # of a minibatch the codes of one rank stand by turns with those of the others
             for state in (found["state"], expected["state"]):
-                lagged = state["lagged._extra_state"]
-                order = np.lexsort((lagged["codes"][:, 0], lagged["indices"]))
-                lagged["codes"], lagged["indices"] = lagged["codes"][order], lagged["indices"][order]
+                order = np.lexsort((state["lagged.codes"][:, 0], state["lagged.examples"]))
+                for part in ("lagged.codes", "lagged.examples"):
+                    state[part] = state[part][order]
         assert_same(found, expected, 1e-6)
 
 
@@ -437,5 +492,5 @@ def test_the_command_trains_on_two_processes_and_leaves_one_report(tmp_path):
     found = {path.name for path in (tmp_path / "runs" / "digits-1").iterdir()}
     assert found >= {"config.yaml", "metrics.json", "latent.png", "samples.png", "checkpoints"}
     checkpoint = torch.load(tmp_path / "runs" / "digits-1" / "checkpoints" / "last.ckpt", weights_only=True)
-    lagged = checkpoint["state_dict"]["lagged._extra_state"]
-    assert len(lagged["codes"]) == len(lagged["indices"].unique()) == 1000
+    state = checkpoint["state_dict"]
+    assert len(state["lagged.codes"]) == len(state["lagged.examples"].unique()) == 1000

@@ -116,7 +116,7 @@ class LaggedApart(images.GEN):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.lagged.indices.fill_(-1)
+        self._lagged_examples.fill_(-1)
         self._kept_images = self.apart
 
 

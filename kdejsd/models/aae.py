@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .._extras import train_extra
+from .._plain import plain
 from ..targets import Target
 from .autoencoder import Autoencoder, reconstruction_error
 from .base import Batch, check_weight, checked
@@ -64,7 +65,7 @@ class AAE(Autoencoder):
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self._aim_at(target, normalize_codes)
         self.discriminator = nn.Sequential(*linear_stack([latent_dim, *discriminator_hidden, 1]), nn.Flatten(0))
-        self.weight = weight
+        self.weight: float = plain(weight, "weight")
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:

@@ -172,9 +172,14 @@ class CodeNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(latent_dim))
         self.register_buffer("running_var", torch.ones(latent_dim))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
-        self.register_buffer("shift", mean.float(), persistent=False)
-        self.register_buffer("scale", variance.sqrt().float(), persistent=False)
+        self.register_buffer("shift", mean.float())
+        self.register_buffer("scale", variance.sqrt().float())
         self.synchronized = False
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("shift", "scale"):  # the first checkpoints do not have them
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def calibrate(self, parts: Iterable[Tensor]) -> None:
         """Makes the mean and variance of the codes in all parts [k, l] together the running statistics."""

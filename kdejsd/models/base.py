@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from .._extras import train_extra
 from .._modes import evaluating
+from .._plain import plain
 from .._ranks import rank_and_size
 from ..targets import Law
 from .networks import Network
@@ -39,6 +41,10 @@ class GenerativeModel(pl.LightningModule, ABC):
         decay: lower the learning rate to 0 along a half cosine over the run, if its end is given in steps or epochs.
         betas: of Adam.
 
+    Raises:
+        TypeError: an argument of a model that a checkpoint cannot hold: it is no number, text, list or the like, and
+            no network, class or target, which are left out.
+
     Attributes:
         target: the law of the latents; `sample` decodes its samples.
         generator: latents [n, l] -> images [n, C, H, W].
@@ -52,14 +58,15 @@ class GenerativeModel(pl.LightningModule, ABC):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attribute 'target' is an instance of `nn.Module`")
             self.save_hyperparameters(ignore=["encoder", "decoder", "generator", "discriminator"])
-        for name in ("target", "network"):
-            # A checkpoint holds plain values: the description that the command line gives, not an object.
-            if not isinstance(self.hparams.get(name), dict):
-                self.hparams.pop(name, None)
-        self.latent_dim = latent_dim
-        self.learning_rate = learning_rate
+        # A checkpoint holds plain values: of a network or a target the description that the command line gives, not it.
+        objects = [name for name, value in self.hparams.items() if callable(value) or isinstance(value, Distribution)]
+        for name in objects:
+            del self.hparams[name]
+        self.hparams.update({name: plain(value, name) for name, value in self.hparams.items()})
+        self.latent_dim: int = plain(latent_dim, "latent_dim")
+        self.learning_rate: float = plain(learning_rate, "learning_rate")
         self.decay = decay
-        self.betas = betas
+        self.betas: tuple[float, float] = plain(betas, "betas")
         self._rng_state: dict[str, Tensor] = {}
         self._planned_steps: float | None = None
         self._terms: dict[str, Tensor] = {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .._extras import train_extra
+from .._plain import plain
 from ..data import Batch, ImageData
 
 with train_extra():
@@ -49,6 +50,7 @@ class ImageClassifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        self.hparams.update({name: plain(value, name) for name, value in self.hparams.items()})
         channels, height, width = image_shape
         self.features = nn.Sequential(
             *(nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
@@ -57,7 +59,7 @@ class ImageClassifier(pl.LightningModule):
         )
         self.head = nn.Linear(num_features, num_classes)
         self.data = data
-        self.learning_rate = learning_rate
+        self.learning_rate: float = self.hparams["learning_rate"]
         self.register_buffer("accuracy", torch.tensor(torch.nan))
         self._counted = MulticlassAccuracy(num_classes, average="micro")
 

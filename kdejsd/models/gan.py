@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import train_extra
+from .._plain import plain
 from ..data import ImageData
 from ..divergences import FDivergence, by_name
 from ..targets import StandardNormal
@@ -131,7 +132,8 @@ class GAN(GenerativeModel):
         self.discriminator = discriminator
         self.objective = objective
         self.packing = _checked_packing(packing)
-        self.discriminator_steps = (5 if wasserstein else 1) if discriminator_steps is None else discriminator_steps
+        steps = (5 if wasserstein else 1) if discriminator_steps is None else discriminator_steps
+        self.discriminator_steps: int = plain(steps, "discriminator_steps")
         self.clip = clip
         self.gradient_penalty = gradient_penalty
         self.losses = losses(objective)
@@ -318,7 +320,8 @@ def losses(objective: Objective) -> Wasserstein | Variational:
 def _checked_packing(packing: int) -> int:
     if packing < 1:
         raise ValueError(f"packing must be at least 1, got {packing}")
-    return packing
+    number: int = plain(packing, "packing")
+    return number
 
 
 def pack(images: Tensor, packing: int) -> Tensor:

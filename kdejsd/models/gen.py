@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from .._extras import train_extra
 from .._modes import evaluating
+from .._plain import plain
 from .._ranks import of_first
 from ..lagged import LaggedKDE
 from ..targets import Target
 from .autoencoder import Autoencoder, CodeNorm, reconstruction_error
 from .base import CHUNK, Batch, check_weight, checked, noise_like
 from .stopwatch import Stopwatch
+
+with train_extra():
+    from lightning.pytorch import callbacks
 
 
 class GEN(Autoencoder):
@@ -125,12 +130,13 @@ class GEN(Autoencoder):
             self.norm = CodeNorm(self.target, latent_dim)
         self.refresh_policy = refresh
         self.refresh_every = refresh_every
-        self.weight = weight
+        self.weight = plain(weight, "weight")
         self.kernel_noise = kernel_noise
         self.input_dropout = input_dropout
         self.keep_images = keep_images
         self.stopwatch: Stopwatch | None = None
         self._training_set: Dataset[Batch] | None = None
+        self._lagged_examples: Tensor | None = None
         self._takes_index_tensors = False
         self._kept_images: Tensor | None = None
 
@@ -139,6 +145,12 @@ class GEN(Autoencoder):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit" and self.trainer.world_size > 1:
+            averaging = getattr(callbacks, "WeightAveraging", ())  # Lightning 2.5 has none
+            if any(isinstance(callback, averaging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"{type(self).__name__} is averaged by WeightAveraging on one device only, got "
+                    f"{self.trainer.world_size}: the average has no share of the lagged codes"
+                )
             self.lagged.shard()
 
     def on_fit_end(self) -> None:
@@ -156,19 +168,18 @@ class GEN(Autoencoder):
             raise ValueError(f"num_lagged must be at most {count}, the size of the training set, got {num_lagged}")
         resumed = self.lagged.refreshed
         if resumed:
-            indices = self.lagged.indices.cpu()  # the examples drawn at the start of the run, or the last ones
-            if int(indices.max()) >= count:
+            self._lagged_examples = self.lagged.indices  # those drawn at the start of the run, or the last ones
+            if int(self._lagged_examples.max()) >= count:
                 raise ValueError(
-                    f"the checkpoint's lagged codes come from a training set of at least {int(indices.max()) + 1} "
-                    f"examples, this one has {count}"
+                    "the checkpoint's lagged codes come from a training set of at least "
+                    f"{int(self._lagged_examples.max()) + 1} examples, this one has {count}"
                 )
         else:
-            indices = of_first(torch.randperm(count)[:num_lagged]).sort().values
-            self.lagged.indices.copy_(self.lagged.share(indices))
+            self._lagged_examples = self._drawn_examples(count)
         self.lagged.reserve(count)
         self._training_set, self._takes_index_tensors = dataset, loader.batch_size is None
         if self.keep_images and self.refresh_policy != "queue":
-            self._kept_images = torch.cat(list(self._read_images(0, len(self.lagged.indices))))
+            self._kept_images = torch.cat(list(self._read_images(0, len(self._lagged_examples))))
         if not resumed and self.refresh_policy != "full":
             self.refresh()
         if self.refresh_policy == "queue":
@@ -176,12 +187,17 @@ class GEN(Autoencoder):
         self.stopwatch = Stopwatch(self.device)
         super().on_train_start()
 
+    def _drawn_examples(self, count: int) -> Tensor:
+        """The training examples [m] int64 for this rank's lagged codes, drawn from a training set of a size."""
+        drawn = of_first(torch.randperm(count)[: self.lagged.num_centers])
+        return self.lagged.share(drawn.sort().values).to(self.device)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Encodes the lagged examples by the encoder as it is, in evaluation mode. Their mean and variance become the
         running statistics of the normalisation, which otherwise trail behind an encoder that changes quickly."""
         with evaluating(self.encoder, self.norm), self._explained():
-            self.lagged.refresh(self._lagged_codes(), self.lagged.indices.clone())
+            self.lagged.refresh(self._lagged_codes(), self._lagged_examples)
 
     def _lagged_codes(self) -> Iterator[Tensor]:
         """The codes of all lagged examples, in parts. The normalisation waits for the mean of them all: until then they
@@ -220,7 +236,7 @@ class GEN(Autoencoder):
             yield
         except ValueError as error:
             self._check_losses()  # one of those not yet looked at may have been the first
-            cause = self._cause(self.lagged.indices)
+            cause = self._cause(self._lagged_examples)
             if cause is None:
                 raise
             raise FloatingPointError(f"lagged codes are not finite in {self._named(self._place)}: {cause}") from error
@@ -234,8 +250,8 @@ class GEN(Autoencoder):
 
     def _read_images(self, start: int, end: int) -> Iterator[Tensor]:
         """The same from the training set."""
-        assert self._training_set is not None
-        for chosen in self.lagged.indices[start:end].cpu().split(CHUNK):
+        assert self._training_set is not None and self._lagged_examples is not None
+        for chosen in self._lagged_examples[start:end].cpu().split(CHUNK):
             if self._takes_index_tensors:
                 batch = self._training_set[chosen]
             else:
@@ -250,7 +266,7 @@ class GEN(Autoencoder):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.stopwatch is not None
-        images, _, index = checked(batch)
+        images, labels, index = checked(batch)
         self.stopwatch.start("latent")
         if self.refresh_policy == "full" and batch_idx % self.refresh_every == 0:
             self.refresh()
@@ -265,10 +281,16 @@ class GEN(Autoencoder):
         self.stopwatch.start("latent")
         terms = self.latent_terms(codes, index)
         self.stopwatch.stop("latent")
-        self._batch_codes = codes, index
+        if self.refresh_policy == "queue":
+            self._pushed = codes.detach(), index
         latent = terms.mean()
         self.log_dict({"rec": error, "latent": latent, "1-r": self.gradient_weight(terms)}, prog_bar=True)
-        return error + self.weight * latent
+        loss: Tensor = error + self.weight * latent + self.penalty(codes, labels)
+        return loss
+
+    def penalty(self, codes: Tensor, labels: Tensor) -> Tensor | float:
+        """What a kind of GEN adds to the loss for the codes [n, l] of a minibatch with labels [n]: nothing here."""
+        return 0.0
 
     def training_codes(self, images: Tensor) -> Tensor:
         """The codes [n, l] of images [n, C, H, W] that the latent term is of."""
@@ -278,12 +300,21 @@ class GEN(Autoencoder):
         assert self.stopwatch is not None
         if self.refresh_policy == "queue":  # not before: the backward pass needs the codes as they were
             self.stopwatch.start("latent")
-            self.lagged.push(*self._batch_codes)
+            self.lagged.push(*self._pushed)
+            del self._pushed
             self.stopwatch.stop("latent")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None
         self.stopwatch.stop("step")
+
+    def on_train_end(self) -> None:
+        if not self.lagged.refreshed:  # of a queue, whose examples come and go, callbacks that average leave no codes
+            assert self.trainer.train_dataloader is not None
+            self._training_set = self.trainer.train_dataloader.dataset
+            self._lagged_examples = self._drawn_examples(len(self._training_set))  # type: ignore[arg-type]
+            self.refresh()
+        super().on_train_end()
 
     def on_train_epoch_end(self) -> None:
         assert self.stopwatch is not None
@@ -340,3 +371,11 @@ class GEN(Autoencoder):
         super().on_validation_epoch_start()
         if self._training_set is not None:
             self.refresh()  # measured and saved with the lagged codes and the statistics of this very encoder
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As `GenerativeModel`; with the lagged codes of all ranks, which call this together."""
+        super().on_save_checkpoint(checkpoint)
+        if self.lagged.ranks > 1 or self.refresh_policy == "queue":  # also in place of an average's, see on_train_end
+            checkpoint["state_dict"] |= self.lagged.gathered_state("lagged.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .._plain import plain
 from ..ops.omega import omega
 from .base import check_weight
 from .vae import VAE
@@ -81,9 +82,9 @@ class LCVAE(VAE):
         if not 0 < clip < math.inf:
             raise ValueError(f"clip must be positive and finite, got {clip}")
         super().__init__(encoder, decoder, latent_dim, **kwargs)
-        self.omega_weight = omega_weight
+        self.omega_weight: float = plain(omega_weight, "omega_weight")
         self.constraint = constraint
-        self.clip = clip
+        self.clip: float = plain(clip, "clip")
         self.scale_free = scale_free
         self._weighted = [layer for layer in encoder.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
         if constraint == "spectral":

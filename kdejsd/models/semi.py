@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
+from .._plain import plain
 from ..targets import GaussianMixture
 from .base import Batch, check_weight
 from .gen import GEN
@@ -56,10 +57,21 @@ class SemiSupervisedGEN(GEN):
         if not isinstance(target, GaussianMixture):
             raise TypeError(f"target must be a GaussianMixture, one component per class, got {type(target).__name__}")
         if label_weight is not None:
+            label_weight = plain(label_weight, "label_weight")
             check_weight("label_weight", label_weight)
         super().__init__(encoder, decoder, latent_dim, target=target, **kwargs)
         self.label_weight = self.weight if label_weight is None else label_weight
-        self.classes = target
+
+    @property
+    def classes(self) -> GaussianMixture:
+        """The target."""
+        assert isinstance(self.lagged.target, GaussianMixture)
+        return self.lagged.target
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("means", "scales", "log_weights"):  # the first checkpoints have the target twice
+            state_dict.pop(f"{prefix}classes.{name}", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def classify(self, codes: Tensor) -> Tensor:
@@ -76,11 +88,11 @@ class SemiSupervisedGEN(GEN):
         total = nll_loss(log_posterior, labels.clamp_min(-1), ignore_index=-1, reduction="sum")
         return total / (labels >= 0).sum().clamp_min(1)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        term = self.label_term(self._batch_codes[0], batch[1])
+    def penalty(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """label_weight times the label term, 0-dim, after logging the term."""
+        term = self.label_term(codes, labels)
         self.log("label", term, prog_bar=True)
-        return loss + self.label_weight * term
+        return self.label_weight * term
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)

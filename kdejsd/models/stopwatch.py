@@ -30,6 +30,10 @@ class Stopwatch:
             self._pending.setdefault(name, []).append((begin, end))
             self._collect(name)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Of a copy: the sums. Spans that have not passed, whose events cannot be copied, are left out."""
+        return {"_cuda": self._cuda, "_started": {}, "_pending": {}, "_seconds": dict(self._seconds)}
+
     def share(self, part: str, whole: str) -> float:
         """Seconds of one span over those of another, of what has passed so far; 0 before anything has."""
         total = self._seconds.get(whole, 0.0)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._plain import plain
 from ..targets import StandardNormal
 from .autoencoder import Autoencoder, reconstruction_error
 from .base import Batch, checked, noise_like
@@ -72,7 +73,7 @@ class VAE(Autoencoder):
             raise ValueError(f'prior must be "normal" or "flow", got {prior!r}')
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self.target = StandardNormal(latent_dim)
-        self.observation_variance = observation_variance
+        self.observation_variance: float = plain(observation_variance, "observation_variance")
         self.flow = RealNVP(latent_dim, flow_layers, flow_hidden) if prior == "flow" else None
 
     @staticmethod

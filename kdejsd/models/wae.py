@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._plain import plain
 from ..targets import Target, finite_moments
 from .autoencoder import Autoencoder, reconstruction_error
 from .base import Batch, check_weight, checked
@@ -47,7 +48,7 @@ class WAE(Autoencoder):
         check_weight("weight", weight)
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self._aim_at(target, normalize_codes)
-        self.weight = weight
+        self.weight: float = plain(weight, "weight")
         self.mean_square = 2 * float(finite_moments(self.target, "the scale of WAE's kernel")[1].sum())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

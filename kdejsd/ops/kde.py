@@ -20,6 +20,12 @@ _NO_PRODUCTS, _SPLIT, _REDUCED = range(3)
 
 _NO_STRIDES = (0,) * 5
 
+# The least and the greatest positive number of a dtype; torch.finfo takes a microsecond to tell.
+_RANGE = {
+    dtype: (limits.smallest_normal * limits.eps, limits.max)
+    for dtype, limits in ((dtype, torch.finfo(dtype)) for dtype in (torch.float32, torch.float64))
+}
+
 
 def kde_log_prob(
     query: Tensor,
@@ -102,9 +108,10 @@ def _log_prob_with_own(inputs: Inputs, own: Tensor) -> Tensor:
 
 def _log_prob(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """[n] or [B, n]: from the kernels in `dtype`, the query's or float64; from the reference in the query's."""
-    if _common.needs_reference(inputs[0]):
+    road = _common.road(inputs)
+    if road == "reference":
         return _reference(inputs)
-    if _common.is_traced(inputs):
+    if road == "operator":
         return _narrowed(_operator(*_all_tensors(inputs))[0], dtype)
     if _common.needs_grad(inputs):
         return _EagerKde.apply(*inputs, dtype)  # type: ignore[no-untyped-call, no-any-return]
@@ -148,10 +155,8 @@ def normal_divergence_terms(
 
 def _only_query_needs_grad(inputs: Inputs, own: Tensor | None) -> bool:
     """Whether the call takes the eager path and nothing but the query needs a gradient."""
-    query, *others = inputs
-    return not (
-        _common.needs_reference(query) or _common.is_traced((*inputs, own)) or _common.needs_grad((*others, own))
-    )
+    everything = (*inputs, own)
+    return _common.road(everything) == "kernel" and not _common.needs_grad(everything[1:])
 
 
 def _query_terms(
@@ -174,10 +179,10 @@ def _query_terms(
 
 def raw_pass(inputs: Inputs, want_dquery: bool) -> tuple[Tensor, Tensor]:
     """log p_e in float64 and its gradient for the queries, empty if not wanted; the caller makes the graph."""
-    if _common.needs_reference(inputs[0]) or _common.is_traced(inputs):
-        value, dquery, _ = _operator(*_all_tensors(inputs), want_dquery)  # which refuses what it cannot do
-    else:
+    if _common.road(inputs) == "kernel":
         value, dquery, _ = _launch_forward(*inputs, want_dquery)
+    else:
+        value, dquery, _ = _operator(*_all_tensors(inputs), want_dquery)  # which refuses what it cannot do
     return value, dquery
 
 
@@ -236,8 +241,8 @@ def checked_inputs(
     elif isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool):
         if not 0 < bandwidth < math.inf:
             raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
-        limits = torch.finfo(dtype)
-        if not limits.smallest_normal * limits.eps <= bandwidth <= limits.max:
+        least, most = _RANGE[dtype]
+        if not least <= bandwidth <= most:
             raise ValueError(f"bandwidth must be in the range of {dtype}, got {bandwidth}")
         h = float(bandwidth)
     else:
@@ -500,6 +505,17 @@ def _launch_backward(
     return outputs
 
 
+def _backward(
+    grad: Tensor, query: Tensor, centers: Tensor, bandwidth: Tensor | float, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_launch_backward`. The gradient may come from a mode that the forward pass was not called in."""
+    log_weights, exclude, log_prob = others[:3]
+    inputs: Inputs = (query, centers, bandwidth, log_weights, exclude)
+    if _common.road((grad, *inputs, log_prob)) == "kernel":
+        return _launch_backward(grad, query, centers, bandwidth, *others)
+    return _backward_operator(grad, *_all_tensors(inputs), *others[2:])  # type: ignore[no-any-return]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Autograd, once for the raw calls and once for the operators
 
@@ -516,9 +532,11 @@ def _saved(ctx: Any) -> tuple[Inputs, list[Tensor]]:
     return (query, centers, ctx.number if h is None else h, log_weights, exclude), results
 
 
-def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients for the five inputs from what the forward pass saved."""
     inputs, (log_prob, dquery, dbandwidth) = _saved(ctx)
+    if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
+        return _plain_gradients(grad, inputs, ctx.needs_input_grad)
     query, centers, bandwidth, log_weights, _ = inputs
     need_query, need_centers, need_bandwidth, need_weights = ctx.needs_input_grad[:4]
     per_center = _per_center(bandwidth)
@@ -532,7 +550,7 @@ def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ..
     if need_bandwidth and not per_center:
         gradients[2] = shared((grad * dbandwidth).sum(-1, keepdim=True), bandwidth).to(query.dtype)
     if need_centers or need_weights or (need_bandwidth and per_center):
-        dcenters, dlog_weights, dbandwidths = backward(
+        dcenters, dlog_weights, dbandwidths = _backward(
             grad, *inputs, log_prob, need_centers, need_weights, need_bandwidth and per_center
         )
         if need_centers:
@@ -563,9 +581,7 @@ class _EagerKde(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
-            return (*_plain_gradients(grad, _saved(ctx)[0], ctx.needs_input_grad), None)
-        return (*_gradients(ctx, grad, _launch_backward), None)
+        return (*_gradients(ctx, grad), None)
 
 
 class _QueryTerms(torch.autograd.Function):
@@ -607,10 +623,9 @@ class _QueryTerms(torch.autograd.Function):
 
 def _plain_gradients(grad: Tensor, inputs: Inputs, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients for the five inputs by the reference, with a graph of their own (n m l memory)."""
-    with torch.enable_grad():
-        log_prob = _reference(inputs)
-        wanted = [t for t, need in zip(inputs[:4], needed, strict=False) if need]
-        found = iter(torch.autograd.grad(log_prob, wanted, grad.to(log_prob.dtype), create_graph=True))  # type: ignore[arg-type]
+    log_prob = _reference(inputs)
+    wanted = [t for t, need in zip(inputs[:4], needed, strict=False) if need]
+    found = iter(torch.autograd.grad(log_prob, wanted, grad.to(log_prob.dtype), create_graph=True))  # type: ignore[arg-type]
     return (*(next(found) if need else None for need in needed[:4]), None)
 
 
@@ -682,7 +697,7 @@ class _TracedKde(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grad, _backward_operator), None, None, None)
+        return (*_gradients(ctx, grad), None, None, None)
 
 
 def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._numbers import between, integer
 from ..bandwidth import check_codes, entropy_bandwidth
 from ..ops.kde import kde_log_prob
 from ..targets import StandardNormal, Target, sample_target, target_dim
@@ -70,10 +71,8 @@ def latent_holes(
     target = StandardNormal(codes.shape[1]) if target is None else target
     if target_dim(target) != codes.shape[1]:
         raise ValueError(f"codes must have the {target_dim(target)} dimensions of the prior, got {codes.shape[1]}")
-    if not 0 < level < 1:
-        raise ValueError(f"level must be above 0 and below 1, got {level}")
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    level = between("level", level, 0, 1)
+    num_samples = integer("num_samples", num_samples, 2)
     least = max(3, 2 * (math.ceil(1 / min(level, 1 - level)) - 1))
     if len(codes) < least:
         raise ValueError(f"codes must be at least {least} for a quantile of level {level:g}, got {len(codes)}")

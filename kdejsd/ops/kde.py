@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._native import native
+from .._numbers import positive
 from ..reference import kde as reference
 from . import _common
 
@@ -238,15 +239,11 @@ def checked_inputs(
                 f"bandwidth must be a number, a 0-dim tensor, or [..., {m}] or [..., 1]; got {list(bandwidth.shape)}"
             )
         h: Tensor | float = bandwidth if bandwidth.ndim > 0 else bandwidth.reshape(1)
-    elif isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool):
-        if not 0 < bandwidth < math.inf:
-            raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
-        least, most = _RANGE[dtype]
-        if not least <= bandwidth <= most:
-            raise ValueError(f"bandwidth must be in the range of {dtype}, got {bandwidth}")
-        h = float(bandwidth)
     else:
-        raise TypeError(f"bandwidth must be a number or a tensor, got {type(bandwidth).__name__}")
+        h = positive("bandwidth", bandwidth)
+        least, most = _RANGE[dtype]
+        if not least <= h <= most:
+            raise ValueError(f"bandwidth must be in the range of {dtype}, got {h}")
     if log_weights is not None and _common.check_tensor("log_weights", log_weights).shape[-1:] != (m,):
         raise ValueError(f"log_weights must have shape [..., {m}], one per center; got {list(log_weights.shape)}")
 

@@ -263,3 +263,36 @@ def test_fake_tensors(op):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = op.call(mode.from_tensor(x))
     assert fake.shape == op.call(x).shape and type(fake).__name__ == "FakeTensor"
+
+
+MIXED = {
+    "kde_log_prob": lambda x, y, h: kdejsd.kde_log_prob(x, y, h[0], log_weights=h[1:5].repeat(2)[:6]),
+    "jsd_loss": lambda x, y, _: kdejsd.jsd_loss(x, y, 0.5),
+    "jsd_loss with own": lambda x, y, _: kdejsd.jsd_loss(x, y.flip(0), 0.5, own=y),
+    "jsd_loss with samples": lambda x, y, _: kdejsd.jsd_loss(x, x.detach(), 0.5, target_samples=y),
+    "jsd": lambda x, y, _: kdejsd.jsd(x, y, 0.5, y),
+    "omega": lambda x, y, _: kdejsd.omega(x, y),
+    "omega of all pairs": lambda x, y, _: kdejsd.omega(x, y, pairs="all", reduction="none"),
+}
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("name", MIXED)
+@pytest.mark.parametrize("dtypes", [(HALF, SINGLE, SINGLE), (SINGLE, HALF, HALF), (SINGLE, HALF, SINGLE)], ids=str)
+def test_autocast(name, dtypes):
+    """As torch.cdist does: all in float32, value and gradient; float64 is not autocast's to change."""
+    call = MIXED[name]
+    x, y, h = (points(6, 3, seed=seed).to(HALF) for seed in (0, 1, 2))
+    h = h.flatten().abs() + 0.5
+    mixed = [t.to(dtype) for t, dtype in zip((x, y, h), dtypes, strict=True)]
+    expected = call(x.float(), y.float(), h.float())
+    with torch.autocast("cpu", HALF):
+        found = call(*mixed)
+        gradient = slope(lambda u: call(u, *mixed[1:]), mixed[0])
+        with pytest.raises(TypeError, match="must have the dtype of"):
+            call(x.double(), *mixed[1:])
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert gradient.dtype == dtypes[0]
+    torch.testing.assert_close(gradient, slope(lambda u: call(u, y.float(), h.float()), x.float()).to(dtypes[0]))
+    with torch.autocast("cpu", HALF, enabled=False), pytest.raises(TypeError, match="must have the dtype of"):
+        call(*mixed)

@@ -26,6 +26,7 @@ COMPUTE_DTYPE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+_CAST = {torch.float32, torch.float16, torch.bfloat16}  # what autocast makes float32 of
 _KERNEL_DEVICES = ("cpu", "cuda")
 
 library = torch.library.Library("kdejsd", "DEF")  # registrations end with this object
@@ -70,12 +71,17 @@ def compute_dtype(name: str, tensor: Tensor) -> torch.dtype:
 
 
 def check_companion(name: str, value: Tensor, first: str, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """That a further argument lies on the first one's device and has a dtype that goes with it."""
+    """That a further argument lies on the first one's device and has a dtype that goes with it.
+
+    Under autocast float32 and half types go together, as for torch's own operators that compute in float32.
+    """
     if value.device != like.device:
         raise RuntimeError(
             f"{name} must be on the device of {first}, got {name} on {value.device} and {first} on {like.device}"
         )
-    if value.dtype not in dtypes:
+    if value.dtype not in dtypes and not (
+        {value.dtype, like.dtype} <= _CAST and torch.is_autocast_enabled(like.device.type)
+    ):
         raise TypeError(f"{name} must have the dtype of {first}, {like.dtype}; got {value.dtype}")
 
 

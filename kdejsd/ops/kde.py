@@ -54,7 +54,7 @@ def kde_log_prob(
             are 1/(m - 1) for a query that leaves one out.
 
     Leading dimensions broadcast. All tensors share a device and a dtype: float32 and float64 are computed as such,
-    float16 and bfloat16 in float32. On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a
+    float16 and bfloat16 in float32. Under autocast float32 and half types may be mixed, all in float32. On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a
     gradient takes the second pass: with an error like float32's, or in TF32 (about 1e-3 of the largest value and of the
     largest gradient) where `torch.set_float32_matmul_precision("high")` or "medium" allows it. A CPU with AMX likewise
     takes products of bfloat16 parts for 64 to 191 dimensions, and where that setting allows it of fewer parts, from 32
@@ -272,9 +272,13 @@ def checked_inputs(
     if exclude is not None:
         _common.check_companion("exclude_self", exclude, query_name, query, (torch.int64,))
     if query.dtype != dtype:
-        query, centers = query.to(dtype), centers.to(dtype)
-        h = h.to(dtype) if isinstance(h, Tensor) else h
-        log_weights = None if log_weights is None else log_weights.to(dtype)
+        query = query.to(dtype)
+    if centers.dtype != dtype:
+        centers = centers.to(dtype)
+    if isinstance(h, Tensor) and h.dtype != dtype:
+        h = h.to(dtype)
+    if log_weights is not None and log_weights.dtype != dtype:
+        log_weights = log_weights.to(dtype)
     if _common.checks_values():
         _check_values(names, query, centers, h, log_weights, exclude)
 

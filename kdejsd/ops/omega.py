@@ -58,6 +58,7 @@ def omega(
             "none".
 
     Both tensors share a device and a dtype: float32 and float64 are computed as such, float16 and bfloat16 in float32.
+    Under autocast float32 and half types may be mixed, all in float32.
 
     Returns:
         [] for "sum" and "mean"; sums are taken in float64. No pairs at all sum to 0, and their mean is NaN.

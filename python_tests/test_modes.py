@@ -296,3 +296,20 @@ def test_autocast(name, dtypes):
     torch.testing.assert_close(gradient, slope(lambda u: call(u, y.float(), h.float()), x.float()).to(dtypes[0]))
     with torch.autocast("cpu", HALF, enabled=False), pytest.raises(TypeError, match="must have the dtype of"):
         call(*mixed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_lagged_codes(dtype):
+    """In one graph, whatever the codes are kept in."""
+    lagged = [kdejsd.LaggedKDE(16, 3, 0.5, storage_dtype=dtype) for _ in range(2)]
+    z, index = points(6, 3, dtype=torch.float32), torch.arange(6)
+    for module in lagged:
+        module.refresh(CENTERS.float(), torch.arange(16))
+        module.reserve(16)
+    lagged[0].push(z, index)
+    torch.compile(lagged[1].push, fullgraph=True, backend="eager")(z, index)
+    for attribute in ("codes", "indices", "oldest"):
+        torch.testing.assert_close(getattr(lagged[1], attribute), getattr(lagged[0], attribute))
+    compiled = torch.compile(lambda u: lagged[0].loss(u, index), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z), lagged[0].loss(z, index))
+    torch.testing.assert_close(slope(compiled, z), slope(lambda u: lagged[0].loss(u, index), z))

@@ -54,11 +54,12 @@ def kde_log_prob(
             are 1/(m - 1) for a query that leaves one out.
 
     Leading dimensions broadcast. All tensors share a device and a dtype: float32 and float64 are computed as such,
-    float16 and bfloat16 in float32. Under autocast float32 and half types may be mixed, all in float32. On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a
-    gradient takes the second pass: with an error like float32's, or in TF32 (about 1e-3 of the largest value and of the
-    largest gradient) where `torch.set_float32_matmul_precision("high")` or "medium" allows it. A CPU with AMX likewise
-    takes products of bfloat16 parts for 64 to 191 dimensions, and where that setting allows it of fewer parts, from 32
-    on (about 1e-5).
+    float16 and bfloat16 in float32. Under autocast float32 and half types may be mixed, all in float32.
+
+    On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a gradient takes the second pass: with
+    an error like float32's, or in TF32 (about 1e-3 of the largest value and of the largest gradient) where
+    `torch.set_float32_matmul_precision("high")` or "medium" allows it. A CPU with AMX likewise takes products of
+    bfloat16 parts for 64 to 191 dimensions, and where that setting allows it of fewer parts, from 32 on (about 1e-5).
 
     Returns:
         [..., n], float64 for float64 input and float32 otherwise. NaN in a query gives NaN at that query; NaN in a

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from ._numbers import integer
 from .ops.kde import kde_log_prob
 from .targets import Law, SmoothableLaw, Target, checked_smoothable, checked_target, finite_moments, law_log_prob
 
@@ -103,18 +103,10 @@ def optimal_bandwidth(
             samples, or whose samples coincide so that no bandwidth is best.
         TypeError: a number that is no integer, or something that is no target.
     """
-    for name, number, least in (
-        ("latent_dim", latent_dim, 1),
-        ("num_centers", num_centers, 1),
-        ("trials", trials, 1),
-        ("seed", seed, 0),
-    ):
-        try:
-            too_small = operator.index(number) < least
-        except TypeError:
-            raise TypeError(f"{name} must be an integer, got {number!r}") from None
-        if too_small:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
+    latent_dim = integer("latent_dim", latent_dim, 1)
+    num_centers = integer("num_centers", num_centers, 1)
+    trials = integer("trials", trials, 1)
+    seed = integer("seed", seed, 0)
     if method not in ("root", "fixed-point"):
         raise ValueError(f'method must be "root" or "fixed-point", got {method!r}')
     law = checked_target(target, latent_dim)

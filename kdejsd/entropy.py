@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ._numbers import positive, real
 from .bandwidth import check_codes, entropy_bandwidth
 from .ops._common import check_tensor, compute_dtype
 from .ops.kde import kde_log_prob
@@ -39,8 +40,8 @@ def kde_entropy(codes: Tensor, bandwidth: float | None = None, whiten: bool = Tr
             dimensions; a bandwidth that is not positive and finite; no bandwidth given and every code a duplicate.
     """
     check_codes(codes)
-    if bandwidth is not None and not 0 < bandwidth < math.inf:
-        raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
+    if bandwidth is not None:
+        bandwidth = positive("bandwidth", bandwidth)
     if codes.dtype in (torch.float16, torch.bfloat16):
         codes = codes.float()
     if whiten:
@@ -95,8 +96,7 @@ def renyi_entropy(p: Tensor, order: float = 2) -> Tensor:
         ValueError: no class; an order that is negative or NaN.
     """
     wide, dtype = _distribution(p)
-    if isinstance(order, bool) or not isinstance(order, (int, float)):
-        raise TypeError(f"order must be a number, got {type(order).__name__}")
+    order = real("order", order)
     if not order >= 0:
         raise ValueError(f"order must be at least 0, got {order}")
     valid, present = (wide >= 0).all(-1), wide > 0

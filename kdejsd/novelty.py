@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._modes import evaluating
+from ._numbers import integer, positive
 from .targets import StandardNormal
 
 Map = Callable[[Tensor], Tensor]
@@ -93,9 +94,8 @@ def novelty_score(
             finite, a chunk below 1.
         TypeError: x that is no floating-point tensor, a target without log_prob.
     """
-    _check(x, chunk)
-    if not 0 < variance < math.inf:
-        raise ValueError(f"variance must be positive and finite, got {variance}")
+    chunk = _checked_chunk(x, chunk)
+    variance = positive("variance", variance)
     if target is not None and not hasattr(target, "log_prob"):
         raise TypeError(f"target must have log_prob(codes), got {type(target).__name__}")
     if not len(x):
@@ -130,7 +130,7 @@ def residual_variance(encoder: Map, decoder: Map, x: Tensor, *, chunk: int = 100
     Raises:
         ValueError, TypeError: as in `novelty_score`, and for no examples.
     """
-    _check(x, chunk)
+    chunk = _checked_chunk(x, chunk)
     if not len(x):
         raise ValueError("x must have at least one example, got none")
     total = 0.0
@@ -186,11 +186,11 @@ def _log_det(jacobian: Tensor) -> Tensor:
     return log_det
 
 
-def _check(x: Tensor, chunk: int) -> None:
+def _checked_chunk(x: Tensor, chunk: int) -> int:
+    """The chunk, where it and x are right."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating-point tensor, got {kind}")
     if x.ndim < 2:
         raise ValueError(f"x must have shape [n, ...], got {list(x.shape)}")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    return integer("chunk", chunk, 1)

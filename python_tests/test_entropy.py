@@ -247,7 +247,7 @@ def test_collision_probability_from_counts_is_unbiased():
         (TypeError, "p must be a tensor, got list", lambda: renyi_entropy([0.5, 0.5])),
         (TypeError, "p must be float32.*torch.int64", lambda: collision_probability(torch.tensor([1, 0]))),
         (ValueError, r"p must have shape.*got \[0\]", lambda: renyi_entropy(torch.empty(0))),
-        (TypeError, "order must be a number, got str", lambda: renyi_entropy(torch.ones(1), "2")),
+        (TypeError, "order must be a real number, got '2' of type str", lambda: renyi_entropy(torch.ones(1), "2")),
         (ValueError, "order must be at least 0, got -1", lambda: renyi_entropy(torch.ones(1), -1)),
         (ValueError, "order must be at least 0, got nan", lambda: renyi_entropy(torch.ones(1), math.nan)),
         (TypeError, "counts must hold numbers", lambda: collision_probability_from_counts(torch.tensor([True]))),

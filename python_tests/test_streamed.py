@@ -147,10 +147,27 @@ def test_the_bandwidth_stays_a_number_from_part_to_part():
     assert all(torch.equal(got, wanted) for got, wanted in zip(found, expected, strict=True))
 
 
-def test_forward_mode_is_refused():
-    query, centers = points(3, DIM), points(100, DIM, seed=1).float()
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
-        streamed_log_prob(forward_ad.make_dual(query, torch.ones_like(query)), centers, H)
+def test_forward_mode_and_transforms():
+    query, centers, own = points(3, DIM), points(100, DIM, seed=1).bfloat16(), torch.tensor([7, -1, 99])
+
+    def value(z):
+        return streamed_log_prob(z, centers, H, own)
+
+    def expected(z):
+        return reference.kde_log_prob(z, centers.double(), H, exclude_self=own)
+
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(value(forward_ad.make_dual(query, torch.ones_like(query)))).tangent
+    torch.testing.assert_close(found, torch.func.jvp(expected, (query,), (torch.ones_like(query),))[1])
+    torch.testing.assert_close(torch.func.jacrev(value)(query), torch.func.jacrev(expected)(query))
+    torch.testing.assert_close(torch.func.vmap(value)(query.expand(2, 3, DIM)), expected(query).expand(2, 3))
+
+
+def test_no_transforms_of_sharded_centers():
+    """A transform has no rule for what is sent between ranks."""
+    query, centers = points(3, DIM), points(100, DIM, seed=1)
+    with pytest.raises(RuntimeError, match="sharded"):
+        torch.func.vmap(lambda z: streamed_log_prob(z, centers, H, None, True))(query.expand(2, 3, DIM))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

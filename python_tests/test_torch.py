@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import DEVICES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdejsd import _torch
@@ -49,11 +52,11 @@ def test_plain_autograd_is_no_transform():
     x = torch.ones(3, requires_grad=True)
     seen = []
     y = x * 2
-    y.register_hook(lambda grad: seen.append((_torch.transforms_active(), _torch.dispatch_modes())))
+    y.register_hook(lambda grad: seen.append((_torch.transforms_active(), _torch.is_plain((grad, x)))))
     y.sum().backward()
     with torch.inference_mode(), torch.no_grad():
-        seen.append((_torch.transforms_active(), _torch.dispatch_modes()))
-    assert seen == [(False, 0), (False, 0)]
+        seen.append((_torch.transforms_active(), _torch.is_plain((x * 2,))))
+    assert seen == [(False, True), (False, True)]
 
 
 class Passing(TorchDispatchMode):
@@ -61,22 +64,117 @@ class Passing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_dispatch_modes():
-    assert _torch.dispatch_modes() == 0
-    with FakeTensorMode():
-        assert _torch.dispatch_modes() == 1
-        with Passing():
-            assert _torch.dispatch_modes() == 2
-        assert _torch.dispatch_modes() == 1
-    assert _torch.dispatch_modes() == 0
+class PassingFunctions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (torch.ones(3), torch.nn.Parameter(torch.ones(3)), 0.5, None),
+        (torch.inference_mode()(torch.ones)(3),),
+        (torch.ones(2, 3).mT[::2],),
+        (torch.nn.Linear(1, 1).weight.detach(),),
+        (),
+    ],
+)
+@pytest.mark.parametrize(
+    "mode",
+    [
+        nullcontext,
+        torch.no_grad,
+        torch.inference_mode,
+        torch.profiler.profile,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("cpu"),  # torch.set_default_device
+        torch.autograd.detect_anomaly,
+        lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_plain(mode, arguments):
+    with mode():
+        assert _torch.is_plain(arguments)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.as_subclass(Subclass),
+        torch._neg_view,
+        lambda x: torch.complex(x, x).conj().imag,
+        torch.complex,
+        lambda x: torch._efficientzerotensor(x.shape),
+        lambda x: x.to_sparse(),
+        lambda x: x.to_sparse_csr(),
+        lambda x: x.to_mkldnn(),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        lambda x: torch.nested.nested_tensor([x, x]),
+        lambda x: torch.nested.nested_tensor([x, x], layout=torch.jagged),
+        lambda x: torch.masked.masked_tensor(x, x > 0),
+        lambda x: torch._to_functional_tensor(x),
+        lambda x: FakeTensorMode().from_tensor(x),
+        lambda x: x.to("meta"),
+        lambda x: x.numpy(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # several kinds are called prototypes
+def test_tensors_that_are_not_plain(make):
+    x = torch.ones(3, 3)
+    tensor = make(x) if make is not torch.complex else torch.complex(x, x).conj()
+    assert not _torch.is_plain((torch.ones(3), tensor))
+
+
+def test_tensors_of_cuda_are_plain():
+    """By the keys of a fake one, without those that make it fake."""
+    fake = FakeTensorMode()
+    with fake:
+        of = [torch.empty(3, device=device) for device in ("cpu", "cuda", "xpu")]
+    cpu, cuda, xpu = (_torch._keys(tensor).raw_repr() for tensor in of)
+    plain = _torch._keys(torch.ones(3)).raw_repr()
+    assert not (cuda & ~cpu) & _torch._OTHER_KEYS and not plain & _torch._OTHER_KEYS
+    assert (xpu & ~cpu) & _torch._OTHER_KEYS
+
+
+def _called(run, *arguments):
+    """What `is_plain` says inside a function that something else calls."""
     seen = []
 
     def function(x):
-        seen.append(_torch.dispatch_modes())
-        return x + 1
+        seen.append(_torch.is_plain((x, torch.ones(3))))
+        return x * 2
 
-    torch.fx.experimental.proxy_tensor.make_fx(function)(torch.ones(3))
-    assert seen[0] > 0
+    run(function)(*arguments)
+    return seen
+
+
+RUNS = {
+    **{name: lambda f, name=name: lambda x: TRANSFORMS[name](f, x) for name in TRANSFORMS},
+    "jit.trace": lambda f: lambda x: torch.jit.trace(f, (x,), check_trace=False),
+    "compile": lambda f: torch.compile(f, backend="eager", fullgraph=True),
+    "make_fx": make_fx,
+    "make_fx before autograd": lambda f: make_fx(f, pre_dispatch=True),
+    "make_fx with fake tensors": lambda f: make_fx(f, tracing_mode="symbolic"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.filterwarnings("ignore")
+def test_calls_that_are_recorded_or_transformed_are_not_plain(name):
+    assert not any(_called(RUNS[name], torch.ones(3)))
+    assert _torch.is_plain((torch.ones(3),))
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, Passing, PassingFunctions, forward_ad.dual_level])
+def test_modes_that_are_not_plain(mode):
+    with mode(), torch.device("cpu"):
+        assert not _torch.is_plain((torch.ones(3),))
+    assert _torch.is_plain((torch.ones(3),))
 
 
 def test_below_autograd():

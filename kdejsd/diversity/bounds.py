@@ -13,8 +13,9 @@ import math
 import torch
 from torch import Tensor
 
+from .._numbers import RealNumber, positive, real
 from ..entropy import collision_probability
-from ..ops._common import compute_dtype
+from ..ops._common import check_tensor, compute_dtype
 from ..ops.radius import class_radius_bound
 from ..reference.radius import excess
 
@@ -45,13 +46,14 @@ def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float |
         [...], differentiable, float64 for float64 input and float32 otherwise.
 
     Raises:
-        TypeError, ValueError: as in `collision_probability`; an unknown form.
+        TypeError, ValueError: as in `collision_probability`; an unknown form, a lipschitz that is no number, or not
+            positive and finite.
     """
     _check_form(form)
     v = collision_probability(p)
     wide = v.double()
     bound = _sharp(wide) if form == "sharp" else _printed(wide)
-    return (bound * lipschitz).to(v.dtype)
+    return (bound * _lipschitz(lipschitz)).to(v.dtype)
 
 
 def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tensor = 1.0) -> Tensor:
@@ -68,12 +70,14 @@ def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tens
         entry below 1 NaN.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, a lipschitz that is not positive and finite.
+        TypeError: something that is no number.
     """
+    num_classes = _number_or_tensor("num_classes", num_classes)
     if not isinstance(num_classes, Tensor) and not num_classes >= 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     count, dtype = _as_double("num_classes", num_classes)
-    return (_psi(1 / count) * lipschitz).to(dtype)
+    return (_psi(1 / count) * _lipschitz(lipschitz)).to(dtype)
 
 
 def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipschitz: float | Tensor = 1.0) -> Tensor:
@@ -94,11 +98,13 @@ def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipsch
         form's peak, NaN.
 
     Raises:
-        ValueError: an unknown form; a number that is negative, or beyond the printed form's peak.
-        TypeError: a complex tensor.
+        ValueError: an unknown form; a number that is negative, or beyond the printed form's peak; a lipschitz that is
+            not positive and finite.
+        TypeError: a complex tensor, something that is no number.
     """
     _check_form(form)
     peak = 4 * math.sqrt(0.5 * math.pi) / math.e  # where H = e^2 / (4 pi)
+    radius, lipschitz = _number_or_tensor("radius", radius), _lipschitz(lipschitz)
     if not isinstance(radius, Tensor):
         if not radius >= 0:
             raise ValueError(f"radius must be at least 0, got {radius}")
@@ -120,9 +126,17 @@ def _check_form(form: str) -> None:
         raise ValueError(f"form must be 'sharp' or 'printed', got {form!r}")
 
 
+def _number_or_tensor(name: str, value: RealNumber | Tensor) -> float | Tensor:
+    return check_tensor(name, value) if isinstance(value, Tensor) else real(name, value)
+
+
+def _lipschitz(value: RealNumber | Tensor) -> float | Tensor:
+    return check_tensor("lipschitz", value) if isinstance(value, Tensor) else positive("lipschitz", value)
+
+
 def _as_double(name: str, value: float | Tensor) -> tuple[Tensor, torch.dtype]:
     if not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=torch.float64), torch.float64
+        return torch.tensor(value, dtype=torch.float64), torch.float64
     if not value.is_floating_point():
         return value.double(), torch.float64
     return value.double(), compute_dtype(name, value)

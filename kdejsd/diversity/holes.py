@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._numbers import between, integer
 from ..bandwidth import check_codes, entropy_bandwidth
 from ..ops.kde import kde_log_prob
 from ..targets import Target, checked_target
@@ -68,10 +69,8 @@ def latent_holes(
     """
     check_codes(codes)
     prior = checked_target(target, codes.shape[1], "codes")
-    if not 0 < level < 1:
-        raise ValueError(f"level must be above 0 and below 1, got {level}")
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, got {num_samples}")
+    level = between("level", level, 0, 1)
+    num_samples = integer("num_samples", num_samples, 2)
     least = max(3, 2 * (math.ceil(1 / min(level, 1 - level)) - 1))
     if len(codes) < least:
         raise ValueError(f"codes must be at least {least} for a quantile of level {level:g}, got {len(codes)}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._modes import evaluating, models_of
+from .._numbers import integer
 
 Map = Callable[[Tensor], Tensor]
 
@@ -33,8 +34,7 @@ def latent_labels(
         ValueError: logits of another shape or NaN, a number of classes that changes, a batch_size below 1.
         TypeError: logits that are no floating-point tensor.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = integer("batch_size", batch_size, 1)
     labels, undefined, counts = [], 0, set()
     with evaluating(generator, classifier):
         for z in latents.split(batch_size):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._modes import evaluating
+from .._numbers import integer
 from ..ops.nearest import nearest_other_class
 
 _BIASED_FROM = 5  # dimensions
@@ -167,15 +168,11 @@ def class_radius_search(
         ValueError: a number out of range, logits of another shape, or that do not depend on the latents by
             differentiable operations.
     """
-    for name, number, least in (
-        ("latent_dim", latent_dim, 1),
-        ("num_samples", num_samples, 2),
-        ("steps", steps, 1),
-        ("num_targets", num_targets, 1),
-        ("batch_size", batch_size, 1),
-    ):
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
+    latent_dim = integer("latent_dim", latent_dim, 1)
+    num_samples = integer("num_samples", num_samples, 2)
+    steps = integer("steps", steps, 1)
+    num_targets = integer("num_targets", num_targets, 1)
+    batch_size = integer("batch_size", batch_size, 1)
     models = [m for m in (generator, classifier) if isinstance(m, torch.nn.Module)]
     like = next((p for m in models for p in m.parameters()), torch.empty(0))
     rng = torch.Generator().manual_seed(0) if rng is None else rng

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._numbers import between, integer
 from ..entropy import collision_probability_from_counts
 from ..ops.radius import class_radius_bound
 from ..targets import IsotropicNormal, Target, checked_target
@@ -196,10 +197,9 @@ def diversity_report(
             `latent_holes` refuses.
         TypeError: logits that are no floating-point tensor, a target that is none.
     """
-    for name, number, least in (("latent_dim", latent_dim, 1), ("num_samples", num_samples, 2)):
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
-    _check_confidence(confidence)
+    latent_dim = integer("latent_dim", latent_dim, 1)
+    num_samples = integer("num_samples", num_samples, 2)
+    confidence = between("confidence", confidence, 0, 1)
     prior = checked_target(target, latent_dim)
     rng = torch.Generator().manual_seed(0) if rng is None else rng
 
@@ -297,7 +297,7 @@ def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: flo
         raise ValueError(
             f"a and b must be by the same classifier, got reports of {a.num_classes} and {b.num_classes} classes"
         )
-    _check_confidence(confidence)
+    confidence = between("confidence", confidence, 0, 1)
 
     def interval(draws: list[Array]) -> tuple[float, float]:
         # Draws of a and of b come from two streams of random numbers. Each report takes either in turn, so that
@@ -354,8 +354,3 @@ def _comparable(a: ClassRadius | None, b: ClassRadius | None) -> bool:
 
 def _method(radius: ClassRadius) -> str:
     return "search" if isinstance(radius, SearchedRadius) else "nearest sample of another class"
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be above 0 and below 1, got {confidence}")

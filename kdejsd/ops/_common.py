@@ -1,16 +1,18 @@
 """What every op asks before it calls its kernel, and the library that holds the operators.
 
-An op has three ways in. Eager calls take the short one, an autograd Function around the raw call of the kernels.
-Tracing (torch.compile, export, fake tensors) goes through the operators of the library `kdejsd`. Function transforms,
-forward-mode AD and devices without a kernel go to the plain reference: it composes with anything.
+An op has three ways in, and `road` says which one a call takes. Ordinary eager calls take the short one, an autograd
+Function around the raw call of the kernels. Function transforms, forward-mode AD and devices without a kernel go to the
+plain reference: it composes with anything. Everything else (torch.compile, export, torch.jit.trace, fake tensors, modes
+and subclasses of any kind) goes through the operators of the library `kdejsd`, where torch does for a mode what it does
+for its own operators, or refuses it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,25 +26,24 @@ COMPUTE_DTYPE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+_CAST = {torch.float32, torch.float16, torch.bfloat16}  # what autocast makes float32 of
 _KERNEL_DEVICES = ("cpu", "cuda")
-_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, float, type(None)))
 
 library = torch.library.Library("kdejsd", "DEF")  # registrations end with this object
 TAGS = (torch.Tag.pt2_compliant_tag,)
 
 
-def needs_reference(tensor: Tensor) -> bool:
-    """Whether a call with this tensor goes to the plain reference; to be asked before anything else."""
-    return _torch.transforms_active() or _torch.forward_mode_active() or tensor.device.type not in _KERNEL_DEVICES
-
-
-def is_traced(arguments: Iterable[Tensor | float | None]) -> bool:
-    """Whether a call with these arguments goes through the library's operator."""
-    return (
-        torch.compiler.is_compiling()
-        or _torch.dispatch_modes() > 0
-        or not _PLAIN_TYPES.issuperset(map(type, arguments))
-    )
+def road(arguments: Sequence[Tensor | float | None]) -> Literal["kernel", "operator", "reference"]:
+    """By which way a call with these arguments goes. An address of a tensor is taken after "kernel" alone, and in the
+    operators' own kernels, which torch calls with ordinary tensors."""
+    if _torch.is_plain(arguments):
+        return "kernel"
+    if _torch.transforms_active() or _torch.forward_mode_active():
+        return "reference"
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.device.type not in _KERNEL_DEVICES:
+            return "reference"
+    return "operator"
 
 
 def needs_grad(arguments: Iterable[object]) -> bool:
@@ -56,8 +57,9 @@ def needs_grad(arguments: Iterable[object]) -> bool:
 def check_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
     return value
 
 
@@ -69,12 +71,17 @@ def compute_dtype(name: str, tensor: Tensor) -> torch.dtype:
 
 
 def check_companion(name: str, value: Tensor, first: str, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """That a further argument lies on the first one's device and has a dtype that goes with it."""
+    """That a further argument lies on the first one's device and has a dtype that goes with it.
+
+    Under autocast float32 and half types go together, as for torch's own operators that compute in float32.
+    """
     if value.device != like.device:
         raise RuntimeError(
             f"{name} must be on the device of {first}, got {name} on {value.device} and {first} on {like.device}"
         )
-    if value.dtype not in dtypes:
+    if value.dtype not in dtypes and not (
+        {value.dtype, like.dtype} <= _CAST and torch.is_autocast_enabled(like.device.type)
+    ):
         raise TypeError(f"{name} must have the dtype of {first}, {like.dtype}; got {value.dtype}")
 
 
@@ -90,7 +97,10 @@ def broadcast_batch(batches: dict[str, torch.Size]) -> torch.Size:
 
 def checks_values() -> bool:
     """Whether what only the data can tell is to be an error (KDEJSD_CHECK=1)."""
-    return os.environ.get("KDEJSD_CHECK") == "1" and not torch.compiler.is_compiling()
+    try:  # os.environ.get does this too, in half as much time again
+        return os.environ["KDEJSD_CHECK"] == "1" and not torch.compiler.is_compiling()
+    except KeyError:
+        return False
 
 
 def check_finite(name: str, value: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._native import native
+from .._numbers import positive
 from ..reference import kde as reference
 from . import _common
 
@@ -19,6 +20,12 @@ _VALUES = {None: 0, "js": 1, "kl": 2}
 _NO_PRODUCTS, _SPLIT, _REDUCED = range(3)
 
 _NO_STRIDES = (0,) * 5
+
+# The least and the greatest positive number of a dtype; torch.finfo takes a microsecond to tell.
+_RANGE = {
+    dtype: (limits.smallest_normal * limits.eps, limits.max)
+    for dtype, limits in ((dtype, torch.finfo(dtype)) for dtype in (torch.float32, torch.float64))
+}
 
 
 def kde_log_prob(
@@ -47,10 +54,12 @@ def kde_log_prob(
             are 1/(m - 1) for a query that leaves one out.
 
     Leading dimensions broadcast. All tensors share a device and a dtype: float32 and float64 are computed as such,
-    float16 and bfloat16 in float32. On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a
-    gradient takes the second pass: with an error like float32's, or in TF32 (about 1e-3 of the largest value and of the
-    largest gradient) where `torch.set_float32_matmul_precision("high")` or "medium" allows it. That setting also lets a
-    CPU with AMX multiply bfloat16 parts of the points from 32 dimensions on (about 1e-5).
+    float16 and bfloat16 in float32. Under autocast float32 and half types may be mixed, all in float32.
+
+    On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a gradient takes the second pass: with
+    an error like float32's, or in TF32 (about 1e-3 of the largest value and of the largest gradient) where
+    `torch.set_float32_matmul_precision("high")` or "medium" allows it. That setting also lets a CPU with AMX multiply
+    bfloat16 parts of the points from 32 dimensions on (about 1e-5).
 
     Returns:
         [..., n], float64 for float64 input and float32 otherwise. NaN in a query gives NaN at that query; NaN in a
@@ -101,9 +110,10 @@ def _log_prob_with_own(inputs: Inputs, own: Tensor) -> Tensor:
 
 def _log_prob(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     """[n] or [B, n]: from the kernels in `dtype`, the query's or float64; from the reference in the query's."""
-    if _common.needs_reference(inputs[0]):
+    road = _common.road(inputs)
+    if road == "reference":
         return _reference(inputs)
-    if _common.is_traced(inputs):
+    if road == "operator":
         return _narrowed(_operator(*_all_tensors(inputs))[0], dtype)
     if _common.needs_grad(inputs):
         return _EagerKde.apply(*inputs, dtype)  # type: ignore[no-untyped-call, no-any-return]
@@ -147,10 +157,8 @@ def normal_divergence_terms(
 
 def _only_query_needs_grad(inputs: Inputs, own: Tensor | None) -> bool:
     """Whether the call takes the eager path and nothing but the query needs a gradient."""
-    query, *others = inputs
-    return not (
-        _common.needs_reference(query) or _common.is_traced((*inputs, own)) or _common.needs_grad((*others, own))
-    )
+    everything = (*inputs, own)
+    return _common.road(everything) == "kernel" and not _common.needs_grad(everything[1:])
 
 
 def _query_terms(
@@ -173,10 +181,10 @@ def _query_terms(
 
 def raw_pass(inputs: Inputs, want_dquery: bool) -> tuple[Tensor, Tensor]:
     """log p_e in float64 and its gradient for the queries, empty if not wanted; the caller makes the graph."""
-    if _common.needs_reference(inputs[0]) or _common.is_traced(inputs):
-        value, dquery, _ = _operator(*_all_tensors(inputs), want_dquery)  # which refuses what it cannot do
-    else:
+    if _common.road(inputs) == "kernel":
         value, dquery, _ = _launch_forward(*inputs, want_dquery)
+    else:
+        value, dquery, _ = _operator(*_all_tensors(inputs), want_dquery)  # which refuses what it cannot do
     return value, dquery
 
 
@@ -232,15 +240,11 @@ def checked_inputs(
                 f"bandwidth must be a number, a 0-dim tensor, or [..., {m}] or [..., 1]; got {list(bandwidth.shape)}"
             )
         h: Tensor | float = bandwidth if bandwidth.ndim > 0 else bandwidth.reshape(1)
-    elif isinstance(bandwidth, (int, float)) and not isinstance(bandwidth, bool):
-        if not 0 < bandwidth < math.inf:
-            raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
-        limits = torch.finfo(dtype)
-        if not limits.smallest_normal * limits.eps <= bandwidth <= limits.max:
-            raise ValueError(f"bandwidth must be in the range of {dtype}, got {bandwidth}")
-        h = float(bandwidth)
     else:
-        raise TypeError(f"bandwidth must be a number or a tensor, got {type(bandwidth).__name__}")
+        h = positive("bandwidth", bandwidth)
+        least, most = _RANGE[dtype]
+        if not least <= h <= most:
+            raise ValueError(f"bandwidth must be in the range of {dtype}, got {h}")
     if log_weights is not None and _common.check_tensor("log_weights", log_weights).shape[-1:] != (m,):
         raise ValueError(f"log_weights must have shape [..., {m}], one per center; got {list(log_weights.shape)}")
 
@@ -269,9 +273,13 @@ def checked_inputs(
     if exclude is not None:
         _common.check_companion("exclude_self", exclude, query_name, query, (torch.int64,))
     if query.dtype != dtype:
-        query, centers = query.to(dtype), centers.to(dtype)
-        h = h.to(dtype) if isinstance(h, Tensor) else h
-        log_weights = None if log_weights is None else log_weights.to(dtype)
+        query = query.to(dtype)
+    if centers.dtype != dtype:
+        centers = centers.to(dtype)
+    if isinstance(h, Tensor) and h.dtype != dtype:
+        h = h.to(dtype)
+    if log_weights is not None and log_weights.dtype != dtype:
+        log_weights = log_weights.to(dtype)
     if _common.checks_values():
         _check_values(names, query, centers, h, log_weights, exclude)
 
@@ -499,6 +507,17 @@ def _launch_backward(
     return outputs
 
 
+def _backward(
+    grad: Tensor, query: Tensor, centers: Tensor, bandwidth: Tensor | float, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_launch_backward`. The gradient may come from a mode that the forward pass was not called in."""
+    log_weights, exclude, log_prob = others[:3]
+    inputs: Inputs = (query, centers, bandwidth, log_weights, exclude)
+    if _common.road((grad, *inputs, log_prob)) == "kernel":
+        return _launch_backward(grad, query, centers, bandwidth, *others)
+    return _backward_operator(grad, *_all_tensors(inputs), *others[2:])  # type: ignore[no-any-return]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Autograd, once for the raw calls and once for the operators
 
@@ -515,9 +534,11 @@ def _saved(ctx: Any) -> tuple[Inputs, list[Tensor]]:
     return (query, centers, ctx.number if h is None else h, log_weights, exclude), results
 
 
-def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients for the five inputs from what the forward pass saved."""
     inputs, (log_prob, dquery, dbandwidth) = _saved(ctx)
+    if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
+        return _plain_gradients(grad, inputs, ctx.needs_input_grad)
     query, centers, bandwidth, log_weights, _ = inputs
     need_query, need_centers, need_bandwidth, need_weights = ctx.needs_input_grad[:4]
     per_center = _per_center(bandwidth)
@@ -531,7 +552,7 @@ def _gradients(ctx: Any, grad: Tensor, backward: Any) -> tuple[Tensor | None, ..
     if need_bandwidth and not per_center:
         gradients[2] = shared((grad * dbandwidth).sum(-1, keepdim=True), bandwidth).to(query.dtype)
     if need_centers or need_weights or (need_bandwidth and per_center):
-        dcenters, dlog_weights, dbandwidths = backward(
+        dcenters, dlog_weights, dbandwidths = _backward(
             grad, *inputs, log_prob, need_centers, need_weights, need_bandwidth and per_center
         )
         if need_centers:
@@ -562,9 +583,7 @@ class _EagerKde(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
-            return (*_plain_gradients(grad, _saved(ctx)[0], ctx.needs_input_grad), None)
-        return (*_gradients(ctx, grad, _launch_backward), None)
+        return (*_gradients(ctx, grad), None)
 
 
 class _QueryTerms(torch.autograd.Function):
@@ -606,10 +625,9 @@ class _QueryTerms(torch.autograd.Function):
 
 def _plain_gradients(grad: Tensor, inputs: Inputs, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients for the five inputs by the reference, with a graph of their own (n m l memory)."""
-    with torch.enable_grad():
-        log_prob = _reference(inputs)
-        wanted = [t for t, need in zip(inputs[:4], needed, strict=False) if need]
-        found = iter(torch.autograd.grad(log_prob, wanted, grad.to(log_prob.dtype), create_graph=True))  # type: ignore[arg-type]
+    log_prob = _reference(inputs)
+    wanted = [t for t, need in zip(inputs[:4], needed, strict=False) if need]
+    found = iter(torch.autograd.grad(log_prob, wanted, grad.to(log_prob.dtype), create_graph=True))  # type: ignore[arg-type]
     return (*(next(found) if need else None for need in needed[:4]), None)
 
 
@@ -681,7 +699,7 @@ class _TracedKde(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_gradients(ctx, grad, _backward_operator), None, None, None)
+        return (*_gradients(ctx, grad), None, None, None)
 
 
 def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -92,9 +92,10 @@ def _undefined(latents: Tensor, labels: Tensor) -> Tensor:
 def _index(latents: Tensor, labels: Tensor) -> Tensor:
     """[B, N], -1 where none is at a finite squared distance; to be corrected where it is not defined."""
     latents = latents.detach()
-    if _common.needs_reference(latents):
+    road = _common.road((latents, labels))
+    if road == "reference":
         return reference.nearest_other_class(latents, labels).index
-    if _common.is_traced((latents, labels)):
+    if road == "operator":
         return _operator(latents, labels)  # type: ignore[no-any-return]
     return _launch(latents, labels)
 

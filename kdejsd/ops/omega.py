@@ -58,6 +58,7 @@ def omega(
             "none".
 
     Both tensors share a device and a dtype: float32 and float64 are computed as such, float16 and bfloat16 in float32.
+    Under autocast float32 and half types may be mixed, all in float32.
 
     Returns:
         [] for "sum" and "mean"; sums are taken in float64. No pairs at all sum to 0, and their mean is NaN.
@@ -74,13 +75,15 @@ def omega(
     """
     inputs, codes = _checked(inputs, codes, pairs, reduction)
     b = inputs.shape[0]
-    if _common.needs_reference(inputs) or b < 2:  # with no pair there is nothing to compute
+    road = _common.road((inputs, codes))
+    if road == "reference" or b < 2:  # with no pair there is nothing to compute
         return reference(inputs, codes, pairs=pairs, reduction=reduction)
+    eager = road == "kernel"
     if reduction == "max":
-        return _max(inputs, codes, pairs)
+        return _max(inputs, codes, pairs, eager)
     if reduction == "none":
-        return _all_ratios(inputs, codes) if pairs == "all" else _half_ratios(inputs, codes)
-    total = _sum(inputs, codes, pairs == "all")
+        return _all_ratios(inputs, codes, eager) if pairs == "all" else _half_ratios(inputs, codes)
+    total = _sum(inputs, codes, pairs == "all", eager)
     if reduction == "mean":
         total = total / (b // 2 if pairs == "halves" else b * (b - 1) // 2)
     return total.to(inputs.dtype)
@@ -117,17 +120,17 @@ def _checked(inputs: Tensor, codes: Tensor, pairs: str, reduction: str) -> tuple
     return inputs, codes
 
 
-def _sum(inputs: Tensor, codes: Tensor, all_pairs: bool) -> Tensor:
+def _sum(inputs: Tensor, codes: Tensor, all_pairs: bool, eager: bool) -> Tensor:
     """[], in float64 from the kernels."""
-    if _common.is_traced((inputs, codes)):
+    if not eager:
         return _operator(inputs, codes, all_pairs)[0]  # type: ignore[no-any-return]
     if _common.needs_grad((inputs, codes)):
         return _EagerSum.apply(inputs, codes, all_pairs)  # type: ignore[no-untyped-call, no-any-return]
     return _launch_sum(inputs, codes, all_pairs)[0]
 
 
-def _all_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
-    if _common.is_traced((inputs, codes)):
+def _all_ratios(inputs: Tensor, codes: Tensor, eager: bool) -> Tensor:
+    if not eager:
         return _ratios_operator(inputs, codes)  # type: ignore[no-any-return]
     if _common.needs_grad((inputs, codes)):
         return _EagerRatios.apply(inputs, codes)  # type: ignore[no-untyped-call, no-any-return]
@@ -140,14 +143,14 @@ def _half_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
     return pair_ratios(x - other_x, z - other_z)
 
 
-def _max(inputs: Tensor, codes: Tensor, pairs: str) -> OmegaMax:
+def _max(inputs: Tensor, codes: Tensor, pairs: str, eager: bool) -> OmegaMax:
     """The search leaves no graph: the value is computed again from the pair that was found, and so has gradients."""
     x, z = inputs.detach(), codes.detach()
     if pairs == "halves":
         largest = _half_ratios(x, z).argmax()
         indices = torch.stack([largest, largest + inputs.shape[0] // 2])
     else:
-        indices = (_largest_operator if _common.is_traced((inputs, codes)) else _launch_largest)(x, z)
+        indices = (_launch_largest if eager else _largest_operator)(x, z)
     x, z = inputs.index_select(0, indices), codes.index_select(0, indices)
     return OmegaMax(pair_ratios(x[0] - x[1], z[0] - z[1]), indices)
 
@@ -227,10 +230,25 @@ def _plain_gradients(ctx: Any, grad: Tensor, inputs: Tensor, codes: Tensor, pair
     return tuple(next(found) if need else None for need in needed)
 
 
-def _scaled(ctx: Any, grad: Tensor, dinputs: Tensor, dcodes: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _sum_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, codes, dinputs, dcodes = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _plain_gradients(ctx, grad, inputs, codes, ctx.pairs, "sum")  # type: ignore[no-any-return]
     need_inputs, need_codes = ctx.needs_input_grad[:2]
     grad = grad.to(dinputs.dtype)
     return grad * dinputs if need_inputs else None, grad * dcodes if need_codes else None
+
+
+def _ratios_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, codes = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _plain_gradients(ctx, grad, inputs, codes, "all", "none")  # type: ignore[no-any-return]
+    needed = ctx.needs_input_grad[:2]
+    # The gradient may come from a mode that the forward pass was not called in.
+    eager = _common.road((grad, inputs, codes)) == "kernel"
+    backward = _launch_ratios_backward if eager else _ratios_backward_operator
+    gradients = backward(grad, inputs, codes, *needed)
+    return tuple(g if need else None for g, need in zip(gradients, needed, strict=True))
 
 
 class _EagerSum(torch.autograd.Function):
@@ -243,10 +261,7 @@ class _EagerSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, codes, dinputs, dcodes = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return (*_plain_gradients(ctx, grad, inputs, codes, ctx.pairs, "sum"), None)
-        return (*_scaled(ctx, grad, dinputs, dcodes), None)
+        return (*_sum_gradients(ctx, grad), None)
 
 
 class _EagerRatios(torch.autograd.Function):
@@ -257,14 +272,7 @@ class _EagerRatios(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, codes = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _plain_gradients(ctx, grad, inputs, codes, "all", "none")  # type: ignore[no-any-return]
-        return _needed(ctx, _launch_ratios_backward(grad, inputs, codes, *ctx.needs_input_grad[:2]))
-
-
-def _needed(ctx: Any, gradients: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
-    return tuple(g if need else None for g, need in zip(gradients, ctx.needs_input_grad[:2], strict=True))
+        return _ratios_gradients(ctx, grad)
 
 
 _common.library.define(
@@ -322,13 +330,14 @@ class _TracedSum(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, codes: Tensor, all_pairs: bool, *_: bool) -> tuple[Tensor, Tensor, Tensor]:
         with _torch.below_autograd():
             total, dinputs, dcodes = _operator(inputs, codes, all_pairs, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(dinputs, dcodes)
+        ctx.save_for_backward(inputs, codes, dinputs, dcodes)
+        ctx.pairs = "all" if all_pairs else "halves"
         ctx.mark_non_differentiable(dinputs, dcodes)
         return total, dinputs, dcodes
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_scaled(ctx, grad, *ctx.saved_tensors), None, None, None)
+        return (*_sum_gradients(ctx, grad), None, None, None)
 
 
 class _TracedRatios(torch.autograd.Function):
@@ -340,7 +349,7 @@ class _TracedRatios(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _needed(ctx, _ratios_backward_operator(grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2]))
+        return _ratios_gradients(ctx, grad)
 
 
 def _autograd(name: str, operator: Any, function: Any) -> Any:

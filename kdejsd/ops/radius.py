@@ -60,9 +60,10 @@ def class_radius_bound(
         _check_values(name, masses.detach(), sums=check)
     masses = masses.to(dtype)
     is_log = log_p is not None
-    if log or _common.needs_reference(masses):
+    road = _common.road((masses,))
+    if log or road == "reference":
         return _reference(masses, is_log, log)
-    if _common.is_traced((masses,)):
+    if road == "operator":
         return _operator(masses, is_log)[0]  # type: ignore[no-any-return]
     if _common.needs_grad((masses,)):
         return _EagerRadius.apply(masses, is_log)  # type: ignore[no-untyped-call, no-any-return]
@@ -120,10 +121,13 @@ def _launch(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[
     return value, gradient
 
 
-def _plain_gradient(grad: Tensor, masses: Tensor, is_log: bool) -> Tensor:
-    """The gradient by the reference, with a graph of its own."""
-    with torch.enable_grad():
-        return torch.autograd.grad(_reference(masses, is_log), masses, grad, create_graph=True)[0]
+def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+    masses: Tensor
+    gradient: Tensor
+    masses, gradient = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again, by the reference
+        return torch.autograd.grad(_reference(masses, ctx.is_log), masses, grad, create_graph=True)[0]
+    return grad.unsqueeze(-1) * gradient
 
 
 class _EagerRadius(torch.autograd.Function):
@@ -136,10 +140,7 @@ class _EagerRadius(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        masses, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
-            return _plain_gradient(grad, masses, ctx.is_log), None
-        return grad.unsqueeze(-1) * gradient, None
+        return _gradient(ctx, grad), None
 
 
 _common.library.define(
@@ -160,14 +161,14 @@ class _TracedRadius(torch.autograd.Function):
     def forward(ctx: Any, masses: Tensor, is_log: bool) -> tuple[Tensor, Tensor]:
         with _torch.below_autograd():
             value, gradient = _operator(masses, is_log, True)
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(masses, gradient)
+        ctx.is_log = is_log
         ctx.mark_non_differentiable(gradient)
         return value, gradient
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return grad.unsqueeze(-1) * gradient, None
+        return _gradient(ctx, grad), None
 
 
 def _autograd(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[Tensor, Tensor]:

@@ -10,16 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _torch
 from .._ranks import gathered, rank_and_size
+from ..reference import kde as reference
 from . import _common
 from .kde import checked_inputs, raw_pass
 
 PART_BYTES = 2**23  # of a part in the queries' dtype; on a CPU a pass is as fast from 2 MiB to 32, slower below
 
 
-@torch.compiler.disable
 def streamed_log_prob(
-    query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None = None, sharded: bool = False
+    query: Tensor, centers: Tensor, bandwidth: float | Tensor, exclude: Tensor | None = None, sharded: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`kdejsd.kde_log_prob` with constant centers of any floating dtype, on the queries' device or on the host.
 
@@ -31,10 +32,12 @@ def streamed_log_prob(
     all ranks are gathered, each rank passes its centers for all of them, and two sums over the ranks merge what they
     find: they are of R n and R n (l + 2) numbers, whatever the number of centers.
 
+    Function transforms and forward-mode AD run the plain reference, with all centers at once.
+
     Args:
         query: [n, l] float32 or float64, the dtype of the computation. Only it gets a gradient, and no second one.
         centers: [m, l].
-        bandwidth: h.
+        bandwidth: h, a number or a 0-dim tensor.
         exclude: [n] int64, the index of the center to leave out for each query, -1 for none; of sharded centers
             [R n], for the queries of all ranks in their order.
         sharded: every rank of torch.distributed's default group calls this with as many queries.
@@ -45,19 +48,31 @@ def streamed_log_prob(
 
     Raises:
         ValueError, TypeError: as `kde_log_prob`; ranks that have different numbers of queries.
-        RuntimeError: centers on another device than the query's that is not the host, second derivatives, and as
-            `kde_log_prob`.
+        RuntimeError: centers on another device than the query's that is not the host, second derivatives, function
+            transforms and forward-mode AD of sharded centers, and as `kde_log_prob`.
     """
     if exclude is not None and len(centers) == 1 and not sharded:
         raise ValueError("exclude_self needs at least 2 centers, got 1")
     if centers.device not in (query.device, torch.device("cpu")):
         raise RuntimeError(f"centers must be on {query.device} as the query or on the host, got {centers.device}")
+    road = _common.road((query, centers, bandwidth, exclude))
+    if road == "reference":
+        if sharded:
+            raise RuntimeError("centers that are sharded over ranks have no function transforms and no forward-mode AD")
+        centers, own = centers.to(query), False if exclude is None else exclude
+        log_prob = reference.kde_log_prob(query, centers, bandwidth, exclude_self=own).double()
+        return log_prob, reference.center_count(log_prob, len(centers), own).expand_as(log_prob)
+    if road == "operator" and not isinstance(bandwidth, Tensor):
+        bandwidth = query.new_full((), bandwidth)
     log_sum: Tensor
     count: Tensor
-    if _common.needs_grad((query,)):
-        log_sum, count = _StreamedKde.apply(query, centers, bandwidth, exclude, sharded)  # type: ignore[no-untyped-call]
+    inputs = query, centers, bandwidth, exclude, sharded
+    if road == "operator":
+        log_sum, count, _ = _operator(*inputs)
+    elif _common.needs_grad((query,)):
+        log_sum, count = _EagerStreamed.apply(*inputs, True)  # type: ignore[no-untyped-call]
     else:
-        log_sum, count, _ = _whole_pass(query, centers, bandwidth, exclude, sharded, want_gradient=False)
+        log_sum, count, _ = _whole_pass(*inputs)
     return log_sum - count.log(), count
 
 
@@ -79,31 +94,15 @@ def merged(log_sums: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
     return log_sums.logsumexp(0), (weights * gradients).masked_fill(weights == 0, 0).sum(0)
 
 
-class _StreamedKde(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None, sharded: bool
-    ) -> tuple[Tensor, Tensor]:
-        log_sum, count, gradient = _whole_pass(query, centers, bandwidth, exclude, sharded, want_gradient=True)
-        ctx.save_for_backward(gradient.to(query.dtype))
-        ctx.mark_non_differentiable(count)
-        return log_sum, count
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # once_differentiable would let a gradient pass for a constant here
-            raise RuntimeError(
-                "a streamed kernel density has no second derivatives (create_graph=True); keep the codes in float32 on "
-                "the device of the query, or call kdejsd.kde_log_prob"
-            )
-        gradient: Tensor = ctx.saved_tensors[0]
-        return grad.to(gradient.dtype).unsqueeze(-1) * gradient, None, None, None, None
-
-
 def _whole_pass(
-    query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None, sharded: bool, want_gradient: bool
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: float | Tensor,
+    exclude: Tensor | None,
+    sharded: bool,
+    want_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_pass` over the centers of all ranks, with the number of centers between its results."""
+    """`_pass` over the centers of all ranks, with the number of centers between its results; all in float64."""
     n = len(query)
     if sharded:
         query = gathered(query.detach(), "queries")
@@ -129,7 +128,7 @@ def _whole_pass(
 
 
 def _pass(
-    query: Tensor, centers: Tensor, bandwidth: float, exclude: Tensor | None, want_gradient: bool
+    query: Tensor, centers: Tensor, bandwidth: float | Tensor, exclude: Tensor | None, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """log sum_i N(query; z_i, h^2 I) [n] and its gradient [n, l], in float64; the latter 0 if it is not wanted."""
     n, dim = query.shape
@@ -192,3 +191,78 @@ def _brought(parts: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
         yield place
         free[turn] = computing.record_event()
     copied.synchronize()  # the host's codes may change as soon as this returns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Autograd, once for the raw calls and once for the operator
+
+
+def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # once_differentiable would let a gradient pass for a constant here
+        raise RuntimeError(
+            "a streamed kernel density has no second derivatives (create_graph=True); keep the codes in float32 on "
+            "the device of the query, or call kdejsd.kde_log_prob"
+        )
+    gradient: Tensor = ctx.saved_tensors[0]
+    return grad.to(gradient.dtype).unsqueeze(-1) * gradient
+
+
+class _EagerStreamed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        log_sum, count, gradient = _whole_pass(query, *others)
+        ctx.save_for_backward(gradient.to(query.dtype))
+        ctx.mark_non_differentiable(count)
+        return log_sum, count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, grad), None, None, None, None, None
+
+
+_common.library.define(
+    "kde_streamed(Tensor query, Tensor centers, Tensor bandwidth, Tensor? exclude, bool sharded, "
+    "bool want_gradient=False) -> (Tensor, Tensor, Tensor)",
+    tags=_common.TAGS,
+)
+for _key in ("CPU", "CUDA"):
+    _common.library.impl("kde_streamed", _whole_pass, _key)
+_operator = torch.ops.kdejsd.kde_streamed.default
+
+
+@torch.library.register_fake("kdejsd::kde_streamed", lib=_common.library)
+def _fake(
+    query: Tensor,
+    centers: Tensor,
+    bandwidth: Tensor,
+    exclude: Tensor | None,
+    sharded: bool,
+    want_gradient: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    each = query.new_empty(query.shape[:1], dtype=torch.float64)
+    return each, torch.empty_like(each), torch.empty_like(query, dtype=torch.float64)
+
+
+class _TracedStreamed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with _torch.below_autograd():
+            log_sum, count, gradient = _operator(query, *others)
+        ctx.save_for_backward(gradient.to(query.dtype))
+        ctx.mark_non_differentiable(count, gradient)
+        return log_sum, count, gradient
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, grad), None, None, None, None, None
+
+
+def _autograd(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _common.refuse_forward_mode("kde_streamed", "kde_log_prob")
+    if _common.needs_grad((query,)):
+        return _TracedStreamed.apply(query, *others[:4], True)  # type: ignore[no-untyped-call, no-any-return]
+    with _torch.below_autograd():
+        return _operator(query, *others)  # type: ignore[no-any-return]
+
+
+_common.library.impl("kde_streamed", _autograd, "Autograd")

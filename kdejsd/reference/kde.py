@@ -37,7 +37,7 @@ def kde_log_prob(
     if exclude_self is not False:
         place = torch.arange(n, device=query.device) if exclude_self is True else exclude_self
         logits = logits.masked_fill(place.unsqueeze(-1) == torch.arange(m, device=query.device), -math.inf)
-    log_prob = logits.logsumexp(-1) - 0.5 * dim * math.log(2 * math.pi)
+    log_prob = logits.logsumexp(-1) - float(dim) * (0.5 * math.log(2 * math.pi))
     return log_prob if log_weights is not None else log_prob - center_count(log_prob, m, exclude_self).log()
 
 
@@ -45,7 +45,7 @@ def center_count(log_prob: Tensor, m: int, exclude_self: bool | Tensor) -> Tenso
     """How many of m centers each query's density is of, in the dtype of log_prob: 0-dim, or one for each query."""
     if isinstance(exclude_self, Tensor):
         return m - ((exclude_self >= 0) & (exclude_self < m)).to(log_prob.dtype)
-    return log_prob.new_full((), m - exclude_self)
+    return log_prob.new_full((), m - int(exclude_self))
 
 
 def with_own_center(log_prob: Tensor, count: Tensor, query: Tensor, own: Tensor, bandwidth: float | Tensor) -> Tensor:
@@ -84,7 +84,8 @@ def log_prob_with_own(
 
 def normal_log_prob(z: Tensor, variance: float) -> Tensor:
     """Log-density of N(0, variance I) at z [..., l], as [...]."""
-    return -0.5 * (z.square().sum(-1) / variance + z.shape[-1] * math.log(2 * math.pi * variance))
+    dim = float(z.shape[-1])  # torch.jit.trace has an integer tensor there, whose product with a number is float32
+    return -0.5 * (z.square().sum(-1) / variance + dim * math.log(2 * math.pi * variance))
 
 
 def normal_divergence_terms(log_prob: Tensor, codes: Tensor, variance: float, divergence: str) -> Tensor:

@@ -1,0 +1,85 @@
+"""What counts as a number where the public functions take one."""
+
+from __future__ import annotations
+
+import math
+import operator
+from numbers import Real
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+RealNumber: TypeAlias = SupportsFloat
+Integer: TypeAlias = SupportsIndex
+
+
+def real(name: str, value: RealNumber) -> float:
+    """The value of an argument that is to be a real number: Python's and NumPy's, and arrays and tensors of one such.
+
+    Raises:
+        TypeError: anything else, among it bools, strings, complex numbers and arrays with dimensions.
+    """
+    if isinstance(value, float):
+        return float(value)
+    number = _single(value)
+    if isinstance(number, (bool, np.bool_)) or not isinstance(number, Real):
+        raise TypeError(f"{name} must be a real number, got {_described(value)}")
+    return float(number)
+
+
+def positive(name: str, value: RealNumber) -> float:
+    """`real`, of one that is positive and finite.
+
+    Raises:
+        TypeError: as in `real`.
+        ValueError: 0, a negative number, NaN or infinity.
+    """
+    number = real(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {number}")
+    return number
+
+
+def between(name: str, value: RealNumber, low: float, high: float) -> float:
+    """`real`, of one that is above `low` and below `high`.
+
+    Raises:
+        TypeError: as in `real`.
+        ValueError: another number.
+    """
+    number = real(name, value)
+    if not low < number < high:
+        raise ValueError(f"{name} must be above {low:g} and below {high:g}, got {number}")
+    return number
+
+
+def integer(name: str, value: Integer, least: int) -> int:
+    """The value of an argument that is to be an integer of at least `least`: Python's and NumPy's, and arrays and
+    tensors of one such.
+
+    Raises:
+        TypeError: anything else, among it bools and floats that are whole.
+        ValueError: a smaller one.
+    """
+    number = _single(value)
+    try:
+        if isinstance(number, (bool, np.bool_)):
+            raise TypeError
+        found = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {_described(value)}") from None
+    if found < least:
+        raise ValueError(f"{name} must be at least {least}, got {found}")
+    return found
+
+
+def _single(value: Any) -> Any:
+    """What stands in an array or a tensor without dimensions; anything else as it is."""
+    return value.item() if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0 else value
+
+
+def _described(value: object) -> str:
+    if isinstance(value, (np.ndarray, Tensor)):
+        return f"{type(value).__name__} of shape {list(value.shape)} and dtype {value.dtype}"
+    return f"{value!r} of type {type(value).__name__}"

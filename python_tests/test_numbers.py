@@ -1,0 +1,94 @@
+"""One rule for the numbers that the public functions take."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from helpers import points
+
+import kdejsd
+
+Q, C = points(4, 2), points(8, 2, seed=1)
+P = torch.tensor([0.5, 0.5]).double()
+HALVES = torch.nn.Linear(2, 2)
+
+
+def decode(z):
+    return torch.cat((z, z), 1)
+
+
+# name of the argument -> a call with it, and a number that it takes
+REAL = {
+    "bandwidth of kde_log_prob": (lambda h: kdejsd.kde_log_prob(Q, C, h), 1),
+    "bandwidth of jsd_loss": (lambda h: kdejsd.jsd_loss(Q, C, h), 1),
+    "bandwidth of jsd": (lambda h: kdejsd.jsd(Q, C, h, C), 1),
+    "bandwidth of kde_entropy": (lambda h: kdejsd.kde_entropy(C, h), 1),
+    "order of renyi_entropy": (lambda a: kdejsd.renyi_entropy(P, a), 1),
+    "lipschitz of collision_radius_bound": (lambda c: kdejsd.collision_radius_bound(P, lipschitz=c), 1),
+    "lipschitz of uniform_radius_bound": (lambda c: kdejsd.uniform_radius_bound(2, lipschitz=c), 1),
+    "lipschitz of max_collision_entropy": (lambda c: kdejsd.max_collision_entropy(0.5, lipschitz=c), 1),
+    "num_classes of uniform_radius_bound": (lambda k: kdejsd.uniform_radius_bound(k), 2),
+    "radius of max_collision_entropy": (lambda r: kdejsd.max_collision_entropy(r), 1),
+    "variance of novelty_score": (
+        lambda v: kdejsd.novelty_score(lambda x: x[:, :2], decode, points(3, 4), variance=v).score,
+        1,
+    ),
+    "level of latent_holes": (lambda a: kdejsd.latent_holes(points(40, 2), level=a, num_samples=10).mass, 0.5),
+    "confidence of diversity_report": (
+        lambda a: kdejsd.diversity_report(None, HALVES, 2, num_samples=20, confidence=a).collision_entropy,
+        0.5,
+    ),
+}
+INTEGER = {
+    "latent_dim of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(n, 5, trials=1).value, 2),
+    "num_centers of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(2, n, trials=1).value, 5),
+    "trials of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(2, 5, trials=n).value, 2),
+    "seed of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(2, 5, trials=1, seed=n).value, 2),
+    "num_samples of latent_holes": (lambda n: kdejsd.latent_holes(points(40, 2), num_samples=n).mass, 9),
+    "latent_dim of diversity_report": (
+        lambda n: kdejsd.diversity_report(None, HALVES, n, num_samples=20).collision_entropy,
+        2,
+    ),
+    "steps of class_radius_search": (lambda n: kdejsd.class_radius_search(None, HALVES, 2, 3, steps=n).mean, 2),
+    "chunk of residual_variance": (
+        lambda n: kdejsd.residual_variance(lambda x: x[:, :2], decode, points(3, 4), chunk=n),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*REAL, *INTEGER])
+def test_numbers_of_every_kind(name):
+    call, number = (REAL | INTEGER)[name]
+    kinds = [np.float32, np.float64, np.float16, Fraction, lambda x: np.array(x, np.float32), torch.tensor]
+    whole = [np.int64, np.uint8, np.array]
+    expected = torch.as_tensor(call(number)).double()
+    for kind in [*(kinds if name in REAL else [torch.tensor]), *(whole if number == int(number) else [])]:
+        of_kind = kind(number)
+        if isinstance(of_kind, torch.Tensor) and of_kind.is_floating_point():
+            of_kind = of_kind.double()
+        elif isinstance(of_kind, torch.Tensor) and name.startswith("bandwidth"):
+            continue  # a tensor has the dtype of the queries
+        torch.testing.assert_close(torch.as_tensor(call(of_kind)).double(), expected)
+
+
+@pytest.mark.parametrize("name", [*REAL, *INTEGER])
+def test_what_is_no_number(name):
+    call, number = (REAL | INTEGER)[name]
+    argument = name.split()[0]
+    for wrong in (True, np.bool_(True), np.array(True), str(number), 1j, [number], np.array([number]), object()):
+        with pytest.raises(TypeError, match=f"{argument} must be (a real number|an integer), got"):
+            call(wrong)
+    if name in INTEGER:
+        for wrong in (2.0, np.float64(2), np.array(2.0)):
+            with pytest.raises(TypeError, match=f"{argument} must be an integer, got"):
+                call(wrong)
+        with pytest.raises(ValueError, match=f"{argument} must be at least"):
+            call(np.int64(-1))
+    else:
+        with pytest.raises(ValueError, match=f"{argument} must be"):
+            call(np.float32(math.nan))

@@ -54,7 +54,7 @@ def assert_same(a, b, name: str = "") -> None:
         assert a == b, name
 
 
-STATE = ("epoch", "global_step", "state_dict", "optimizer_states", "rng_state", "planned_steps")
+STATE = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "rng_state", "planned_steps")
 
 
 def state(path: Path) -> dict:

@@ -102,8 +102,8 @@ class Autoencoder(GenerativeModel):
         return None
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """The "codes" [n, l] and "reconstructions" [n, C, H, W] of a batch of images, which are the batch or stand first
-        in it.
+        """The "codes" [n, l] and "reconstructions" [n, C, H, W] of images [n, C, H, W], which are the batch or stand
+        first in it.
 
         Raises:
             TypeError: no tensor is there.
@@ -201,6 +201,8 @@ class CodeNorm(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         if self.training:
+            if len(codes) < 2 and not self.synchronized:
+                raise ValueError(f"codes must be at least 2 to be normalised in training, got a batch of {len(codes)}")
             self.num_batches_tracked += 1
         if self.training and self.synchronized:
             normalized = self._over_ranks(codes)

@@ -82,8 +82,8 @@ class GenerativeModel(pl.LightningModule, ABC):
         return images
 
     def target_samples(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n samples [n, l] of the target on the model's device and in its dtype, drawn by the generator (default: from the global
-        seed, others on each rank)."""
+        """n samples [n, l] of the target in the model's dtype and on its device, drawn by the generator (default: from
+        the global seed, others on each rank)."""
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank_and_size()[0])
         return sample_target(self.target, n, generator).to(self.device, self.dtype)  # type: ignore[arg-type]

@@ -64,11 +64,9 @@ def fit(args: list[str]) -> int:
         raise
     if not cli.trainer.is_global_zero:
         return 0
-    # In what evaluate and score measure by, whatever the run's precision was.
-    cli.model.float()
-    # Of a run that a limit of time has stopped: Lightning has validated it once more, which renews a GEN's codes.
-    if checkpoint.path.exists():
-        cli.model.load_state_dict(load_checkpoint(checkpoint.path)["state_dict"])
+    # The report is of what the checkpoint holds, as evaluate and score read it: in float32, whatever the precision was,
+    # and without the validation that Lightning adds where a limit of time stops a run, which renews a GEN's codes.
+    model = load_model(checkpoint.path) if checkpoint.path.exists() else cli.model.float()
     run = {
         "epochs": cli.trainer.current_epoch,
         "steps": cli.trainer.global_step,
@@ -77,7 +75,7 @@ def fit(args: list[str]) -> int:
         **cli.model.run_measures(),
     }
     try:
-        print(write_report(cli.folder, cli.model, cli.datamodule, run))
+        print(write_report(cli.folder, model, cli.datamodule, run))
     except OSError as error:
         again = f"; once it can: kdejsd evaluate {checkpoint.path}" if checkpoint.path.exists() else ""
         raise OSError(f"the report cannot be written to {cli.folder}: {error}{again}") from error
@@ -217,10 +215,7 @@ def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[
         data.pop("_instantiator")
         parser.set_defaults({"data": {"class_path": data.pop("_class_path"), "init_args": data}})
     config = parser.parse_args(args)
-    # The first checkpoints do not name their model: there was none but GEN.
-    model_class = ImageModel if "_class_path" in checkpoint["hyper_parameters"] else ImageGEN
-    model = model_class.load_from_checkpoint(config.checkpoint, map_location="cpu")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(config.checkpoint)
     data_module = parser.instantiate_classes(config).data
     if data_module.image_shape != tuple(model.hparams["image_shape"]):
         raise ValueError(
@@ -228,6 +223,14 @@ def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[
             f"got {data_module.image_shape}"
         )
     return config, checkpoint, model, data_module
+
+
+def load_model(path: str | Path) -> ImageModel:
+    """The model of a checkpoint that `kdejsd fit` has written, in float32, on a GPU if there is one."""
+    # The first checkpoints do not name their model: there was none but GEN.
+    named = "_class_path" in load_checkpoint(path)["hyper_parameters"]
+    model = (ImageModel if named else ImageGEN).load_from_checkpoint(path, map_location="cpu")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _run_folder(checkpoint: str) -> Path:

@@ -541,7 +541,7 @@ PRECISE = {
     "AAE": ["--model.discriminator_hidden=[8]"],
     "VAE": ["--model.prior=flow", "--model.flow_layers=2"],
     "LCVAE": [],
-    "WAE": [],
+    "WAE": ["--model.target=GaussianMixture", "--model.target.means=[[-0.3,0],[0.3,0]]", "--model.target.scales=0.7"],
     "GEN": ["--model.num_lagged=30", "--model.bandwidth=0.5"],
     "StochasticGEN": ["--model.num_lagged=30", "--model.bandwidth=1", "--model.refresh=rolling"],
     "SemiSupervisedGEN": [

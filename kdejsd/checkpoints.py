@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import signal
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -113,13 +114,23 @@ class RunCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.step: int | None = None  # of the checkpoint in the file
+        self.begun: int | None = None  # of the checkpoint that the run goes on from
         self.interrupted = False
         self._due = 0.0
         self._previous: Any = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.step = self.begun = None
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        # Tuners save and load one of their own before the run begins: a resumed run has loaded its own before that.
+        if trainer.state.fn != TrainerFn.FITTING or self.begun is not None or checkpoint["global_step"] == 0:
+            return
+        self.begun = checkpoint["global_step"]
+        if trainer.is_global_zero:
+            self._keep(Path(trainer.ckpt_path))  # type: ignore[arg-type]
         parts = (("model", "hyper_parameters", pl_module), ("data", "datamodule_hyper_parameters", trainer.datamodule))  # type: ignore[attr-defined]
         changed = [
             f"--{part}.{name} was {then!r} and is {now[name]!r}"
@@ -135,18 +146,17 @@ class RunCheckpoint(Checkpoint):
                 stacklevel=1,
             )
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.ckpt_path is not None and trainer.is_global_zero:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                os.link(trainer.ckpt_path, self.path)  # a checkpoint's file is replaced and never changed
-            except OSError:  # another file system, or one without links
-                _write(self.path, Path(trainer.ckpt_path).read_bytes())
+    def _keep(self, checkpoint: Path) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.link(checkpoint, self.path)  # a checkpoint's file is replaced and never changed
+        except OSError:  # another file system, or one without links
+            _write(self.path, checkpoint.read_bytes())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.ckpt_path is not None:
-            self.step = trainer.global_step
-        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        self.step = self.begun
+        if threading.current_thread() is threading.main_thread():  # no other thread is told of signals
+            self._previous = signal.signal(signal.SIGINT, self._interrupt)
 
     def _interrupt(self, *_: Any) -> None:
         if self.interrupted:
@@ -191,8 +201,17 @@ class RunCheckpoint(Checkpoint):
         self._due = now + max(INTERVAL, COST * (now - began))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.step != trainer.global_step:  # stopped by a callback at the end of an epoch
+        # Stopped by a callback at the end of an epoch, or with weights that one has averaged at the end of the run.
+        if self.step != trainer.global_step or self._is_old(trainer, pl_module):
             self._save(trainer)
+
+    def _is_old(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether the file has other weights than the model."""
+        old = False
+        if trainer.is_global_zero:
+            saved = load_checkpoint(self.path)["state_dict"]
+            old = any(not torch.equal(saved[name], value.cpu()) for name, value in pl_module.named_parameters())
+        return trainer.strategy.broadcast(old)
 
     def how_to_go_on(self) -> str:
         """What to tell a user whose run has stopped after a checkpoint."""

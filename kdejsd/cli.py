@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import kdejsd
@@ -19,6 +22,10 @@ _TRAINING = {
     "score": "write how novel each image is to a checkpoint's model",
 }
 
+_LONGEST = 400  # characters of a message that is not kdejsd's own
+# How lines of jsonargparse begin that stand around a cause.
+_AROUND = r"Does not validate against|Subtypes: |Errors:$|Problem with given class_path|Given value"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
@@ -31,17 +38,72 @@ def main(argv: list[str] | None = None) -> int:
             return _info()
         if args.command == "bandwidth":
             return _bandwidth(args)
-        from . import training  # needs the extra `train`
+        with _no_display():
+            from . import training  # needs the extra `train`
 
         command: Callable[[list[str]], int] = getattr(training, args.command)
         return command(rest)
     except Exception as error:
-        # An error that kdejsd raises says all a user needs; anything else keeps its traceback.
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if Path(__file__).parent not in raised_in.parents:
+        if os.environ.get("KDEJSD_DEBUG") == "1":
             raise
-        print(f"kdejsd {args.command}: error: {error}", file=sys.stderr)
-        return 1
+        print(f"kdejsd {args.command}: error: {_sentence(error)}", file=sys.stderr)
+        return 2 if isinstance(error, argparse.ArgumentError) else 1
+
+
+@contextmanager
+def _no_display() -> Iterator[None]:
+    """Around the first import of matplotlib: the command draws into files, and needs no window or notebook, for which
+    the environment may name a backend that this process does not have."""
+    named = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"
+    try:
+        yield
+    finally:
+        if named is None:
+            del os.environ["MPLBACKEND"]
+        else:
+            os.environ["MPLBACKEND"] = named
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, in one line."""
+    text = str(error)
+    if re.search('^Parser key "|Given value type: ', text):
+        return _innermost(text)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if Path(__file__).parent in raised_in.parents:  # it says all that a user needs
+        return text
+    text = " ".join(text.split())
+    if isinstance(error, argparse.ArgumentError):
+        return text
+    text = f"{text[:_LONGEST]} ..." if len(text) > _LONGEST else text
+    return f"{type(error).__name__}: {text} (KDEJSD_DEBUG=1 in the environment shows where)"
+
+
+def _innermost(message: str) -> str:
+    """The cause in jsonargparse's nested messages, with the name of the setting."""
+    keys: list[tuple[int, str]] = []
+    causes: list[tuple[str, str]] = []
+    for line in filter(str.strip, message.splitlines()):
+        text = line.strip()
+        indent = len(line) - len(line.lstrip())
+        keys = [(outer, key) for outer, key in keys if outer < indent]
+        while match := re.match(r'(?:- )?Parser key "([^"]*)":\s*', text):
+            keys.append((indent, match[1]))
+            text = text[match.end() :]
+        text = text.removeprefix("- ")
+        if text and not re.match(_AROUND, text):
+            causes.append((".".join(key for _, key in keys), text))
+    # What one kind of value does not fit is of no interest where another kind has a complaint of its own.
+    complaints = [cause for cause in causes if not re.match("Expected a|Import path", cause[1])]
+    setting, text = complaints[0] if complaints else causes[0]
+    if not complaints:
+        text = "; or ".join(
+            dict.fromkeys(cause for name, cause in causes if name == setting and "NoneType" not in cause)
+        )
+    text = re.sub(r"Expected a (?:typing\.)?Literal\[(.*?)\]", r"expected one of \1", text)
+    text = re.sub(r"Expected a <class '(.*?)'>", r"expected \1", text).replace(". Got value: ", ", got ")
+    return f"--{setting}: {text}" if setting else text
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -51,7 +51,7 @@ def encode_set(model: Autoencoder, images: Any, *, seed: int = 0) -> Encoded:
     with evaluating(model):
         for index in torch.arange(len(images)).split(CHUNK):
             batch, batch_labels, _ = images[index]
-            batch = batch.to(model.device)
+            batch = batch.to(model.device, model.dtype)
             codes.append(model.encode(batch))
             labels.append(batch_labels)
             error = mean_squared_error(model.decode(codes[-1]).flatten(), batch.flatten())
@@ -151,7 +151,7 @@ def divergence_measures(model: GAN, images: Any, *, seed: int = 0) -> dict[str, 
     total = 0.0 if count else math.nan
     with evaluating(model):
         for index in torch.arange(count).split(max(1, CHUNK // model.packing) * model.packing):
-            real = images[index][0].to(model.device)
+            real = images[index][0].to(model.device, model.dtype)
             generated = model.decode(model.target_samples(len(real), generator))
             total += len(real) * float(model.divergence(real, generated))
     return {"count": count, "divergence": total / max(count, 1)}

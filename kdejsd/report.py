@@ -204,8 +204,8 @@ def _shown(value: float | None) -> str:
 
 
 def _tell_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else ""
-    print(f"\rclass radius: {done} of {total} samples", end=end, file=sys.stderr, flush=True)
+    start, end = ("\r", "\n" if done == total else "") if sys.stderr.isatty() else ("", "\n")
+    print(f"{start}class radius: {done} of {total} samples", end=end, file=sys.stderr, flush=True)
 
 
 def _versions() -> dict[str, str]:

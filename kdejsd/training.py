@@ -31,7 +31,7 @@ with train_extra():
     import lightning.pytorch as pl
     from jsonargparse import ArgumentParser
     from jsonargparse.typing import PositiveFloat
-    from lightning.pytorch.callbacks import TQDMProgressBar
+    from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -39,6 +39,7 @@ with train_extra():
 
 _DEFAULT_STEPS = 5000  # when neither steps, epochs nor a time are given
 _CHUNK = 1000  # images at a time
+_LINE_INTERVAL = 30.0  # seconds between two lines of progress, where it is written to a file
 
 
 def fit(args: list[str]) -> int:
@@ -63,9 +64,9 @@ def fit(args: list[str]) -> int:
         raise
     if not cli.trainer.is_global_zero:
         return 0
-    # Of a run that a limit of time has stopped: Lightning has validated it once more, which renews a GEN's codes.
-    if checkpoint.path.exists():
-        cli.model.load_state_dict(load_checkpoint(checkpoint.path)["state_dict"])
+    # The report is of what the checkpoint holds, as evaluate and score read it: in float32, whatever the precision was,
+    # and without the validation that Lightning adds where a limit of time stops a run, which renews a GEN's codes.
+    model = load_model(checkpoint.path) if checkpoint.path.exists() else cli.model.float()
     run = {
         "epochs": cli.trainer.current_epoch,
         "steps": cli.trainer.global_step,
@@ -74,19 +75,25 @@ def fit(args: list[str]) -> int:
         **cli.model.run_measures(),
     }
     try:
-        print(write_report(cli.folder, cli.model, cli.datamodule, run))
+        print(write_report(cli.folder, model, cli.datamodule, run))
     except OSError as error:
-        raise OSError(
-            f"the report cannot be written to {cli.folder}: {error}; once it can: kdejsd evaluate {checkpoint.path}"
-        ) from error
+        again = f"; once it can: kdejsd evaluate {checkpoint.path}" if checkpoint.path.exists() else ""
+        raise OSError(f"the report cannot be written to {cli.folder}: {error}{again}") from error
     print(f"report: {cli.folder}")
+    if checkpoint.begun == cli.trainer.global_step:
+        print(
+            f"nothing was left to train after step {checkpoint.begun} of {cli.ckpt_path}; to go on, move the run's end "
+            "by --trainer.max_epochs, --trainer.max_steps or --trainer.max_time"
+        )
     return 0
 
 
 def evaluate(args: list[str]) -> int:
     """Writes the report of a checkpoint anew and prints where it is; the exit code."""
     _quiet()
-    parser = ArgumentParser(prog="kdejsd evaluate", description="Writes the report of a checkpoint anew.")
+    parser = ArgumentParser(
+        prog="kdejsd evaluate", description="Writes the report of a checkpoint anew.", exit_on_error=False
+    )
     parser.add_argument("--out", type=str, help="The report's folder; default: a fresh one beside the checkpoint's.")
     parser.add_argument(
         "--classifier",
@@ -114,6 +121,7 @@ def score(args: list[str]) -> int:
         description="Writes how novel each image is to a checkpoint's model: a CSV of kdejsd.novelty_score (nats, "
         "higher is more novel), its three parts and the reconstruction error; and pictures of the 100 most and least "
         "likely.",
+        exit_on_error=False,
     )
     parser.add_argument("--split", type=Literal["held_out", "training"], default="held_out", help="Which images.")
     parser.add_argument(
@@ -188,7 +196,8 @@ def _write_scores(path: Path, model: Autoencoder, images: ImageSet, variance: fl
 
 def _batches(images: ImageSet, name: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels in order, with a progress bar."""
-    for index in Tqdm(torch.arange(len(images)).split(_CHUNK), desc=name, unit="batch"):
+    interval = 0.1 if sys.stderr.isatty() else _LINE_INTERVAL
+    for index in Tqdm(torch.arange(len(images)).split(_CHUNK), desc=name, unit="batch", mininterval=interval):
         yield images[index][:2]
 
 
@@ -206,10 +215,7 @@ def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[
         data.pop("_instantiator")
         parser.set_defaults({"data": {"class_path": data.pop("_class_path"), "init_args": data}})
     config = parser.parse_args(args)
-    # The first checkpoints do not name their model: there was none but GEN.
-    model_class = ImageModel if "_class_path" in checkpoint["hyper_parameters"] else ImageGEN
-    model = model_class.load_from_checkpoint(config.checkpoint, map_location="cpu")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(config.checkpoint)
     data_module = parser.instantiate_classes(config).data
     if data_module.image_shape != tuple(model.hparams["image_shape"]):
         raise ValueError(
@@ -217,6 +223,14 @@ def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[
             f"got {data_module.image_shape}"
         )
     return config, checkpoint, model, data_module
+
+
+def load_model(path: str | Path) -> ImageModel:
+    """The model of a checkpoint that `kdejsd fit` has written, in float32, on a GPU if there is one."""
+    # The first checkpoints do not name their model: there was none but GEN.
+    named = "_class_path" in load_checkpoint(path)["hyper_parameters"]
+    model = (ImageModel if named else ImageGEN).load_from_checkpoint(path, map_location="cpu")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _run_folder(checkpoint: str) -> Path:
@@ -243,6 +257,7 @@ class FitCLI(LightningCLI):
             run=False,
             args=args,
             parser_kwargs={
+                "exit_on_error": False,
                 "prog": "kdejsd fit",
                 "usage": "kdejsd fit [--config FILE] [--data NAME] [--data.SETTING ...] [--model NAME] "
                 "[--model.SETTING ...] [--trainer.SETTING ...] [--out DIR]",
@@ -305,11 +320,11 @@ class FitCLI(LightningCLI):
         if given.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(save_dir=self.folder, name="", version="")
         self.checkpoint = RunCheckpoint(self.folder / "checkpoints" / "last.ckpt")
-        self.trainer_defaults["callbacks"] = [self.checkpoint]
+        self.trainer_defaults["callbacks"] = [] if given.enable_checkpointing is False else [self.checkpoint]
         plugins = given.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
         if given.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"].append(RunProgressBar())
+            self.trainer_defaults["callbacks"].append(RunProgressBar() if sys.stdout.isatty() else RunProgressLines())
         return super().instantiate_trainer(**kwargs)
 
 
@@ -345,6 +360,47 @@ class RunProgressBar(TQDMProgressBar):
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
+
+
+class RunProgressLines(ProgressBar):
+    """A line of progress now and then and one at the end of the run: for a file, in which a bar that is drawn again and
+    again would leave a line of thousands of pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._enabled = True
+        self._due = 0.0
+        self._epoch = 0
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, *_: Any) -> None:
+        self._due = time.monotonic() + _LINE_INTERVAL
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._epoch = trainer.current_epoch + 1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if time.monotonic() >= self._due:
+            self._tell(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._tell(trainer, pl_module)
+
+    def _tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._due = time.monotonic() + _LINE_INTERVAL
+        total = trainer.estimated_stepping_batches
+        steps = str(trainer.global_step) if math.isinf(total) else f"{trainer.global_step}/{int(total)}"
+        measures = [
+            f", {name}={value:.3g}" if isinstance(value, float) else f", {name}={value}"
+            for name, value in self.get_metrics(trainer, pl_module).items()
+        ]
+        if self._enabled and trainer.is_global_zero:
+            print(f"epoch {self._epoch}: step {steps}{''.join(measures)}", flush=True)
 
 
 def _fresh_folder(out: str | None, stem: Path) -> Path:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -345,9 +346,13 @@ def test_resume_goes_on_with_the_settings_of_the_run(run, trained):
             assert torch.equal(value, resumed["state_dict"][name]), name
 
 
-def test_resume_of_a_finished_run_writes_its_report(run, trained):
+def test_resume_of_a_finished_run_writes_its_report_and_says_so(run, trained):
     folder, _ = trained
-    run("fit", "--ckpt_path=runs/digits-1/checkpoints/last.ckpt", "--out=finished", cwd=folder)
+    again = ["fit", "--ckpt_path=runs/digits-1/checkpoints/last.ckpt"]
+    done = run(*again, "--out=finished", cwd=folder)
+    assert "nothing was left to train after step 6 of runs/digits-1/checkpoints/last.ckpt; to go on, move" in done.out
+    done = run(*again, "--trainer.max_epochs=0", "--out=shorter", cwd=folder, status=1)
+    assert done.err.count("\n") == 1 and "current_epoch=1" in done.err and "max_epochs=0" in done.err
     assert metrics(folder / "finished")["held_out"] == metrics(folder / "runs/digits-1")["held_out"]
 
 
@@ -497,7 +502,98 @@ def test_errors_of_a_user_are_one_line(run, tmp_path):
     done = run("fit", "--data=CIFAR", cwd=tmp_path, status=1)
     assert "kdejsd fit: error: --data must be one of Digits, Grid2D, MNIST, FashionMNIST" in done.err
     done = run("fit", "--model=AE", "--model.num_lagged=5", cwd=tmp_path, status=2)
-    assert "Option 'num_lagged' is not accepted" in done.err
+    assert done.err == "kdejsd fit: error: --model: Option 'num_lagged' is not accepted\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["--model=GAN", "--model.objective=x"], 2, r"--model\.objective: expected one of 'minimax', .*'f-gan', got x"),
+        (["--model.latent_dim=x"], 2, "--model.latent_dim: expected int, got x"),
+        (["--model.latent_dim=0"], 1, r"hidden and latent_dim must be at least 1, got \[512, 256\] and 0"),
+        (["--model.target=GaussianMixture"], 2, "--model.target: .* required: means"),
+        (["--model.network=Conv"], 1, r"Conv takes square images of side 28, 32 or 64, got image_shape \[1, 8, 8\].*"),
+        (["--model.network=Nope"], 2, "--model.network: .*Nope.*"),
+        (["--data.batch_size=0"], 1, "batch_size must be at least 1, got 0"),
+        (["--model.num_lagged=9", "--model.bandwidth=1", "--data.batch_size=1"], 1, "codes must be at least 2 .* of 1"),
+        (["--trainer.logger=WandbLogger"], 1, ".*wandb.*"),
+        (["--trainer.precision=7"], 2, "--trainer.precision: expected one of .*'64-true'.*"),
+        (["--trainer.accelerator=x"], 1, r"ValueError: .*x.*\(KDEJSD_DEBUG=1 in the environment shows where\)"),
+        (["--nope=3"], 2, "unrecognized arguments: --nope=3"),
+        (["--config=nope.yaml"], 2, "--config: File does not exist.*nope.yaml.*"),
+        (["--config=broken.yaml"], 2, "Problems parsing config: .* line 1.*"),
+    ],
+)
+def test_errors_of_the_settings_are_one_line(run, tmp_path, args, status, message):
+    (tmp_path / "broken.yaml").write_text("model: {latent_dim: [1")
+    done = run("fit", *args, "--out=out", cwd=tmp_path, status=status)
+    assert re.fullmatch(f"kdejsd fit: error: {message}\n", done.err)
+
+
+def test_the_traceback_is_there_when_it_is_asked_for(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("KDEJSD_DEBUG", "1")
+    with pytest.raises(ValueError, match="train_size must be at least batch_size"):
+        run("fit", "--data.train_size=3", cwd=tmp_path)
+
+
+PRECISE = {
+    "AE": [],
+    "AAE": ["--model.discriminator_hidden=[8]"],
+    "VAE": ["--model.prior=flow", "--model.flow_layers=2"],
+    "LCVAE": [],
+    "WAE": ["--model.target=GaussianMixture", "--model.target.means=[[-0.3,0],[0.3,0]]", "--model.target.scales=0.7"],
+    "GEN": ["--model.num_lagged=30", "--model.bandwidth=0.5"],
+    "StochasticGEN": ["--model.num_lagged=30", "--model.bandwidth=1", "--model.refresh=rolling"],
+    "SemiSupervisedGEN": [
+        *("--model.num_lagged=30", "--model.bandwidth=0.5", "--model.target=GaussianMixture"),
+        f"--model.target.means={[[i // 5, i % 5] for i in range(10)]}",
+    ],
+    "GAN": ["--model.objective=wgan-gp"],
+}
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("model", PRECISE)
+def test_every_precision_is_trained_reported_evaluated_and_scored(run, tmp_path, model, precision):
+    small = ["--data.train_size=40", "--data.batch_size=20", "--model.latent_dim=2", "--model.network=FC"]
+    small += ["--model.network.hidden=[8]", "--trainer.max_steps=2", "--trainer.accelerator=cpu"]
+    args = [f"--trainer.precision={precision}", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    run("fit", f"--model={model}", *small, *args, *PRECISE[model], "--out=a", cwd=tmp_path)
+    run("evaluate", "a/checkpoints/last.ckpt", "--out=b", cwd=tmp_path)
+    first, again = (metrics(tmp_path / name)["held_out"] for name in "ab")
+    assert first == again and (model == "GAN" or math.isfinite(first["reconstruction_error"]))
+    if model != "GAN":
+        run("score", "a/checkpoints/last.ckpt", "--out=s.csv", cwd=tmp_path)
+        assert len(table(tmp_path / "s.csv")) == 359
+
+
+def test_progress_in_a_file_is_a_line_now_and_then(run, trained, tmp_path, monkeypatch):
+    _, done = trained
+    assert "\r" not in done.out and re.search(r"^epoch 2: step 6/6, rec=", done.out, re.MULTILINE)
+    monkeypatch.setattr("kdejsd.training._LINE_INTERVAL", 0)
+    done = run("fit", *SMALL, "--trainer.max_steps=4", "--out=a", cwd=tmp_path)
+    assert re.findall(r"^epoch (\d): step (\d)/4", done.out, re.MULTILINE) == [
+        ("1", "1"),
+        ("1", "2"),
+        ("1", "3"),
+        ("2", "4"),
+        ("2", "4"),
+    ]
+
+
+def test_a_run_without_checkpoints_has_a_report(run, tmp_path):
+    args = ["--trainer.enable_checkpointing=false", "--trainer.max_steps=2", "--out=a"]
+    run("fit", *SMALL, *args, cwd=tmp_path)
+    assert {path.name for path in (tmp_path / "a").iterdir()} >= REPORT and not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_the_command_needs_no_backend_of_matplotlib(tmp_path):
+    code = "from kdejsd.cli import main\ncode = main(['evaluate', 'none.ckpt'])\nimport os, sys, matplotlib\n"
+    code += "print(code, os.environ['MPLBACKEND'], matplotlib.get_backend(), 'matplotlib.pyplot' in sys.modules)"
+    named = os.environ | {"MPLBACKEND": "module://not_there.backend"}
+    done = subprocess.run(command(code=code), cwd=tmp_path, env=named, capture_output=True, text=True)
+    assert done.stdout == "1 module://not_there.backend agg True\n", done.stderr
+    assert done.stderr == "kdejsd evaluate: error: the checkpoint none.ckpt does not exist\n"
 
 
 def test_bandwidth(run, tmp_path):

@@ -12,6 +12,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from scipy.io import savemat
 
 from kdejsd._plain import plain
 from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, Grid2D, ImageData, ImageFolder, base
+from kdejsd.models import images
 
 FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 
@@ -928,3 +930,27 @@ def test_a_file_that_vanishes_while_it_is_looked_for(tmp_path, monkeypatch, data
         FileNotFoundError, match=f"{data.__name__} cannot read {tmp_path}/train.*: No such file.*to get it"
     ):
         data(str(tmp_path)).setup()
+
+
+def test_to_overfit_the_same_minibatches_come_in_every_epoch():
+    class Seen(pl.Callback):
+        def __init__(self):
+            self.batches = []
+
+        def on_train_batch_start(self, trainer, model, batch, *_):
+            self.batches.append(batch[2].tolist())
+
+    seen = Seen()
+    trainer = pl.Trainer(
+        max_epochs=2,
+        overfit_batches=2,
+        accelerator="cpu",
+        callbacks=[seen],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.warns(UserWarning, match="You requested to overfit"):
+        trainer.fit(images.AE(Digits.image_shape, 2), Digits(batch_size=50, train_size=150))
+    assert seen.batches == 2 * [list(range(50)), list(range(50, 100))]

@@ -344,3 +344,41 @@ def test_refusals(call, text):
 def test_batches_without_indices_are_refused():
     with pytest.raises(TypeError, match=r"must be \(images, labels, indices in the training set\), got 2 parts"):
         make(images.AAE).training_step((torch.zeros(2, 1, 8, 8), torch.zeros(2)), 0)
+
+
+@pytest.mark.parametrize("kind", ["images", "of a tuple", "data"])
+def test_predictions_are_codes_and_reconstructions_by_name(kind):
+    model = make(images.VAE)
+    data = Digits()
+    pixels = data.held_out.images
+    loaders = {"images": pixels, "of a tuple": torch.utils.data.TensorDataset(pixels)}
+    loader = data if kind == "data" else torch.utils.data.DataLoader(loaders[kind], batch_size=100)
+    run = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    found = run.predict(model, loader)
+    assert all(part.keys() == {"codes", "reconstructions"} for part in found)
+    with torch.no_grad():
+        codes, reconstructions = model.eval().encode(pixels), model.reconstruct(pixels)
+    torch.testing.assert_close(torch.cat([part["codes"] for part in found]), codes)
+    torch.testing.assert_close(torch.cat([part["reconstructions"] for part in found]), reconstructions)
+    if kind == "data":
+        again = run.predict(model, data.val_dataloader())
+        assert torch.equal(again[0]["codes"], found[0]["codes"])
+
+
+def test_a_gan_predicts_from_latents():
+    model = make(images.GAN)
+    latents = torch.randn(5, 2)
+    assert torch.equal(model.predict_step([latents], 0)["samples"], model.decode(latents))
+    with pytest.raises(ValueError, match=r"latents must have shape \[n, latent_dim = 2\], got \[3, 1, 8, 8\]"):
+        model.predict_step(torch.zeros(3, 1, 8, 8), 0)
+    with pytest.raises(TypeError, match="a batch to predict from must be a tensor or begin with one, got dict"):
+        model.predict_step({"latents": latents}, 0)
+
+
+def test_a_model_samples_in_its_own_precision():
+    model = make(images.AE).double()
+    assert model.sample(3).dtype == torch.float64
+    data = Digits(train_size=300)
+    encoded = encode_set(model, data.training)
+    single = encode_set(model.float(), data.training)
+    assert encoded.codes.dtype == torch.float64 and worst(encoded.codes, single.codes) < 1e-5

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def assert_same(a, b, name: str = "") -> None:
         assert a == b, name
 
 
-STATE = ("epoch", "global_step", "state_dict", "optimizer_states", "rng_state", "planned_steps")
+STATE = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "rng_state", "planned_steps")
 
 
 def state(path: Path) -> dict:
@@ -325,6 +326,57 @@ def test_a_resumed_run_begins_with_the_checkpoint_and_a_finished_one_is_reported
     monkeypatch.setattr(os, "link", no_links)
     assert command(f"--ckpt_path={first}", "--out=c")[0] == 0
     assert (tmp_path / "c/checkpoints/last.ckpt").read_bytes() == first.read_bytes()
+
+
+def test_a_run_in_a_thread(tmp_path):
+    """Where no signal can be waited for."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train, make("ae"), tmp_path, max_steps=1).result()
+    assert load_checkpoint(tmp_path / "01.ckpt")["global_step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("tuner", "options"), [("LearningRateFinder", {"num_training_steps": 5}), ("BatchSizeFinder", {"max_trials": 2})]
+)
+def test_what_a_tuner_saves_and_deletes_is_not_the_runs(command, tmp_path, tuner, options):
+    tune = [f"--trainer.callbacks+={tuner}", *(f"--trainer.callbacks.{key}={value}" for key, value in options.items())]
+    assert command(*AE, *tune, "--trainer.max_steps=4", "--out=a")[0] == 0
+    assert load_checkpoint("a/checkpoints/last.ckpt")["global_step"] == 4
+    assert sorted(path.name for path in tmp_path.rglob("*.ckpt")) == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("callback", "options"),
+    [("StochasticWeightAveraging", ["swa_lrs=0.01", "swa_epoch_start=1"]), ("EMAWeightAveraging", ["decay=0.5"])],
+)
+def test_averaged_weights_are_those_of_the_checkpoint_and_the_report(command, tmp_path, callback, options):
+    average = [f"--trainer.callbacks+={callback}", *(f"--trainer.callbacks.{option}" for option in options)]
+    assert command(*AE, "--trainer.max_epochs=3", "--out=plain")[0] == 0
+    assert command(*AE, *average, "--trainer.max_epochs=3", "--out=a")[0] == 0
+    assert main(["evaluate", "a/checkpoints/last.ckpt", "--out=again"]) == 0
+    first, again, plain = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("a", "again", "plain"))
+    assert first["held_out"] == again["held_out"] != plain["held_out"]
+
+
+def test_the_end_of_averaging_is_saved(tmp_path):
+    class Average(pl.Callback):  # as StochasticWeightAveraging does
+        def on_train_end(self, trainer, model):
+            with torch.no_grad():
+                model.decoder[0].weight.mul_(0.5)
+
+    model = make("ae")
+    run = pl.Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        callbacks=[Average(), RunCheckpoint(tmp_path / "last.ckpt")],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(model, Digits(train_size=500))
+    assert torch.equal(
+        load_checkpoint(tmp_path / "last.ckpt")["state_dict"]["decoder.0.weight"], model.decoder[0].weight
+    )
 
 
 def test_a_run_stopped_by_the_clock_goes_on(tmp_path):

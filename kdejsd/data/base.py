@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from .. import plots
 from .._extras import train_extra
@@ -114,7 +114,11 @@ class BatchLoader(DataLoader[Batch]):
     There are no workers: an index operation takes less time than handing a batch over.
     """
 
-    def __init__(self, dataset: ImageSet, order: BatchOrder) -> None:
+    def __init__(self, dataset: ImageSet, order: BatchOrder, sampler: object = None, **_: object) -> None:
+        # Lightning makes a loader anew with what it finds in it and another sampler: that of the images as they stand,
+        # for the same minibatches in every epoch (`overfit_batches`), and the order itself for predictions.
+        if isinstance(sampler, SequentialSampler):
+            order = BatchOrder(order.count, order.batch_size, None, order.rank, order.num_replicas)
         # A generator of its own, so that making an iterator does not advance the global random state.
         super().__init__(dataset, sampler=order, batch_size=None, num_workers=0, generator=torch.Generator())
         self.order = order
@@ -241,6 +245,10 @@ class ImageData(pl.LightningDataModule):
     def val_dataloader(self) -> BatchLoader:
         """All of the held-out images on every rank: what is measured is the same on any number of them."""
         return BatchLoader(self.held_out, BatchOrder(len(self.held_out), max(self.batch_size, 1000), None))
+
+    def predict_dataloader(self) -> BatchLoader:
+        """The held-out images."""
+        return self.val_dataloader()
 
     # What a set knows of its images, and of those that a model makes like them
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -68,9 +67,8 @@ class AAE(Autoencoder):
         self.weight: float = plain(weight, "weight")
         self.automatic_optimization = False
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        parts = (chain(self.encoder.parameters(), self.decoder.parameters()), self.discriminator.parameters())
-        return [torch.optim.Adam(part, lr=self.learning_rate, betas=self.betas, fused=True) for part in parts]
+    def configure_optimizers(self) -> Any:
+        return self.adam(chain(self.encoder.parameters(), self.decoder.parameters()), self.discriminator.parameters())
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         images = checked(batch)[0]
@@ -91,6 +89,7 @@ class AAE(Autoencoder):
             autoencoder.zero_grad()
             self.manual_backward(error + self.weight * latent)
             autoencoder.step()
+        self.step_schedulers()
 
     def discriminator_loss(self, codes: Tensor, samples: Tensor) -> Tensor:
         """-mean log D(samples) - mean log(1 - D(codes)) in nats, 0-dim; samples [n, l] are the target's."""

@@ -12,7 +12,7 @@ from torch.nn.functional import batch_norm, mse_loss
 from .._ranks import gathered, summed
 from ..divergence import target_jsd
 from ..targets import Law, Target, checked_target, finite_moments, law_moments
-from .base import Batch, GenerativeModel, checked
+from .base import Batch, GenerativeModel, checked, inputs
 from .networks import Network
 
 JSD_SAMPLES = 10_000  # a measured divergence is of at most this many codes: its cost grows with their square
@@ -101,6 +101,16 @@ class Autoencoder(GenerativeModel):
         where it gives a code."""
         return None
 
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """The "codes" [n, l] and "reconstructions" [n, C, H, W] of images [n, C, H, W], which are the batch or stand
+        first in it.
+
+        Raises:
+            TypeError: no tensor is there.
+        """
+        codes = self.encode(inputs(batch))
+        return {"codes": codes, "reconstructions": self.decode(codes)}
+
     # Training
 
     def setup(self, stage: str) -> None:
@@ -113,7 +123,7 @@ class Autoencoder(GenerativeModel):
             self.norm.synchronized = False
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate, betas=self.betas, fused=True)
+        return self.adam(self.parameters())
 
     # Evaluation
 
@@ -196,6 +206,8 @@ class CodeNorm(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         if self.training:
+            if len(codes) < 2 and not self.synchronized:
+                raise ValueError(f"codes must be at least 2 to be normalised in training, got a batch of {len(codes)}")
             self.num_batches_tracked += 1
         if self.training and self.synchronized:
             normalized = self._over_ranks(codes)

@@ -3,10 +3,9 @@ checkpoints."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from .._plain import plain
 from .._ranks import rank_and_size
 from ..targets import Law
 from .networks import Network
+from .schedule import HalfCosine
 
 with train_extra():
     import lightning.pytorch as pl
@@ -89,11 +89,11 @@ class GenerativeModel(pl.LightningModule, ABC):
         return images
 
     def target_samples(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n samples [n, l] of the target on the model's device, drawn by the generator (default: from the global
-        seed, others on each rank)."""
+        """n samples [n, l] of the target in the model's dtype and on its device, drawn by the generator (default: from
+        the global seed, others on each rank)."""
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank_and_size()[0])
-        return self.target.sample(n, generator).to(self.device)
+        return self.target.sample(n, generator).to(self.device, self.dtype)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
@@ -119,6 +119,25 @@ class GenerativeModel(pl.LightningModule, ABC):
             return None
         return torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())) + rank)
 
+    def adam(self, *parts: Iterable[nn.Parameter]) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
+        """An Adam for each part of the weights, and the schedulers of their rates: what `configure_optimizers`
+        returns."""
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.Adam(part, lr=self.learning_rate, betas=self.betas, fused=True) for part in parts
+        ]
+        if not self.decay:
+            return optimizers, []
+        schedulers = [
+            HalfCosine(optimizer, lambda: self.trainer.estimated_stepping_batches) for optimizer in optimizers
+        ]
+        return optimizers, [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
+
+    def step_schedulers(self) -> None:
+        """To the next step of the learning rates, at the end of the training step of a model that takes its optimisers'
+        steps itself."""
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.step()  # type: ignore[call-arg]
+
     @abstractmethod
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """The loss of a minibatch, after logging its parts."""
@@ -132,6 +151,9 @@ class GenerativeModel(pl.LightningModule, ABC):
                 stacklevel=1,
             )
         self._planned_steps = planned
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, HalfCosine):
+                config.scheduler.go_to(self.trainer.global_step)
         self._losses.clear()
         if self._rng_state:
             torch.set_rng_state(self._rng_state["cpu"])
@@ -145,13 +167,6 @@ class GenerativeModel(pl.LightningModule, ABC):
         self._place = _Place(
             self.trainer.global_step, self.trainer.current_epoch, batch_idx, batch[2] if known else None
         )
-        if not self.decay:
-            return
-        # Not a scheduler of Lightning's, made with the optimiser: the length of the run is known only from here on.
-        progress = min(self.trainer.global_step / self.trainer.estimated_stepping_batches, 1)
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
     # A loss that is no number
 
@@ -241,6 +256,25 @@ class GenerativeModel(pl.LightningModule, ABC):
         state = checkpoint["rng_state"]
         self._rng_state = {"cpu": state} if isinstance(state, Tensor) else state  # the first checkpoints have one only
         self._planned_steps = checkpoint.get("planned_steps")
+        self._keep_settings(checkpoint)
+
+    def _keep_settings(self, checkpoint: dict[str, Any]) -> None:
+        """Lets the checkpoint's optimisers go on with this model's settings, where those of the run were others."""
+        optimizers = checkpoint.get("optimizer_states", [])
+        first = checkpoint.get("hyper_parameters", {}).get("learning_rate", self.learning_rate)
+        if optimizers and not checkpoint["lr_schedulers"]:  # the first versions had none with `decay`
+            for state in optimizers:
+                rates = [group["lr"] for group in state["param_groups"]]
+                checkpoint["lr_schedulers"].append({"base_lrs": [first] * len(rates), "_last_lr": rates})
+        scale = self.learning_rate / first if first else 1.0
+        for state in optimizers:
+            for group in state["param_groups"]:
+                group["lr"] *= scale
+                if "betas" in group:
+                    group["betas"] = self.betas
+        for state in checkpoint.get("lr_schedulers", []):
+            for name in {"base_lrs", "_last_lr"} & state.keys():
+                state[name] = [rate * scale for rate in state[name]]
 
 
 class _Place(NamedTuple):
@@ -276,6 +310,18 @@ def checked(batch: Any) -> Batch:
         raise TypeError(f"a batch must be (images, labels, indices in the training set), got {got}")
     images, labels, index = batch
     return images, labels, index
+
+
+def inputs(batch: Any) -> Tensor:
+    """What a model predicts from: the batch, or what stands first in it.
+
+    Raises:
+        TypeError: something else.
+    """
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(first, Tensor):
+        raise TypeError(f"a batch to predict from must be a tensor or begin with one, got {type(first).__name__}")
+    return first
 
 
 def check_weight(name: str, weight: float) -> None:

@@ -15,7 +15,7 @@ from .._plain import plain
 from ..data import ImageData
 from ..divergences import FDivergence, by_name
 from ..targets import StandardNormal
-from .base import Batch, GenerativeModel, checked
+from .base import Batch, GenerativeModel, checked, inputs
 from .networks import Network
 
 with train_extra():
@@ -154,6 +154,19 @@ class GAN(GenerativeModel):
         """Images [n, C, H, W] of latents [n, l]."""
         return self.decode(latents)
 
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """The "samples" [n, C, H, W] that are made of a batch of latents [n, l], which are the batch or stand first in
+        it.
+
+        Raises:
+            TypeError: no tensor is there.
+            ValueError: latents of another shape.
+        """
+        latents = inputs(batch)
+        if latents.ndim != 2 or latents.shape[1] != self.latent_dim:
+            raise ValueError(f"latents must have shape [n, latent_dim = {self.latent_dim}], got {list(latents.shape)}")
+        return {"samples": self.decode(latents)}
+
     def discriminate(self, images: Tensor) -> Tensor:
         """V of images [n, C, H, W], p at a time, as [n / p].
 
@@ -180,11 +193,8 @@ class GAN(GenerativeModel):
 
     # Training
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [
-            torch.optim.Adam(part.parameters(), lr=self.learning_rate, betas=self.betas, fused=True)
-            for part in (self.generator, self.discriminator)
-        ]
+    def configure_optimizers(self) -> Any:
+        return self.adam(self.generator.parameters(), self.discriminator.parameters())
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         images = checked(batch)[0]
@@ -220,6 +230,7 @@ class GAN(GenerativeModel):
                 self.manual_backward(fooled)
                 # Not generator.step(), which would be counted too.
                 self.trainer.strategy.optimizer_step(generator.optimizer, lambda: None)
+        self.step_schedulers()
 
     # Evaluation
 
@@ -345,7 +356,7 @@ def gradient_penalty(discriminator: nn.Module, images: Tensor, generated: Tensor
         images, generated: [n, C, H, W] each.
     """
     share = torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
-    between = torch.lerp(images.detach(), generated.detach(), share).requires_grad_()
+    between = torch.lerp(images.detach(), generated.detach().to(images), share).requires_grad_()
     (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
     lengths: Tensor = torch.linalg.vector_norm(slope.flatten(1), dim=1)
     return (lengths - 1).square().mean()

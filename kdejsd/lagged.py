@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ._numbers import integer, positive
 from ._ranks import gathered, rank_and_size
 from .bandwidth import optimal_bandwidth
 from .divergence import codes_jsd, divergence_terms, jsd_loss
@@ -101,10 +101,8 @@ class LaggedKDE(nn.Module):
         storage_device: Literal["cpu"] | None = None,
     ) -> None:
         super().__init__()
-        num_centers, latent_dim = operator.index(num_centers), operator.index(latent_dim)
-        for name, value in (("num_centers", num_centers), ("latent_dim", latent_dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        num_centers = integer("num_centers", num_centers, 1)
+        latent_dim = integer("latent_dim", latent_dim, 1)
         if divergence not in ("js", "kl"):
             raise ValueError(f'divergence must be "js" or "kl", got {divergence!r}')
         if storage_dtype not in (torch.float32, torch.bfloat16):
@@ -117,12 +115,10 @@ class LaggedKDE(nn.Module):
         if bandwidth is None:
             with torch.device("cpu"):  # there are no numbers on the meta device, where a module may be built
                 bandwidth = optimal_bandwidth(latent_dim, num_centers, target=law).value
-        if not 0 < bandwidth < math.inf:
-            raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
         self.target = law
         self.smoothed = smoothed
         self.divergence = divergence
-        self._set_bandwidth(bandwidth)
+        self._set_bandwidth(positive("bandwidth", bandwidth))
         self.num_centers = num_centers
         self.rank, self.ranks = 0, 1
         self.storage_device = storage_device

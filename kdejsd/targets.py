@@ -4,7 +4,6 @@ smoothed by the kernel where that has a closed form."""
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -20,6 +19,7 @@ from torch.distributions import (
 )
 
 from . import _torch
+from ._numbers import integer, positive
 from .ops.kde import kde_log_prob
 from .reference.kde import normal_log_prob
 
@@ -34,13 +34,8 @@ class IsotropicNormal(nn.Module):
 
     def __init__(self, dim: int, variance: float = 1.0) -> None:
         super().__init__()
-        dim = operator.index(dim)
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}")
-        if not 0 < variance < math.inf:
-            raise ValueError(f"variance must be positive and finite, got {variance}")
-        self.dim = dim
-        self.variance = float(variance)
+        self.dim = integer("dim", dim, 1)
+        self.variance = positive("variance", variance)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats at z [..., dim], as [...] in the dtype of z."""
@@ -59,7 +54,7 @@ class IsotropicNormal(nn.Module):
 
     def smoothed(self, bandwidth: float) -> IsotropicNormal:
         """This law convolved with the kernel N(0, bandwidth^2 I): what a KDE of its own samples tends to."""
-        return IsotropicNormal(self.dim, self.variance + _positive(bandwidth) ** 2)
+        return IsotropicNormal(self.dim, self.variance + positive("bandwidth", bandwidth) ** 2)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, variance={self.variance:g}"
@@ -161,7 +156,7 @@ class GaussianMixture(nn.Module):
 
     def smoothed(self, bandwidth: float) -> GaussianMixture:
         """This law convolved with the kernel N(0, bandwidth^2 I): every component's variance grows by bandwidth^2."""
-        scales = (self.scales.square() + _positive(bandwidth) ** 2).sqrt()
+        scales = (self.scales.square() + positive("bandwidth", bandwidth) ** 2).sqrt()
         return GaussianMixture(self.means, scales, self.log_weights.exp())
 
     def extra_repr(self) -> str:
@@ -267,7 +262,7 @@ class SmoothableDistribution(DistributionLaw):
 
     def smoothed(self, bandwidth: float) -> SmoothableDistribution:
         """This law convolved with the kernel N(0, bandwidth^2 I)."""
-        return SmoothableDistribution(_with_kernel(self.distribution, _positive(bandwidth) ** 2))
+        return SmoothableDistribution(_with_kernel(self.distribution, positive("bandwidth", bandwidth) ** 2))
 
 
 def _innermost(distribution: Distribution) -> Distribution:
@@ -402,9 +397,3 @@ def _device() -> torch.device:
 def _check_dim(z: Tensor, dim: int) -> None:
     if z.ndim == 0 or z.shape[-1] != dim:
         raise ValueError(f"z must have shape [..., {dim}], got {list(z.shape)}")
-
-
-def _positive(bandwidth: float) -> float:
-    if not 0 < bandwidth < math.inf:
-        raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
-    return float(bandwidth)

@@ -11,6 +11,7 @@ import torch
 from helpers import points
 
 import kdejsd
+from kdejsd.targets import IsotropicNormal
 
 Q, C = points(4, 2), points(8, 2, seed=1)
 P = torch.tensor([0.5, 0.5]).double()
@@ -23,6 +24,9 @@ def decode(z):
 
 # name of the argument -> a call with it, and a number that it takes
 REAL = {
+    "variance of IsotropicNormal": (lambda v: IsotropicNormal(2, v).log_prob(Q), 1),
+    "bandwidth of smoothed": (lambda h: kdejsd.StandardNormal(2).smoothed(h).log_prob(Q), 1),
+    "bandwidth of LaggedKDE": (lambda h: kdejsd.LaggedKDE(3, 2, h).bandwidth, 1),
     "bandwidth of kde_log_prob": (lambda h: kdejsd.kde_log_prob(Q, C, h), 1),
     "bandwidth of jsd_loss": (lambda h: kdejsd.jsd_loss(Q, C, h), 1),
     "bandwidth of jsd": (lambda h: kdejsd.jsd(Q, C, h, C), 1),
@@ -44,6 +48,9 @@ REAL = {
     ),
 }
 INTEGER = {
+    "dim of StandardNormal": (lambda n: kdejsd.StandardNormal(n).log_prob(Q), 2),
+    "num_centers of LaggedKDE": (lambda n: kdejsd.LaggedKDE(n, 2, 1.0).num_centers, 3),
+    "latent_dim of LaggedKDE": (lambda n: kdejsd.LaggedKDE(3, n, 1.0).codes.shape[1], 2),
     "latent_dim of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(n, 5, trials=1).value, 2),
     "num_centers of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(2, n, trials=1).value, 5),
     "trials of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(2, 5, trials=n).value, 2),

@@ -19,13 +19,18 @@ def real(name: str, value: RealNumber) -> float:
 
     Raises:
         TypeError: anything else, among it bools, strings, complex numbers and arrays with dimensions.
+        ValueError: one beyond the range of float64.
     """
     if isinstance(value, float):
         return float(value)
     number = _single(value)
     if isinstance(number, (bool, np.bool_)) or not isinstance(number, Real):
         raise TypeError(f"{name} must be a real number, got {_described(value)}")
-    return float(number)
+    try:
+        return float(number)
+    except OverflowError:  # of Python's integers and fractions
+        digits = len(str(abs(math.trunc(number))))
+        raise ValueError(f"{name} must be in the range of float64, got a number of {digits} digits") from None
 
 
 def positive(name: str, value: RealNumber) -> float:

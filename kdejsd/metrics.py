@@ -19,6 +19,7 @@ from .entropy import kde_entropy
 from .models.autoencoder import JSD_SAMPLES, Autoencoder
 from .models.base import CHUNK
 from .models.gan import GAN
+from .targets import as_law
 
 with train_extra():
     from torchmetrics.functional import mean_squared_error
@@ -93,7 +94,7 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
     """
     generator = torch.Generator(encoded.codes.device).manual_seed(seed)
     index = torch.arange(len(encoded.codes), device=encoded.codes.device) if training else None
-    ideal = model.target.sample(min(len(encoded.codes), JSD_SAMPLES), generator)
+    ideal = as_law(model.target).sample(min(len(encoded.codes), JSD_SAMPLES), generator)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         followed = encoded.codes if encoded.posterior is None else encoded.posterior

@@ -11,7 +11,7 @@ from torch.nn.functional import batch_norm, mse_loss
 
 from .._ranks import gathered, summed
 from ..divergence import target_jsd
-from ..targets import Law, Target, checked_target, finite_moments, law_moments
+from ..targets import Law, Target, as_law, checked_target, finite_moments, law_moments
 from .base import Batch, GenerativeModel, checked, inputs
 from .networks import Network
 
@@ -138,7 +138,7 @@ class Autoencoder(GenerativeModel):
     @property
     def expected_variance(self) -> Tensor:
         """Variance of every dimension of the codes that the loss aims at, [l]."""
-        return law_moments(self.target)[1]
+        return law_moments(as_law(self.target))[1]
 
     def on_validation_epoch_start(self) -> None:
         self._codes: list[Tensor] = []

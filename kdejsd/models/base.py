@@ -16,7 +16,7 @@ from .._extras import train_extra
 from .._modes import evaluating
 from .._plain import plain
 from .._ranks import rank_and_size
-from ..targets import Law
+from ..targets import Law, as_law
 from .networks import Network
 from .schedule import HalfCosine
 
@@ -93,7 +93,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         the global seed, others on each rank)."""
         if generator is None:
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank_and_size()[0])
-        return self.target.sample(n, generator).to(self.device, self.dtype)  # type: ignore[arg-type]
+        return as_law(self.target).sample(n, generator).to(self.device, self.dtype)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:

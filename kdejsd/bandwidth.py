@@ -85,8 +85,9 @@ def optimal_bandwidth(
     Args:
         latent_dim: l, the number of dimensions of the codes.
         num_centers: m, the number of centers of the KDE.
-        target: None for the standard normal, a `StandardNormal`, `GaussianMixture` or any
-            `torch.distributions.Distribution` over vectors of length l, with its parameters on the CPU.
+        target: None for the standard normal, a `StandardNormal`, `GaussianMixture`, any
+            `torch.distributions.Distribution` over vectors of length l, with its parameters on the CPU, or an object
+            with the methods of `kdejsd.targets.Law`.
         smoothed: for comparing the KDE with `target.smoothed(h)`, as `LaggedKDE` does without the kernel's noise.
         method: "root" for a bracketed root; "fixed-point" for the iteration of the supplement's equation 3, which has
             the same solution: it converges for l of about 10 and more, and where it cycles or leaves its bracket

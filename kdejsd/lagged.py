@@ -54,8 +54,8 @@ class LaggedKDE(nn.Module):
         num_centers: m, the number of lagged codes.
         latent_dim: l, their dimension.
         bandwidth: h, the kernel's standard deviation; None takes `kdejsd.optimal_bandwidth` for (l, m, target).
-        target: p_t as StandardNormal, GaussianMixture or a torch Distribution over vectors; None is the standard
-            normal.
+        target: p_t as StandardNormal, GaussianMixture, a torch Distribution over vectors, or an object with the methods
+            of `kdejsd.targets.Law`; None is the standard normal.
         smoothed: compare p_e with the target convolved with the same kernel. Codes that follow the target are then the
             optimum at any bandwidth. With the target itself (False, as in the paper) the optimum is narrower by h^2 in
             variance, and there is none from h = 1 on.

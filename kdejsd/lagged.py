@@ -381,7 +381,7 @@ class LaggedKDE(nn.Module):
             else:
                 setattr(self, name, value)
         self._keep(self.codes)
-        self._seen = None
+        self._read()
 
     def _whole(self, own: Tensor) -> Tensor:
         """All ranks' entries at their places, on the host; of this rank's, in parts that fit the device."""
@@ -404,7 +404,7 @@ class LaggedKDE(nn.Module):
         """Makes room to remember the places of examples 0 to num_examples - 1. Without it room is made as indices come,
         which makes a GPU wait for them; after it an index beyond is out of bounds."""
         self._reserved = num_examples
-        self._seen = None
+        self._read()  # now: a compiled `push` or `loss` does not look
 
     def own_copy(self, index: Tensor) -> Tensor:
         """Where the newest lagged code of each example stands: index [n] int64 -> places [n] int64, -1 for none."""

@@ -305,10 +305,15 @@ def test_compiled_lagged_codes(dtype):
     z, index = points(6, 3, dtype=torch.float32), torch.arange(6)
     for module in lagged:
         module.refresh(CENTERS.float(), torch.arange(16))
-        module.reserve(16)
-    lagged[0].push(z, index)
-    torch.compile(lagged[1].push, fullgraph=True, backend="eager")(z, index)
-    for attribute in ("codes", "indices", "oldest"):
+        module.reserve(60)
+    graphs = []
+    push = torch.compile(lagged[1].push, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    for start in range(0, 54, 6):  # at other places each time
+        lagged[0].push(z + start, index + start)
+        push(z + start, index + start)
+    assert len(graphs) == 1
+    index = index + 48
+    for attribute in ("codes", "indices", "oldest", "places"):
         torch.testing.assert_close(getattr(lagged[1], attribute), getattr(lagged[0], attribute))
     compiled = torch.compile(lambda u: lagged[0].loss(u, index), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(z), lagged[0].loss(z, index))

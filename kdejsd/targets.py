@@ -216,25 +216,7 @@ class DistributionLaw(nn.Module):
         _check_dim(z, self.dim)
         if z.numel() == 0:  # which some supports cannot check
             return z.sum(-1)
-        try:
-            support = self.distribution.support
-        except NotImplementedError:
-            support = None
-        if support is None or torch.compiler.is_compiling() or _torch.transforms_active():
-            return self._log_prob(z)  # what lies outside cannot be asked there
-        inside = support.check(z)
-        if bool(inside.all()):
-            return self._log_prob(z)
-        outside = torch.where(z.isnan().any(-1), math.nan, -math.inf).to(z.dtype)
-        if not bool(inside.any()):
-            return outside
-        # A point of the support stands in for the others, so that none of their gradients is NaN.
-        stand_in = z[inside][0].detach()
-        return torch.where(inside, self._log_prob(torch.where(inside[..., None], z, stand_in)), outside)
-
-    def _log_prob(self, z: Tensor) -> Tensor:
-        log_density: Tensor = self.distribution.log_prob(z)
-        return log_density
+        return _log_density(self.distribution, z)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n samples [n, dim], on the generator's device. A Distribution draws from the global random state, which is
@@ -274,6 +256,39 @@ def _innermost(distribution: Distribution) -> Distribution:
     return distribution
 
 
+def _log_density(distribution: Any, z: Tensor) -> Tensor:
+    """`DistributionLaw.log_prob`, of a distribution that may have a batch."""
+    try:
+        support = distribution.support
+    except NotImplementedError:
+        support = None
+    if support is None or torch.compiler.is_compiling() or _torch.transforms_active():
+        return cast(Tensor, distribution.log_prob(z))  # what lies outside cannot be asked there
+    inside = support.check(z)
+    if bool(inside.all()):
+        return cast(Tensor, distribution.log_prob(z))
+    # A mixture's own support is where all of its components have theirs; its density is not 0 where one of them has.
+    if type(distribution) is MixtureSameFamily:
+        components = _log_density(distribution.component_distribution, z.unsqueeze(-1 - len(distribution.event_shape)))
+        return (components + distribution.mixture_distribution.logits.log_softmax(-1)).logsumexp(-1)
+    if type(distribution) is Independent and type(distribution.base_dist) in (Independent, MixtureSameFamily):
+        parts = _log_density(distribution.base_dist, z)
+        return parts.flatten(-distribution.reinterpreted_batch_ndims).sum(-1)
+    vectors = len(distribution.event_shape) > 0
+    nan = z.isnan().any(-1) if vectors else z.isnan()
+    outside = torch.where(nan, math.nan, -math.inf).to(z.dtype)
+    if not bool(inside.any()):
+        return outside
+    # A point of the support stands in for the others, so that none of their gradients is NaN.
+    if len(distribution.batch_shape) == 0:
+        stand_in = z[inside][0].detach()
+    else:  # of the support of each in the batch
+        with torch.random.fork_rng():
+            stand_in = distribution.sample().to(z)
+    kept = torch.where(inside[..., None] if vectors else inside, z, stand_in)
+    return torch.where(inside, distribution.log_prob(kept), outside)
+
+
 def _with_kernel(distribution: Any, variance: float) -> Distribution:
     """The sum of a sample of a normal distribution, or of a mixture of them, and one of N(0, variance I)."""
     if type(distribution) is Independent:
@@ -287,7 +302,8 @@ def _with_kernel(distribution: Any, variance: float) -> Distribution:
     if type(distribution) is LowRankMultivariateNormal:
         return LowRankMultivariateNormal(distribution.loc, distribution.cov_factor, distribution.cov_diag + variance)
     covariance = distribution.covariance_matrix
-    return MultivariateNormal(distribution.loc, covariance + variance * torch.eye(len(covariance[-1])).to(covariance))
+    unit = torch.eye(len(covariance[-1]), dtype=covariance.dtype, device=covariance.device)
+    return MultivariateNormal(distribution.loc, covariance + variance * unit)
 
 
 def as_law(target: Target) -> Law:

@@ -364,6 +364,38 @@ def test_outside_of_the_support_the_density_is_0(make, inside, outside, validate
     assert jsd_loss(z, centers, 0.5, target=distribution, reduction="none", divergence="kl")[1].isposinf()
 
 
+def uniform_components(validate):
+    bounds = torch.tensor([[-1.0, -1.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [2.0, 2.0]])
+    return Independent(Uniform(*bounds, validate_args=validate), 1, validate_args=validate)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_a_mixture_has_the_supports_of_all_its_components(validate):
+    weights = Categorical(torch.tensor([0.25, 0.75]))
+    law = as_law(MixtureSameFamily(weights, uniform_components(validate), validate_args=validate))
+    state = torch.get_rng_state()
+    found = law.log_prob(torch.tensor([[-0.5, -0.5], [1.0, 1.0], [3.0, 3.0], [-0.5, 1.0], [math.nan, 1.0]]))
+    assert torch.equal(torch.get_rng_state(), state)
+    expected = [math.log(0.25), math.log(0.75 / 4), -math.inf, -math.inf, math.nan]
+    torch.testing.assert_close(found, torch.tensor(expected), equal_nan=True)
+    assert law.log_prob(law.sample(100, generator(0))).isfinite().all()
+
+
+def test_a_vector_of_mixtures_has_the_supports_of_all_their_components():
+    components = Uniform(torch.tensor([[-1.0, 0.0]] * 2), torch.tensor([[0.0, 2.0]] * 2))
+    law = as_law(Independent(MixtureSameFamily(Categorical(torch.ones(2, 2)), components), 1))
+    found = law.log_prob(torch.tensor([[-0.5, 1.0], [1.0, 1.0], [3.0, 1.0], [math.nan, 1.0]]))
+    expected = [math.log(0.5 * 0.25), math.log(0.25 * 0.25), -math.inf, math.nan]
+    torch.testing.assert_close(found, torch.tensor(expected), equal_nan=True)
+
+
+def test_smoothed_under_the_meta_device_keeps_its_numbers():
+    target = MultivariateNormal(torch.zeros(2), torch.eye(2))
+    with torch.device("meta"):
+        lagged = LaggedKDE(4, 2, 0.5, target)
+    assert float(as_law(target).smoothed(0.5).log_prob(torch.zeros(2))) == float(lagged.law.log_prob(torch.zeros(2)))
+
+
 def test_moments_of_laws():
     for law in known_laws().values():
         mean, variance = law_moments(law[0])

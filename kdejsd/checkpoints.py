@@ -42,7 +42,8 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     except (PermissionError, IsADirectoryError) as error:
         raise OSError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
     except Exception as error:  # of many kinds, by what is wrong with the file
-        raise ValueError(f"{path} is damaged or no checkpoint of plain values: {error}") from error
+        reason = " ".join(str(error).split("Please file an issue")[0].split())  # torch's are of many lines
+        raise ValueError(f"{path} is damaged or no checkpoint of plain values: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} must hold a checkpoint, a dict, got {type(checkpoint).__name__}")
     return checkpoint

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import (
@@ -97,6 +98,7 @@ class GaussianMixture(nn.Module):
             raise ValueError(f"means must have shape [K, dim] with K and dim at least 1, got {list(means.shape)}")
         count = means.shape[0]
         if not isinstance(scales, Tensor):
+            scales = positive("scales", scales) if np.ndim(scales) == 0 else scales  # type: ignore[arg-type]
             scales = torch.as_tensor(scales, dtype=torch.float64, device=_device())
         weights = [1.0] * count if weights is None else weights
         if not isinstance(weights, Tensor):

@@ -378,8 +378,9 @@ class RunProgressLines(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
-    def on_train_start(self, *_: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._due = time.monotonic() + _LINE_INTERVAL
+        self._epoch = trainer.current_epoch + 1  # of a run that goes on within an epoch, which does not start
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self._epoch = trainer.current_epoch + 1

@@ -582,6 +582,9 @@ def test_progress_in_a_file_is_a_line_now_and_then(run, trained, tmp_path, monke
         ("2", "4"),
         ("2", "4"),
     ]
+    run("fit", *SMALL, "--trainer.max_steps=2", "--out=b", cwd=tmp_path)
+    done = run("fit", "--ckpt_path=b/checkpoints/last.ckpt", "--trainer.max_steps=3", "--out=c", cwd=tmp_path)
+    assert re.findall(r"^epoch (\d): step (\d)/3", done.out, re.MULTILINE) == [("1", "3"), ("1", "3")]
 
 
 def test_a_run_without_checkpoints_has_a_report(run, tmp_path):

@@ -99,3 +99,9 @@ def test_what_is_no_number(name):
     else:
         with pytest.raises(ValueError, match=f"{argument} must be"):
             call(np.float32(math.nan))
+
+
+@pytest.mark.parametrize("wrong", [True, np.bool_(True), np.array(True), "1", 1j])
+def test_one_scale_of_a_mixture_is_a_real_number(wrong):
+    with pytest.raises(TypeError, match="scales must be a real number, got"):
+        kdejsd.GaussianMixture([[0.0, 0.0], [1.0, 1.0]], wrong)

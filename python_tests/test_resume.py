@@ -481,6 +481,8 @@ def test_a_checkpoint_that_is_missing_damaged_or_of_another_kind(command, tmp_pa
         code, said = command(*AE, f"--ckpt_path={name}.ckpt", f"--out={name}")
         assert code == 1 and f"kdejsd fit: error: {text}" in said
         assert main(["evaluate", f"{name}.ckpt"]) == 1
+    with pytest.raises(ValueError, match=r"config.yaml is damaged or no checkpoint of plain values: [^\n]+$"):
+        load_checkpoint(tmp_path / "a/config.yaml")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -91,19 +91,14 @@ class GaussianMixture(nn.Module):
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(means, Tensor):
-            means = torch.as_tensor(means, dtype=torch.float64, device=_device())
-        means = means.to(torch.float64)
+        means = _float64(means)
         if means.ndim != 2 or means.numel() == 0:
             raise ValueError(f"means must have shape [K, dim] with K and dim at least 1, got {list(means.shape)}")
         count = means.shape[0]
-        if not isinstance(scales, Tensor):
-            scales = positive("scales", scales) if np.ndim(scales) == 0 else scales  # type: ignore[arg-type]
-            scales = torch.as_tensor(scales, dtype=torch.float64, device=_device())
-        weights = [1.0] * count if weights is None else weights
-        if not isinstance(weights, Tensor):
-            weights = torch.as_tensor(weights, dtype=torch.float64, device=_device())
-        scales, weights = scales.to(torch.float64), weights.to(torch.float64)
+        if not isinstance(scales, Tensor) and np.ndim(scales) == 0:
+            scales = positive("scales", scales)  # type: ignore[arg-type]
+        scales = _float64(scales)
+        weights = _float64([1.0] * count if weights is None else weights)
         if scales.ndim == 0:
             scales = scales.expand(count)
         for name, value in (("scales", scales), ("weights", weights)):
@@ -393,8 +388,8 @@ def _estimated_moments(law: Law) -> tuple[Tensor, Tensor]:
 
 
 def law_log_prob(law: Law, z: Tensor) -> Tensor:
-    """log-density in float64 at z [..., dim]: of float64 points where the law's parameters are numbers or float64, and
-    of float32 ones for half types elsewhere."""
+    """Log-density at z [..., dim], in float64. The isotropic laws take z in float64; others, whose parameters may be in
+    float32, take it as it is, or in float32 for half types."""
     if isinstance(law, (IsotropicNormal, GaussianMixture)):
         return law.log_prob(wide(z))
     return wide(law.log_prob(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z))
@@ -403,6 +398,12 @@ def law_log_prob(law: Law, z: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """In float64, where the device has it."""
     return x if x.device.type == "mps" else x.double()
+
+
+def _float64(numbers: Any) -> Tensor:
+    if isinstance(numbers, Tensor):
+        return numbers.double()
+    return torch.as_tensor(numbers, dtype=torch.float64, device=_device())
 
 
 def _device() -> torch.device:

@@ -66,7 +66,7 @@ def fit(args: list[str]) -> int:
         return 0
     # The report is of what the checkpoint holds, as evaluate and score read it: in float32, whatever the precision was,
     # and without the validation that Lightning adds where a limit of time stops a run, which renews a GEN's codes.
-    model = load_model(checkpoint.path) if checkpoint.path.exists() else cli.model.float()
+    model = _loaded(ImageModel, checkpoint.path) if checkpoint.path.exists() else cli.model.float()
     run = {
         "epochs": cli.trainer.current_epoch,
         "steps": cli.trainer.global_step,
@@ -215,7 +215,10 @@ def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[
         data.pop("_instantiator")
         parser.set_defaults({"data": {"class_path": data.pop("_class_path"), "init_args": data}})
     config = parser.parse_args(args)
-    model = load_model(config.checkpoint)
+    checkpoint = checkpoint or _load(config.checkpoint)  # an option stood before it
+    # The first checkpoints do not name their model: there was none but GEN.
+    named = "_class_path" in checkpoint["hyper_parameters"]
+    model = _loaded(ImageModel if named else ImageGEN, config.checkpoint)
     data_module = parser.instantiate_classes(config).data
     if data_module.image_shape != tuple(model.hparams["image_shape"]):
         raise ValueError(
@@ -225,11 +228,9 @@ def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[
     return config, checkpoint, model, data_module
 
 
-def load_model(path: str | Path) -> ImageModel:
+def _loaded(kind: Any, path: str | Path) -> ImageModel:
     """The model of a checkpoint that `kdejsd fit` has written, in float32, on a GPU if there is one."""
-    # The first checkpoints do not name their model: there was none but GEN.
-    named = "_class_path" in load_checkpoint(path)["hyper_parameters"]
-    model = (ImageModel if named else ImageGEN).load_from_checkpoint(path, map_location="cpu")
+    model: ImageModel = kind.load_from_checkpoint(path, map_location="cpu")
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

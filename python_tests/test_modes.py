@@ -122,24 +122,22 @@ def test_make_fx(op, settings):
     assert same(graph(y), op.call(y))
 
 
-class Functions(TorchFunctionMode):
+class Recorder:
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def record(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class Operators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+class Functions(Recorder, TorchFunctionMode):
+    __torch_function__ = Recorder.record
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class Operators(Recorder, TorchDispatchMode):
+    __torch_dispatch__ = Recorder.record
 
 
 @pytest.mark.parametrize("mode", [Functions, Operators])

@@ -19,7 +19,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #include "cpu/simd.h"
 #include "cpu/tiles.h"

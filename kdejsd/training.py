@@ -215,7 +215,8 @@ def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[
         data.pop("_instantiator")
         parser.set_defaults({"data": {"class_path": data.pop("_class_path"), "init_args": data}})
     config = parser.parse_args(args)
-    checkpoint = checkpoint or _load(config.checkpoint)  # an option stood before it
+    if not checkpoint:
+        raise ValueError(f"CKPT must stand before the options, got {args[0]} there")
     # The first checkpoints do not name their model: there was none but GEN.
     named = "_class_path" in checkpoint["hyper_parameters"]
     model = _loaded(ImageModel if named else ImageGEN, config.checkpoint)

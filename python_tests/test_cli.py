@@ -144,6 +144,8 @@ def test_evaluate_refuses(run, trained, tmp_path):
     done = run("evaluate", checkpoint, "--data=MNIST", f"--data.root={tmp_path}", cwd=tmp_path, status=1)
     assert "--data must have images of shape (1, 8, 8), as the checkpoint's model, got (1, 28, 28)" in done.err
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    done = run("evaluate", "--out=out", checkpoint, cwd=tmp_path, status=1)
+    assert done.err == "kdejsd evaluate: error: CKPT must stand before the options, got --out=out there\n"
     done = run("evaluate", "other.ckpt", cwd=tmp_path, status=1)
     assert "other.ckpt was not written by kdejsd fit" in done.err
 

@@ -134,7 +134,7 @@ def test_tensors_of_cuda_are_plain():
     """By the keys of a fake one, without those that make it fake."""
     fake = FakeTensorMode()
     with fake:
-        of = [torch.empty(3, device=device) for device in ("cpu", "cuda", "xpu")]
+        of = [torch.empty(3, device=device) for device in ("cpu", "cuda:0", "xpu:0")]
     cpu, cuda, xpu = (_torch._keys(tensor).raw_repr() for tensor in of)
     plain = _torch._keys(torch.ones(3)).raw_repr()
     assert not (cuda & ~cpu) & _torch._OTHER_KEYS and not plain & _torch._OTHER_KEYS

@@ -169,9 +169,9 @@ def failed(results: list[Result], candidates: Mapping[str, Provider | str]) -> b
 
 def tensor_limits(problem: Problem, peaks: Peaks, mode: str) -> dict[str, float]:
     """Least milliseconds with products on a GPU's tensor cores, by how they are taken; empty where there is no such."""
-    if not peaks.tf32:
+    if not peaks.float16:
         return {}
-    ways = {"split TF32": 3, "TF32": 1}
+    ways = {"three in float16": 3, "one in float16": 1}
     return {way: problem.limit_ms(peaks.on_tensor_cores(n), mode == GRADIENT) for way, n in ways.items()}
 
 

@@ -359,7 +359,7 @@ suite_tuning() {
     --tune tensor_from=1,2,5,9,16 --sizes 300,10000,8 4096,4096,2 512,100000,1 512,100000,2 512,100000,4 512,100000,8 \
     512,100000,12
   benchmark "tuning, large l" 40 bench_kde.py --graph --budget 8 --csv "$logs/tuning_large_l.csv" --providers kdejsd \
-    --tune tensor_warps=4,8 --tune tensor_m_tiles=1,2 --sizes 512,100000,40 512,100000,16 512,100000,256 1024,1000000,64
+    --tune tensor_warps=4,8 --sizes 512,100000,40 512,100000,16 512,100000,256 1024,1000000,64
   benchmark "tuning, splits" 40 bench_kde.py --graph --budget 8 --csv "$logs/tuning_splits.csv" --providers kdejsd \
     --tune splits=1,8,33,66,132,264 --sizes 100,10000,8 512,100000,40 512,100000,256
   # The kernel of large l, without the tensor cores, for those that are taken as they come.

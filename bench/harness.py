@@ -448,7 +448,7 @@ class Session:
         self._uncaptured: dict[str, str] | None = {} if arguments.graph else None
         facts = machine.facts(self.device)
         products = machine.cuda_products() if self.device == "cuda" else {}
-        self._tf32 = products.get("TF32", 0.0) if self.dtype == torch.float32 else 0.0
+        self._float16 = products.get("float16", 0.0) if self.dtype == torch.float32 else 0.0
         try:
             self._peaks = self._measure_peaks()
         except (RuntimeError, ValueError) as error:
@@ -464,7 +464,7 @@ class Session:
     def _measure_peaks(self) -> dict[str, Peaks]:
         """By level."""
         if self.device == "cuda":
-            peaks = dataclasses.replace(machine.cuda_peaks(self.dtype, self._given), tf32=self._tf32)
+            peaks = dataclasses.replace(machine.cuda_peaks(self.dtype, self._given), float16=self._float16)
             return dict.fromkeys(self._levels, peaks)
         for level in self._levels:
             use_level(level)  # raises where the processor lacks it

@@ -103,7 +103,7 @@ class Peaks:
     bytes: float
     source: str
     one_unit: bool  # multiply-adds and exponentials compete for the same units, as on a CPU
-    tf32: float = 0.0  # multiply-adds in TF32 on a GPU's tensor cores; 0 where they are no option
+    float16: float = 0.0  # multiply-adds of float16 numbers on a GPU's tensor cores; 0 where they are no option
 
     def limit_ms(self, n: int, m: int, dim: int, itemsize: int, gradient: bool) -> float:
         """The least time for log p_e at n queries among m centers of dimension l, and its query gradient if wanted.
@@ -118,8 +118,8 @@ class Peaks:
         return 1e3 * max(work, transfers)
 
     def on_tensor_cores(self, products: int) -> Peaks:
-        """The same where a multiply-add is so many products in TF32: 3 where numbers are split into two, 1 else."""
-        return dataclasses.replace(self, multiply_adds=self.tf32 / products)
+        """The same where a multiply-add is so many products in float16: 3 where numbers are split into two, 1 else."""
+        return dataclasses.replace(self, multiply_adds=self.float16 / products)
 
     def or_higher(self, other: Peaks) -> Peaks:
         """The higher of each peak: a disturbed measurement is too low, never too high."""
@@ -194,17 +194,13 @@ def cuda_peaks(dtype: torch.dtype, given: tuple[float, float] | None) -> Peaks:
 
 
 def cuda_products() -> dict[str, float]:
-    """Multiply-adds a second that torch's own matrix product reaches here, in float32 and, where there is one, TF32."""
-    a, b = (torch.randn(8192, 8192, device="cuda") for _ in range(2))
-    precisions = {"float32": "highest"}
-    if torch.cuda.get_device_capability() >= (8, 0):
-        precisions["TF32"] = "high"
+    """Multiply-adds a second that torch's own matrix product reaches here, in float32 and in float16."""
     reached = {}
-    before = torch.get_float32_matmul_precision()
-    for name, precision in precisions.items():
-        torch.set_float32_matmul_precision(precision)
-        reached[name] = 8192**3 / (1e-3 * _cuda_median_ms(lambda: a @ b))
-    torch.set_float32_matmul_precision(before)
+    for dtype in (torch.float32, torch.float16):
+        a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
+        reached[str(dtype).removeprefix("torch.")] = 8192**3 / (
+            1e-3 * _cuda_median_ms(functools.partial(torch.mm, a, b))
+        )
     return reached
 
 

@@ -20,9 +20,9 @@ enum class KdeValue {
 
 // How products may be used for float32: by CUDA's tensor cores, by a CPU's vectors or its matrix instructions.
 enum class KdeProducts {
-  kNone,   // not: distances from differences alone, rounded as kde_backward rounds them
-  kSplit,  // with an error like float32's: tensor cores multiply numbers in parts, a CPU uses its vectors
-  kTf32,   // numbers rounded to TF32 on CUDA, and to two bfloat16 parts by a CPU's matrix instructions
+  kNone,     // not: distances from differences alone, rounded as kde_backward rounds them
+  kSplit,    // with an error like float32's: tensor cores multiply numbers in parts, a CPU uses its vectors
+  kReduced,  // numbers rounded to 11 bits on CUDA, and to two bfloat16 parts by a CPU's matrix instructions
 };
 
 // The mixture itself. Bandwidths that are not positive and finite count as NaN, and so do all of them where one is more

@@ -7,8 +7,8 @@
 
 A line gives the error of the value and of each gradient against float64 on the CPU, relative to the largest entry (to 1
 where that is smaller), and in brackets the error of plain PyTorch on the device in the same dtype, kdejsd.reference.
-Ours may be twice that and some units in the last place; with TF32 it has limits of its own. Every check is caught by
-itself, and every line is written at once. The exit status is 0 if the last line says that all of them are ok.
+Ours may be twice that and some units in the last place; reduced precision has limits of its own. Every check is caught
+by itself, and every line is written at once. The exit status is 0 if the last line says that all of them are ok.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ QUICK_DIMENSIONS = (1, 8, 40, 65, 129, 217, 257)
 FEATURES = ("number", "per center", "weights", "excluded", "excluded, weights", "per center, weights")
 PRECISIONS = ("highest", "high", "medium")
 HALVES = (torch.bfloat16, torch.float16)
-TF32_VALUE, TF32_GRADIENT = 1e-3, 1e-2
+REDUCED_VALUE, REDUCED_GRADIENT = 1e-3, 1e-2
 # Quiet, negative, with other bits, and the one that a GPU's arithmetic returns.
 NAN_BITS = (0x7FC00000, 0x7FFFFFFF, -0x400000, 0x7FC00001)
 
@@ -120,7 +120,7 @@ def compared(
         if precision == "highest":
             allowed = max(floor, 2 * yard + rounding(name, got, call, dtype))
         else:
-            allowed = TF32_VALUE if name == "value" else TF32_GRADIENT * (3 if got.ndim == 0 else 1)
+            allowed = REDUCED_VALUE if name == "value" else REDUCED_GRADIENT * (3 if got.ndim == 0 else 1)
         right = error <= allowed  # NaN is not
         wrong |= not right
         said.append(f"{name} {error:.1e} ({yard:.1e}{'' if right else f', allowed {allowed:.1e}'})")
@@ -211,7 +211,7 @@ def kde_checks(device: str, quick: bool) -> Iterator[Check]:
         yield Check(f"{name} float32, {feature}", run(featured, dtype=torch.float32))
         for precision in PRECISIONS[1:]:
             call = featured if precision == "medium" else plain
-            yield Check(f"{name} TF32 {precision}", run(call, dtype=torch.float32, precision=precision), True)
+            yield Check(f"{name} reduced, {precision}", run(call, dtype=torch.float32, precision=precision), True)
         yield Check(f"{name} float32, all gradients", run(every, dtype=torch.float32), True)
         yield Check(f"{name} float64", run(plain, dtype=torch.float64), True)
         yield Check(
@@ -273,7 +273,7 @@ def loss_checks(device: str, quick: bool) -> Iterator[Check]:
             call = loss_case(dim, n, m, divergence=divergence, reduction="none")
             alone = needing(call, "codes")
             yield Check(f"{name} float32", run(alone, dtype=torch.float32), True)
-            yield Check(f"{name} TF32 high", run(alone, dtype=torch.float32, precision="high"), True)
+            yield Check(f"{name} reduced, high", run(alone, dtype=torch.float32, precision="high"), True)
             yield Check(f"{name} float32, all gradients", run(call, dtype=torch.float32))
             yield Check(f"{name} float64", run(alone, dtype=torch.float64), True)
             if dim == 8 and not quick:
@@ -415,7 +415,7 @@ def kde_infinity(dim: int, device: str, dtype: torch.dtype, precision: str) -> s
         centers[100, dim - 1] = math.inf
         value = kdejsd.kde_log_prob(query, centers, h)
     error = worst(value, without)
-    allowed = TF32_VALUE if precision != "highest" else 1e-12 if dtype == torch.float64 else 1e-5
+    allowed = REDUCED_VALUE if precision != "highest" else 1e-12 if dtype == torch.float64 else 1e-5
     if not error <= allowed:
         raise Wrong(f"a center at infinity changes the density by {error:.1e}, allowed {allowed:.1e}")
     return f"as without the center to {error:.1e}"
@@ -507,7 +507,7 @@ def far_checks(device: str, quick: bool) -> Iterator[Check]:
         n, m = size_of(dim, False)
         call = moved(needing(kde_case("scalar tensor", n, m, dim), "query", "bandwidth"), 100.0)
         yield Check(f"kde l={dim} float32, all points 100 away", run(call, dtype=torch.float32))
-        yield Check(f"kde l={dim} TF32 high, all points 100 away", run(call, dtype=torch.float32, precision="high"))
+        yield Check(f"kde l={dim} reduced, high, all points 100 away", run(call, dtype=torch.float32, precision="high"))
         every = moved(kde_case("per center, weights", n, m, dim), 100.0)
         yield Check(f"kde l={dim} float32, all gradients, all points 100 away", run(every, dtype=torch.float32))
         call = needing(kde_case("number", n, m, dim), "query")

@@ -148,47 +148,47 @@ def test_a_wrong_provider_is_not_timed(bench_kde):
     assert gradient.gradient_error > 1e-2
 
 
-def in_tf32(numbers):
+def in_eleven_bits(numbers):
     """Rounded to 11 bits."""
     return ((numbers.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def tf32_loss(peers, left_out=0):
-    """jsd_loss from products of numbers in TF32, as the CUDA kernel takes them; without some of the coordinates."""
+def loss_in_eleven_bits(peers, left_out=0):
+    """jsd_loss from products of numbers of 11 bits, as the CUDA kernel takes them; without some of the coordinates."""
 
     def both(codes, lagged, bandwidth):
         kept = codes.shape[1] - left_out
-        z, centers = (in_tf32(t[:, :kept].contiguous()) for t in (codes, lagged))
+        z, centers = (in_eleven_bits(t[:, :kept].contiguous()) for t in (codes, lagged))
         squares = (z.square().sum(-1, keepdim=True) + centers.square().sum(-1) - 2 * z @ centers.T).clamp_min(0)
         exponents = squares * (-0.5 / bandwidth**2)
         log_sum = exponents.logsumexp(-1)
-        mean = in_tf32((exponents - log_sum.unsqueeze(-1)).exp()) @ in_tf32(lagged)
+        mean = in_eleven_bits((exponents - log_sum.unsqueeze(-1)).exp()) @ in_eleven_bits(lagged)
         return log_sum + peers._constant(lagged, bandwidth), (mean - codes) * bandwidth**-2
 
     return peers._loss(lambda *arguments: peers._WithScore.apply(*arguments, both))
 
 
-def test_tf32_has_a_tolerance_of_its_own(bench_kde):
+def test_eleven_bits_have_a_tolerance_of_its_own(bench_kde):
     peers, harness = sys.modules["peers"], sys.modules["harness"]
     problem = bench_kde.Problem.make((32, 500, 16), torch.float32, "cpu")
-    loss, lossy = tf32_loss(peers), tf32_loss(peers, left_out=1)
+    loss, lossy = loss_in_eleven_bits(peers), loss_in_eleven_bits(peers, left_out=1)
     candidates = {
         "kdejsd": peers.Provider("kdejsd", lambda *a: kdejsd.jsd_loss(*a[:3], reduction=a[3])),
-        "kdejsd TF32": peers.Provider("kdejsd TF32", loss, tolerance=peers.TF32),
+        "kdejsd float16": peers.Provider("kdejsd float16", loss, tolerance=peers.ELEVEN_BITS),
         "as float32": peers.Provider("as float32", loss),
-        "lossy": peers.Provider("lossy", lossy, tolerance=peers.TF32),
+        "lossy": peers.Provider("lossy", lossy, tolerance=peers.ELEVEN_BITS),
     }
-    ours, tf32, as_float32, wrong = harness.run_size(problem, candidates, "cpu", 0.01, {})
-    assert not tf32.note and tf32.times.keys() == {"value", "value+gradient"}
+    ours, few_bits, as_float32, wrong = harness.run_size(problem, candidates, "cpu", 0.01, {})
+    assert not few_bits.note and few_bits.times.keys() == {"value", "value+gradient"}
     assert as_float32.note == wrong.note == "wrong: not timed"
-    assert as_float32.value_error == tf32.value_error and wrong.gradient_error > peers.TF32.gradient
-    assert not bench_kde.failed([ours, tf32], candidates)
-    # Exact kdejsd decides about the exit status; what is in TF32, or tuned, is printed with its errors.
+    assert as_float32.value_error == few_bits.value_error and wrong.gradient_error > peers.ELEVEN_BITS.gradient
+    assert not bench_kde.failed([ours, few_bits], candidates)
+    # Exact kdejsd decides about the exit status; what has fewer bits, or is tuned, is printed with its errors.
     tuned = dataclasses.replace(candidates["kdejsd"], tuning={"splits": 1})
     for note, provider, failed in (
         ("", candidates["kdejsd"], False),
         ("wrong: not timed", candidates["kdejsd"], True),
-        ("wrong: not timed", candidates["kdejsd TF32"], False),
+        ("wrong: not timed", candidates["kdejsd float16"], False),
         ("wrong: not timed", tuned, False),
     ):
         result = bench_kde.Result("kdejsd and more", note=note)
@@ -403,12 +403,15 @@ def test_kernels_alone_are_timed_by_graphs(bench_kde, monkeypatch, capsys):
     harness.run_size(problem, {"waits": candidates["waits"]}, "cpu", 0.01, {}, uncaptured=uncaptured)
     assert cuda["graph"].call_count == calls  # not tried again
 
-    gpu = sys.modules["machine"].Peaks(3e9, 1e12, math.inf, "", one_unit=False, tf32=9e9)
+    gpu = sys.modules["machine"].Peaks(3e9, 1e12, math.inf, "", one_unit=False, float16=9e9)
     for result in results:
         result.limits = {mode: problem.limit_ms(gpu, mode != "value") for mode in ("value+gradient", "value", "graph")}
     bench_kde.print_size(problem, results, gpu)
     printed = capsys.readouterr().out
-    assert "limits: float32 0.0032 ms, split TF32 0.0032 ms, TF32 0.00107 ms; shares are of the first" in printed
+    assert (
+        "limits: float32 0.0032 ms, three in float16 0.0032 ms, one in float16 0.00107 ms; shares are of the first"
+        in printed
+    )
     assert "graph, ms" in printed and f"  {said}" in printed
     rows = list(bench_kde.csv_rows(problem, results, gpu))
     assert {name for row in rows for name in row} <= set(bench_kde.FIELDS)
@@ -417,7 +420,7 @@ def test_kernels_alone_are_timed_by_graphs(bench_kde, monkeypatch, capsys):
     assert graphs[:2] == [("kdejsd", "time", 24.0 / replays, ""), ("kdejsd", "share of limit", share, "")]
     assert graphs[2:] == [("waits", "time", None, said)]
     limits = {(row["mode"], row["metric"]): row["value"] for row in rows if row["metric"].startswith("limit")}
-    assert limits["value+gradient", "limit, TF32"] == pytest.approx(0.0032 / 3) and len(limits) == 4
+    assert limits["value+gradient", "limit, one in float16"] == pytest.approx(0.0032 / 3) and len(limits) == 4
 
 
 def test_limit_counts_the_work(bench_kde):

@@ -417,7 +417,7 @@ def test_a_dry_run_of_the_cpu(tmp_path):
     assert re.search(r"first light: (\d+) of \1 ok", found["first light"][1])
     lines = (out / "first_light.txt").read_text().splitlines()
     names = {line.partition(": ")[0] for line in lines if line.startswith("ok   ")}
-    assert {"ok   kde l=257 float32", "ok   kde l=40 TF32 high", "ok   kde l=8 float32, all gradients"} <= names
+    assert {"ok   kde l=257 float32", "ok   kde l=40 reduced, high", "ok   kde l=8 float32, all gradients"} <= names
     for op in ("jsd_loss kl", "omega all", "class_radius_bound log_p", "nearest_other_class"):
         assert any(name.startswith(f"ok   {op}") for name in names)
     with (out / "bench.csv").open(newline="") as file:

@@ -1001,7 +1001,7 @@ def precision(request):
 @pytest.mark.parametrize("size", [(1, 1, 16), (33, 300, 40), (300, 2000, 65), (130, 259, 17), (20, 100, 256)], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_tensor_cores(size, offset, precision, device):
-    """Without gradients for the centers: split in two an error like float32's, or TF32's where torch allows it."""
+    """Without gradients for the centers: an error like float32's, or that of 11 bits where torch allows it."""
     call = arguments("scalar tensor", *size, torch.float32, device)
     call["centers"] = call["centers"].detach() + offset
     with torch.no_grad():

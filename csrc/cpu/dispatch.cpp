@@ -44,7 +44,7 @@ struct Level {
 // The matrix instructions serve where the caller allows their error, and where they gain something.
 void kde_forward_amx(const KdeForward& args, int threads) {
   const bool by_matrices =
-      args.mixture.dtype == DType::kFloat32 && args.products == KdeProducts::kTf32 && args.mixture.l >= 32;
+      args.mixture.dtype == DType::kFloat32 && args.products == KdeProducts::kReduced && args.mixture.l >= 32;
   (by_matrices ? amx::kde_forward : v4::kde_forward)(args, threads);
 }
 #endif

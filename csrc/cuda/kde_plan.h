@@ -25,14 +25,13 @@ struct KdeTuning {
 
     operator int() const { return value; }
   };
-  Number tensor_from = {"tensor_from", {1}, 1, 257};      // the least dimension that goes to the tensor cores
-  Number tensor_warps = {"tensor_warps", {0}, 0, 8};      // of a block there, 4 or 8; else the plan chooses
-  Number tensor_m_tiles = {"tensor_m_tiles", {2}, 1, 2};  // of a warp there, where the dimension allows two
+  Number tensor_from = {"tensor_from", {1}, 1, 257};  // the least dimension that goes to the tensor cores
+  Number tensor_warps = {"tensor_warps", {0}, 0, 8};  // of a block there, 4 or 8; else the plan chooses
   // Parts of an exponent, per dimension, up to which its distance is taken from products.
   Number tensor_parts = {"tensor_parts", {12}, 0, 1024};
   Number splits = {"splits", {0}, 0, 1 << 20};  // of the centers in a forward pass; 0: as many as fill the device
 
-  Number* all[5] = {&tensor_from, &tensor_warps, &tensor_m_tiles, &tensor_parts, &splits};
+  Number* all[4] = {&tensor_from, &tensor_warps, &tensor_parts, &splits};
 };
 inline KdeTuning kde_tuning;
 
@@ -40,15 +39,20 @@ constexpr int kStartTiles = 1;  // what a block takes to start and to end, in ti
 constexpr int kMostWaves = 4;   // of blocks, for an even load
 
 // ----------------------------------------------------------------------------------------------------------------
-// The tensor cores' kernel. Its instances differ in the most k-steps, of 8 coordinates, that they take, and in how many
-// M-tiles, of 16 queries, a warp has. Many k-steps leave registers for one M-tile alone, and shared memory for half as
-// many centers. Up to 8 k-steps a warp of two M-tiles reads the centers half as often, and one of a single M-tile
-// leaves registers for twice as many warps.
+// The tensor cores' kernel. Its instances differ in the most k-steps, of 16 coordinates, that they take. Many k-steps
+// leave registers for one M-tile, of 16 queries, a warp, and shared memory for half as many centers; with two a warp
+// reads the centers half as often.
 
-constexpr int kTensorSteps[] = {1, 8, 16, 32};
+constexpr int kTensorSteps[] = {1, 4, 8, 16};
 constexpr int kTensorWarps[] = {4, 8};
 
-KDEJSD_HD constexpr int tensor_centers(int most_steps) { return most_steps <= 16 ? 32 : 16; }  // of a tile
+KDEJSD_HD constexpr int tensor_m_tiles(int most_steps) { return most_steps <= 4 ? 2 : 1; }
+
+// Of a tile.
+KDEJSD_HD constexpr int tensor_centers(int most_steps) { return most_steps <= 8 ? 32 : 16; }
+
+// Whether shared memory has the queries a second time, whole and not in parts.
+KDEJSD_HD constexpr bool has_whole_queries(int most_steps) { return most_steps == 1; }
 
 // An instance, and the warps of its blocks.
 struct TensorShape {
@@ -59,32 +63,31 @@ struct TensorShape {
   KDEJSD_HD constexpr int centers() const { return tensor_centers(most_steps); }
 };
 
-constexpr int kBeyond = 16;  // words behind a tile of centers that are read, and not used
-
 // Where things lie in a block's shared memory, in units of 4 bytes; rows are points.
 struct TensorTile {
-  int steps;                                       // k-steps that l has
-  int query_stride, staged_stride, center_stride;  // from one point to the next
-  int exclude, query_norms, shift, columns;        // [queries], [queries], [8 steps], [2, centers, 4]
-  int queries, staged, centers;                    // [queries, ...], [centers, ...], 2 tiles [centers, ...]
-  int bytes;                                       // in all
+  int steps;                                 // k-steps that l has
+  int stride;                                // from one point to the next
+  int exclude, query_norms, shift, columns;  // [queries], [queries], [16 steps], [2, centers, 4]
+  int queries, whole_queries;                // [queries, ...]
+  int staged, centers;                       // 2 tiles [centers, ...]
+  int bytes;                                 // in all
 };
 
-KDEJSD_HD constexpr TensorTile tensor_tile(TensorShape shape, bool split, int64_t l) {
+KDEJSD_HD constexpr TensorTile tensor_tile(TensorShape shape, int64_t l) {
   const int rows = shape.queries(), columns = shape.centers();
   TensorTile tile = {};
-  tile.steps = static_cast<int>(ceil_div(l, 8));
-  // Odd multiples of 8 words, for products, and of 16 words for reads of 16 bytes by 4 threads a row: see mma_tf32.cuh.
-  tile.query_stride = 8 * (tile.steps | 1);
-  tile.staged_stride = 16 * (static_cast<int>(ceil_div(tile.steps, 2)) | 1);
-  tile.center_stride = split ? 8 * (2 * tile.steps + 1) : tile.query_stride;
+  tile.steps = static_cast<int>(ceil_div(l, 16));
+  // A number has 4 bytes, be it as it is or in two parts of float16. Rows lie an odd multiple of 16 bytes apart, so
+  // that eight of them are in different banks.
+  tile.stride = 16 * tile.steps + 4;
   tile.query_norms = tile.exclude + rows;
   tile.shift = tile.query_norms + rows;
-  tile.columns = tile.shift + 8 * tile.steps;
+  tile.columns = tile.shift + 16 * tile.steps;
   tile.queries = tile.columns + 2 * columns * 4;
-  tile.staged = tile.queries + rows * tile.query_stride;
-  tile.centers = tile.staged + columns * tile.staged_stride;
-  tile.bytes = 4 * (tile.centers + 2 * (columns * tile.center_stride + kBeyond));
+  tile.whole_queries = tile.queries + rows * tile.stride;
+  tile.staged = tile.whole_queries + (has_whole_queries(shape.most_steps) ? rows * tile.stride : 0);
+  tile.centers = tile.staged + 2 * columns * tile.stride;
+  tile.bytes = 4 * (tile.centers + 2 * columns * tile.stride);
   return tile;
 }
 
@@ -163,11 +166,11 @@ void plan_tensor(const KdeForward& args, int shared_bytes, const Resident& resid
   const bool chosen = std::count(std::begin(kTensorWarps), std::end(kTensorWarps), kde_tuning.tensor_warps) > 0;
   double best = 0;
   for (const int steps : kTensorSteps) {
-    if (mixture.l > 8 * steps || plan->tensor.most_steps > 0) continue;
+    if (mixture.l > 16 * steps || plan->tensor.most_steps > 0) continue;
     for (const int warps : kTensorWarps) {
-      const TensorShape shape = {steps, steps == 1 ? 2 : steps == 8 ? int(kde_tuning.tensor_m_tiles) : 1, warps};
+      const TensorShape shape = {steps, tensor_m_tiles(steps), warps};
       if (chosen && kde_tuning.tensor_warps != warps) continue;
-      if (tensor_tile(shape, split, mixture.l).bytes > shared_bytes) continue;
+      if (tensor_tile(shape, mixture.l).bytes > shared_bytes) continue;
       ForwardPlan tried = *plan;
       tried.tensor = shape;
       const int64_t rows = ceil_div(mixture.n, shape.queries()) * shape.queries();
@@ -179,7 +182,7 @@ void plan_tensor(const KdeForward& args, int shared_bytes, const Resident& resid
     }
   }
   // The parts are 1.4 l / h^2 for points of variance 1, so 12 l leaves products to bandwidths from 0.35 on, with errors
-  // that grow with l as the values and their rounding do. With TF32 the error of an exponent is 1 at the worst.
+  // that grow with l as the values and their rounding do. With 11 bits the error of an exponent is 1 at the worst.
   const float parts = static_cast<float>(kde_tuning.tensor_parts) * static_cast<float>(mixture.l);
   plan->largest_parts = split || parts < 512.0f ? parts : 512.0f;
 }

@@ -57,7 +57,7 @@ def kde_log_prob(
     float16 and bfloat16 in float32. Under autocast float32 and half types may be mixed, all in float32.
 
     On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a gradient takes the second pass: with
-    an error like float32's, or in TF32 (about 1e-3 of the largest value and of the largest gradient) where
+    an error like float32's, or in reduced precision (about 1e-3 of the largest value and of the largest gradient) where
     `torch.set_float32_matmul_precision("high")` or "medium" allows it. That setting also lets a CPU with AMX multiply
     bfloat16 parts of the points from 32 dimensions on (about 1e-5).
 

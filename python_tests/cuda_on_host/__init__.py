@@ -15,7 +15,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 OPS = ("kde", "omega", "radius", "nearest")
-NONE, SPLIT, TF32 = range(3)  # KdeProducts
+NONE, SPLIT, REDUCED = range(3)  # KdeProducts
 SHARED_BYTES = 227 * 1024  # that a block may have, on an H200
 
 # What forward_plan of calls.cpp writes.
@@ -67,7 +67,7 @@ class CudaOnHost:
     Attributes:
         multiprocessors: of the device that is played: few make long loops, many make splits and merges.
         shared_bytes: that its blocks may have.
-        tf32: whether products in TF32 are allowed; the package asks torch only for a device that is there.
+        reduced: whether reduced precision is allowed; the package asks torch only for a device that is there.
         backwards: whether a block's threads, where they do not wait for each other, run from the last to the first.
     """
 
@@ -81,7 +81,7 @@ class CudaOnHost:
         self._library = library
         self.multiprocessors = 132
         self.shared_bytes = SHARED_BYTES
-        self.tf32 = False
+        self.reduced = False
         self.backwards = False
 
     def devices_set(self) -> int:
@@ -109,8 +109,8 @@ class CudaOnHost:
 
         def call(*arguments: Any) -> None:
             *arguments, _threads = arguments
-            if name == "kde_forward_cpu" and self.tf32 and arguments[3] == SPLIT:
-                arguments[3] = TF32
+            if name == "kde_forward_cpu" and self.reduced and arguments[3] == SPLIT:
+                arguments[3] = REDUCED
             args = struct(*arguments) if struct else arguments[0]
             self._library.set_device(self.multiprocessors, self.shared_bytes, self.backwards)
             if error := function(ctypes.byref(args)):

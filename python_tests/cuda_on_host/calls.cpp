@@ -51,9 +51,8 @@ bool set_tuning(const char* name, int value) { return cuda::set_tuning(name, val
 // The plan of a forward pass, for a device whose multiprocessors have registers for 8 warps of the tensor cores' kernel
 // and 228 KiB of shared memory.
 void forward_plan(const KdeForward& args, int multiprocessors, int shared_bytes, int64_t* numbers) {
-  const bool split = args.products == KdeProducts::kSplit;
   const auto bytes = [&](const cuda::ForwardPlan& plan) {
-    return cuda::tensor_tile(plan.tensor, split, args.mixture.l).bytes;
+    return cuda::tensor_tile(plan.tensor, args.mixture.l).bytes;
   };
   const auto resident = [&](const cuda::ForwardPlan& plan) {
     if (plan.tensor.most_steps == 0) return 2;

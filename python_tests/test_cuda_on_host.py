@@ -204,6 +204,28 @@ def test_tensor_cores_and_a_center_that_is_far_away(far, reduced, host):
     assert worst(kdejsd.kde_log_prob(query, centers, 2.0), expected) < (3e-4 if reduced else 1e-6)
 
 
+@pytest.mark.parametrize("dim", [3, 20, 70])
+@pytest.mark.parametrize("case", ["far centers", "narrow centers", "near centers"])
+def test_tensor_cores_beyond_what_float16_holds(case, dim, host):
+    """Centers whose coordinates are too large for it, or so narrow that their weights are; and the smallest ones."""
+    query, centers = (0.1 * test_kde.points(n, dim, dtype=torch.float32, seed=n) for n in (70, 130))
+    call = {"query": query, "centers": centers, "bandwidth": 1.0}
+    if case == "far centers":
+        call["centers"] = 2e4 * centers
+    elif case == "narrow centers":
+        call["bandwidth"] = torch.linspace(1.0, 1.5, 130)
+        call["bandwidth"][17] = 1 / 200
+        call["query"][:40] = centers[17] = 0
+        call["query"][:40, 0] = torch.linspace(-1e-3, 1e-3, 40)
+    else:
+        call |= {"query": 1e-4 * query, "centers": 1e-4 * centers}
+    call["query"].requires_grad_()
+    yardstick = errors(test_kde.value_and_gradients(reference.kde_log_prob, call), call)
+    found = errors(test_kde.value_and_gradients(kdejsd.kde_log_prob, call), call)
+    for error, plain in zip(found, yardstick, strict=True):
+        assert error <= 2 * plain + 1.2e-6
+
+
 def test_tensor_cores_need_shared_memory(host):
     """A device that has too little for l = 256 computes it as without them, and no launch fails."""
     call = query_gradients(test_kde.arguments("number", 20, 100, 256, torch.float32, "cpu"))

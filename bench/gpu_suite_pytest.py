@@ -39,7 +39,8 @@ class Count:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if self._done < self._collected and exitstatus == pytest.ExitCode.OK:
+        only_collected = session.config.getoption("collectonly")
+        if self._done < self._collected and exitstatus == pytest.ExitCode.OK and not only_collected:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 RealNumber: TypeAlias = SupportsFloat
@@ -31,6 +33,30 @@ def real(name: str, value: RealNumber) -> float:
     except OverflowError:  # of Python's integers and fractions
         digits = len(str(abs(math.trunc(number))))
         raise ValueError(f"{name} must be in the range of float64, got a number of {digits} digits") from None
+
+
+def reals(name: str, values: Any) -> Any:
+    """The values of an argument that is to be real numbers in any shape: an array or a tensor as it is, a number as in
+    `real`, and a list of what the items of a sequence are.
+
+    Raises:
+        TypeError: anything else, among it arrays and tensors of bools or complex numbers.
+        ValueError: as in `real`.
+    """
+    if isinstance(values, np.ndarray) and (values.ndim == 0 or values.dtype == object):
+        values = values.tolist()
+    if isinstance(values, (np.ndarray, Tensor)):
+        if isinstance(values, Tensor):
+            are_real = values.dtype != torch.bool and not values.is_complex()
+        else:
+            are_real = values.dtype.kind in "iuf"
+        if not are_real:
+            raise TypeError(f"{name} must be real numbers, got {_described(values)}")
+        return values
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        items = [reals(name, value) for value in values]
+        return [item.tolist() if isinstance(item, (np.ndarray, Tensor)) else item for item in items]
+    return real(name, values)
 
 
 def positive(name: str, value: RealNumber) -> float:

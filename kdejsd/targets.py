@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import (
@@ -23,7 +22,7 @@ from torch.distributions import (
 from torch.distributions.transforms import ComposeTransform
 
 from . import _torch
-from ._numbers import integer, positive
+from ._numbers import integer, positive, reals
 from .ops.kde import kde_log_prob
 from .reference.kde import normal_log_prob
 
@@ -48,6 +47,7 @@ class IsotropicNormal(nn.Module):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n samples as [n, dim] float32, on the generator's device (default: the CPU)."""
+        n = integer("n", n, 0)
         device = None if generator is None else generator.device
         return torch.randn(n, self.dim, generator=generator, device=device) * math.sqrt(self.variance)
 
@@ -81,6 +81,7 @@ class GaussianMixture(nn.Module):
 
     Raises:
         ValueError: shapes that do not match, or scales and weights that are not positive and finite.
+        TypeError: what is not real numbers, among it bools.
     """
 
     means: Tensor
@@ -94,14 +95,12 @@ class GaussianMixture(nn.Module):
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        means = _float64(means)
+        means = _float64("means", means)
         if means.ndim != 2 or means.numel() == 0:
             raise ValueError(f"means must have shape [K, dim] with K and dim at least 1, got {list(means.shape)}")
         count = means.shape[0]
-        if not isinstance(scales, Tensor) and np.ndim(scales) == 0:
-            scales = positive("scales", scales)  # type: ignore[arg-type]
-        scales = _float64(scales)
-        weights = _float64([1.0] * count if weights is None else weights)
+        scales = _float64("scales", scales)
+        weights = _float64("weights", [1.0] * count if weights is None else weights)
         if scales.ndim == 0:
             scales = scales.expand(count)
         for name, value in (("scales", scales), ("weights", weights)):
@@ -137,6 +136,7 @@ class GaussianMixture(nn.Module):
 
     def sample_with_component(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """n samples as [n, dim] float32 and the component [n] each was drawn from."""
+        n = integer("n", n, 0)
         device = torch.device("cpu") if generator is None else generator.device
         weights = self.log_weights.exp().to(device)
         if n == 0:  # which multinomial refuses
@@ -227,7 +227,7 @@ class DistributionLaw(nn.Module):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n samples [n, dim], on the generator's device. A Distribution draws from the global random state, which is
         seeded from the generator for the draw and put back."""
-        shape, distribution = torch.Size((n,)), self.distribution
+        shape, distribution = torch.Size((integer("n", n, 0),)), self.distribution
         if generator is None:
             return distribution.sample(shape)
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -504,10 +504,15 @@ def wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
-def _float64(numbers: Any) -> Tensor:
+def _float64(name: str, numbers: Any) -> Tensor:
+    """The real numbers of an argument as a tensor."""
+    numbers = reals(name, numbers)
     if isinstance(numbers, Tensor):
         return numbers.double()
-    return torch.as_tensor(numbers, dtype=torch.float64, device=_device())
+    try:
+        return torch.as_tensor(numbers, dtype=torch.float64, device=_device())
+    except ValueError:
+        raise ValueError(f"{name} must be rows of one length, got rows of several") from None
 
 
 def _device() -> torch.device:

@@ -36,26 +36,26 @@ def real(name: str, value: RealNumber) -> float:
 
 
 def reals(name: str, values: Any) -> Any:
-    """The values of an argument that is to be real numbers in any shape: an array or a tensor as it is, a number as in
-    `real`, and a list of what the items of a sequence are.
+    """The values of an argument that is to be real numbers in any shape: an array or a tensor as a tensor, a number as
+    in `real`, and a list of what the items of a sequence are.
 
     Raises:
         TypeError: anything else, among it arrays and tensors of bools or complex numbers.
         ValueError: as in `real`.
     """
-    if isinstance(values, np.ndarray) and (values.ndim == 0 or values.dtype == object):
-        values = values.tolist()
+    if isinstance(values, np.ndarray) and values.ndim == 0:
+        return real(name, values)
     if isinstance(values, (np.ndarray, Tensor)):
-        if isinstance(values, Tensor):
-            are_real = values.dtype != torch.bool and not values.is_complex()
-        else:
-            are_real = values.dtype.kind in "iuf"
-        if not are_real:
+        try:
+            tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+        except TypeError:  # an array of objects
+            return reals(name, values.tolist())
+        if tensor.dtype == torch.bool or tensor.is_complex():
             raise TypeError(f"{name} must be real numbers, got {_described(values)}")
-        return values
+        return tensor
     if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
         items = [reals(name, value) for value in values]
-        return [item.tolist() if isinstance(item, (np.ndarray, Tensor)) else item for item in items]
+        return [item.tolist() if isinstance(item, Tensor) else item for item in items]
     return real(name, values)
 
 

@@ -23,6 +23,7 @@ from torch.distributions.transforms import ComposeTransform
 
 from . import _torch
 from ._numbers import integer, positive, reals
+from .ops import _common
 from .ops.kde import kde_log_prob
 from .reference.kde import normal_log_prob
 
@@ -106,14 +107,11 @@ class GaussianMixture(nn.Module):
         for name, value in (("scales", scales), ("weights", weights)):
             if value.shape != (count,):
                 raise ValueError(f"{name} must have shape [{count}], one per mean, got {list(value.shape)}")
-            if not bool(((value > 0) & value.isfinite()).all()):
-                raise ValueError(f"{name} must be positive and finite, got {value.tolist()}")
-        if not bool(means.isfinite().all()):
-            raise ValueError("means must be finite, got NaN or infinity among them")
         self.dim = means.shape[1]
-        self.register_buffer("means", means.detach().clone())
-        self.register_buffer("scales", scales.detach().clone())
-        self.register_buffer("log_weights", (weights / weights.sum()).log().detach())
+        numbers = means.detach(), scales.detach(), weights.detach()
+        checked = _operator if _common.road(numbers) == "operator" else _mixture
+        for name, value in zip(("means", "scales", "log_weights"), checked(*numbers), strict=True):
+            self.register_buffer(name, value)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats at z [..., dim], as [...] in the dtype of z (float32 for half types)."""
@@ -161,6 +159,30 @@ class GaussianMixture(nn.Module):
 
     def extra_repr(self) -> str:
         return f"components={self.means.shape[0]}, dim={self.dim}"
+
+
+def _mixture(means: Tensor, scales: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A mixture's own means, scales and log-weights, of numbers whose values are looked at here."""
+    for name, value in (("scales", scales), ("weights", weights)):
+        if not bool(((value > 0) & value.isfinite()).all()):
+            raise ValueError(f"{name} must be positive and finite, got {value.tolist()}")
+    if not bool(means.isfinite().all()):
+        raise ValueError("means must be finite, got NaN or infinity among them")
+    return means.clone(), scales.clone(), (weights / weights.sum()).log()
+
+
+# A compiled graph has what looks at values as one operator.
+_common.library.define(
+    "mixture(Tensor means, Tensor scales, Tensor weights) -> (Tensor, Tensor, Tensor)", tags=_common.TAGS
+)
+for _key in ("CPU", "CUDA"):
+    _common.library.impl("mixture", _mixture, _key)
+_operator = torch.ops.kdejsd.mixture.default
+
+
+@torch.library.register_fake("kdejsd::mixture", lib=_common.library)
+def _fake(means: Tensor, scales: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(means), scales.new_empty(scales.shape), torch.empty_like(weights)
 
 
 class Law(Protocol):
@@ -506,18 +528,20 @@ def wide(x: Tensor) -> Tensor:
 
 def _float64(name: str, numbers: Any) -> Tensor:
     """The real numbers of an argument as a tensor."""
-    numbers = reals(name, numbers)
+    found = reals(name, numbers)
     if isinstance(numbers, Tensor):
         return numbers.double()
     try:
-        return torch.as_tensor(numbers, dtype=torch.float64, device=_device())
+        return torch.as_tensor(found, dtype=torch.float64, device=_device())
     except ValueError:
         raise ValueError(f"{name} must be rows of one length, got rows of several") from None
 
 
-def _device() -> torch.device:
-    """Where numbers are put that no tensor's device says a place for: torch's default device; under the meta device,
-    where models are built to be loaded, the CPU, since these numbers are looked at."""
+def _device() -> torch.device | None:
+    """Where numbers are put that no tensor's device says a place for: torch's default device, which None is as well;
+    under the meta device, where models are built to be loaded, the CPU, since these numbers are looked at."""
+    if torch.compiler.is_compiling():  # which cannot be asked for the default device
+        return None
     device = torch.get_default_device()
     return torch.device("cpu") if device.type == "meta" else device
 

@@ -13,6 +13,7 @@ from helpers import DEVICES, DTYPES, generator, points, worst
 from scipy.integrate import quad
 from scipy.special import logsumexp
 from scipy.stats import chisquare, multivariate_normal
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.distributions import (
     Beta,
@@ -281,6 +282,47 @@ def test_no_parameters_to_train_and_copies(name):
     law, z = known_laws()[name][0], points(5, 3)
     assert list(law.parameters()) == []
     assert torch.equal(copy.deepcopy(law).log_prob(z), law.log_prob(z))
+
+
+COMPILED = {
+    "tensors": lambda z, means: GaussianMixture(means, means[:, 0].abs(), means[:, 1].abs()).log_prob(z),
+    "lists": lambda z, means: GaussianMixture([[0.0, 1, 2.0], [1, 2, 3]], [0.5, 1.0]).log_prob(z),
+    "one scale": lambda z, means: GaussianMixture(means, 0.5).log_prob(z),
+    "array": lambda z, means: GaussianMixture(np.eye(3), 0.5).log_prob(z),
+    "smoothed": lambda z, means: GaussianMixture(means).smoothed(0.5).log_prob(z),
+    "components": lambda z, means: GaussianMixture(means).component_log_prob(z),
+    "moments": lambda z, means: torch.stack(GaussianMixture(means, 2.0).moments()) + z.sum(),
+    "normal": lambda z, means: torch.stack(StandardNormal(3).smoothed(0.5).moments()) + z.sum(),
+    "loss": lambda z, means: jsd_loss(z, z.detach() + 1, 0.5, target=GaussianMixture(means)),
+}
+
+
+@pytest.mark.parametrize("name", list(COMPILED))
+def test_a_law_may_be_made_in_a_compiled_graph(name):
+    torch.compiler.reset()
+    compiled = torch.compile(COMPILED[name], fullgraph=True, backend="aot_eager")
+    for seed in (1, 2):
+        arguments = points(5, 3, seed=seed).requires_grad_(), points(2, 3, seed=seed + 2)
+        value, expected = compiled(*arguments), COMPILED[name](*arguments)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+        gradients = (torch.autograd.grad(v.sum(), arguments[0])[0] for v in (value, expected))
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_a_compiled_graph_refuses_what_can_be_no_mixture():
+    torch.compiler.reset()
+    compiled = torch.compile(COMPILED["tensors"], fullgraph=True, backend="aot_eager")
+    compiled(points(5, 3), points(2, 3))
+    with pytest.raises(ValueError, match="means must be finite"):
+        compiled(points(5, 3), points(2, 3) + torch.tensor([0, 0, math.inf]))
+    with pytest.raises(ValueError, match="scales must be positive and finite, got"):
+        compiled(points(5, 3), points(2, 3) * torch.tensor([0, 1, 1]))
+
+
+def test_a_fake_mixture():
+    with FakeTensorMode():
+        assert GaussianMixture(torch.empty(4, 3), 0.5).log_prob(torch.empty(5, 3)).shape == (5,)
+    torch.library.opcheck(torch.ops.kdejsd.mixture.default, (points(4, 3).T, points(3).exp(), points(3).exp()))
 
 
 def test_representations():

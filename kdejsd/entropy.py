@@ -48,7 +48,7 @@ def kde_entropy(codes: Tensor, bandwidth: float | None = None, whiten: bool = Tr
     h: float | Tensor
     if _common.road((codes,)) == "operator":
         h = _operator(codes.detach(), bandwidth, whiten)
-        codes = _whitened(codes, _covariance(codes)) if whiten else codes
+        codes = _whitened(*_moments(codes), codes.dtype) if whiten else codes
     else:
         codes, h = _prepared(codes, bandwidth, whiten)
     return -kde_log_prob(codes, codes, h, exclude_self=True).mean()
@@ -58,9 +58,9 @@ def _prepared(codes: Tensor, bandwidth: float | None, whiten: bool) -> tuple[Ten
     """The codes of which the entropy is taken, and the bandwidth; here the codes' values are looked at."""
     check_finite_codes(codes)
     if whiten:
-        covariance = _covariance(codes)
+        centered, covariance = _moments(codes)
         _check_rank(codes, covariance)
-        codes = _whitened(codes, covariance)
+        codes = _whitened(centered, covariance, codes.dtype)
     return codes, entropy_bandwidth(codes) if bandwidth is None else bandwidth
 
 
@@ -82,17 +82,13 @@ def _fake(codes: Tensor, bandwidth: float | None, whiten: bool) -> Tensor:
     return codes.new_empty(())
 
 
-def _covariance(codes: Tensor) -> Tensor:
-    """Of the codes [n, l], formed in float64."""
-    centered = _centered(codes)
-    return centered.mT @ centered / (len(codes) - 1)
+def _moments(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes less their mean, and their covariance, in float64."""
+    centered = codes.double() - codes.double().mean(0)
+    return centered, centered.mT @ centered / (len(codes) - 1)
 
 
-def _centered(codes: Tensor) -> Tensor:
-    return codes.double() - codes.double().mean(0)
-
-
-def _whitened(codes: Tensor, covariance: Tensor) -> Tensor:
+def _whitened(centered: Tensor, covariance: Tensor, dtype: torch.dtype) -> Tensor:
     """The codes less their mean, times an inverse square root of their covariance.
 
     The kernel being isotropic, any inverse root gives the same entropy. That of the Cholesky factor has a gradient
@@ -100,8 +96,8 @@ def _whitened(codes: Tensor, covariance: Tensor) -> Tensor:
     """
     # In a compiled graph this may come before the operator that refuses codes without an inverse root.
     root, _ = torch.linalg.cholesky_ex(covariance, check_errors=not torch.compiler.is_compiling())
-    white: Tensor = torch.linalg.solve_triangular(root, _centered(codes).mT, upper=False).mT
-    return white.to(codes.dtype)
+    white: Tensor = torch.linalg.solve_triangular(root, centered.mT, upper=False).mT
+    return white.to(dtype)
 
 
 def _check_rank(codes: Tensor, covariance: Tensor) -> None:

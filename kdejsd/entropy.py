@@ -65,7 +65,9 @@ def _prepared(codes: Tensor, bandwidth: float | None, whiten: bool) -> tuple[Ten
 
 
 # A compiled graph has what looks at values as one operator. It gives the bandwidth alone: the codes have a gradient.
-_common.library.define("prepared_bandwidth(Tensor codes, float? bandwidth, bool whiten) -> Tensor", tags=_common.TAGS)
+_common.library.define(
+    "prepared_bandwidth(Tensor codes, float? bandwidth, bool whiten) -> Tensor", tags=_common.LOOKING_TAGS
+)
 
 
 def _prepared_bandwidth(codes: Tensor, bandwidth: float | None, whiten: bool) -> Tensor:

@@ -173,7 +173,7 @@ def _mixture(means: Tensor, scales: Tensor, weights: Tensor) -> tuple[Tensor, Te
 
 # A compiled graph has what looks at values as one operator.
 _common.library.define(
-    "mixture(Tensor means, Tensor scales, Tensor weights) -> (Tensor, Tensor, Tensor)", tags=_common.TAGS
+    "mixture(Tensor means, Tensor scales, Tensor weights) -> (Tensor, Tensor, Tensor)", tags=_common.LOOKING_TAGS
 )
 for _key in ("CPU", "CUDA"):
     _common.library.impl("mixture", _mixture, _key)

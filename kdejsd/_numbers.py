@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 RealNumber: TypeAlias = SupportsFloat
@@ -31,6 +33,30 @@ def real(name: str, value: RealNumber) -> float:
     except OverflowError:  # of Python's integers and fractions
         digits = len(str(abs(math.trunc(number))))
         raise ValueError(f"{name} must be in the range of float64, got a number of {digits} digits") from None
+
+
+def reals(name: str, values: Any) -> Any:
+    """The values of an argument that is to be real numbers in any shape: an array or a tensor as a tensor, a number as
+    in `real`, and a list of what the items of a sequence are.
+
+    Raises:
+        TypeError: anything else, among it arrays and tensors of bools or complex numbers.
+        ValueError: as in `real`.
+    """
+    if isinstance(values, np.ndarray) and values.ndim == 0:
+        return real(name, values)
+    if isinstance(values, (np.ndarray, Tensor)):
+        try:
+            tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+        except TypeError:  # an array of objects
+            return reals(name, values.tolist())
+        if tensor.dtype == torch.bool or tensor.is_complex():
+            raise TypeError(f"{name} must be real numbers, got {_described(values)}")
+        return tensor
+    if isinstance(values, Sequence) and not isinstance(values, (str, bytes)):
+        items = [reals(name, value) for value in values]
+        return [item.tolist() if isinstance(item, Tensor) else item for item in items]
+    return real(name, values)
 
 
 def positive(name: str, value: RealNumber) -> float:

@@ -170,11 +170,21 @@ def entropy_bandwidth(codes: Tensor) -> float:
 
 def check_codes(codes: Tensor) -> None:
     """Refuse what is not at least two finite codes [n, l] in floating point."""
+    check_codes_kind(codes)
+    check_finite_codes(codes)
+
+
+def check_codes_kind(codes: Tensor) -> None:
+    """Of `check_codes` what does not look at the values."""
     if not isinstance(codes, Tensor) or not codes.is_floating_point():
         kind = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
         raise TypeError(f"codes must be a floating-point tensor, got {kind}")
     if codes.ndim != 2 or codes.shape[0] < 2 or codes.shape[1] < 1:
         raise ValueError(f"codes must have shape [n, l] with n at least 2 and l at least 1, got {list(codes.shape)}")
+
+
+def check_finite_codes(codes: Tensor) -> None:
+    """Of `check_codes` what looks at the values."""
     if not bool(codes.isfinite().all()):
         raise ValueError("codes must be finite, got NaN or infinity among them")
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ._numbers import positive, real
-from .bandwidth import check_codes, entropy_bandwidth
+from .bandwidth import check_codes_kind, check_finite_codes, entropy_bandwidth
+from .ops import _common
 from .ops._common import check_tensor, compute_dtype
 from .ops.kde import kde_log_prob
 
@@ -39,27 +40,70 @@ def kde_entropy(codes: Tensor, bandwidth: float | None = None, whiten: bool = Tr
         ValueError: codes of another shape, fewer than 2, not finite, or, if they are to be whitened, in fewer than l
             dimensions; a bandwidth that is not positive and finite; no bandwidth given and every code a duplicate.
     """
-    check_codes(codes)
+    check_codes_kind(codes)
     if bandwidth is not None:
         bandwidth = positive("bandwidth", bandwidth)
     if codes.dtype in (torch.float16, torch.bfloat16):
         codes = codes.float()
+    h: float | Tensor
+    if _common.road((codes,)) == "operator":
+        h = _operator(codes.detach(), bandwidth, whiten)
+        codes = _whitened(*_moments(codes), codes.dtype) if whiten else codes
+    else:
+        codes, h = _prepared(codes, bandwidth, whiten)
+    return -kde_log_prob(codes, codes, h, exclude_self=True).mean()
+
+
+def _prepared(codes: Tensor, bandwidth: float | None, whiten: bool) -> tuple[Tensor, float]:
+    """The codes of which the entropy is taken, and the bandwidth; here the codes' values are looked at."""
+    check_finite_codes(codes)
     if whiten:
-        codes = _whiten(codes)
-    if bandwidth is None:
-        bandwidth = entropy_bandwidth(codes)
-    return -kde_log_prob(codes, codes, bandwidth, exclude_self=True).mean()
+        centered, covariance = _moments(codes)
+        _check_rank(codes, covariance)
+        codes = _whitened(centered, covariance, codes.dtype)
+    return codes, entropy_bandwidth(codes) if bandwidth is None else bandwidth
 
 
-def _whiten(codes: Tensor) -> Tensor:
-    """The codes less their mean, times an inverse square root of their covariance, formed in float64.
+# A compiled graph has what looks at values as one operator. It gives the bandwidth alone: the codes have a gradient.
+_common.library.define(
+    "prepared_bandwidth(Tensor codes, float? bandwidth, bool whiten) -> Tensor", tags=_common.LOOKING_TAGS
+)
+
+
+def _prepared_bandwidth(codes: Tensor, bandwidth: float | None, whiten: bool) -> Tensor:
+    return codes.new_tensor(_prepared(codes, bandwidth, whiten)[1])
+
+
+for _key in ("CPU", "CUDA"):
+    _common.library.impl("prepared_bandwidth", _prepared_bandwidth, _key)
+_operator = torch.ops.kdejsd.prepared_bandwidth.default
+
+
+@torch.library.register_fake("kdejsd::prepared_bandwidth", lib=_common.library)
+def _fake(codes: Tensor, bandwidth: float | None, whiten: bool) -> Tensor:
+    return codes.new_empty(())
+
+
+def _moments(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes less their mean, and their covariance, in float64."""
+    centered = codes.double() - codes.double().mean(0)
+    return centered, centered.mT @ centered / (len(codes) - 1)
+
+
+def _whitened(centered: Tensor, covariance: Tensor, dtype: torch.dtype) -> Tensor:
+    """The codes less their mean, times an inverse square root of their covariance.
 
     The kernel being isotropic, any inverse root gives the same entropy. That of the Cholesky factor has a gradient
     where the symmetric one, through eigenvectors, has none: at equal eigenvalues.
     """
+    # In a compiled graph this may come before the operator that refuses codes without an inverse root.
+    root, _ = torch.linalg.cholesky_ex(covariance, check_errors=not torch.compiler.is_compiling())
+    white: Tensor = torch.linalg.solve_triangular(root, centered.mT, upper=False).mT
+    return white.to(dtype)
+
+
+def _check_rank(codes: Tensor, covariance: Tensor) -> None:
     count, dim = codes.shape
-    centered = codes.double() - codes.double().mean(0)
-    covariance = centered.mT @ centered / (count - 1)
     # Below this a direction's variance is what rounding leaves: of the products here, and of the codes in their dtype.
     variances = torch.linalg.eigvalsh(covariance.detach())
     rounding = torch.finfo(codes.dtype).eps * float(codes.detach().abs().max())
@@ -70,9 +114,6 @@ def _whiten(codes: Tensor) -> Tensor:
             f"codes must vary in all their {dim} dimensions to be whitened, got {count} codes whose covariance has "
             f"rank {rank}; drop what is constant or repeated, or pass whiten=False"
         )
-    root = torch.linalg.cholesky(covariance)
-    white: Tensor = torch.linalg.solve_triangular(root, centered.mT, upper=False).mT
-    return white.to(codes.dtype)
 
 
 def renyi_entropy(p: Tensor, order: float = 2) -> Tensor:

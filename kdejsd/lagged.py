@@ -13,7 +13,7 @@ from ._numbers import integer, positive
 from ._ranks import gathered, rank_and_size
 from .bandwidth import optimal_bandwidth
 from .divergence import codes_jsd, divergence_terms, jsd_loss
-from .ops._common import checks_values
+from .ops._common import check_tensor, checks_values
 from .ops.kde import kde_log_prob
 from .ops.streamed import streamed_log_prob
 from .reference.kde import with_own_center
@@ -23,6 +23,7 @@ _PART = 2**17  # codes of a rank that are gathered at a time
 _SHARED_OUT = ("codes", "examples")  # of all that is in the buffers: each rank has others
 _BUFFERS = (*_SHARED_OUT, "oldest", "stamp")
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie apart from each other, modulo 1
+_MOST_EXAMPLES = 2**28  # whose places, of 8 bytes each, are not yet more than a mistaken index may cost
 _NO_CODES = "no codes yet"
 _MIXED = "averages over the codes of different examples, which are no codes"
 
@@ -38,7 +39,8 @@ class LaggedKDE(nn.Module):
     The state_dict carries the lagged codes, the examples they belong to and the bandwidth, as tensors: a module that is
     loaded goes on where the saved one stood. The first two are buffers, so that averages of models have them too
     (`torch.optim.swa_utils.AveragedModel`). An average of codes of the same examples is taken for their codes; where
-    the examples differ, as those of a queue do from step to step, nothing is left until the next `refresh`.
+    the examples differ, as those of a queue do from step to step, nothing is left until the next `refresh`. What is
+    written through a buffer's `.data`, of which torch keeps no count, is noticed when the state is next loaded.
 
     On several ranks of torch.distributed every rank may keep a share of the codes (`shard`): the densities and their
     gradients are those of all codes together. A share is no buffer: DistributedDataParallel would make it the first
@@ -195,7 +197,7 @@ class LaggedKDE(nn.Module):
             self._fault = None if spread < 1e-9 else _NO_CODES if spread == 1 else _MIXED
             room = self._reserved
             if room is None:
-                room = 0 if self._fault else int(indices.max()) + 1
+                room = 0 if self._fault else _room(indices)
             self.places = torch.full((room + 1,), -1, device=indices.device)
             if self._fault is None:
                 age = torch.arange(len(indices), device=indices.device)
@@ -216,18 +218,25 @@ class LaggedKDE(nn.Module):
 
         Raises:
             ValueError: wrong shapes, or NaN or infinity among the codes (on a GPU this would wait for the device: there
-                NaN codes give a NaN loss, and KDEJSD_CHECK=1 in the environment makes it an error).
-            TypeError: codes that are not floating, indices that are not int64.
+                NaN codes give a NaN loss, and KDEJSD_CHECK=1 in the environment makes it an error); an index from 2^28
+                on for which there is no `reserve`.
+            TypeError: codes that are no floating-point tensor, indices that are no int64 tensor.
         """
         m = len(self.codes)
         self._look()
+        if indices is not None:
+            self._check_indices(indices, m)
         if isinstance(codes, Tensor):
-            self._check(codes, indices, m)
+            self._check(codes, m)
             self.codes.copy_(codes)
+        elif not isinstance(codes, Iterable):
+            raise TypeError(f"codes must be a tensor or an iterable of tensors, got {type(codes).__name__}")
         else:
             start = 0
             for part in codes:
-                self._check(part, None, min(len(part), m - start))
+                self._check(part)
+                if start + len(part) > m:
+                    raise ValueError(f"codes must be {m} in all their parts, got at least {start + len(part)}")
                 self.codes[start : start + len(part)] = part.to(self.codes)
                 start += len(part)
             if start < m:
@@ -254,14 +263,13 @@ class LaggedKDE(nn.Module):
             start: at least 0.
 
         Raises:
-            ValueError, TypeError: as in `refresh`, and for places that do not exist.
+            ValueError, TypeError: as in `refresh`, and for places that do not exist or a start that is no integer.
             RuntimeError: before the first refresh.
         """
-        if not 0 <= start <= len(self.codes) - len(codes):
-            raise ValueError(
-                f"start must be between 0 and {len(self.codes) - len(codes)} for {len(codes)} codes, got {start}"
-            )
-        self._check(codes, None, len(codes))
+        self._check(codes)
+        start, last = integer("start", start, 0), len(self.codes) - len(codes)
+        if start > last:
+            raise ValueError(f"start must be between 0 and {last} for {len(codes)} codes, got {start}")
         self._check_refreshed("update")
         self.codes[start : start + len(codes)] = codes.to(self.codes)
 
@@ -282,8 +290,9 @@ class LaggedKDE(nn.Module):
                 `reserve` before.
             RuntimeError: before the first refresh.
         """
-        self._check(codes, indices, len(codes))
+        self._check(codes)
         self._check_refreshed("push")
+        self._check_indices(indices, len(codes))
         if self.num_centers % self.ranks:
             raise ValueError(
                 f"num_centers must be a multiple of {self.ranks}, the number of ranks, for push, got {self.num_centers}"
@@ -402,43 +411,60 @@ class LaggedKDE(nn.Module):
 
     def reserve(self, num_examples: int) -> None:
         """Makes room to remember the places of examples 0 to num_examples - 1. Without it room is made as indices come,
-        which makes a GPU wait for them; after it an index beyond is out of bounds."""
-        self._reserved = num_examples
+        which makes a GPU wait for them; after it an index beyond is out of bounds.
+
+        Raises:
+            ValueError: less than 0.
+            TypeError: no integer.
+        """
+        self._reserved = integer("num_examples", num_examples, 0)
         self._read()  # now: a compiled `push` or `loss` does not look
 
     def own_copy(self, index: Tensor) -> Tensor:
-        """Where the newest lagged code of each example stands: index [n] int64 -> places [n] int64, -1 for none."""
+        """Where the newest lagged code of each example stands: index [n] int64 -> places [n] int64, -1 for none.
+
+        Raises:
+            TypeError: an index that is no int64 tensor.
+        """
+        _check_int64("index", index)
         self._look()
         place = self.places[index.clamp(-1, len(self.places) - 1)]
         return place.where((index >= 0) & (place >= 0) & (self.examples[place].round() == index), -1)
 
     def _remember(self, indices: Tensor, places: Tensor) -> None:
         """Notes where the codes of examples stand that have just been put there."""
-        if self._reserved is None and len(indices) and (room := int(indices.max()) + 1) >= len(self.places):
-            with torch.inference_mode(False):
-                more = self.places.new_full((2 * room + 1,), -1)
-                more[: len(self.places) - 1] = self.places[:-1]
-                self.places = more
         self.places[indices.where(indices >= 0, len(self.places) - 1)] = places
         if not torch.compiler.is_compiling():
             self._seen = self._now()
 
-    def _check(self, codes: Tensor, indices: Tensor | None, count: int) -> None:
+    def _check(self, codes: Tensor, count: int | None = None) -> None:
+        """That these are codes, this many of them."""
+        if count is None:
+            count = len(codes) if check_tensor("codes", codes).ndim else 1
         expected = [count, self.codes.shape[1]]
         if list(codes.shape) != expected:
             raise ValueError(f"codes must have shape {expected}, got {list(codes.shape)}")
         if not codes.is_floating_point():
             raise TypeError(f"codes must be floating-point, got {codes.dtype}")
-        looks = checks_values() or (codes.device.type == "cpu" and not torch.compiler.is_compiling())
-        if looks and not bool(codes.isfinite().all()):
+        if _looks_at(codes) and not bool(codes.isfinite().all()):
             bad = int((~codes.isfinite()).any(-1).sum())
             raise ValueError(f"codes must be finite, got NaN or infinity in {bad} of {len(codes)} codes")
-        if indices is None:
-            return
-        if list(indices.shape) != [count]:
+
+    def _check_indices(self, indices: Tensor, count: int) -> None:
+        """That these are indices, this many of them, and that there is room for their places; unless it is reserved, it
+        is made."""
+        if list(_check_int64("indices", indices).shape) != [count]:
             raise ValueError(f"indices must have shape [{count}], got {list(indices.shape)}")
-        if indices.dtype != torch.int64:
-            raise TypeError(f"indices must be int64, got {indices.dtype}")
+        if count == 0:
+            return
+        if self._reserved is not None:
+            if _looks_at(indices) and (highest := int(indices.max())) >= self._reserved:
+                raise ValueError(f"indices must be below {self._reserved}, which is reserved, got {highest}")
+        elif (room := _room(indices)) >= len(self.places):
+            with torch.inference_mode(False):
+                more = self.places.new_full((2 * room + 1,), -1)
+                more[: len(self.places) - 1] = self.places[:-1]
+                self.places = more
 
     def _check_refreshed(self, name: str) -> None:
         self._look()
@@ -593,6 +619,25 @@ class LaggedKDE(nn.Module):
             f"{m}, {dim}, bandwidth={self.bandwidth:.4g}, smoothed={self.smoothed}, divergence={self.divergence!r}, "
             f"codes in {storage}"
         )
+
+
+def _room(indices: Tensor) -> int:
+    """How many examples there are room for when these have it."""
+    highest = int(indices.max())
+    if highest >= _MOST_EXAMPLES:
+        raise ValueError(f"indices must be below {_MOST_EXAMPLES} unless there is a `reserve` for more, got {highest}")
+    return highest + 1
+
+
+def _check_int64(name: str, value: Tensor) -> Tensor:
+    if check_tensor(name, value).dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}")
+    return value
+
+
+def _looks_at(values: Tensor) -> bool:
+    """Whether to look at the values: that would make a GPU wait, and break a compiled graph."""
+    return checks_values() or (values.device.type == "cpu" and not torch.compiler.is_compiling())
 
 
 def _popped(state_dict: dict[str, Any], key: str, missing_keys: list[str]) -> Tensor | None:

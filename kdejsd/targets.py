@@ -4,10 +4,9 @@ smoothed by the kernel where that has a closed form."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import (
@@ -17,10 +16,14 @@ from torch.distributions import (
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
+    TransformedDistribution,
+    constraints,
 )
+from torch.distributions.transforms import ComposeTransform
 
 from . import _torch
-from ._numbers import integer, positive
+from ._numbers import integer, positive, reals
+from .ops import _common
 from .ops.kde import kde_log_prob
 from .reference.kde import normal_log_prob
 
@@ -45,6 +48,7 @@ class IsotropicNormal(nn.Module):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n samples as [n, dim] float32, on the generator's device (default: the CPU)."""
+        n = integer("n", n, 0)
         device = None if generator is None else generator.device
         return torch.randn(n, self.dim, generator=generator, device=device) * math.sqrt(self.variance)
 
@@ -78,6 +82,7 @@ class GaussianMixture(nn.Module):
 
     Raises:
         ValueError: shapes that do not match, or scales and weights that are not positive and finite.
+        TypeError: what is not real numbers, among it bools.
     """
 
     means: Tensor
@@ -91,27 +96,22 @@ class GaussianMixture(nn.Module):
         weights: Tensor | Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        means = _float64(means)
+        means = _float64("means", means)
         if means.ndim != 2 or means.numel() == 0:
             raise ValueError(f"means must have shape [K, dim] with K and dim at least 1, got {list(means.shape)}")
         count = means.shape[0]
-        if not isinstance(scales, Tensor) and np.ndim(scales) == 0:
-            scales = positive("scales", scales)  # type: ignore[arg-type]
-        scales = _float64(scales)
-        weights = _float64([1.0] * count if weights is None else weights)
+        scales = _float64("scales", scales)
+        weights = _float64("weights", [1.0] * count if weights is None else weights)
         if scales.ndim == 0:
             scales = scales.expand(count)
         for name, value in (("scales", scales), ("weights", weights)):
             if value.shape != (count,):
                 raise ValueError(f"{name} must have shape [{count}], one per mean, got {list(value.shape)}")
-            if not bool(((value > 0) & value.isfinite()).all()):
-                raise ValueError(f"{name} must be positive and finite, got {value.tolist()}")
-        if not bool(means.isfinite().all()):
-            raise ValueError("means must be finite, got NaN or infinity among them")
         self.dim = means.shape[1]
-        self.register_buffer("means", means.detach().clone())
-        self.register_buffer("scales", scales.detach().clone())
-        self.register_buffer("log_weights", (weights / weights.sum()).log().detach())
+        numbers = means.detach(), scales.detach(), weights.detach()
+        checked = _operator if _common.road(numbers) == "operator" else _mixture
+        for name, value in zip(("means", "scales", "log_weights"), checked(*numbers), strict=True):
+            self.register_buffer(name, value)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats at z [..., dim], as [...] in the dtype of z (float32 for half types)."""
@@ -134,6 +134,7 @@ class GaussianMixture(nn.Module):
 
     def sample_with_component(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """n samples as [n, dim] float32 and the component [n] each was drawn from."""
+        n = integer("n", n, 0)
         device = torch.device("cpu") if generator is None else generator.device
         weights = self.log_weights.exp().to(device)
         if n == 0:  # which multinomial refuses
@@ -158,6 +159,30 @@ class GaussianMixture(nn.Module):
 
     def extra_repr(self) -> str:
         return f"components={self.means.shape[0]}, dim={self.dim}"
+
+
+def _mixture(means: Tensor, scales: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A mixture's own means, scales and log-weights, of numbers whose values are looked at here."""
+    for name, value in (("scales", scales), ("weights", weights)):
+        if not bool(((value > 0) & value.isfinite()).all()):
+            raise ValueError(f"{name} must be positive and finite, got {value.tolist()}")
+    if not bool(means.isfinite().all()):
+        raise ValueError("means must be finite, got NaN or infinity among them")
+    return means.clone(), scales.clone(), (weights / weights.sum()).log()
+
+
+# A compiled graph has what looks at values as one operator.
+_common.library.define(
+    "mixture(Tensor means, Tensor scales, Tensor weights) -> (Tensor, Tensor, Tensor)", tags=_common.LOOKING_TAGS
+)
+for _key in ("CPU", "CUDA"):
+    _common.library.impl("mixture", _mixture, _key)
+_operator = torch.ops.kdejsd.mixture.default
+
+
+@torch.library.register_fake("kdejsd::mixture", lib=_common.library)
+def _fake(means: Tensor, scales: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(means), scales.new_empty(scales.shape), torch.empty_like(weights)
 
 
 class Law(Protocol):
@@ -203,13 +228,19 @@ class DistributionLaw(nn.Module):
                 f"got event_shape {list(distribution.event_shape)} and batch_shape {list(distribution.batch_shape)} "
                 "(torch.distributions.Independent(target, 1) turns a batch of scalars into a vector)"
             )
-        self.distribution = distribution
+        self.given = distribution
         self.dim = distribution.event_shape[0]
+
+    @property
+    def distribution(self) -> Distribution:
+        """The law as a torch Distribution."""
+        return self.given
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Log-density in nats at z [..., dim], as [...]: -inf outside of the support and NaN where z is NaN, whether or
         not the distribution validates its arguments. (Without, many give a plausible number there; under torch.compile
-        and function transforms it is what the distribution gives.)"""
+        and function transforms it is what the distribution gives.) The dtype is what torch makes of the distribution's
+        and that of z; `MultivariateNormal` and `LowRankMultivariateNormal` compute in their own."""
         _check_dim(z, self.dim)
         if z.numel() == 0:  # which some supports cannot check
             return z.sum(-1)
@@ -218,17 +249,19 @@ class DistributionLaw(nn.Module):
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n samples [n, dim], on the generator's device. A Distribution draws from the global random state, which is
         seeded from the generator for the draw and put back."""
+        shape, distribution = torch.Size((integer("n", n, 0),)), self.distribution
         if generator is None:
-            return self.distribution.sample(torch.Size((n,)))
+            return distribution.sample(shape)
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return self.distribution.sample(torch.Size((n,))).to(generator.device)
+            return distribution.sample(shape).to(generator.device)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and variance of every dimension, each [dim]; estimated from samples where the distribution has none."""
+        distribution = self.distribution
         try:
-            return self.distribution.mean, self.distribution.variance
+            return distribution.mean, distribution.variance
         except NotImplementedError:
             return _estimated_moments(self)
 
@@ -237,11 +270,29 @@ class DistributionLaw(nn.Module):
 
 
 class SmoothableDistribution(DistributionLaw):
-    """A normal Distribution, or a mixture of them."""
+    """A normal Distribution, or a mixture of them, convolved with N(0, variance I).
+
+    Where the parameters of its spread need gradients the convolution is computed anew at every call, which then has a
+    graph of its own and follows an optimiser's steps. Otherwise they are read once.
+    """
+
+    def __init__(self, distribution: Distribution, variance: float = 0.0) -> None:
+        super().__init__(distribution)
+        self.variance = variance
+        self.convolved: Distribution | None = None
+        if variance == 0:
+            self.convolved = distribution
+        elif not _spread_needs_grad(_innermost(distribution)):
+            self.convolved = _with_kernel(distribution, variance)
+
+    @property
+    def distribution(self) -> Distribution:
+        """The law as a torch Distribution."""
+        return _with_kernel(self.given, self.variance) if self.convolved is None else self.convolved
 
     def smoothed(self, bandwidth: float) -> SmoothableDistribution:
         """This law convolved with the kernel N(0, bandwidth^2 I)."""
-        return SmoothableDistribution(_with_kernel(self.distribution, positive("bandwidth", bandwidth) ** 2))
+        return SmoothableDistribution(self.given, self.variance + positive("bandwidth", bandwidth) ** 2)
 
 
 def _innermost(distribution: Distribution) -> Distribution:
@@ -253,37 +304,102 @@ def _innermost(distribution: Distribution) -> Distribution:
     return distribution
 
 
+def _spread_needs_grad(normal: Distribution) -> bool:
+    """Whether the scale or the covariance that the distribution was made with needs a gradient."""
+    made_of = (vars(normal).get(name) for name in normal.arg_constraints if name != "loc")
+    return any(parameter is not None and parameter.requires_grad for parameter in made_of)
+
+
 def _log_density(distribution: Any, z: Tensor) -> Tensor:
     """`DistributionLaw.log_prob`, of a distribution that may have a batch."""
+    kind = type(distribution)
+    # A mixture's own support is where all of its components have theirs; its density is not 0 where one of them has.
+    if kind is MixtureSameFamily:
+        components = _log_density(distribution.component_distribution, z.unsqueeze(-1 - len(distribution.event_shape)))
+        weighted: Tensor = components + distribution.mixture_distribution.logits.log_softmax(-1)
+        return weighted.logsumexp(-1)
+    if kind is Independent and type(distribution.base_dist) in (*_OWN_DENSITY, Independent):
+        density = _sum_last(_log_density(distribution.base_dist, z), distribution.reinterpreted_batch_ndims)
+        return density.masked_fill(density.isneginf(), -math.inf)  # of which no part has a gradient
+    # And a transformed law's is all that the last transform can give, whatever the support of its base.
+    if kind is TransformedDistribution:
+        steps = _single_steps(distribution.transforms)
+        return _transformed_log_density(distribution.base_dist, steps, z, len(distribution.event_shape))
+    if kind in (MultivariateNormal, LowRankMultivariateNormal):  # whose products are of one dtype
+        z = z.to(distribution.loc.dtype)
     try:
         support = distribution.support
     except NotImplementedError:
         support = None
+    batch = len(distribution.batch_shape) > 0
+    return _supported(support, z, distribution.log_prob, distribution.sample if batch else None)
+
+
+_OWN_DENSITY = (MixtureSameFamily, TransformedDistribution)  # what they say of their support is not where they have one
+
+
+def _transformed_log_density(base: Any, steps: list[Any], z: Tensor, event_dim: int) -> Tensor:
+    """At z with this many dimensions an event, by the change of variables, of which every step asks for its range."""
+    if not steps:
+        return _sum_last(_log_density(base, z), event_dim - len(base.event_shape))
+    *inner, last = steps
+
+    def log_density(z: Tensor) -> Tensor:
+        x = last.inv(z)
+        dims = event_dim + last.domain.event_dim - last.codomain.event_dim
+        density = _transformed_log_density(base, inner, x, dims)
+        change = _sum_last(last.log_abs_det_jacobian(x, z), dims - last.domain.event_dim)
+        return (density - change).masked_fill(density.isneginf(), -math.inf)
+
+    def sample() -> Tensor:
+        x: Tensor = base.sample()
+        for step in steps:
+            x = step(x)
+        return x
+
+    support = constraints.independent(last.codomain, event_dim - last.codomain.event_dim)
+    return _supported(support, z, log_density, sample if len(base.batch_shape) > 0 else None)
+
+
+def _single_steps(transforms: list[Any]) -> list[Any]:
+    return [
+        step
+        for transform in transforms
+        for step in (_single_steps(transform.parts) if isinstance(transform, ComposeTransform) else [transform])
+    ]
+
+
+def _sum_last(values: Tensor, dims: int) -> Tensor:
+    return values.flatten(-dims).sum(-1) if dims > 0 else values
+
+
+def _supported(
+    support: Any, z: Tensor, log_density: Callable[[Tensor], Tensor], sample: Callable[[], Tensor] | None
+) -> Tensor:
+    """The log-density at z, asked for points of the support alone; -inf at others and NaN where z is NaN.
+
+    Args:
+        support: a torch constraint; None where it is not known.
+        sample: draws a point of the support of each law in the batch; None where there is one support for all z.
+    """
     if support is None or torch.compiler.is_compiling() or _torch.transforms_active():
-        return cast(Tensor, distribution.log_prob(z))  # what lies outside cannot be asked there
+        return log_density(z)  # what lies outside cannot be asked there
     inside = support.check(z)
     if bool(inside.all()):
-        return cast(Tensor, distribution.log_prob(z))
-    # A mixture's own support is where all of its components have theirs; its density is not 0 where one of them has.
-    if type(distribution) is MixtureSameFamily:
-        components = _log_density(distribution.component_distribution, z.unsqueeze(-1 - len(distribution.event_shape)))
-        return (components + distribution.mixture_distribution.logits.log_softmax(-1)).logsumexp(-1)
-    if type(distribution) is Independent and type(distribution.base_dist) in (Independent, MixtureSameFamily):
-        parts = _log_density(distribution.base_dist, z)
-        return parts.flatten(-distribution.reinterpreted_batch_ndims).sum(-1)
-    vectors = len(distribution.event_shape) > 0
+        return log_density(z)
+    vectors = support.event_dim > 0
     nan = z.isnan().any(-1) if vectors else z.isnan()
     outside = torch.where(nan, math.nan, -math.inf).to(z.dtype)
     if not bool(inside.any()):
         return outside
     # A point of the support stands in for the others, so that none of their gradients is NaN.
-    if len(distribution.batch_shape) == 0:
+    if sample is None:
         stand_in = z[inside][0].detach()
-    else:  # of the support of each in the batch
+    else:
         with torch.random.fork_rng():
-            stand_in = distribution.sample().to(z)
+            stand_in = sample().to(z)
     kept = torch.where(inside[..., None] if vectors else inside, z, stand_in)
-    return torch.where(inside, distribution.log_prob(kept), outside)
+    return torch.where(inside, log_density(kept), outside)
 
 
 def _with_kernel(distribution: Any, variance: float) -> Distribution:
@@ -298,9 +414,19 @@ def _with_kernel(distribution: Any, variance: float) -> Distribution:
         return Normal(distribution.loc, (distribution.scale.square() + variance).sqrt())
     if type(distribution) is LowRankMultivariateNormal:
         return LowRankMultivariateNormal(distribution.loc, distribution.cov_factor, distribution.cov_diag + variance)
-    covariance = distribution.covariance_matrix
+    covariance = _covariance(distribution)
     unit = torch.eye(len(covariance[-1]), dtype=covariance.dtype, device=covariance.device)
     return MultivariateNormal(distribution.loc, covariance + variance * unit)
+
+
+def _covariance(normal: MultivariateNormal) -> Tensor:
+    """Of the matrix that the distribution was made with. That is the first of the three it has: the others, once asked
+    for, are kept with the graph they then had."""
+    name = next(name for name in vars(normal) if name in ("covariance_matrix", "scale_tril", "precision_matrix"))
+    matrix: Tensor = getattr(normal, name)
+    if name == "scale_tril":
+        return matrix @ matrix.mT
+    return torch.cholesky_inverse(torch.linalg.cholesky(matrix)) if name == "precision_matrix" else matrix
 
 
 def as_law(target: Target) -> Law:
@@ -400,15 +526,22 @@ def wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()
 
 
-def _float64(numbers: Any) -> Tensor:
+def _float64(name: str, numbers: Any) -> Tensor:
+    """The real numbers of an argument as a tensor."""
+    found = reals(name, numbers)
     if isinstance(numbers, Tensor):
         return numbers.double()
-    return torch.as_tensor(numbers, dtype=torch.float64, device=_device())
+    try:
+        return torch.as_tensor(found, dtype=torch.float64, device=_device())
+    except ValueError:
+        raise ValueError(f"{name} must be rows of one length, got rows of several") from None
 
 
-def _device() -> torch.device:
-    """Where numbers are put that no tensor's device says a place for: torch's default device; under the meta device,
-    where models are built to be loaded, the CPU, since these numbers are looked at."""
+def _device() -> torch.device | None:
+    """Where numbers are put that no tensor's device says a place for: torch's default device, which None is as well;
+    under the meta device, where models are built to be loaded, the CPU, since these numbers are looked at."""
+    if torch.compiler.is_compiling():  # which cannot be asked for the default device
+        return None
     device = torch.get_default_device()
     return torch.device("cpu") if device.type == "meta" else device
 

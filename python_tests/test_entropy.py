@@ -6,6 +6,8 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from kdejsd.bandwidth import entropy_bandwidth
 from kdejsd.entropy import collision_probability, collision_probability_from_counts, kde_entropy, renyi_entropy
@@ -163,6 +165,63 @@ def test_very_unequal_variances_are_no_lack_of_rank():
 def test_errors(codes, options, error, message):
     with pytest.raises(error, match=message):
         kde_entropy(codes, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Graphs
+
+
+def exported(function):
+    class Whole(torch.nn.Module):
+        def forward(self, codes):
+            return function(codes)
+
+    return lambda codes: torch.export.export(Whole(), (codes,)).module()(codes)
+
+
+GRAPHS = {
+    "compile": lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"),
+    "compile for any number of codes": lambda f: torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True),
+    "export": exported,
+    "make_fx": lambda f: lambda codes: make_fx(f)(codes.detach().clone())(codes),
+}
+
+
+@pytest.mark.parametrize("graph", list(GRAPHS))
+@pytest.mark.parametrize("options", [{}, {"bandwidth": 0.4}, {"whiten": False}])
+def test_a_graph_of_it_is_whole(options, graph):
+    """Value, gradient and errors are those of the eager call; the graph is for other codes than it was made of."""
+    torch.compiler.reset()
+    whole = GRAPHS[graph](lambda codes: kde_entropy(codes, **options))
+    for seed in (1, 2):
+        codes = normal_samples(40, 3, seed, torch.float64).requires_grad_()
+        value, expected = whole(codes), kde_entropy(codes, **options)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+        if graph != "export":
+            (gradient,), (exact,) = (torch.autograd.grad(v, codes) for v in (value, expected))
+            torch.testing.assert_close(gradient, exact, rtol=1e-9, atol=1e-12)
+    if "compile" in graph:
+        with pytest.raises(ValueError, match="codes must be finite"):
+            whole(normal_samples(40, 3, 1, torch.float64) * math.nan)
+        if options.get("whiten", True):
+            with pytest.raises(ValueError, match="rank 1"):
+                whole(normal_samples(40, 1, 1, torch.float64).expand(40, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    codes = normal_samples(12, 2, dtype=dtype)
+    for bandwidth, whiten in ((None, True), (0.3, False)):
+        torch.library.opcheck(torch.ops.kdejsd.prepared_bandwidth.default, (codes, bandwidth, whiten))
+
+
+def test_half_types_in_a_graph():
+    torch.compiler.reset()
+    codes = normal_samples(40, 3).bfloat16()
+    value = torch.compile(kde_entropy, fullgraph=True, backend="aot_eager")(codes)
+    torch.testing.assert_close(value, kde_entropy(codes))
+    with FakeTensorMode():
+        assert kde_entropy(torch.empty(5, 2)).shape == ()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

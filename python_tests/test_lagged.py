@@ -93,6 +93,14 @@ def test_places_are_the_same_with_room_reserved():
     assert torch.equal(one.own_copy(everyone), other.own_copy(everyone))
 
 
+def test_an_index_beyond_what_is_reserved_is_refused():
+    lagged, codes, indices = make()
+    lagged.reserve(1000)
+    with pytest.raises(ValueError, match="indices must be below 1000, which is reserved, got 1000"):
+        lagged.push(codes[:1], torch.tensor([1000]))
+    assert torch.equal(lagged.codes, codes) and torch.equal(lagged.indices, indices)
+
+
 def test_a_restored_queue_goes_on():
     lagged, _, _ = make()
     lagged.push(torch.ones(7, DIM), torch.arange(7))
@@ -548,14 +556,22 @@ def test_before_the_first_refresh():
         ),
         (torch.zeros(M, DIM), torch.arange(M - 1), ValueError, r"indices must have shape \[40\], got \[39\]"),
         (torch.zeros(M, DIM), torch.arange(M).float(), TypeError, "indices must be int64, got torch.float32"),
+        (torch.zeros(M, DIM), torch.arange(M) == 0, TypeError, "indices must be int64, got torch.bool"),
+        (torch.zeros(M, DIM), list(range(M)), TypeError, "indices must be a tensor, got list"),
+        (torch.zeros(M, DIM), torch.arange(M) + 2**40, ValueError, r"indices must be below 268435456 unless .*reserve"),
+        ([torch.zeros(M, DIM)], torch.arange(M).float(), TypeError, "indices must be int64, got torch.float32"),
+        ([torch.zeros(M, DIM)], torch.arange(1), ValueError, r"indices must have shape \[40\], got \[1\]"),
+        ([[[0.0] * DIM] * M], None, TypeError, "codes must be a tensor, got list"),
+        ([torch.zeros(M + 1, DIM)], None, ValueError, "codes must be 40 in all their parts, got at least 41"),
+        (True, None, TypeError, "codes must be a tensor or an iterable of tensors, got bool"),
+        (torch.tensor(0.0), None, ValueError, r"codes must have shape \[40, 3\], got \[\]"),
     ],
 )
 def test_refresh_refuses(codes, indices, error, text):
-    lagged, _before, _ = make()
-    kept = lagged.codes.clone()
+    lagged, kept, known = make()
     with pytest.raises(error, match=text):
         lagged.refresh(codes, indices)
-    assert torch.equal(lagged.codes, kept)
+    assert torch.equal(lagged.codes, kept) and torch.equal(lagged.indices, known)
 
 
 def test_update_and_push_refuse():
@@ -565,6 +581,12 @@ def test_update_and_push_refuse():
         (lambda: lagged.update(codes[:7, :2], 0), ValueError, r"codes must have shape \[7, 3\], got \[7, 2\]"),
         (lambda: lagged.push(codes[:7], torch.arange(6)), ValueError, r"indices must have shape \[7\], got \[6\]"),
         (lambda: lagged.push(codes[:2] / 0, torch.arange(2)), ValueError, "codes must be finite"),
+        (lambda: lagged.push(codes[:2].tolist(), torch.arange(2)), TypeError, "codes must be a tensor, got list"),
+        (lambda: lagged.push(codes[:2], torch.arange(2) + 2**40), ValueError, "indices must be below 268435456 unless"),
+        (lambda: lagged.update(codes[:2].tolist(), 0), TypeError, "codes must be a tensor, got list"),
+        (lambda: lagged.update(codes[0], 0), ValueError, r"codes must have shape \[3, 3\], got \[3\]"),
+        (lambda: lagged.loss(codes, torch.arange(M) == 0), TypeError, "index must be int64, got torch.bool"),
+        (lambda: lagged.loss(codes, list(range(M))), TypeError, "index must be a tensor, got list"),
         (lambda: LaggedKDE(M, DIM, H).push(codes, torch.arange(M)), RuntimeError, "call refresh.* before push"),
         (lambda: LaggedKDE(M, DIM, H).update(codes, 0), RuntimeError, "call refresh.* before update"),
     ):

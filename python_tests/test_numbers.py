@@ -11,11 +11,29 @@ import torch
 from helpers import points
 
 import kdejsd
-from kdejsd.targets import IsotropicNormal
+from kdejsd.targets import IsotropicNormal, as_law
 
 Q, C = points(4, 2), points(8, 2, seed=1)
 P = torch.tensor([0.5, 0.5]).double()
 HALVES = torch.nn.Linear(2, 2)
+
+
+def lagged() -> kdejsd.LaggedKDE:
+    module = kdejsd.LaggedKDE(3, 2, 1.0)
+    module.refresh(torch.zeros(3, 2), torch.arange(3))
+    return module
+
+
+def updated(start):
+    module = lagged()
+    module.update(torch.ones(1, 2), start)
+    return module.codes
+
+
+def reserved(num_examples):
+    module = lagged()
+    module.reserve(num_examples)
+    return len(module.places)
 
 
 def decode(z):
@@ -52,6 +70,14 @@ INTEGER = {
     "num_centers of LaggedKDE": (lambda n: kdejsd.LaggedKDE(n, 2, 1.0).num_centers, 3),
     "latent_dim of LaggedKDE": (lambda n: kdejsd.LaggedKDE(3, n, 1.0).codes.shape[1], 2),
     "latent_dim of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(n, 5, trials=1).value, 2),
+    "start of update": (updated, 2),
+    "num_examples of reserve": (reserved, 5),
+    "n of StandardNormal.sample": (lambda n: len(kdejsd.StandardNormal(2).sample(n)), 4),
+    "n of GaussianMixture.sample": (lambda n: len(kdejsd.GaussianMixture([[0.0, 0.0]]).sample(n)), 4),
+    "n of a distribution's sample": (
+        lambda n: len(as_law(torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))).sample(n)),
+        4,
+    ),
     "num_centers of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(2, n, trials=1).value, 5),
     "trials of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(2, 5, trials=n).value, 2),
     "seed of optimal_bandwidth": (lambda n: kdejsd.optimal_bandwidth(2, 5, trials=1, seed=n).value, 2),
@@ -105,3 +131,47 @@ def test_what_is_no_number(name):
 def test_one_scale_of_a_mixture_is_a_real_number(wrong):
     with pytest.raises(TypeError, match="scales must be a real number, got"):
         kdejsd.GaussianMixture([[0.0, 0.0], [1.0, 1.0]], wrong)
+
+
+@pytest.mark.parametrize("argument", ["means", "scales", "weights"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: [[True, *row[1:]] for row in x],
+        lambda x: [[str(value) for value in row] for row in x],
+        lambda x: [[None] * len(row) for row in x],
+        lambda x: [torch.ones(len(row), dtype=torch.bool) for row in x],
+        lambda x: np.array(x, bool),
+        lambda x: np.array(x, complex),
+        lambda x: np.array(x, object) > 0,
+        lambda x: torch.tensor(x).bool(),
+        lambda x: torch.tensor(x) * 1j,
+    ],
+)
+def test_the_numbers_of_a_mixture_are_real(argument, make):
+    arguments = {"means": [[0.0, 0.0], [1.0, 1.0]], "scales": [1.0, 2.0], "weights": [0.5, 0.5]}
+    rows = arguments[argument]
+    arguments[argument] = make(rows) if argument == "means" else make([rows])[0]
+    with pytest.raises(TypeError, match=rf"{argument} must be (a real number|real numbers), got"):
+        kdejsd.GaussianMixture(**arguments)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda x: x,
+        tuple,
+        lambda x: np.array(x, np.float32),
+        lambda x: np.array(x, object),
+        lambda x: [np.array(row) for row in x],
+        lambda x: [torch.tensor(row) for row in x],
+        lambda x: [[Fraction(value) for value in row] for row in x],
+        lambda x: [[int(value) for value in row] for row in x],
+        lambda x: torch.tensor(x).long(),
+    ],
+)
+def test_the_numbers_of_a_mixture_are_of_every_kind(kind):
+    means = kdejsd.GaussianMixture(kind([[0.0, 2.0], [1.0, 3.0]])).means
+    assert torch.equal(means, torch.tensor([[0, 2], [1, 3]]).double())
+    with pytest.raises(ValueError, match="means must be rows of one length, got rows of several"):
+        kdejsd.GaussianMixture([[0.0, 2.0], [1.0]])

@@ -13,6 +13,7 @@ from helpers import DEVICES, DTYPES, generator, points, worst
 from scipy.integrate import quad
 from scipy.special import logsumexp
 from scipy.stats import chisquare, multivariate_normal
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.distributions import (
     Beta,
@@ -28,6 +29,7 @@ from torch.distributions import (
     TransformedDistribution,
     Uniform,
 )
+from torch.distributions.transforms import AffineTransform, ComposeTransform, SigmoidTransform
 
 from kdejsd import GaussianMixture, LaggedKDE, StandardNormal, jsd_loss
 from kdejsd.targets import IsotropicNormal, Target, as_law, checked_target, law_moments
@@ -282,6 +284,47 @@ def test_no_parameters_to_train_and_copies(name):
     assert torch.equal(copy.deepcopy(law).log_prob(z), law.log_prob(z))
 
 
+COMPILED = {
+    "tensors": lambda z, means: GaussianMixture(means, means[:, 0].abs(), means[:, 1].abs()).log_prob(z),
+    "lists": lambda z, means: GaussianMixture([[0.0, 1, 2.0], [1, 2, 3]], [0.5, 1.0]).log_prob(z),
+    "one scale": lambda z, means: GaussianMixture(means, 0.5).log_prob(z),
+    "array": lambda z, means: GaussianMixture(np.eye(3), 0.5).log_prob(z),
+    "smoothed": lambda z, means: GaussianMixture(means).smoothed(0.5).log_prob(z),
+    "components": lambda z, means: GaussianMixture(means).component_log_prob(z),
+    "moments": lambda z, means: torch.stack(GaussianMixture(means, 2.0).moments()) + z.sum(),
+    "normal": lambda z, means: torch.stack(StandardNormal(3).smoothed(0.5).moments()) + z.sum(),
+    "loss": lambda z, means: jsd_loss(z, z.detach() + 1, 0.5, target=GaussianMixture(means)),
+}
+
+
+@pytest.mark.parametrize("name", list(COMPILED))
+def test_a_law_may_be_made_in_a_compiled_graph(name):
+    torch.compiler.reset()
+    compiled = torch.compile(COMPILED[name], fullgraph=True, backend="aot_eager")
+    for seed in (1, 2):
+        arguments = points(5, 3, seed=seed).requires_grad_(), points(2, 3, seed=seed + 2)
+        value, expected = compiled(*arguments), COMPILED[name](*arguments)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+        gradients = (torch.autograd.grad(v.sum(), arguments[0])[0] for v in (value, expected))
+        torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_a_compiled_graph_refuses_what_can_be_no_mixture():
+    torch.compiler.reset()
+    compiled = torch.compile(COMPILED["tensors"], fullgraph=True, backend="aot_eager")
+    compiled(points(5, 3), points(2, 3))
+    with pytest.raises(ValueError, match="means must be finite"):
+        compiled(points(5, 3), points(2, 3) + torch.tensor([0, 0, math.inf]))
+    with pytest.raises(ValueError, match="scales must be positive and finite, got"):
+        compiled(points(5, 3), points(2, 3) * torch.tensor([0, 1, 1]))
+
+
+def test_a_fake_mixture():
+    with FakeTensorMode():
+        assert GaussianMixture(torch.empty(4, 3), 0.5).log_prob(torch.empty(5, 3)).shape == (5,)
+    torch.library.opcheck(torch.ops.kdejsd.mixture.default, (points(4, 3).T, points(3).exp(), points(3).exp()))
+
+
 def test_representations():
     assert repr(StandardNormal(3).smoothed(0.5)) == "IsotropicNormal(dim=3, variance=1.25)"
     assert repr(StandardNormal(3)) == "StandardNormal(dim=3, variance=1)"
@@ -328,6 +371,77 @@ def test_normal_distributions_are_smoothed(name):
         law.smoothed(0)
 
 
+def laws_of_two_dtypes():
+    loc, scale, factor = torch.tensor([0.5, -1.0]), torch.tensor([2.0, 0.5]), torch.tensor([[1.0], [0.3]])
+    covariance = torch.diag(scale) + factor @ factor.T
+    pair = Categorical(torch.ones(2))
+    return {
+        "multivariate": lambda d: MultivariateNormal(loc.to(d), covariance.to(d)),
+        "low rank": lambda d: LowRankMultivariateNormal(loc.to(d), factor.to(d), scale.to(d)),
+        "mixture": lambda d: MixtureSameFamily(
+            pair, LowRankMultivariateNormal(loc.to(d).expand(2, 2), factor.to(d), scale.to(d))
+        ),
+        "transformed": lambda d: TransformedDistribution(
+            LowRankMultivariateNormal(loc.to(d), factor.to(d), scale.to(d)), AffineTransform(0.0, 2.0)
+        ),
+    }
+
+
+@pytest.mark.parametrize("of_codes", DTYPES)
+@pytest.mark.parametrize("of_law", DTYPES)
+@pytest.mark.parametrize("name", list(laws_of_two_dtypes()))
+def test_codes_and_parameters_may_have_different_dtypes(name, of_law, of_codes):
+    make = laws_of_two_dtypes()[name]
+    z = points(5, 2).to(of_codes).requires_grad_()
+    value = as_law(make(of_law)).log_prob(z)
+    torch.testing.assert_close(value.double(), make(torch.float64).log_prob(z.double()), rtol=1e-5, atol=1e-5)
+    assert torch.autograd.grad(value.sum(), z)[0].dtype == of_codes
+    if name != "transformed":
+        assert as_law(make(of_law)).smoothed(0.5).log_prob(z).isfinite().all()
+
+
+def laws_to_be_learnt(loc, scale):
+    """Normal laws of leaf parameters [2], and what their covariance is."""
+    matrix = scale.detach().diag().requires_grad_(scale.requires_grad)
+    pair = Categorical(torch.ones(2))
+    return {
+        "independent": (Independent(Normal(loc, scale), 1), scale),
+        "covariance": (MultivariateNormal(loc, matrix), matrix),
+        "scale": (MultivariateNormal(loc, scale_tril=matrix), matrix),
+        "precision": (MultivariateNormal(loc, precision_matrix=matrix), matrix),
+        "low rank": (LowRankMultivariateNormal(loc, torch.ones(2, 1), scale), scale),
+        "mixture": (MixtureSameFamily(pair, Independent(Normal(loc.detach().expand(2, 2), scale), 1)), scale),
+    }
+
+
+@pytest.mark.parametrize("name", list(laws_to_be_learnt(torch.zeros(2), torch.ones(2))))
+def test_a_smoothed_law_follows_parameters_that_are_learnt(name):
+    loc, scale = torch.tensor([0.5, -0.5], requires_grad=True), torch.tensor([1.0, 2.0], requires_grad=True)
+    distribution, spread = laws_to_be_learnt(loc, scale)[name]
+    with torch.no_grad():  # how the law was made says nothing of how it is used
+        law = as_law(distribution).smoothed(0.3).smoothed(0.4)
+    z = points(5, 2).float()
+    gradients = [torch.autograd.grad(law.log_prob(z).sum(), spread)[0] for _ in range(2)]
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0
+    with torch.no_grad():
+        spread *= 1.5
+    fresh = laws_to_be_learnt(loc.detach(), spread.detach() if spread is scale else spread.detach().diagonal())[name][0]
+    exact = as_law(fresh).smoothed(0.5).log_prob(z)
+    torch.testing.assert_close(law.log_prob(z), exact)
+    if name == "independent":  # torch's others are not copied themselves where a parameter needs a gradient
+        lagged = copy.deepcopy(LaggedKDE(4, 2, 0.5, distribution))
+        torch.testing.assert_close(lagged.law.log_prob(z), exact)
+
+
+def test_a_smoothed_law_is_computed_once_where_its_spread_is_fixed():
+    loc = torch.zeros(2, requires_grad=True)
+    law = as_law(Independent(Normal(loc, torch.ones(2)), 1)).smoothed(0.5)
+    assert law.distribution is law.distribution
+    with torch.no_grad():
+        loc += 1
+    assert law.log_prob(torch.ones(2)).item() == pytest.approx(-math.log(2 * math.pi * 1.25))
+
+
 @pytest.mark.parametrize("validate", [True, False])
 @pytest.mark.parametrize(
     ("make", "inside", "outside"),
@@ -362,6 +476,67 @@ def test_outside_of_the_support_the_density_is_0(make, inside, outside, validate
     (gradient,) = torch.autograd.grad(terms[:2].sum(), z)
     assert gradient[:2].isfinite().all() and gradient[0].abs().sum() > 0
     assert jsd_loss(z, centers, 0.5, target=distribution, reduction="none", divergence="kl")[1].isposinf()
+
+
+def affine(base, scale=2.0):
+    return TransformedDistribution(base, [AffineTransform(3.0, scale)], validate_args=base._validate_args)
+
+
+@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize(
+    ("make", "inside", "outside"),
+    [
+        (lambda v: affine(Independent(Exponential(torch.ones(2), validate_args=v), 1)), 3.5, 2.5),
+        (lambda v: affine(Independent(Exponential(torch.ones(2), validate_args=v), 1), -2.0), 2.5, 3.5),
+        (lambda v: affine(Independent(Uniform(torch.zeros(2), 1.0, validate_args=v), 1)), 3.5, 5.5),
+        (lambda v: affine(Independent(Beta(torch.full((2,), 2.0), 3.0, validate_args=v), 1)), 4.5, 5.5),
+        (lambda v: Independent(affine(Exponential(torch.ones(2), validate_args=v)), 1, validate_args=v), 3.5, 2.5),
+        (lambda v: affine(affine(Independent(Exponential(torch.ones(2), validate_args=v), 1))), 9.5, 8.5),
+        # What the last of several transforms can give is not all that they can give together.
+        (
+            lambda v: TransformedDistribution(
+                Independent(Normal(torch.zeros(2), 1.0), 1), [ExpTransform(), AffineTransform(3.0, 2.0)], v
+            ),
+            *(3.5, 2.5),
+        ),
+        (
+            lambda v: TransformedDistribution(
+                Independent(Normal(torch.zeros(2), 1.0), 1),
+                ComposeTransform([SigmoidTransform(), AffineTransform(3.0, 2.0)]),
+                v,
+            ),
+            *(4.5, 5.5),
+        ),
+        (
+            lambda v: TransformedDistribution(
+                Independent(Exponential(torch.ones(2), validate_args=v), 1), ExpTransform(), v
+            ),
+            *(1.5, 0.5),
+        ),
+    ],
+)
+def test_outside_of_a_transformed_support_the_density_is_0(make, inside, outside, validate):
+    distribution = make(validate)
+    z = torch.tensor([[inside, inside], [outside, inside], [math.nan, inside], [outside, outside]], requires_grad=True)
+    exact = distribution.log_prob(z[:1])
+    value = as_law(distribution).log_prob(z)
+    assert torch.equal(value[:1], exact) and value[[1, 3]].isneginf().all() and value[2].isnan()
+    if exact.requires_grad:
+        (gradient,) = torch.autograd.grad(value[[0, 1, 3]].sum(), z)
+        assert torch.equal(gradient[0], torch.autograd.grad(exact, z)[0][0]) and (gradient[1:] == 0).all()
+    assert as_law(distribution).log_prob(z[3:]).isneginf().all()
+    law = as_law(distribution)
+    assert law.log_prob(law.sample(1000, generator())).isfinite().all()
+
+
+def test_a_mixture_of_transformed_laws_has_the_supports_of_all_its_components():
+    shifts, state = torch.tensor([[0.0, 0.0], [1.0, 1.0]]), torch.get_rng_state()
+    components = TransformedDistribution(Uniform(torch.zeros(2, 2), 1.0), AffineTransform(shifts, 1.0))
+    law = as_law(MixtureSameFamily(Categorical(torch.tensor([0.25, 0.75])), Independent(components, 1)))
+    found = law.log_prob(torch.tensor([[0.5, 0.5], [1.5, 1.5], [0.5, 1.5], [math.nan, 1.5]]))
+    expected = torch.tensor([math.log(0.25), math.log(0.75), -math.inf, math.nan])
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def uniform_components(validate):

@@ -31,6 +31,8 @@ _KERNEL_DEVICES = ("cpu", "cuda")
 
 library = torch.library.Library("kdejsd", "DEF")  # registrations end with this object
 TAGS = (torch.Tag.pt2_compliant_tag,)
+# Of operators that look at values, which waits for the device: no CUDA graph has them. Older torch has no such tag.
+LOOKING_TAGS = (*TAGS, *(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)))
 
 
 def road(arguments: Sequence[Tensor | float | None]) -> Literal["kernel", "operator", "reference"]:

@@ -532,6 +532,15 @@ def test_errors_of_the_settings_are_one_line(run, tmp_path, args, status, messag
     assert re.fullmatch(f"kdejsd fit: error: {message}\n", done.err)
 
 
+@pytest.mark.parametrize("model", ["GEN", "AE"])
+@pytest.mark.parametrize("limit", ["max_steps=0", "max_epochs=0", "limit_train_batches=0", "max_time=00:00:00:00"])
+def test_a_run_without_a_step_says_so_and_has_no_report(run, tmp_path, model, limit):
+    lagged = ["--model.num_lagged=50", "--model.bandwidth=1"] if model == "GEN" else []
+    done = run("fit", f"--model={model}", *lagged, f"--trainer.{limit}", "--out=out", cwd=tmp_path, status=1)
+    assert "nothing was left to train: the trainer's limits must leave one step at least, got max_epochs=" in done.err
+    assert limit in done.err and done.err.count("error") == 1 and not (tmp_path / "out" / "metrics.json").exists()
+
+
 def test_the_traceback_is_there_when_it_is_asked_for(run, monkeypatch, tmp_path):
     monkeypatch.setenv("KDEJSD_DEBUG", "1")
     with pytest.raises(ValueError, match="train_size must be at least batch_size"):

@@ -9,8 +9,10 @@ import math
 import os
 import struct
 import sys
+import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -496,6 +498,31 @@ def test_a_picture_that_the_system_cannot_read(tmp_path, monkeypatch):
         ImageFolder(str(tmp_path), batch_size=1).setup()
 
 
+def with_damaged_exif() -> bytes:
+    picture = Image.new("RGB", (8, 8))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x09\0\0\0")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(None, "Image size .64 pixels. exceeds limit of 50 pixels"), (with_damaged_exif(), "Corrupt EXIF data")],
+)
+def test_what_pillow_warns_of_a_picture_has_its_name(tmp_path, monkeypatch, content, text):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50 if content is None else 1000)
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (8, 8) if name == "a.jpg" else (4, 4)).save(tmp_path / name)
+    if content is not None:
+        (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.warns(UserWarning if content else Image.DecompressionBombWarning, match=text) as said:
+        ImageFolder(tmp_path, batch_size=1).setup()
+    assert {str(warning.message).split(":")[0] for warning in said} == {f"the picture {tmp_path}/a.jpg"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning if content is None else UserWarning)
+        ImageFolder(tmp_path, batch_size=1).setup()
+
+
 def write_pictures(root, **counts: int) -> None:
     """Grey pictures in folders, by their paths; a picture's value is its folder's place."""
     for place, (folder, count) in enumerate(counts.items()):
@@ -608,12 +635,12 @@ def test_a_split_is_understood(tmp_path, capsys, first, other):
 
 
 def test_of_two_parts_to_hold_out_the_validation_is_taken(tmp_path, capsys):
-    write_pictures(tmp_path, **{"train": 2, "val": 2, "test": 3, "more/a": 1, "train/empty": 0})
+    write_pictures(tmp_path, **{"train": 2, "val": 2, "test": 3, "more": 0, "train/empty": 0})
     training, held_out, said = found_by(capsys, tmp_path)
     assert training == [(0, -1)] * 2 and held_out == [(10, -1)] * 2
     assert said == (
         f"2 pictures to train on in {tmp_path}/train, 2 held out in {tmp_path}/val; no classes; "
-        "left out: 4 pictures in neither part (more, test); 1 folder without pictures (train/empty)"
+        "left out: 3 pictures in neither part (test); 2 folders without pictures (more, train/empty)"
     )
 
 
@@ -635,10 +662,18 @@ def test_splits_that_are_refused(tmp_path, counts, text):
         ImageFolder(tmp_path, batch_size=1).setup()
 
 
-def test_a_class_may_have_the_name_of_a_part(tmp_path, capsys):
-    write_pictures(tmp_path, car=2, train=2)
+@pytest.mark.parametrize("names", [("car", "train"), ("car", "test", "train"), ("Train", "bus", "car", "val")])
+def test_a_class_may_have_the_name_of_a_part(tmp_path, capsys, names):
+    write_pictures(tmp_path, **dict.fromkeys(names, 2))
+    training, held_out, said = found_by(capsys, tmp_path)
+    assert sorted(training + held_out) == sorted(2 * [(10 * label, label) for label in range(len(names))])
+    assert said.endswith(f"classes: {', '.join(f'{name} 2' for name in names)}")
+
+
+def test_folders_of_classes_named_as_parts_are_no_split_elsewhere(tmp_path, capsys):
+    write_pictures(tmp_path, **{"car/test": 1, "car/train": 1, "car/road": 1, "bus": 1})
     training, held_out, _ = found_by(capsys, tmp_path)
-    assert sorted(training + held_out) == [(0, 0), (0, 0), (10, 1), (10, 1)]
+    assert sorted(training + held_out) == [(0, 1), (10, 1), (20, 1), (30, 0)]
 
 
 @pytest.mark.parametrize("below", ["", "svhn"])
@@ -818,6 +853,15 @@ def test_labels_are_hidden_but_for_some_drawn_by_the_seed():
 def test_refusals(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_a_batch_of_all_devices_is_no_larger_than_the_training_set():
+    data = Digits(batch_size=150, train_size=300)
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2)
+    assert len(data.train_dataloader()) == 1
+    data.trainer.world_size = 4
+    with pytest.raises(ValueError, match="batch_size must be at most 75, 300 training images for 4 devices, got 150"):
+        data.train_dataloader()
 
 
 def test_real_mnist():

@@ -240,7 +240,13 @@ class ImageData(pl.LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return BatchLoader(self.training, BatchOrder(len(self.training), self.batch_size, self.seed, rank, ranks))
+        count = len(self.training)
+        if self.batch_size * ranks > count:
+            raise ValueError(
+                f"batch_size must be at most {count // ranks}, {count} training images for {ranks} devices, got "
+                f"{self.batch_size}"
+            )
+        return BatchLoader(self.training, BatchOrder(count, self.batch_size, self.seed, rank, ranks))
 
     def val_dataloader(self) -> BatchLoader:
         """All of the held-out images on every rank: what is measured is the same on any number of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,8 @@ class Pictures:
 
     def _read(self, path: Path) -> Tensor:
         try:
-            with Image.open(path) as picture:
+            # Pillow's warnings, of a very large picture or of damaged EXIF data, do not say which one they are about.
+            with warnings.catch_warnings(record=True) as said, Image.open(path) as picture:
                 pixels = np.array(self.prepare(in_bytes(picture)))
         except FileNotFoundError:
             raise FileNotFoundError(f"the picture {path} is missing{self.hint}") from None
@@ -111,6 +113,8 @@ class Pictures:
             if isinstance(error, OSError) and error.errno is not None:  # the system's: Pillow's own have no number
                 kind, reason = type(error), str(error.strerror)
             raise kind(f"the picture {path} cannot be read: {reason}{self.hint}") from error
+        for warning in said:
+            warnings.warn(f"the picture {path}: {warning.message}", warning.category, stacklevel=1)
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
@@ -118,9 +122,9 @@ class ImageFolder(ImageData):
     """A folder of pictures; those in its subfolders too, and then the first subfolder is the class.
 
     Classes are numbered in the order of their names as text: 10 comes before 2. A root with a folder train (or
-    training) and a folder val, valid, validation, test or testing holds a split: what is in the first is trained on,
-    what is in the other (the first of these that is there) is held out, and the folders in them are the classes. What
-    was found, and what was left out, is said on one line.
+    training) and a folder val, valid, validation, test or testing, and with pictures in no folder of another name,
+    holds a split: what is in the first is trained on, what is in the other (the first of these that is there) is held
+    out, and the folders in them are the classes. What was found, and what was left out, is said on one line.
 
     Hidden files and folders, and those of the system (__MACOSX), are left out; links are followed.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._extras import train_extra
-from .._plain import plain
+from .._numbers import between, integer
 from .base import ImageData, ImageSet, find, folder_of, note
 from .tree import Tree, check_whole, classes_of, left_out, parts_of, read_tree, shortened
 
@@ -152,15 +152,11 @@ class ImageFolder(ImageData):
         self, root: str | os.PathLike[str], size: int = 32, channels: int = 3, held_out: float = 0.1, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        size, channels, held_out = plain(size, "size"), plain(channels, "channels"), plain(held_out, "held_out")
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+        size, channels = integer("size", size, 1), integer("channels", channels, 1)
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
         self.root = folder_of(root)
-        self.held_out_share = held_out
+        self.held_out_share = between("held_out", held_out, 0, 1)
         self.image_shape = (channels, size, size)
 
     def load(self) -> tuple[Pictures, Pictures]:

@@ -614,7 +614,8 @@ def test_the_command_needs_no_backend_of_matplotlib(tmp_path):
 
 
 def test_bandwidth(run, tmp_path):
-    out = run("bandwidth", "--latent_dim=2", "--num_centers=250", "--trials=4", cwd=tmp_path).out
+    out, err = run("bandwidth", "--latent_dim=2", "--num_centers=250", "--trials=4", cwd=tmp_path)
+    assert err == "searching the bandwidth for 250 centers in 2 dimensions, the mean of 4 trials\n"
     value, spread = (float(x) for x in re.findall(r"\d+\.\d+", out))
     assert 0.3 < value < 0.7 and 0 < spread < 0.2
     assert "4 trials" in out

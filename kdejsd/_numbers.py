@@ -72,6 +72,19 @@ def positive(name: str, value: RealNumber) -> float:
     return number
 
 
+def not_negative(name: str, value: RealNumber) -> float:
+    """`real`, of one that is at least 0 and finite.
+
+    Raises:
+        TypeError: as in `real`.
+        ValueError: a negative number, NaN or infinity.
+    """
+    number = real(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} must be at least 0 and finite, got {number}")
+    return number
+
+
 def between(name: str, value: RealNumber, low: float, high: float) -> float:
     """`real`, of one that is above `low` and below `high`.
 

@@ -127,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bandwidth(args: argparse.Namespace) -> int:
+    print(
+        f"searching the bandwidth for {args.num_centers} centers in {args.latent_dim} dimensions, the mean of "
+        f"{args.trials} trials",
+        file=sys.stderr,
+        flush=True,
+    )
     found = optimal_bandwidth(
         args.latent_dim,
         args.num_centers,

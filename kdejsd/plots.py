@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ._extras import train_extra
 from ._modes import evaluating
+from ._numbers import integer, positive
 from .diversity.bounds import uniform_radius_bound
 from .diversity.labels import Map, latent_labels, models_like
 from .targets import GaussianMixture, IsotropicNormal, Law, Target, as_law, checked_target
@@ -97,11 +98,8 @@ def latent_classes(
             f"labels must have one entry for each of the codes, got {list(labels.shape)} for "
             f"{'no codes' if codes is None else f'{len(codes)} codes'}"
         )
-    extent = _extent(law) if extent is None else extent
-    if not 0 < extent < math.inf:
-        raise ValueError(f"extent must be positive and finite, got {extent}")
-    if resolution < 2:
-        raise ValueError(f"resolution must be at least 2, got {resolution}")
+    extent = positive("extent", _extent(law) if extent is None else extent)
+    resolution = integer("resolution", resolution, 2)
 
     line = ((torch.arange(resolution).double() + 0.5) / resolution * 2 - 1) * extent  # centers of the pixels
     y, x = torch.meshgrid(line, line, indexing="ij")
@@ -199,8 +197,7 @@ def between(start: Tensor, end: Tensor, *, steps: int = 10, path: Literal["line"
         raise ValueError(
             f"start and end must have the same shape [n, d], got {list(start.shape)} and {list(end.shape)}"
         )
-    if steps < 2:
-        raise ValueError(f"steps must be at least 2, got {steps}")
+    steps = integer("steps", steps, 2)
     if path not in ("line", "arc"):
         raise ValueError(f'path must be "line" or "arc", got {path!r}')
     share = torch.linspace(0, 1, steps, dtype=torch.float64, device=start.device)[:, None]
@@ -336,8 +333,7 @@ def _cells(images: Tensor, columns: int) -> Tensor:
     """[n, C, H, W] -> [rows (H + 1), columns (W + 1), C], images apart by a line and missing ones white."""
     if images.ndim != 4 or images.numel() == 0 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must have shape [n, C, H, W], C = 1 or 3, got {list(images.shape)}")
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
+    columns = integer("columns", columns, 1)
     n, channels, height, width = images.shape
     rows = -(-n // columns)
     cells = torch.ones(rows * columns, channels, height + 1, width + 1)

@@ -62,6 +62,10 @@ def fit(args: list[str]) -> int:
         if isinstance(error, OSError) and error.errno is not None:  # not one of ours: the logger's, of a full disk
             raise OSError(f"the run cannot write to {cli.folder}: {error.strerror}") from error
         raise
+    if cli.trainer.global_step == 0:
+        limits = ("max_epochs", "max_steps", "max_time", "limit_train_batches")
+        given = ", ".join(f"{name}={getattr(cli.config_init.trainer, name)}" for name in limits)
+        raise ValueError(f"nothing was left to train: the trainer's limits must leave one step at least, got {given}")
     if not cli.trainer.is_global_zero:
         return 0
     # The report is of what the checkpoint holds, as evaluate and score read it: in float32, whatever the precision was,

@@ -512,7 +512,7 @@ def test_errors_of_a_user_are_one_line(run, tmp_path):
     [
         (["--model=GAN", "--model.objective=x"], 2, r"--model\.objective: expected one of 'minimax', .*'f-gan', got x"),
         (["--model.latent_dim=x"], 2, "--model.latent_dim: expected int, got x"),
-        (["--model.latent_dim=0"], 1, r"hidden and latent_dim must be at least 1, got \[512, 256\] and 0"),
+        (["--model.latent_dim=0"], 1, r"latent_dim must be at least 1, got 0"),
         (["--model.target=GaussianMixture"], 2, "--model.target: .* required: means"),
         (["--model.network=Conv"], 1, r"Conv takes square images of side 28, 32 or 64, got image_shape \[1, 8, 8\].*"),
         (["--model.network=Nope"], 2, "--model.network: .*Nope.*"),
@@ -530,6 +530,15 @@ def test_errors_of_the_settings_are_one_line(run, tmp_path, args, status, messag
     (tmp_path / "broken.yaml").write_text("model: {latent_dim: [1")
     done = run("fit", *args, "--out=out", cwd=tmp_path, status=status)
     assert re.fullmatch(f"kdejsd fit: error: {message}\n", done.err)
+
+
+@pytest.mark.parametrize("model", ["GEN", "AE"])
+@pytest.mark.parametrize("limit", ["max_steps=0", "max_epochs=0", "limit_train_batches=0", "max_time=00:00:00:00"])
+def test_a_run_without_a_step_says_so_and_has_no_report(run, tmp_path, model, limit):
+    lagged = ["--model.num_lagged=50", "--model.bandwidth=1"] if model == "GEN" else []
+    done = run("fit", f"--model={model}", *lagged, f"--trainer.{limit}", "--out=out", cwd=tmp_path, status=1)
+    assert "nothing was left to train: the trainer's limits must leave one step at least, got max_epochs=" in done.err
+    assert limit in done.err and done.err.count("error") == 1 and not (tmp_path / "out" / "metrics.json").exists()
 
 
 def test_the_traceback_is_there_when_it_is_asked_for(run, monkeypatch, tmp_path):
@@ -605,7 +614,8 @@ def test_the_command_needs_no_backend_of_matplotlib(tmp_path):
 
 
 def test_bandwidth(run, tmp_path):
-    out = run("bandwidth", "--latent_dim=2", "--num_centers=250", "--trials=4", cwd=tmp_path).out
+    out, err = run("bandwidth", "--latent_dim=2", "--num_centers=250", "--trials=4", cwd=tmp_path)
+    assert err == "searching the bandwidth for 250 centers in 2 dimensions, the mean of 4 trials\n"
     value, spread = (float(x) for x in re.findall(r"\d+\.\d+", out))
     assert 0.3 < value < 0.7 and 0 < spread < 0.2
     assert "4 trials" in out

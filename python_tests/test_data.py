@@ -9,8 +9,10 @@ import math
 import os
 import struct
 import sys
+import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -269,7 +271,7 @@ def test_settings_become_plain_values(tmp_path):
         state = data.train_dataloader().state_dict() if data is grid else {}
         assert {type(value) for value in state.values()} <= {int}
     assert [type(value) for value in folder.image_shape] == [int] * 3
-    with pytest.raises(TypeError, match=r"train_size must be a plain value, .*, got set"):
+    with pytest.raises(TypeError, match=r"train_size must be an integer, got \{300\} of type set"):
         Digits(train_size={300})
 
 
@@ -496,6 +498,31 @@ def test_a_picture_that_the_system_cannot_read(tmp_path, monkeypatch):
         ImageFolder(str(tmp_path), batch_size=1).setup()
 
 
+def with_damaged_exif() -> bytes:
+    picture = Image.new("RGB", (8, 8))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x09\0\0\0")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(None, "Image size .64 pixels. exceeds limit of 50 pixels"), (with_damaged_exif(), "Corrupt EXIF data")],
+)
+def test_what_pillow_warns_of_a_picture_has_its_name(tmp_path, monkeypatch, content, text):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50 if content is None else 1000)
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (8, 8) if name == "a.jpg" else (4, 4)).save(tmp_path / name)
+    if content is not None:
+        (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.warns(UserWarning if content else Image.DecompressionBombWarning, match=text) as said:
+        ImageFolder(tmp_path, batch_size=1).setup()
+    assert {str(warning.message).split(":")[0] for warning in said} == {f"the picture {tmp_path}/a.jpg"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning if content is None else UserWarning)
+        ImageFolder(tmp_path, batch_size=1).setup()
+
+
 def write_pictures(root, **counts: int) -> None:
     """Grey pictures in folders, by their paths; a picture's value is its folder's place."""
     for place, (folder, count) in enumerate(counts.items()):
@@ -608,12 +635,12 @@ def test_a_split_is_understood(tmp_path, capsys, first, other):
 
 
 def test_of_two_parts_to_hold_out_the_validation_is_taken(tmp_path, capsys):
-    write_pictures(tmp_path, **{"train": 2, "val": 2, "test": 3, "more/a": 1, "train/empty": 0})
+    write_pictures(tmp_path, **{"train": 2, "val": 2, "test": 3, "more": 0, "train/empty": 0})
     training, held_out, said = found_by(capsys, tmp_path)
     assert training == [(0, -1)] * 2 and held_out == [(10, -1)] * 2
     assert said == (
         f"2 pictures to train on in {tmp_path}/train, 2 held out in {tmp_path}/val; no classes; "
-        "left out: 4 pictures in neither part (more, test); 1 folder without pictures (train/empty)"
+        "left out: 3 pictures in neither part (test); 2 folders without pictures (more, train/empty)"
     )
 
 
@@ -635,10 +662,18 @@ def test_splits_that_are_refused(tmp_path, counts, text):
         ImageFolder(tmp_path, batch_size=1).setup()
 
 
-def test_a_class_may_have_the_name_of_a_part(tmp_path, capsys):
-    write_pictures(tmp_path, car=2, train=2)
+@pytest.mark.parametrize("names", [("car", "train"), ("car", "test", "train"), ("Train", "bus", "car", "val")])
+def test_a_class_may_have_the_name_of_a_part(tmp_path, capsys, names):
+    write_pictures(tmp_path, **dict.fromkeys(names, 2))
+    training, held_out, said = found_by(capsys, tmp_path)
+    assert sorted(training + held_out) == sorted(2 * [(10 * label, label) for label in range(len(names))])
+    assert said.endswith(f"classes: {', '.join(f'{name} 2' for name in names)}")
+
+
+def test_folders_of_classes_named_as_parts_are_no_split_elsewhere(tmp_path, capsys):
+    write_pictures(tmp_path, **{"car/test": 1, "car/train": 1, "car/road": 1, "bus": 1})
     training, held_out, _ = found_by(capsys, tmp_path)
-    assert sorted(training + held_out) == [(0, 0), (0, 0), (10, 1), (10, 1)]
+    assert sorted(training + held_out) == [(0, 1), (10, 1), (20, 1), (30, 0)]
 
 
 @pytest.mark.parametrize("below", ["", "svhn"])
@@ -805,19 +840,28 @@ def test_labels_are_hidden_but_for_some_drawn_by_the_seed():
     [
         (lambda: Digits(batch_size=0), "batch_size must be at least 1, got 0"),
         (lambda: Digits(train_size=50), "train_size must be at least batch_size = 100, got 50"),
-        (lambda: Digits(labelled_size=-1), "labelled_size must not be negative, got -1"),
+        (lambda: Digits(labelled_size=-1), "labelled_size must be at least 0, got -1"),
         (lambda: Digits(train_size=300, labelled_size=301).setup(), "labelled_size must be at most 300, .* got 301"),
-        (lambda: Digits(seed=-1), "seed must not be negative, got -1"),
+        (lambda: Digits(seed=-1), "seed must be at least 0, got -1"),
         (lambda: Digits(train_size=1439).setup(), "train_size must be at most 1438, .* got 1439"),
         (lambda: Digits(batch_size=1439).setup(), "batch_size must be at most 1438, .* got 1439"),
         (lambda: ImageFolder("x", size=0), "size must be at least 1, got 0"),
         (lambda: ImageFolder("x", channels=4), r"channels must be 1 \(grey\) or 3 \(colour\), got 4"),
-        (lambda: ImageFolder("x", held_out=1.0), r"held_out must be between 0 and 1, got 1\.0"),
+        (lambda: ImageFolder("x", held_out=1.0), r"held_out must be above 0 and below 1, got 1\.0"),
     ],
 )
 def test_refusals(call, text):
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_a_batch_of_all_devices_is_no_larger_than_the_training_set():
+    data = Digits(batch_size=150, train_size=300)
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2)
+    assert len(data.train_dataloader()) == 1
+    data.trainer.world_size = 4
+    with pytest.raises(ValueError, match="batch_size must be at most 75, 300 training images for 4 devices, got 150"):
+        data.train_dataloader()
 
 
 def test_real_mnist():
@@ -890,10 +934,10 @@ def test_measures_of_the_modes():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: Grid2D(-1), "n must not be negative, got -1"),
+        (lambda: Grid2D(-1), "n must be at least 0, got -1"),
         (lambda: Grid2D(num_samples=1), "num_samples must be at least 2, got 1"),
-        (lambda: Grid2D(held_out=1.0), r"held_out must be above 0 and leave points to train on, got 1\.0"),
-        (lambda: Grid2D(num_samples=3, held_out=0.9), r"held_out must be above 0 and leave .*, got 0\.9"),
+        (lambda: Grid2D(held_out=1.0), r"held_out must be above 0 and below 1, got 1\.0"),
+        (lambda: Grid2D(num_samples=3, held_out=0.9), r"held_out must leave points to train on, got 0\.9"),
         (lambda: Grid2D(num_samples=100).training, "batch_size must be at most 90, the number of training images"),
     ],
 )

@@ -355,8 +355,8 @@ def networks(packing: int = 1) -> tuple[nn.Module, nn.Module]:
         (lambda: make("hinge"), "objective must be one of minimax, non-saturating, wgan, .*, got 'hinge'"),
         (lambda: make(packing=0), "packing must be at least 1, got 0"),
         (lambda: make(discriminator_steps=0), "discriminator_steps must be at least 1, got 0"),
-        (lambda: make("wgan", clip=0.0), r"clip must be positive, got 0\.0"),
-        (lambda: make("wgan-gp", gradient_penalty=-1.0), r"gradient_penalty must not be negative, got -1\.0"),
+        (lambda: make("wgan", clip=0.0), r"clip must be positive and finite, got 0\.0"),
+        (lambda: make("wgan-gp", gradient_penalty=-1.0), r"gradient_penalty must be at least 0 and finite, got -1\.0"),
         (
             lambda: make("wgan-gp", shape=(1, 28, 28), network=Conv),
             "discriminator must have no batch normalisation for .*--model.network.encoder_batch_norm false",

@@ -314,9 +314,9 @@ def networks(width: int = 2) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: AAE(*networks(), 2, weight=-1.0), r"weight must not be negative, got -1\.0"),
-        (lambda: WAE(*networks(), 2, weight=-1.0), r"weight must not be negative, got -1\.0"),
-        (lambda: AAE(*networks(), 2, discriminator_hidden=()), r"discriminator_hidden must be widths .*, got \[\]"),
+        (lambda: AAE(*networks(), 2, weight=-1.0), r"weight must be at least 0 and finite, got -1\.0"),
+        (lambda: WAE(*networks(), 2, weight=-1.0), r"weight must be at least 0 and finite, got -1\.0"),
+        (lambda: AAE(*networks(), 2, discriminator_hidden=()), "discriminator_hidden must have one width"),
         (
             lambda: AE(*networks(), 2, target=StandardNormal(3)),
             "target must have 2 dimensions, as latent_dim has, got 3",

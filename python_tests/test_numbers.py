@@ -11,6 +11,9 @@ import torch
 from helpers import points
 
 import kdejsd
+from kdejsd import plots
+from kdejsd.data import Digits, Grid2D, ImageFolder
+from kdejsd.models import FC, GAN, GEN, VAE, WAE, Conv, DeepConv, RealNVP, images
 from kdejsd.targets import IsotropicNormal, as_law
 
 Q, C = points(4, 2), points(8, 2, seed=1)
@@ -40,6 +43,14 @@ def decode(z):
     return torch.cat((z, z), 1)
 
 
+def gen(**settings):
+    return GEN(HALVES, HALVES, 2, **({"num_lagged": 3, "bandwidth": 1.0} | settings))
+
+
+def gan(**settings):
+    return GAN(HALVES, HALVES, 2, **settings)
+
+
 # name of the argument -> a call with it, and a number that it takes
 REAL = {
     "variance of IsotropicNormal": (lambda v: IsotropicNormal(2, v).log_prob(Q), 1),
@@ -64,6 +75,21 @@ REAL = {
         lambda a: kdejsd.diversity_report(None, HALVES, 2, num_samples=20, confidence=a).collision_entropy,
         0.5,
     ),
+    "extent of latent_classes": (
+        lambda e: plots.latent_classes(None, HALVES, extent=e, resolution=2).axes[0].get_xlim()[1],
+        2,
+    ),
+    "held_out of Grid2D": (lambda h: len(Grid2D(num_samples=40, held_out=h, batch_size=1).held_out), 0.5),
+    "held_out of ImageFolder": (lambda h: ImageFolder("x", held_out=h).held_out_share, 0.5),
+    "learning_rate of VAE": (lambda r: VAE(HALVES, HALVES, 2, learning_rate=r).learning_rate, 0.5),
+    "observation_variance of VAE": (lambda v: VAE(HALVES, HALVES, 2, v).observation_variance, 1),
+    "omega_weight of LCVAE": (lambda w: images.LCVAE((1, 8, 8), latent_dim=2, omega_weight=w).omega_weight, 1),
+    "clip of LCVAE": (lambda c: images.LCVAE((1, 8, 8), latent_dim=2, clip=c).clip, 1),
+    "weight of WAE": (lambda w: WAE(HALVES, HALVES, 2, weight=w).weight, 1),
+    "weight of GEN": (lambda w: gen(weight=w).weight, 1),
+    "input_dropout of GEN": (lambda p: gen(input_dropout=p).input_dropout, 0.5),
+    "clip of GAN": (lambda c: gan(clip=c, objective="wgan").hparams["clip"], 1),
+    "gradient_penalty of GAN": (lambda p: gan(gradient_penalty=p).hparams["gradient_penalty"], 1),
 }
 INTEGER = {
     "dim of StandardNormal": (lambda n: kdejsd.StandardNormal(n).log_prob(Q), 2),
@@ -89,6 +115,33 @@ INTEGER = {
     "steps of class_radius_search": (lambda n: kdejsd.class_radius_search(None, HALVES, 2, 3, steps=n).mean, 2),
     "chunk of residual_variance": (
         lambda n: kdejsd.residual_variance(lambda x: x[:, :2], decode, points(3, 4), chunk=n),
+        2,
+    ),
+    "resolution of latent_classes": (
+        lambda n: plots.latent_classes(None, HALVES, resolution=n).axes[0].images[0].get_array().shape[0],
+        2,
+    ),
+    "steps of between": (lambda n: plots.between(Q, Q, steps=n), 3),
+    "columns of grid": (lambda n: plots.grid(torch.zeros(2, 1, 2, 2), n).axes[0].images[0].get_array().shape[1], 2),
+    "latent_dim of Conv": (lambda n: Conv((1, 28, 28), n).encoder[-1].out_features, 2),
+    "channels of DeepConv": (lambda n: DeepConv((1, 28, 28), 2, n).encoder[0].out_channels, 2),
+    "hidden of FC": (lambda n: FC((1, 2, 2), 2, [n]).encoder[1].out_features, 2),
+    "batch_size of Digits": (lambda n: Digits(n).batch_size, 2),
+    "train_size of Digits": (lambda n: Digits(1, n).train_size, 2),
+    "labelled_size of Digits": (lambda n: Digits(labelled_size=n).labelled_size, 2),
+    "seed of Digits": (lambda n: Digits(seed=n).seed, 2),
+    "n of Grid2D": (lambda n: len(Grid2D(n).modes), 2),
+    "num_samples of Grid2D": (lambda n: Grid2D(num_samples=n).num_samples, 2),
+    "size of ImageFolder": (lambda n: ImageFolder("x", size=n).image_shape[1], 2),
+    "channels of ImageFolder": (lambda n: ImageFolder("x", channels=n).image_shape[0], 3),
+    "latent_dim of VAE": (lambda n: VAE(HALVES, HALVES, n).latent_dim, 2),
+    "layers of RealNVP": (lambda n: len(RealNVP(2, n).couplings), 2),
+    "hidden of RealNVP": (lambda n: sum(p.numel() for p in RealNVP(2, 1, n).parameters()), 2),
+    "refresh_every of GEN": (lambda n: gen(refresh_every=n).refresh_every, 2),
+    "packing of GAN": (lambda n: gan(packing=n).packing, 2),
+    "discriminator_steps of GAN": (lambda n: gan(discriminator_steps=n).discriminator_steps, 2),
+    "discriminator_hidden of AAE": (
+        lambda n: images.AAE((1, 8, 8), latent_dim=2, discriminator_hidden=[n]).discriminator[0].out_features,
         2,
     ),
 }

@@ -107,7 +107,7 @@ def test_every_way_to_refresh(refresh):
 def test_refusals():
     with pytest.raises(TypeError, match="target must be a GaussianMixture, one component per class, got StandardN"):
         make(StandardNormal(2))
-    with pytest.raises(ValueError, match=r"label_weight must not be negative, got -0\.1"):
+    with pytest.raises(ValueError, match=r"label_weight must be at least 0 and finite, got -0\.1"):
         make(label_weight=-0.1)
     with pytest.raises(ValueError, match="labels must be below 7, one component per class, got 9"):
         train(make(ring(7)), 1, data=Digits(train_size=300))

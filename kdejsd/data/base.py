@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 
 from .. import plots
 from .._extras import train_extra
+from .._numbers import integer
 from .._plain import plain
 
 with train_extra():
@@ -168,7 +169,7 @@ class ImageData(pl.LightningDataModule):
     Raises:
         ValueError: batch_size or train_size below 1 or larger than the training set, labelled_size below 0 or larger
             than the number of images trained on.
-        TypeError: a setting that is no plain value.
+        TypeError: a number that is no integer.
     """
 
     image_shape: tuple[int, int, int]
@@ -182,16 +183,14 @@ class ImageData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        batch_size, train_size = plain(batch_size, "batch_size"), plain(train_size, "train_size")
-        labelled_size, seed = plain(labelled_size, "labelled_size"), plain(seed, "seed")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if train_size is not None and train_size < batch_size:
-            raise ValueError(f"train_size must be at least batch_size = {batch_size}, got {train_size}")
-        if labelled_size is not None and labelled_size < 0:
-            raise ValueError(f"labelled_size must not be negative, got {labelled_size}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+        batch_size = integer("batch_size", batch_size, 1)
+        seed = integer("seed", seed, 0)
+        if train_size is not None:
+            train_size = integer("train_size", train_size, 1)
+            if train_size < batch_size:
+                raise ValueError(f"train_size must be at least batch_size = {batch_size}, got {train_size}")
+        if labelled_size is not None:
+            labelled_size = integer("labelled_size", labelled_size, 0)
         self.batch_size = batch_size
         self.train_size = train_size
         self.labelled_size = labelled_size
@@ -240,7 +239,13 @@ class ImageData(pl.LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         rank, ranks = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        return BatchLoader(self.training, BatchOrder(len(self.training), self.batch_size, self.seed, rank, ranks))
+        count = len(self.training)
+        if self.batch_size * ranks > count:
+            raise ValueError(
+                f"batch_size must be at most {count // ranks}, {count} training images for {ranks} devices, got "
+                f"{self.batch_size}"
+            )
+        return BatchLoader(self.training, BatchOrder(count, self.batch_size, self.seed, rank, ranks))
 
     def val_dataloader(self) -> BatchLoader:
         """All of the held-out images on every rank: what is measured is the same on any number of them."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import plots
 from .._extras import train_extra
-from .._plain import plain
+from .._numbers import between, integer
 from .base import ImageData, ImageSet
 
 with train_extra():
@@ -49,13 +49,10 @@ class Grid2D(ImageData):
     def __init__(
         self, n: int = 2, num_samples: int = 100_000, held_out: float = 0.1, batch_size: int = 200, **kwargs: Any
     ) -> None:
-        n, num_samples, held_out = plain(n, "n"), plain(num_samples, "num_samples"), plain(held_out, "held_out")
-        if n < 0:
-            raise ValueError(f"n must not be negative, got {n}")
-        if num_samples < 2:
-            raise ValueError(f"num_samples must be at least 2, got {num_samples}")
-        if not 0 < held_out < 1 or round(held_out * num_samples) == num_samples:
-            raise ValueError(f"held_out must be above 0 and leave points to train on, got {held_out}")
+        n, num_samples = integer("n", n, 0), integer("num_samples", num_samples, 2)
+        held_out = between("held_out", held_out, 0, 1)
+        if round(held_out * num_samples) == num_samples:
+            raise ValueError(f"held_out must leave points to train on, got {held_out}")
         super().__init__(batch_size, **kwargs)
         self.num_samples = num_samples
         self.share_held_out = held_out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._extras import train_extra
-from .._plain import plain
+from .._numbers import between, integer
 from .base import ImageData, ImageSet, find, folder_of, note
 from .tree import Tree, check_whole, classes_of, left_out, parts_of, read_tree, shortened
 
@@ -99,7 +100,8 @@ class Pictures:
 
     def _read(self, path: Path) -> Tensor:
         try:
-            with Image.open(path) as picture:
+            # Pillow's warnings, of a very large picture or of damaged EXIF data, do not say which one they are about.
+            with warnings.catch_warnings(record=True) as said, Image.open(path) as picture:
                 pixels = np.array(self.prepare(in_bytes(picture)))
         except FileNotFoundError:
             raise FileNotFoundError(f"the picture {path} is missing{self.hint}") from None
@@ -111,6 +113,8 @@ class Pictures:
             if isinstance(error, OSError) and error.errno is not None:  # the system's: Pillow's own have no number
                 kind, reason = type(error), str(error.strerror)
             raise kind(f"the picture {path} cannot be read: {reason}{self.hint}") from error
+        for warning in said:
+            warnings.warn(f"the picture {path}: {warning.message}", warning.category, stacklevel=1)
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
@@ -118,9 +122,9 @@ class ImageFolder(ImageData):
     """A folder of pictures; those in its subfolders too, and then the first subfolder is the class.
 
     Classes are numbered in the order of their names as text: 10 comes before 2. A root with a folder train (or
-    training) and a folder val, valid, validation, test or testing holds a split: what is in the first is trained on,
-    what is in the other (the first of these that is there) is held out, and the folders in them are the classes. What
-    was found, and what was left out, is said on one line.
+    training) and a folder val, valid, validation, test or testing, and with pictures in no folder of another name,
+    holds a split: what is in the first is trained on, what is in the other (the first of these that is there) is held
+    out, and the folders in them are the classes. What was found, and what was left out, is said on one line.
 
     Hidden files and folders, and those of the system (__MACOSX), are left out; links are followed.
 
@@ -148,15 +152,11 @@ class ImageFolder(ImageData):
         self, root: str | os.PathLike[str], size: int = 32, channels: int = 3, held_out: float = 0.1, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        size, channels, held_out = plain(size, "size"), plain(channels, "channels"), plain(held_out, "held_out")
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+        size, channels = integer("size", size, 1), integer("channels", channels, 1)
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
-        if not 0 < held_out < 1:
-            raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
         self.root = folder_of(root)
-        self.held_out_share = held_out
+        self.held_out_share = between("held_out", held_out, 0, 1)
         self.image_shape = (channels, size, size)
 
     def load(self) -> tuple[Pictures, Pictures]:

@@ -85,10 +85,19 @@ def read_tree(path: Path, suffixes: tuple[str, ...], above: tuple[tuple[int, int
 
 
 def parts_of(tree: Tree) -> tuple[Tree, Tree] | None:
-    """The folders with the pictures to train on and with those to hold out, if the folder has both."""
+    """The folders with the pictures to train on and with those to hold out, if the folder has both and no other folder
+    with pictures but those of a split: beside others, train and test are classes like them."""
     holding = {name.lower(): folder for name, folder in tree.holding().items()}
     found = [[holding[name] for name in names if name in holding] for names in (TRAINING, HELD_OUT)]
-    return (found[0][0], found[1][0]) if all(found) else None
+    if not all(found) or not _named_as_parts(tree):
+        return None
+    return found[0][0], found[1][0]
+
+
+def _named_as_parts(tree: Tree) -> bool:
+    """Whether all its folders with pictures, one at least, have names of parts of a split."""
+    holding = tree.holding()
+    return bool(holding) and all(name.lower() in TRAINING + HELD_OUT for name in holding)
 
 
 def check_whole(tree: Tree) -> None:
@@ -104,7 +113,7 @@ def check_whole(tree: Tree) -> None:
                 f"root must be a folder of classes or hold the parts of a split, and the split is in {folder.path}: "
                 f"name that folder with --data.root"
             )
-    if holding and all(name.lower() in TRAINING + HELD_OUT for name in holding):
+    if _named_as_parts(tree):
         raise ValueError(
             f"root must be a folder of classes or hold both parts of a split, {' or '.join(TRAINING)} and "
             f"{' or '.join(HELD_OUT)}, and {tree.path} has {', '.join(holding)}: to hold out a share of the pictures "

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .._extras import train_extra
-from .._plain import plain
+from .._numbers import integer, not_negative
 from ..targets import Target
 from .autoencoder import Autoencoder, reconstruction_error
-from .base import Batch, check_weight, checked
+from .base import Batch, checked
 from .networks import linear_stack
 
 with train_extra():
@@ -58,13 +58,14 @@ class AAE(Autoencoder):
         decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
-        check_weight("weight", weight)
-        if not discriminator_hidden or min(discriminator_hidden) < 1:
-            raise ValueError(f"discriminator_hidden must be widths of at least 1, got {list(discriminator_hidden)}")
+        weight = not_negative("weight", weight)
+        discriminator_hidden = [integer("discriminator_hidden", width, 1) for width in discriminator_hidden]
+        if not discriminator_hidden:
+            raise ValueError("discriminator_hidden must have one width at least, got none")
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self._aim_at(target, normalize_codes)
         self.discriminator = nn.Sequential(*linear_stack([latent_dim, *discriminator_hidden, 1]), nn.Flatten(0))
-        self.weight: float = plain(weight, "weight")
+        self.weight = weight
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> Any:

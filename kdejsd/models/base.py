@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 
 from .._extras import train_extra
 from .._modes import evaluating
+from .._numbers import integer, not_negative
 from .._plain import plain
 from .._ranks import rank_and_size
 from ..targets import Law, as_law
@@ -42,8 +43,9 @@ class GenerativeModel(pl.LightningModule, ABC):
         betas: of Adam.
 
     Raises:
-        TypeError: an argument of a model that a checkpoint cannot hold: it is no number, text, list or the like, and
-            no network, class or target, which are left out.
+        ValueError: latent_dim below 1, a negative learning_rate.
+        TypeError: numbers of another kind; an argument of a model that a checkpoint cannot hold: it is no number, text,
+            list or the like, and no network, class or target, which are left out.
 
     Attributes:
         target: the law of the latents; `sample` decodes its samples.
@@ -55,6 +57,8 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     def __init__(self, latent_dim: int, learning_rate: float, decay: bool, betas: tuple[float, float]) -> None:
         super().__init__()
+        latent_dim = integer("latent_dim", latent_dim, 1)
+        learning_rate = not_negative("learning_rate", learning_rate)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Attribute 'target' is an instance of `nn.Module`")
             self.save_hyperparameters(ignore=["encoder", "decoder", "generator", "discriminator"])
@@ -63,8 +67,8 @@ class GenerativeModel(pl.LightningModule, ABC):
         for name in objects:
             del self.hparams[name]
         self.hparams.update({name: plain(value, name) for name, value in self.hparams.items()})
-        self.latent_dim: int = plain(latent_dim, "latent_dim")
-        self.learning_rate: float = plain(learning_rate, "learning_rate")
+        self.latent_dim = latent_dim
+        self.learning_rate = learning_rate
         self.decay = decay
         self.betas: tuple[float, float] = plain(betas, "betas")
         self._rng_state: dict[str, Tensor] = {}
@@ -322,9 +326,3 @@ def inputs(batch: Any) -> Tensor:
     if not isinstance(first, Tensor):
         raise TypeError(f"a batch to predict from must be a tensor or begin with one, got {type(first).__name__}")
     return first
-
-
-def check_weight(name: str, weight: float) -> None:
-    """Refuses a weight of the loss that is negative."""
-    if weight < 0:
-        raise ValueError(f"{name} must not be negative, got {weight}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._numbers import integer
 from ..reference.kde import normal_log_prob
 from .networks import linear_stack
 
@@ -27,9 +28,8 @@ class RealNVP(nn.Module):
 
     def __init__(self, dim: int, layers: int = 6, hidden: int = 64) -> None:
         super().__init__()
-        for name, value, least in (("dim", dim, 2), ("layers", layers, 1), ("hidden", hidden, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        dim = integer("dim", dim, 2)
+        layers, hidden = integer("layers", layers, 1), integer("hidden", hidden, 1)
         self.dim = dim
         self.couplings = nn.ModuleList(_Coupling(dim, i % 2, hidden) for i in range(layers))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._extras import train_extra
-from .._plain import plain
+from .._numbers import integer, not_negative, positive
 from ..data import ImageData
 from ..divergences import FDivergence, by_name
 from ..targets import StandardNormal
@@ -112,12 +112,11 @@ class GAN(GenerativeModel):
     ) -> None:
         if objective not in get_args(Objective):
             raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {objective!r}")
-        if discriminator_steps is not None and discriminator_steps < 1:
-            raise ValueError(f"discriminator_steps must be at least 1, got {discriminator_steps}")
-        if not clip > 0:
-            raise ValueError(f"clip must be positive, got {clip}")
-        if not gradient_penalty >= 0:
-            raise ValueError(f"gradient_penalty must not be negative, got {gradient_penalty}")
+        packing = integer("packing", packing, 1)
+        if discriminator_steps is not None:
+            discriminator_steps = integer("discriminator_steps", discriminator_steps, 1)
+        clip = positive("clip", clip)
+        gradient_penalty = not_negative("gradient_penalty", gradient_penalty)
         if objective == "wgan-gp" and any(isinstance(part, _BATCH_NORMS) for part in discriminator.modules()):
             raise ValueError(
                 'discriminator must have no batch normalisation for objective "wgan-gp", whose penalty is of each '
@@ -131,9 +130,9 @@ class GAN(GenerativeModel):
         self.generator = generator
         self.discriminator = discriminator
         self.objective = objective
-        self.packing = _checked_packing(packing)
+        self.packing = packing
         steps = (5 if wasserstein else 1) if discriminator_steps is None else discriminator_steps
-        self.discriminator_steps: int = plain(steps, "discriminator_steps")
+        self.discriminator_steps = steps
         self.clip = clip
         self.gradient_penalty = gradient_penalty
         self.losses = losses(objective)
@@ -144,7 +143,7 @@ class GAN(GenerativeModel):
         network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
         """The decoder of one pair, and the encoder of another one: of packed images, to one number."""
-        packing = _checked_packing(settings.get("packing", 1))
+        packing = integer("packing", settings.get("packing", 1), 1)
         channels, *size = image_shape
         return network(image_shape, latent_dim).decoder, network((packing * channels, *size), 1).encoder
 
@@ -326,13 +325,6 @@ def losses(objective: Objective) -> Wasserstein | Variational:
     if objective in ("minimax", "non-saturating"):
         return CrossEntropy(by_name("gan"), heuristic=objective == "non-saturating")
     return Variational(by_name(objective.removeprefix("f-")))
-
-
-def _checked_packing(packing: int) -> int:
-    if packing < 1:
-        raise ValueError(f"packing must be at least 1, got {packing}")
-    number: int = plain(packing, "packing")
-    return number
 
 
 def pack(images: Tensor, packing: int) -> Tensor:

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .._extras import train_extra
 from .._modes import evaluating
-from .._plain import plain
+from .._numbers import integer, not_negative, real
 from .._ranks import of_first
 from ..lagged import LaggedKDE
 from ..targets import Target
 from .autoencoder import Autoencoder, CodeNorm, reconstruction_error
-from .base import CHUNK, Batch, check_weight, checked, noise_like
+from .base import CHUNK, Batch, checked, noise_like
 from .stopwatch import Stopwatch
 
 with train_extra():
@@ -105,9 +105,9 @@ class GEN(Autoencoder):
     ) -> None:
         if refresh not in ("full", "rolling", "queue"):
             raise ValueError(f'refresh must be "full", "rolling" or "queue", got {refresh!r}')
-        if refresh_every < 1:
-            raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
-        check_weight("weight", weight)
+        refresh_every = integer("refresh_every", refresh_every, 1)
+        weight = not_negative("weight", weight)
+        input_dropout = real("input_dropout", input_dropout)
         if not 0 <= input_dropout < 1:
             raise ValueError(f"input_dropout must be at least 0 and below 1, got {input_dropout}")
         if lagged_dtype not in ("float32", "bfloat16"):
@@ -130,7 +130,7 @@ class GEN(Autoencoder):
             self.norm = CodeNorm(self.target, latent_dim)
         self.refresh_policy = refresh
         self.refresh_every = refresh_every
-        self.weight = plain(weight, "weight")
+        self.weight = weight
         self.kernel_noise = kernel_noise
         self.input_dropout = input_dropout
         self.keep_images = keep_images

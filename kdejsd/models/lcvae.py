@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .._plain import plain
+from .._numbers import not_negative, positive
 from ..ops.omega import omega
-from .base import check_weight
 from .vae import VAE
 
 
@@ -76,15 +74,14 @@ class LCVAE(VAE):
         scale_free: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_weight("omega_weight", omega_weight)
+        omega_weight = not_negative("omega_weight", omega_weight)
+        clip = positive("clip", clip)
         if constraint not in ("clip", "spectral", "none"):
             raise ValueError(f'constraint must be "clip", "spectral" or "none", got {constraint!r}')
-        if not 0 < clip < math.inf:
-            raise ValueError(f"clip must be positive and finite, got {clip}")
         super().__init__(encoder, decoder, latent_dim, **kwargs)
-        self.omega_weight: float = plain(omega_weight, "omega_weight")
+        self.omega_weight = omega_weight
         self.constraint = constraint
-        self.clip: float = plain(clip, "clip")
+        self.clip = clip
         self.scale_free = scale_free
         self._weighted = [layer for layer in encoder.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
         if constraint == "spectral":

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from .._numbers import integer
+
 
 class AutoencoderNetworks(nn.Module):
     """An encoder, images [n, C, H, W] -> codes [n, l], and a decoder back to images in [0, 1]."""
@@ -46,8 +48,10 @@ class FC(AutoencoderNetworks):
         points = shape[1:] == (1, 1)
         if hidden is None:
             hidden = (128, 128, 128) if points else (512, 256)
-        if not hidden or min(hidden) < 1 or latent_dim < 1:
-            raise ValueError(f"hidden and latent_dim must be at least 1, got {list(hidden)} and {latent_dim}")
+        if not hidden:
+            raise ValueError("hidden must have one width at least, got none")
+        hidden = [integer("hidden", width, 1) for width in hidden]
+        latent_dim = integer("latent_dim", latent_dim, 1)
         widths = [math.prod(shape), *hidden, latent_dim]
         self.encoder = nn.Sequential(nn.Flatten(), *linear_stack(widths))
         end = [] if points else [nn.Sigmoid()]
@@ -79,8 +83,7 @@ class Conv(AutoencoderNetworks):
             raise ValueError(
                 f"Conv takes square images of side 28, 32 or 64, got image_shape {list(shape)}; FC takes any"
             )
-        if channels < 1 or latent_dim < 1:
-            raise ValueError(f"channels and latent_dim must be at least 1, got {channels} and {latent_dim}")
+        channels, latent_dim = integer("channels", channels, 1), integer("latent_dim", latent_dim, 1)
         down: list[nn.Module] = []
         up: list[nn.Module] = []
         side, inputs, outputs = shape[1], shape[0], channels
@@ -121,8 +124,7 @@ class DeepConv(AutoencoderNetworks):
             raise ValueError(
                 f"{type(self).__name__} takes images of 28 x 28, got image_shape {list(image_shape)}; FC takes any"
             )
-        if channels < 1 or latent_dim < 1:
-            raise ValueError(f"channels and latent_dim must be at least 1, got {channels} and {latent_dim}")
+        channels, latent_dim = integer("channels", channels, 1), integer("latent_dim", latent_dim, 1)
         widths = [colors, channels, 2 * channels, 4 * channels, 8 * channels]
         down = [layer for inputs, outputs in pairwise(widths) for layer in _halving(inputs, outputs)]
         bottom = (2 * channels, 7, 7)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
-from .._plain import plain
+from .._numbers import not_negative
 from ..targets import GaussianMixture
-from .base import Batch, check_weight
+from .base import Batch
 from .gen import GEN
 
 
@@ -57,8 +57,7 @@ class SemiSupervisedGEN(GEN):
         if not isinstance(target, GaussianMixture):
             raise TypeError(f"target must be a GaussianMixture, one component per class, got {type(target).__name__}")
         if label_weight is not None:
-            label_weight = plain(label_weight, "label_weight")
-            check_weight("label_weight", label_weight)
+            label_weight = not_negative("label_weight", label_weight)
         super().__init__(encoder, decoder, latent_dim, target=target, **kwargs)
         self.label_weight = self.weight if label_weight is None else label_weight
 

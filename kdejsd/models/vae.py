@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._plain import plain
+from .._numbers import positive
 from ..targets import StandardNormal
 from .autoencoder import Autoencoder, reconstruction_error
 from .base import Batch, checked, noise_like
@@ -67,13 +67,12 @@ class VAE(Autoencoder):
         decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
-        if not 0 < observation_variance < math.inf:
-            raise ValueError(f"observation_variance must be positive and finite, got {observation_variance}")
+        observation_variance = positive("observation_variance", observation_variance)
         if prior not in ("normal", "flow"):
             raise ValueError(f'prior must be "normal" or "flow", got {prior!r}')
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self.target = StandardNormal(latent_dim)
-        self.observation_variance: float = plain(observation_variance, "observation_variance")
+        self.observation_variance = observation_variance
         self.flow = RealNVP(latent_dim, flow_layers, flow_hidden) if prior == "flow" else None
 
     @staticmethod

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._plain import plain
+from .._numbers import not_negative
 from ..targets import Target, finite_moments
 from .autoencoder import Autoencoder, reconstruction_error
-from .base import Batch, check_weight, checked
+from .base import Batch, checked
 
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernels, times the mean squared distance of target samples
 
@@ -45,10 +45,10 @@ class WAE(Autoencoder):
         decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
-        check_weight("weight", weight)
+        weight = not_negative("weight", weight)
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self._aim_at(target, normalize_codes)
-        self.weight: float = plain(weight, "weight")
+        self.weight = weight
         self.mean_square = 2 * float(finite_moments(self.target, "the scale of WAE's kernel")[1].sum())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

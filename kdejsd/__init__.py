@@ -8,7 +8,6 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 from ._native import build_info
 from ._version import __version__
 from .bandwidth import entropy_bandwidth, optimal_bandwidth
-from .divergence import jsd, jsd_loss
 from .diversity import (
     ClassRadius,
     RadiusBiasWarning,
@@ -22,6 +21,7 @@ from .diversity import (
     uniform_radius_bound,
 )
 from .entropy import collision_probability, collision_probability_from_counts, kde_entropy, renyi_entropy
+from .jsd import jsd, jsd_loss
 from .lagged import LaggedKDE
 from .novelty import NoveltyScore, novelty_score, residual_variance
 from .ops.kde import kde_log_prob

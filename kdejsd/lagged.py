@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._numbers import integer, positive
 from ._ranks import gathered, rank_and_size
 from .bandwidth import optimal_bandwidth
-from .divergence import codes_jsd, divergence_terms, jsd_loss
+from .jsd import check_divergence, codes_jsd, divergence_terms, jsd_loss
 from .ops._common import check_tensor, checks_values
 from .ops.kde import kde_log_prob
 from .ops.streamed import streamed_log_prob
@@ -105,8 +105,7 @@ class LaggedKDE(nn.Module):
         super().__init__()
         num_centers = integer("num_centers", num_centers, 1)
         latent_dim = integer("latent_dim", latent_dim, 1)
-        if divergence not in ("js", "kl"):
-            raise ValueError(f'divergence must be "js" or "kl", got {divergence!r}')
+        check_divergence(divergence)
         if storage_dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"storage_dtype must be torch.float32 or torch.bfloat16, got {storage_dtype}")
         if storage_device not in (None, "cpu"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import pytest
-import test_divergence
+import test_jsd
 import test_kde
 import test_nearest
 import test_omega
@@ -433,37 +433,33 @@ def test_launches_leave_devices_and_limits_alone(host):
 
 @pytest.mark.parametrize("divergence", ["js", "kl"])
 def test_own_center(divergence, host):
-    for exclusion in test_divergence.EXCLUSIONS:
+    for exclusion in test_jsd.EXCLUSIONS:
         for name in ("none", "smoothed", "mixture"):
             for reduction in ("mean", "none"):
-                test_divergence.test_own_is_the_reference(
-                    name, divergence, reduction, exclusion, test_divergence.CODES, "cpu"
-                )
-    for size in test_divergence.OWN_SIZES:
-        test_divergence.test_own_in_float32(size, divergence, test_divergence.CODES, "cpu")
+                test_jsd.test_own_is_the_reference(name, divergence, reduction, exclusion, test_jsd.CODES, "cpu")
+    for size in test_jsd.OWN_SIZES:
+        test_jsd.test_own_in_float32(size, divergence, test_jsd.CODES, "cpu")
     for where in ("its own center", "the lagged", "neither"):
-        test_divergence.test_own_of_codes_at_10_000_bandwidths(where, divergence, "cpu")
-    test_divergence.test_own_twice(divergence, "cpu")
+        test_jsd.test_own_of_codes_at_10_000_bandwidths(where, divergence, "cpu")
+    test_jsd.test_own_twice(divergence, "cpu")
 
 
 def test_own_center_edges(host):
-    test_divergence.test_own_where_the_lagged_codes_are_beyond_the_range_of_float32("cpu")
-    test_divergence.test_own_not_contiguous("cpu")
-    test_divergence.test_own_of_no_codes()
+    test_jsd.test_own_where_the_lagged_codes_are_beyond_the_range_of_float32("cpu")
+    test_jsd.test_own_not_contiguous("cpu")
+    test_jsd.test_own_of_no_codes()
     for dtype in DTYPES:
-        test_divergence.test_own_nan_in_nan_out(dtype, "none", test_divergence.CODES, "cpu")
+        test_jsd.test_own_nan_in_nan_out(dtype, "none", test_jsd.CODES, "cpu")
     for batch in [((3, 11, 3), (7, 3), (), (3, 11, 3)), ((4, 1, 11, 3), (3, 7, 3), (4, 1, 1), (3, 11, 3))]:
-        test_divergence.test_own_batches_broadcast(*batch, "none", test_divergence.CODES, "cpu")
+        test_jsd.test_own_batches_broadcast(*batch, "none", test_jsd.CODES, "cpu")
 
 
 def test_own_center_beside_products_in_reduced(host):
     host.reduced = True
-    call = test_divergence.fresh(
-        test_divergence.own_arguments("index", n=33, m=300, dim=40), torch.float32, test_divergence.CODES
-    )
-    wide = test_divergence.fresh(call, torch.float64, test_divergence.CODES)
+    call = test_jsd.fresh(test_jsd.own_arguments("index", n=33, m=300, dim=40), torch.float32, test_jsd.CODES)
+    wide = test_jsd.fresh(call, torch.float64, test_jsd.CODES)
     found, expected = (
-        test_divergence.value_and_gradients(f, c | {"divergence": "kl", "reduction": "none"})
+        test_jsd.value_and_gradients(f, c | {"divergence": "kl", "reduction": "none"})
         for f, c in ((kdejsd.jsd_loss, call), (reference.jsd_loss, wide))
     )
     assert worst(found[0], expected[0]) < 1e-3 and worst(found[1], expected[1]) < 3e-3

@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kdejsd import GaussianMixture, LaggedKDE, StandardNormal
 from kdejsd.data import Digits
-from kdejsd.divergence import target_jsd
+from kdejsd.jsd import target_jsd
 from kdejsd.metrics import code_measures, encode_set
 from kdejsd.models import FC, Autoencoder, ImageModel, for_images, images
 from kdejsd.models.aae import AAE

@@ -228,7 +228,7 @@ def test_update_push_and_refresh_by_parts_round_to_the_storage():
     assert lagged.codes.dtype == torch.bfloat16 and torch.equal(lagged.codes, other.codes.bfloat16())
     lagged.refresh(iter(codes.split(33)), torch.arange(100))
     assert torch.equal(lagged.codes, codes.bfloat16())
-    for count, text in ((99, "must be 100 in all their parts, got 99"), (101, r"shape \[1, 5\], got \[2, 5\]")):
+    for count, text in ((99, "must be 100 in all their parts, got 99"), (101, "in all their parts, got at least 101")):
         with pytest.raises(ValueError, match=text):
             lagged.refresh(points(count, DIM).split(33))
 

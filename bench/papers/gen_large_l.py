@@ -34,9 +34,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from kdejsd import LaggedKDE, StandardNormal, jsd_loss, kde_log_prob, optimal_bandwidth
+from kdejsd.jsd import DIVERGENCES
 from kdejsd.targets import IsotropicNormal
 
 LATENT_DIMS, QUICK_DIMS = (16, 64, 128), (8,)
@@ -44,7 +44,6 @@ STEPS, QUICK_STEPS = 600, 60
 CENTERS, BATCH, REFRESH_EVERY = 4000, 100, 10
 LEARNING_RATE = 1e-2
 BACKGROUND, BROADER = 0.1, 1.5
-DIVERGENCES = ("js", "kl")
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # codes [n, l], lagged codes [m, l] -> 0-dim
 
@@ -91,8 +90,7 @@ def background(dim: int, h: float, divergence: str) -> Loss:
         wide = codes.double()
         density = math.log1p(-BACKGROUND) + kde_log_prob(codes, centers, h).double()
         density = torch.logaddexp(density, math.log(BACKGROUND) + broad.log_prob(wide))
-        log_ratio = density - law.log_prob(wide)
-        return (log_ratio if divergence == "kl" else math.log(2) + logsigmoid(log_ratio)).mean()
+        return DIVERGENCES[divergence].terms(law.log_prob(wide) - density).mean()
 
     return loss
 

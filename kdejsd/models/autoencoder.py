@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, mse_loss
 
 from .._ranks import gathered, summed
-from ..divergence import target_jsd
+from ..jsd import target_jsd
 from ..targets import Law, Target, as_law, checked_target, finite_moments, law_moments
 from .base import Batch, GenerativeModel, checked, inputs
 from .networks import Network

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from .._numbers import positive
 from ..reference import kde as reference
 from . import _common
 
-# KdeValue of csrc/kernels.h, by the name of the divergence; None for log p_e itself
-_VALUES = {None: 0, "js": 1, "kl": 2}
+# KdeValue of csrc/kernels.h
+_LOG_PROB, JENSEN_SHANNON, LOG_RATIO = range(3)
 # KdeProducts
 _NO_PRODUCTS, _SPLIT, _REDUCED = range(3)
 
@@ -120,6 +121,13 @@ def _log_prob(inputs: Inputs, dtype: torch.dtype) -> Tensor:
     return _narrowed(_forward(*inputs)[0], dtype)
 
 
+class Divergence(NamedTuple):
+    """A divergence whose terms at the codes the gap log p_t - log p_e gives; `kdejsd.jsd` has those there are."""
+
+    terms: Callable[[Tensor], Tensor]  # of the gap, in nats
+    value: int  # what the kernels give where the target is a normal: JENSEN_SHANNON or LOG_RATIO
+
+
 def normal_divergence_terms(
     names: tuple[str, str],
     codes: Tensor,
@@ -128,7 +136,7 @@ def normal_divergence_terms(
     log_weights: Tensor | None,
     exclude_self: bool | Tensor,
     variance: float,
-    divergence: str,
+    divergence: Divergence,
     reduction: str,
     own: Tensor | None = None,
     narrow: bool = False,
@@ -136,7 +144,6 @@ def normal_divergence_terms(
     """Terms of the divergence from N(0, variance I), value and gradient in the one pass of the kde.
 
     Args:
-        divergence: "js" for log 2 - softplus(log p_t - log p_e), "kl" for log p_e - log p_t.
         reduction: "none" for the terms, "mean" or "sum" of them.
         own: as in `kdejsd.jsd_loss`.
         narrow: whether to convert the result to the dtype of `kde_log_prob`; the rest as there.
@@ -166,7 +173,7 @@ def _query_terms(
     own: Tensor | None,
     shape: tuple[int, ...],
     variance: float,
-    divergence: str | None,
+    divergence: Divergence | None,
     reduction: str,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -175,8 +182,9 @@ def _query_terms(
     if _common.needs_grad((query,)):
         settings = shape, variance, divergence, reduction, dtype
         return _QueryTerms.apply(query, (*others, own), settings)  # type: ignore[no-untyped-call, no-any-return]
-    terms = _forward(*inputs, value_kind=_VALUES[divergence], variance=variance, own=own)[0]
-    return _narrowed(_reduced(_shaped(terms, shape), reduction), dtype)
+    kind = _LOG_PROB if divergence is None else divergence.value
+    terms = _forward(*inputs, value_kind=kind, variance=variance, own=own)[0]
+    return _narrowed(reduced(_shaped(terms, shape), reduction), dtype)
 
 
 def raw_pass(inputs: Inputs, want_dquery: bool) -> tuple[Tensor, Tensor]:
@@ -192,7 +200,7 @@ def _shaped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     return t if t.shape == shape else t.reshape(shape)
 
 
-def _reduced(terms: Tensor, reduction: str) -> Tensor:
+def reduced(terms: Tensor, reduction: str) -> Tensor:
     return terms.mean() if reduction == "mean" else terms.sum() if reduction == "sum" else terms
 
 
@@ -439,7 +447,7 @@ def _forward(
     want_dquery: bool = False,
     want_dbandwidth: bool = False,
     for_backward: bool = False,
-    value_kind: int = _VALUES[None],
+    value_kind: int = _LOG_PROB,
     variance: float = 1.0,
     own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -598,11 +606,11 @@ class _QueryTerms(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, others: Any, settings: Any) -> Tensor:
         shape, variance, divergence, reduction, dtype = settings
         inputs: Inputs = (query, *others[:-1])
-        own, kind = others[-1], _VALUES[divergence]
+        own, kind = others[-1], _LOG_PROB if divergence is None else divergence.value
         terms, dquery, _ = _forward(*inputs, want_dquery=True, value_kind=kind, variance=variance, own=own)
         _save(ctx, inputs, own, dquery)
         ctx.settings = settings
-        return _narrowed(_reduced(_shaped(terms, shape), reduction), dtype)
+        return _narrowed(reduced(_shaped(terms, shape), reduction), dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -618,8 +626,8 @@ class _QueryTerms(torch.autograd.Function):
         query = inputs[0]
         terms = _reference(inputs, own)
         if divergence is not None:
-            terms = reference.normal_divergence_terms(terms, query, variance, divergence)
-        value = _reduced(_shaped(terms, shape), reduction)
+            terms = divergence.terms(reference.normal_log_prob(query.double(), variance) - terms.double())
+        value = reduced(_shaped(terms, shape), reduction)
         return (*torch.autograd.grad(value, query, grad.to(value.dtype), create_graph=True), None, None)
 
 

@@ -6,6 +6,7 @@ Everything here runs on any device torch has and composes with every torch trans
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,14 +89,10 @@ def normal_log_prob(z: Tensor, variance: float) -> Tensor:
     return -0.5 * (z.square().sum(-1) / variance + dim * math.log(2 * math.pi * variance))
 
 
-def normal_divergence_terms(log_prob: Tensor, codes: Tensor, variance: float, divergence: str) -> Tensor:
-    """The terms of `jsd_loss` with reduction="none" from log p_e at the codes, in float64, for the target
-    N(0, variance I)."""
-    return _terms(log_prob.double() - normal_log_prob(codes.double(), variance), divergence)
-
-
-def _terms(log_ratio: Tensor, divergence: str) -> Tensor:
-    return log_ratio if divergence == "kl" else math.log(2) + logsigmoid(log_ratio)
+_TERMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "js": lambda log_ratio: math.log(2) + logsigmoid(log_ratio),
+    "kl": lambda log_ratio: log_ratio,
+}
 
 
 def _log_ratio(
@@ -121,7 +118,7 @@ def jsd_loss(
 ) -> Tensor:
     """Same contract as `kdejsd.jsd_loss`."""
     log_ratio = _log_ratio(codes, lagged, bandwidth, own, target, log_weights=log_weights, exclude_self=exclude_self)
-    terms = _terms(log_ratio, divergence)
+    terms = _TERMS[divergence](log_ratio)
     if target_samples is not None:
         at_target = _log_ratio(target_samples, lagged, bandwidth, None, target, log_weights=log_weights)
         terms = terms.mean() + math.log(2) + logsigmoid(-at_target).mean()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -16,11 +18,12 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Mul
 
 import kdejsd
 from kdejsd import GaussianMixture, StandardNormal, reference
+from kdejsd.jsd import DIVERGENCES as TABLE
 from kdejsd.ops.kde import normal_divergence_terms
 
 LOG2 = math.log(2)
 DIM = 3
-DIVERGENCES = ["js", "kl"]
+DIVERGENCES = list(TABLE)
 REDUCTIONS = ["mean", "sum", "none"]
 EXCLUSIONS = ["none", "self", "index"]
 
@@ -183,7 +186,7 @@ def test_fused_is_composed(dtype, reduction, name, divergence, exclusion, device
             *(call[k] for k in ("codes", "lagged", "bandwidth", "log_weights")),
             call.get("exclude_self", False),
             1.0,
-            divergence,
+            TABLE[divergence],
             reduction,
         )
         for call in (fused, composed)
@@ -899,6 +902,27 @@ def test_same_signatures_as_the_reference():
 # Errors: the argument's name, what was expected, what came
 
 Z, C = torch.zeros(4, DIM), torch.zeros(5, DIM)
+
+
+@pytest.mark.parametrize("name", ["jsd", "JS", "", None])
+def test_no_unknown_divergence_is_taken_for_another(name):
+    calls = [
+        lambda: kdejsd.jsd_loss(Z, C, 0.5, divergence=name),
+        lambda: kdejsd.jsd_loss(Z, C, 0.5, divergence=name, target=GaussianMixture([[0.0] * DIM])),
+        lambda: kdejsd.LaggedKDE(5, DIM, 0.5, divergence=name),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^divergence must be 'js' or 'kl', got {name!r}$"):
+            call()
+    with pytest.raises(KeyError):
+        reference.jsd_loss(Z, C, 0.5, divergence=name)
+
+
+def test_the_former_name_of_the_module():
+    sys.modules.pop("kdejsd.divergence", None)
+    with pytest.warns(DeprecationWarning, match="^kdejsd.divergence is kdejsd.jsd now"):
+        former = importlib.import_module("kdejsd.divergence")
+    assert former.jsd_loss is kdejsd.jsd_loss and callable(kdejsd.jsd)
 
 
 @pytest.mark.parametrize(

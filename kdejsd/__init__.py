@@ -13,14 +13,17 @@ from .diversity import (
     RadiusBiasWarning,
     class_radius,
     class_radius_search,
+    collision_probability,
+    collision_probability_from_counts,
     collision_radius_bound,
     compare_diversity,
     diversity_report,
     latent_holes,
     max_collision_entropy,
+    renyi_entropy,
     uniform_radius_bound,
 )
-from .entropy import collision_probability, collision_probability_from_counts, kde_entropy, renyi_entropy
+from .entropy import kde_entropy
 from .jsd import jsd, jsd_loss
 from .lagged import LaggedKDE
 from .novelty import NoveltyScore, novelty_score, residual_variance

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .._numbers import RealNumber, positive, real
-from ..entropy import collision_probability
 from ..ops._common import check_tensor, compute_dtype
 from ..ops.radius import class_radius_bound
 from ..reference.radius import excess
+from .class_entropy import collision_probability
 
 # psi is concave up to 0.2731, and the masses are at most sqrt(v). Up to here psi lies under its tangent at v on all of
 # [0, sqrt(v)], and psi(v) is the bound; a little further, psi(v) alone is no bound (0.3816 and 3 times 0.2061).

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .._numbers import between, integer
-from ..entropy import collision_probability_from_counts
 from ..ops.radius import class_radius_bound
 from ..targets import IsotropicNormal, Target, checked_target
 from .bounds import collision_radius_bound, max_collision_entropy, uniform_radius_bound
+from .class_entropy import collision_probability_from_counts
 from .holes import LatentHoles, latent_holes
 from .labels import Map, latent_labels, models_like
 from .radius import ClassRadius, SearchedRadius, class_radius, class_radius_search

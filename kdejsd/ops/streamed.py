@@ -14,7 +14,8 @@ from .. import _torch
 from .._ranks import gathered, rank_and_size
 from ..reference import kde as reference
 from . import _common
-from .kde import checked_inputs, raw_pass
+from ._kde_inputs import checked_inputs
+from .kde import raw_pass
 
 PART_BYTES = 2**23  # of a part in the queries' dtype; on a CPU a pass is as fast from 2 MiB to 32, slower below
 

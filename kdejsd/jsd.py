@@ -88,7 +88,7 @@ def jsd_loss(
             and as in `kde_log_prob`.
         TypeError, RuntimeError: as in `kde_log_prob`.
     """
-    if divergence not in _NAMES:
+    if divergence not in _NAMES:  # asked here too, as each call of a function is felt in a small loss
         check_divergence(divergence)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")

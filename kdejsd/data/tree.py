@@ -89,9 +89,7 @@ def parts_of(tree: Tree) -> tuple[Tree, Tree] | None:
     with pictures but those of a split: beside others, train and test are classes like them."""
     holding = {name.lower(): folder for name, folder in tree.holding().items()}
     found = [[holding[name] for name in names if name in holding] for names in (TRAINING, HELD_OUT)]
-    if not all(found) or not _named_as_parts(tree):
-        return None
-    return found[0][0], found[1][0]
+    return (found[0][0], found[1][0]) if all(found) and _named_as_parts(tree) else None
 
 
 def _named_as_parts(tree: Tree) -> bool:

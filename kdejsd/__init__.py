@@ -5,6 +5,7 @@ import pkgutil
 # Python started in the source folder imports the files there; the compiled module of an installed copy is found too.
 __path__ = pkgutil.extend_path(__path__, __name__)
 
+from . import _former_names
 from ._native import build_info
 from ._version import __version__
 from .bandwidth import entropy_bandwidth, optimal_bandwidth
@@ -32,6 +33,8 @@ from .ops.nearest import nearest_other_class
 from .ops.omega import omega
 from .ops.radius import class_radius_bound
 from .targets import GaussianMixture, StandardNormal
+
+_former_names.install()
 
 __all__ = [
     "ClassRadius",

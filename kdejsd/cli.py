@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import logging
 import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +18,9 @@ import kdejsd
 
 from .bandwidth import optimal_bandwidth
 
-# The commands that training.py has functions for; they read their arguments themselves.
-_TRAINING = {
+# The commands that have a module of their name in kdejsd/runs, with a function of that name; they read their arguments
+# themselves.
+_ON_RUNS = {
     "fit": "train a model on images; write a report",
     "evaluate": "write the report of a checkpoint anew",
     "score": "write how novel each image is to a checkpoint's model",
@@ -31,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if rest and args.command not in _TRAINING:
+    if rest and args.command not in _ON_RUNS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if args.command == "info":
@@ -39,9 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "bandwidth":
             return _bandwidth(args)
         with _no_display():
-            from . import training  # needs the extra `train`
-
-        command: Callable[[list[str]], int] = getattr(training, args.command)
+            module = importlib.import_module(f".runs.{args.command}", __package__)  # needs the extra `train`
+        _quiet()
+        command: Callable[[list[str]], int] = getattr(module, args.command)
         return command(rest)
     except Exception as error:
         if os.environ.get("KDEJSD_DEBUG") == "1":
@@ -63,6 +67,16 @@ def _no_display() -> Iterator[None]:
             del os.environ["MPLBACKEND"]
         else:
             os.environ["MPLBACKEND"] = named
+
+
+def _quiet() -> None:
+    """Silences what tells a user nothing: Lightning's tips and device list, advice on workers, its use of old torch
+    names, torch.export's traceback."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.export").setLevel(logging.ERROR)  # it logs a traceback beside the error that it raises
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
 
 
 def _sentence(error: Exception) -> str:
@@ -109,7 +123,7 @@ def _innermost(message: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kdejsd", description=kdejsd.__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, does in _TRAINING.items():
+    for name, does in _ON_RUNS.items():
         commands.add_parser(name, add_help=False, help=does)
     bandwidth = commands.add_parser(
         "bandwidth",

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ._numbers import integer, positive
+from ._own_copies import OwnCopies, check_int64, looks_at
 from ._ranks import gathered, rank_and_size
 from .bandwidth import optimal_bandwidth
 from .jsd import check_divergence, codes_jsd, divergence_terms, jsd_loss
-from .ops._common import check_tensor, checks_values
+from .ops._common import check_tensor
 from .ops.kde import kde_log_prob
 from .ops.streamed import streamed_log_prob
 from .reference.kde import with_own_center
@@ -23,7 +24,6 @@ _PART = 2**17  # codes of a rank that are gathered at a time
 _SHARED_OUT = ("codes", "examples")  # of all that is in the buffers: each rank has others
 _BUFFERS = (*_SHARED_OUT, "oldest", "stamp")
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie apart from each other, modulo 1
-_MOST_EXAMPLES = 2**28  # whose places, of 8 bytes each, are not yet more than a mistaken index may cost
 _NO_CODES = "no codes yet"
 _MIXED = "averages over the codes of different examples, which are no codes"
 
@@ -128,10 +128,9 @@ class LaggedKDE(nn.Module):
         self.register_buffer("examples", torch.full((num_centers,), -1.0, dtype=torch.float64))
         self.register_buffer("oldest", torch.tensor(0.0, dtype=torch.float64))
         self.register_buffer("stamp", torch.tensor([0.0, 1.0], dtype=torch.float64))
-        # What is read off the buffers: the place of each example's newest code, with one entry more for codes whose
-        # example is not known, and what is wrong with the codes, if anything is. `_seen` tells which buffer was read.
-        self._reserved: int | None = None
-        self.places = torch.full((1,), -1)
+        # What is read off the buffers: where each example's newest code stands, and what is wrong with the codes, if
+        # anything is. `_seen` tells which buffer was read.
+        self.own_copies = OwnCopies()
         self._fault: str | None = _NO_CODES
         self._seen: tuple[Tensor, int] | None = None
 
@@ -167,7 +166,7 @@ class LaggedKDE(nn.Module):
         if self.ranks > 1:
             for name in _SHARED_OUT:
                 setattr(self, name, applied(getattr(self, name)))
-        self.places = applied(self.places)
+        self.own_copies.apply(applied)
         self._seen = None
         self._keep(self.codes)
         return self
@@ -190,19 +189,11 @@ class LaggedKDE(nn.Module):
 
     @torch.no_grad()
     def _read(self) -> None:
-        with torch.inference_mode(False):  # `places` are written into later, in any mode
-            indices, oldest = self.indices, self.oldest.round().long()
+        with torch.inference_mode(False):  # the index is written into later, in any mode
+            indices = self.indices
             spread = 1.0 if indices.is_meta else float(self.stamp[1] - self.stamp[0].square())
             self._fault = None if spread < 1e-9 else _NO_CODES if spread == 1 else _MIXED
-            room = self._reserved
-            if room is None:
-                room = 0 if self._fault else _room(indices)
-            self.places = torch.full((room + 1,), -1, device=indices.device)
-            if self._fault is None:
-                age = torch.arange(len(indices), device=indices.device)
-                age = (age - oldest) % len(indices)  # the greatest is the newest
-                newest = self.places.scatter_reduce(0, indices.where(indices >= 0, room), age, "amax")
-                self.places = ((newest + oldest) % len(indices)).where(newest >= 0, -1)
+            self.own_copies.read(None if self._fault else indices, self.oldest.round().long())
         self._seen = self._now()
 
     @torch.no_grad()
@@ -224,7 +215,7 @@ class LaggedKDE(nn.Module):
         m = len(self.codes)
         self._look()
         if indices is not None:
-            self._check_indices(indices, m)
+            self.own_copies.check(indices, m)
         if isinstance(codes, Tensor):
             self._check(codes, m)
             self.codes.copy_(codes)
@@ -291,7 +282,7 @@ class LaggedKDE(nn.Module):
         """
         self._check(codes)
         self._check_refreshed("push")
-        self._check_indices(indices, len(codes))
+        self.own_copies.check(indices, len(codes))
         if self.num_centers % self.ranks:
             raise ValueError(
                 f"num_centers must be a multiple of {self.ranks}, the number of ranks, for push, got {self.num_centers}"
@@ -416,7 +407,7 @@ class LaggedKDE(nn.Module):
             ValueError: less than 0.
             TypeError: no integer.
         """
-        self._reserved = integer("num_examples", num_examples, 0)
+        self.own_copies.reserve(integer("num_examples", num_examples, 0))
         self._read()  # now: a compiled `push` or `loss` does not look
 
     def own_copy(self, index: Tensor) -> Tensor:
@@ -425,14 +416,13 @@ class LaggedKDE(nn.Module):
         Raises:
             TypeError: an index that is no int64 tensor.
         """
-        _check_int64("index", index)
+        check_int64("index", index)
         self._look()
-        place = self.places[index.clamp(-1, len(self.places) - 1)]
-        return place.where((index >= 0) & (place >= 0) & (self.examples[place].round() == index), -1)
+        return self.own_copies.find(index, self.examples)
 
     def _remember(self, indices: Tensor, places: Tensor) -> None:
         """Notes where the codes of examples stand that have just been put there."""
-        self.places[indices.where(indices >= 0, len(self.places) - 1)] = places
+        self.own_copies.note(indices, places)
         if not torch.compiler.is_compiling():
             self._seen = self._now()
 
@@ -445,25 +435,9 @@ class LaggedKDE(nn.Module):
             raise ValueError(f"codes must have shape {expected}, got {list(codes.shape)}")
         if not codes.is_floating_point():
             raise TypeError(f"codes must be floating-point, got {codes.dtype}")
-        if _looks_at(codes) and not bool(codes.isfinite().all()):
+        if looks_at(codes) and not bool(codes.isfinite().all()):
             bad = int((~codes.isfinite()).any(-1).sum())
             raise ValueError(f"codes must be finite, got NaN or infinity in {bad} of {len(codes)} codes")
-
-    def _check_indices(self, indices: Tensor, count: int) -> None:
-        """That these are indices, this many of them, and that there is room for their places; unless it is reserved, it
-        is made."""
-        if list(_check_int64("indices", indices).shape) != [count]:
-            raise ValueError(f"indices must have shape [{count}], got {list(indices.shape)}")
-        if count == 0:
-            return
-        if self._reserved is not None:
-            if _looks_at(indices) and (highest := int(indices.max())) >= self._reserved:
-                raise ValueError(f"indices must be below {self._reserved}, which is reserved, got {highest}")
-        elif (room := _room(indices)) >= len(self.places):
-            with torch.inference_mode(False):
-                more = self.places.new_full((2 * room + 1,), -1)
-                more[: len(self.places) - 1] = self.places[:-1]
-                self.places = more
 
     def _check_refreshed(self, name: str) -> None:
         self._look()
@@ -574,9 +548,6 @@ class LaggedKDE(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        first_format = state_dict.pop(f"{prefix}_extra_state", None)
-        if first_format is not None:
-            state_dict |= {prefix + name: value for name, value in _of_first_format(first_format).items()}
         bandwidth, shard = (_popped(state_dict, prefix + name, missing_keys) for name in ("bandwidth", "shard"))
         if bandwidth is not None and not bandwidth.is_meta:
             self._set_bandwidth(float(bandwidth))
@@ -620,40 +591,9 @@ class LaggedKDE(nn.Module):
         )
 
 
-def _room(indices: Tensor) -> int:
-    """How many examples there are room for when these have it."""
-    highest = int(indices.max())
-    if highest >= _MOST_EXAMPLES:
-        raise ValueError(f"indices must be below {_MOST_EXAMPLES} unless there is a `reserve` for more, got {highest}")
-    return highest + 1
-
-
-def _check_int64(name: str, value: Tensor) -> Tensor:
-    if check_tensor(name, value).dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {value.dtype}")
-    return value
-
-
-def _looks_at(values: Tensor) -> bool:
-    """Whether to look at the values: that would make a GPU wait, and break a compiled graph."""
-    return checks_values() or (values.device.type == "cpu" and not torch.compiler.is_compiling())
-
-
 def _popped(state_dict: dict[str, Any], key: str, missing_keys: list[str]) -> Tensor | None:
     """What is under a key, which is taken away, or noted as missing."""
     value: Tensor | None = state_dict.pop(key, None)
     if value is None:
         missing_keys.append(key)
     return value
-
-
-def _of_first_format(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The state of one process from the dict that stood in its place in the first checkpoints."""
-    return {
-        "codes": state["codes"],
-        "examples": state["indices"].double(),
-        "oldest": torch.tensor(float(state["oldest"]), dtype=torch.float64),
-        "stamp": torch.tensor([0.0, 0.0 if state["refreshed"] else 1.0], dtype=torch.float64),
-        "bandwidth": torch.tensor(state["bandwidth"], dtype=torch.float64),
-        "shard": torch.tensor([0, 1]),
-    }

@@ -430,15 +430,6 @@ def test_every_model_is_trained_resumed_and_evaluated_by_its_short_name(run, tmp
             assert torch.equal(value, resumed["state_dict"][name]), name
 
 
-def test_a_checkpoint_that_does_not_name_its_model_is_a_gens(run, trained, tmp_path):
-    folder, _ = trained
-    checkpoint = last(folder / "runs/digits-1")
-    assert checkpoint["hyper_parameters"].pop("_class_path") == "kdejsd.models.images.GEN"
-    torch.save(checkpoint, tmp_path / "old.ckpt")
-    run("evaluate", "old.ckpt", "--out=out", cwd=tmp_path)
-    assert metrics(tmp_path / "out")["held_out"] == metrics(folder / "runs/digits-1")["held_out"]
-
-
 def test_the_diversity_of_a_vae_is_that_of_what_its_flow_and_decoder_make(run, classifier, tmp_path):
     args = ["--model=VAE", "--model.prior=flow", "--model.latent_dim=2", "--trainer.max_epochs=6", "--out=run"]
     args += ["--model.observation_variance=0.03", "--model.learning_rate=3e-3", "--trainer.accelerator=cpu"]
@@ -584,7 +575,7 @@ def test_every_precision_is_trained_reported_evaluated_and_scored(run, tmp_path,
 def test_progress_in_a_file_is_a_line_now_and_then(run, trained, tmp_path, monkeypatch):
     _, done = trained
     assert "\r" not in done.out and re.search(r"^epoch 2: step 6/6, rec=", done.out, re.MULTILINE)
-    monkeypatch.setattr("kdejsd.training._LINE_INTERVAL", 0)
+    monkeypatch.setattr("kdejsd.runs.progress._LINE_INTERVAL", 0)
     done = run("fit", *SMALL, "--trainer.max_steps=4", "--out=a", cwd=tmp_path)
     assert re.findall(r"^epoch (\d): step (\d)/4", done.out, re.MULTILINE) == [
         ("1", "1"),

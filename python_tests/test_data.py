@@ -24,7 +24,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from kdejsd._plain import plain
-from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, Grid2D, ImageData, ImageFolder, base
+from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, Grid2D, ImageData, ImageFolder, files
 from kdejsd.models import images
 
 FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
@@ -962,7 +962,7 @@ def test_data_with_images_that_are_not_finite_are_refused():
 @pytest.mark.parametrize(("data", "write"), [(MNIST, write_mnist), (SVHN, write_svhn)])
 def test_a_file_that_vanishes_while_it_is_looked_for(tmp_path, monkeypatch, data, write):
     write(tmp_path, **({"compressed": True} if data is MNIST else {}))
-    found = base.find
+    found = files.find
 
     def find_and_lose(*args):
         path = found(*args)

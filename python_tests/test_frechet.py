@@ -13,7 +13,7 @@ from torch import nn
 
 from kdejsd.data import Digits
 from kdejsd.metrics import InceptionFeatures, frechet_distance
-from kdejsd.models.classifier import ImageClassifier, classifier_for
+from kdejsd.models.image_classifier import ImageClassifier, classifier_for
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*GPU available but not used"

@@ -14,13 +14,12 @@ from torch import nn
 from torch.distributions import Normal
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from kdejsd import divergences
 from kdejsd.cli import main
 from kdejsd.data import Digits, Grid2D, ImageData, ImageSet
 from kdejsd.metrics import divergence_measures
-from kdejsd.models import FC, GAN, Conv, GenerativeModel, for_images, images
+from kdejsd.models import FC, GAN, Conv, GenerativeModel, f_divergences, for_images, images
 from kdejsd.models.gan import gradient_penalty, losses, pack
-from kdejsd.report import write_report
+from kdejsd.runs.report import write_report
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
@@ -28,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*GPU available but not used",
 )
 
-OBJECTIVES = ["minimax", "non-saturating", "wgan", "wgan-gp", *(f"f-{name}" for name in divergences.NAMES)]
+OBJECTIVES = ["minimax", "non-saturating", "wgan", "wgan-gp", *(f"f-{name}" for name in f_divergences.NAMES)]
 
 
 def make(objective: str = "non-saturating", seed: int = 0, shape=Digits.image_shape, **options) -> GAN:
@@ -74,10 +73,10 @@ def test_the_losses_of_a_critic_are_differences_of_means():
         assert float(both.generator(fake)) == pytest.approx(-float(fake.mean()), rel=1e-14)
 
 
-@pytest.mark.parametrize("name", divergences.NAMES)
+@pytest.mark.parametrize("name", f_divergences.NAMES)
 def test_the_generator_of_an_f_gan_lowers_the_bound_that_its_discriminator_raises(name):
     real, fake = outputs()
-    both, f = losses(f"f-{name}"), divergences.by_name(name)
+    both, f = losses(f"f-{name}"), f_divergences.by_name(name)
     bound = f.output(real).mean() - f.conjugate(f.output(fake)).mean()
     assert float(both.divergence(real, fake)) == pytest.approx(float(bound), rel=1e-12)
     assert float(both.discriminator(real, fake)) == pytest.approx(-float(bound), rel=1e-12)
@@ -94,7 +93,7 @@ def test_f_gan_of_the_gan_divergence_is_minimax():
         assert float(of_f) == float(of_minimax)
 
 
-@pytest.mark.parametrize("objective", ["minimax", *(f"f-{name}" for name in divergences.NAMES)])
+@pytest.mark.parametrize("objective", ["minimax", *(f"f-{name}" for name in f_divergences.NAMES)])
 def test_the_divergence_of_the_optimal_discriminator_is_that_of_two_normals(objective):
     p, q = Normal(torch.tensor(0.5).double(), 1.0), Normal(torch.tensor(0.0).double(), 1.0)
     x = torch.linspace(-12, 12, 24_001).double()

@@ -445,22 +445,6 @@ def test_what_no_checkpoint_can_hold_is_refused_or_left_out():
     assert not {"judge", "target", "network"} & model.hparams.keys() and model.hparams["num_lagged"] == 200
 
 
-def test_the_first_checkpoints_are_taken():
-    model, other = model_of("SemiSupervisedGEN"), model_of("SemiSupervisedGEN", 0.5)
-    model.lagged.refresh(torch.randn(100, 2), torch.arange(100))
-    state = {name: t for name, t in model.state_dict().items() if name not in ("norm.shift", "norm.scale")}
-    lagged = {
-        name: state.pop(f"lagged.{name}") for name in ("codes", "examples", "oldest", "stamp", "bandwidth", "shard")
-    }
-    state["lagged._extra_state"] = {
-        **{"bandwidth": 0.4, "refreshed": True, "oldest": 0},
-        **{"codes": lagged["codes"], "indices": lagged["examples"].long()},
-    }
-    state |= {f"classes.{name}": t for name, t in MIXTURE.state_dict().items()}
-    other.load_state_dict(state)
-    assert_same_state(other, model)
-
-
 def test_codes_are_normalised_to_the_mean_and_variance_of_the_target():
     target = GaussianMixture([[-3.0, 1.0], [5.0, 1.0]], 0.5, [0.75, 0.25])
     model = make(target=target, bandwidth=0.2)

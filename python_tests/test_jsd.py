@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -916,13 +914,6 @@ def test_no_unknown_divergence_is_taken_for_another(name):
             call()
     with pytest.raises(KeyError):
         reference.jsd_loss(Z, C, 0.5, divergence=name)
-
-
-def test_the_former_name_of_the_module():
-    sys.modules.pop("kdejsd.divergence", None)
-    with pytest.warns(DeprecationWarning, match="^kdejsd.divergence is kdejsd.jsd now"):
-        former = importlib.import_module("kdejsd.divergence")
-    assert former.jsd_loss is kdejsd.jsd_loss and callable(kdejsd.jsd)
 
 
 @pytest.mark.parametrize(

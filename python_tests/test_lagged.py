@@ -355,18 +355,6 @@ def test_every_part_of_the_state_is_a_tensor_of_its_own():
     assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
 
 
-@pytest.mark.parametrize("refreshed", [True, False])
-def test_the_state_of_the_first_format_is_taken(refreshed):
-    lagged, codes, indices = make()
-    lagged.push(codes[:7], indices[:7])
-    first = {"bandwidth": H, "refreshed": refreshed, "oldest": 7, "codes": lagged.codes, "indices": lagged.indices}
-    other = LaggedKDE(M, DIM, 0.1)
-    other.load_state_dict({"_extra_state": first})
-    assert other.refreshed == refreshed and other.bandwidth == H
-    if refreshed:
-        assert_same_codes(other, lagged)
-
-
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -356,3 +357,28 @@ def test_subnormal_numbers_stay():
         torch.set_num_threads(before)
     assert float("1e-310") * 1.0 != 0
     assert (torch.tensor(1e-310, dtype=torch.float64) * 1 != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("former", "module"),
+    [
+        ("checkpoints", "runs.checkpoints"),
+        ("divergence", "jsd"),
+        ("divergences", "models.f_divergences"),
+        ("models.classifier", "models.image_classifier"),
+        ("report", "runs.report"),
+    ],
+)
+def test_former_names_of_modules(former, module):
+    former, module = f"kdejsd.{former}", f"kdejsd.{module}"
+    sys.modules.pop(former, None)
+    with pytest.warns(DeprecationWarning, match=f"^{former} is {module} now") as warned:
+        found = importlib.import_module(former)
+    assert warned[0].filename == __file__ or "importlib" in warned[0].filename
+    public = {name: value for name, value in vars(importlib.import_module(module)).items() if name[0] != "_"}
+    assert public and public.items() <= vars(found).items()
+
+
+def test_divergences_need_no_extra():
+    code = "import sys; from kdejsd.models import f_divergences; print('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -36,7 +36,7 @@ def updated(start):
 def reserved(num_examples):
     module = lagged()
     module.reserve(num_examples)
-    return len(module.places)
+    return len(module.own_copies.places)
 
 
 def decode(z):

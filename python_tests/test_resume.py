@@ -23,12 +23,12 @@ from test_data import write_mnist
 from test_gen import DropoutFC
 from torch import nn
 
-from kdejsd import checkpoints
-from kdejsd.checkpoints import RunCheckpoint, WholeCheckpointIO, load_checkpoint
 from kdejsd.cli import main
 from kdejsd.data import MNIST, Digits
 from kdejsd.models import images
 from kdejsd.models.base import LOSSES_KEPT
+from kdejsd.runs import checkpoints
+from kdejsd.runs.checkpoints import RunCheckpoint, WholeCheckpointIO, load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
@@ -96,7 +96,7 @@ def fit(folder: Path, args: list[str], saved: Connection | None) -> None:
 def processes():
     """Makes processes that have imported all that takes long, with one thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kdejsd.training", "test_resume"])
+    context.set_forkserver_preload(["kdejsd.runs.fit", "test_resume"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         yield context

@@ -192,14 +192,16 @@ def test_other_settings_are_the_optimisers_too(stopped):
     assert group["betas"] == (0.7, 0.9)
 
 
-def test_a_checkpoint_of_a_version_without_schedulers_goes_on(stopped):
+@pytest.mark.parametrize("form", [None, 0, 2])
+def test_a_checkpoint_of_another_format_is_refused(stopped, form):
     checkpoint = torch.load(stopped, weights_only=True)
-    checkpoint["lr_schedulers"] = []
-    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
-    group["lr"] = half_cosine(8)[2]  # of the step before, set at its start
-    del group["initial_lr"]
+    del checkpoint["kdejsd_format"]
+    if form is not None:
+        checkpoint["kdejsd_format"] = form
     torch.save(checkpoint, stopped)
-    assert resumed(stopped) == half_cosine(8)[3:]
+    got = "none" if form is None else form
+    with pytest.raises(ValueError, match=f"reads checkpoints of format 1, and this one has {got}: another version"):
+        resumed(stopped)
 
 
 def test_state_is_plain_and_takes_up_where_it_was():

@@ -16,7 +16,7 @@ Divergences by the shift of the model, Q, from the data, P:
 Each is given as it is (KL(Q || P), JSD, W1) and as estimated from samples: by the KDE of Q's samples and the target
 smoothed by the same kernel (for the lines, which have no density, the KDE of P's samples), which is an estimate of what
 is left of it when both laws are blurred by the kernel, stated beside it; by a discriminator
-(`kdejsd.divergences`, half the bound of "jensen-shannon", on fresh samples; networks and training of
+(`kdejsd.models.f_divergences`, half the bound of "jensen-shannon", on fresh samples; networks and training of
 gen_correlation.py); and W1 of the samples, exact in one dimension, by optimal assignment of 1000 to 1000 in more.
 
 Gradients: codes are at shift e_1 with a standard deviation in every dimension, their lagged codes likewise, the target
@@ -57,7 +57,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import kdejsd
-from kdejsd.divergences import by_name
+from kdejsd.models.f_divergences import by_name
 from kdejsd.targets import GaussianMixture, IsotropicNormal, StandardNormal
 
 ASSIGNED = 1000  # samples of each law in an optimal assignment

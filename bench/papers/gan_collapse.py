@@ -41,6 +41,7 @@ from scipy.stats import spearmanr
 
 from kdejsd import diversity_report, plots
 from kdejsd.data import Grid2D
+from kdejsd.drawing import draw
 from kdejsd.models import FC, images
 
 OBJECTIVES = (
@@ -220,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
             plots.latent_classes(generator, data.classifier()).savefig(options.out / f"gan_collapse_{name}_classes.png")
             with torch.no_grad():
                 samples = generator(torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(0)))
-            data.draw(samples).savefig(options.out / f"gan_collapse_{name}_samples.png")
+            draw(data, samples).savefig(options.out / f"gan_collapse_{name}_samples.png")
             kind = f"{row['objective']}, width {row['width']}, packing {row['packing']}"
             print(f"{name}: {kind}: {row['modes_captured']} modes")
     return 0

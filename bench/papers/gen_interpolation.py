@@ -21,9 +21,11 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from kdejsd import plots, training
+from kdejsd import plots
 from kdejsd._modes import evaluating
 from kdejsd.data import ImageSet
+from kdejsd.runs.fit import fit
+from kdejsd.runs.saved import open_checkpoint
 
 QUICK = [
     "--model.latent_dim=8",
@@ -58,7 +60,7 @@ def draw(arguments: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=10, help="Pairs of images.")
     parser.add_argument("--steps", type=int, default=11, help="Images in a row, with both ends; odd, to have a middle.")
     parser.add_argument("--seed", type=int, default=0, help="Of the pairs.")
-    config, _, model, data = training.open_checkpoint(parser, arguments)
+    config, _, model, data = open_checkpoint(parser, arguments)
     stem = Path(config.out)
     stem.parent.mkdir(parents=True, exist_ok=True)
     start, end = (data.held_out[index][0].to(model.device) for index in pairs(data.held_out, config.rows, config.seed))
@@ -83,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "--quick" not in arguments:
         return draw(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        training.fit([*QUICK, f"--out={folder}/run"])
+        fit([*QUICK, f"--out={folder}/run"])
         rest = [argument for argument in arguments if argument != "--quick"]
         return draw([f"{folder}/run/checkpoints/last.ckpt", *rest])
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from kdejsd import data, models, plots
 from kdejsd.metrics import InceptionFeatures, encode_set, frechet_distance
-from kdejsd.models.classifier import classifier_for
+from kdejsd.models.image_classifier import classifier_for
 
 MODELS = ("GEN", "AAE", "VAE", "WAE")
 LATENT_DIM = 8

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from kdejsd import diversity_report, latent_holes, models, omega, plots
 from kdejsd.data import MNIST, Digits, ImageData
 from kdejsd.metrics import encode_set, frechet_distance
-from kdejsd.models.classifier import ImageClassifier, classifier_for
+from kdejsd.models.image_classifier import ImageClassifier, classifier_for
 from kdejsd.models.vae import kl_to_normal
 
 LATENT_DIM = 2

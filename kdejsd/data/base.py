@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -13,16 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
-from .. import plots
 from .._extras import train_extra
 from .._numbers import integer
 from .._plain import plain
 
 with train_extra():
     import lightning.pytorch as pl
-    from lightning.pytorch.utilities import rank_zero_only
-    from matplotlib.figure import Figure
-
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
@@ -150,7 +143,7 @@ class BatchLoader(DataLoader[Batch]):
                 f"the checkpoint is from within an epoch, after {state['position']} batches, and the rest of the epoch "
                 f"needs the same batches: {'; '.join(changed)} (batch_size: of all ranks; count: of training images)"
             )
-        self.order.start = (state.get("epoch", 0), state["position"])  # the first checkpoints are of an epoch's end
+        self.order.start = (state["epoch"], state["position"])
 
 
 class ImageData(pl.LightningDataModule):
@@ -255,15 +248,7 @@ class ImageData(pl.LightningDataModule):
         """The held-out images."""
         return self.val_dataloader()
 
-    # What a set knows of its images, and of those that a model makes like them
-
-    def draw(self, images: Tensor) -> Figure:
-        """A picture of images [n, C, H, W]."""
-        return plots.grid(images)
-
-    def draw_reconstructions(self, images: Tensor, reconstructions: Tensor) -> Figure:
-        """A picture of images [n, C, H, W] and their reconstructions: of the first 30."""
-        return plots.reconstructions(images[:30], reconstructions[:30])
+    # What a set knows of images that a model makes like its own
 
     def sample_measures(self, images: Tensor) -> dict[str, float]:
         """How good generated images [n, C, H, W] are, by what is known of the law of the set; mostly nothing is."""
@@ -302,61 +287,3 @@ def _finite(data: ImageData, part: str, images: ImageSet) -> ImageSet:
                 f"have NaN or infinity: {some}"
             )
     return images
-
-
-def folder_of(root: str | os.PathLike[str]) -> Path:
-    """The folder that a root names, with `~` and environment variables put in.
-
-    Raises:
-        ValueError: it names none.
-        TypeError: neither text nor a path.
-    """
-    name = plain(root, "root")
-    if not isinstance(name, str):
-        raise TypeError(f"root must be the path of a folder, got {root!r}")
-    if not name:  # what a variable that is not set leaves of "$DATA"; Path would take it for the current folder
-        raise ValueError("root must name a folder, got ''")
-    return Path(os.path.expanduser(os.path.expandvars(name)))
-
-
-def find(
-    data: ImageData,
-    root: Path,
-    folders: Sequence[str],
-    names: Sequence[str],
-    how_to_get: str,
-    is_there: Callable[[Path], bool] = Path.is_file,
-) -> Path:
-    """The file of one of these names in the root or in one of its folders; what stands first goes first.
-
-    Args:
-        folders: by their paths from the root, which is "".
-        is_there: Path.is_dir for a folder in place of a file.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    places = [root / folder for folder in folders]
-    for place in places:
-        for name in names:
-            if is_there(place / name):
-                return place / name
-    where = (
-        f"which is in none of {', '.join(map(str, places))}"
-        if root.is_dir()
-        else f"and there is no folder {root.absolute()}"
-    )
-    raise FileNotFoundError(
-        f"{type(data).__name__} needs {' or '.join(names)}, {where}. Name its folder with --data.root; {how_to_get}"
-    )
-
-
-def unreadable(data: ImageData, path: Path, error: OSError, how_to_get: str) -> OSError:
-    """The error for a file that was there when it was looked for."""
-    return type(error)(f"{type(data).__name__} cannot read {path}: {error.strerror}; {how_to_get}")
-
-
-@rank_zero_only
-def note(data: ImageData, text: str) -> None:
-    """Tells the user, once for all ranks, what was found."""
-    print(f"{type(data).__name__}: {text}", file=sys.stderr)

@@ -9,13 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import plots
-from .._extras import train_extra
 from .._numbers import between, integer
 from .base import ImageData, ImageSet
-
-with train_extra():
-    from matplotlib.figure import Figure
 
 
 class Grid2D(ImageData):
@@ -111,11 +106,3 @@ class Grid2D(ImageData):
             "high_quality_share": float(good.double().mean()),
             "reverse_kl": float(torch.special.xlogy(shares, shares * len(shares)).sum()),
         }
-
-    def draw(self, images: Tensor) -> Figure:
-        """The points, with circles of three standard deviations around the modes."""
-        return plots.points(images.flatten(1), self.modes, 3 * self.std)
-
-    def draw_reconstructions(self, images: Tensor, reconstructions: Tensor) -> Figure:
-        """The reconstructions, with lines from what they are of."""
-        return plots.points(reconstructions.flatten(1), self.modes, 3 * self.std, origins=images.flatten(1))

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ImageData, ImageSet, find, folder_of, unreadable
+from .base import ImageData, ImageSet
+from .files import damaged, find, folder_of, how_to_get, unreadable
 
 
 class MNIST(ImageData):
@@ -55,7 +56,7 @@ class MNIST(ImageData):
     def _find(self, name: str) -> Path:
         dotted = name.replace("-idx", ".idx")  # as it is unpacked by some programs
         names = (f"{name}.gz", name, f"{dotted}.gz", dotted)
-        return find(self, self.root, self.folders, names, self._how_to_get(name))
+        return find(self, self.root, self.folders, names, how_to_get(self._url(name)))
 
     def _read(self, path: Path, dimensions: int) -> Tensor:
         """One idx file: big-endian magic number 2048 + dimensions, the sizes, then a byte per value."""
@@ -64,7 +65,7 @@ class MNIST(ImageData):
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise self._damaged(path, "a whole gzip file", str(error)) from error
         except OSError as error:
-            raise unreadable(self, path, error, self._how_to_get(path.name)) from error
+            raise unreadable(self, path, error, self._url(path.name)) from error
         header = 4 + 4 * dimensions
         if len(content) < header:
             raise self._damaged(path, f"at least the {header} bytes of an idx header", f"{len(content)} bytes")
@@ -77,10 +78,10 @@ class MNIST(ImageData):
         return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)
 
     def _damaged(self, path: Path, expected: str, found: str) -> ValueError:
-        return ValueError(f"{path} is damaged: expected {expected}, found {found}; {self._how_to_get(path.name)}")
+        return damaged(path, expected, found, self._url(path.name))
 
-    def _how_to_get(self, name: str) -> str:
-        return f"to get it: curl -O {self.source}{name.removesuffix('.gz').replace('.idx', '-idx')}.gz"
+    def _url(self, name: str) -> str:
+        return f"{self.source}{name.removesuffix('.gz').replace('.idx', '-idx')}.gz"
 
 
 class FashionMNIST(MNIST):

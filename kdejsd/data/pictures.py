@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .._extras import train_extra
 from .._numbers import between, integer
-from .base import ImageData, ImageSet, find, folder_of, note
+from .base import ImageData, ImageSet
+from .files import find, folder_of, note
 from .tree import Tree, check_whole, classes_of, left_out, parts_of, read_tree, shortened
 
 with train_extra():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from scipy.io import loadmat
 
-from .base import ImageData, ImageSet, find, folder_of, unreadable
+from .base import ImageData, ImageSet
+from .files import damaged, find, folder_of, how_to_get, unreadable
 
 
 class SVHN(ImageData):
@@ -41,27 +41,22 @@ class SVHN(ImageData):
         return self._part("train_32x32.mat"), self._part("test_32x32.mat")
 
     def _part(self, name: str) -> ImageSet:
-        path = find(self, self.root, ("", "svhn"), (name,), self._how_to_get(name))
+        url = self.source + name
+        path = find(self, self.root, ("", "svhn"), (name,), how_to_get(url))
         try:
             with path.open("rb") as file:
                 content = loadmat(file, variable_names=("X", "y"))
             pixels, labels = content["X"], content["y"].reshape(-1)
         except FileNotFoundError as error:
-            raise unreadable(self, path, error, self._how_to_get(name)) from error
+            raise unreadable(self, path, error, url) from error
         except Exception as error:  # of many kinds: the reader trusts what it reads
-            raise self._damaged(path, "a MATLAB file of version 5 with X and y", repr(error)) from error
+            raise damaged(path, "a MATLAB file of version 5 with X and y", repr(error), url) from error
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
             expected = "bytes X of shape [32, 32, 3, N]"
-            raise self._damaged(path, expected, f"{pixels.dtype} of shape {list(pixels.shape)}")
+            raise damaged(path, expected, f"{pixels.dtype} of shape {list(pixels.shape)}", url)
         if len(labels) != pixels.shape[3]:
-            raise self._damaged(path, f"{pixels.shape[3]} labels y, one per image", f"{len(labels)}")
+            raise damaged(path, f"{pixels.shape[3]} labels y, one per image", f"{len(labels)}", url)
         if not np.isin(labels, np.arange(1, 11)).all():
-            raise self._damaged(path, "labels y from 1 to 10", f"{labels.min()} to {labels.max()}")
+            raise damaged(path, "labels y from 1 to 10", f"{labels.min()} to {labels.max()}", url)
         images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)))
         return ImageSet(images, torch.from_numpy(labels.astype(np.int64) % 10))
-
-    def _damaged(self, path: Path, expected: str, found: str) -> ValueError:
-        return ValueError(f"{path} is damaged: expected {expected}, found {found}; {self._how_to_get(path.name)}")
-
-    def _how_to_get(self, name: str) -> str:
-        return f"to get it: curl -O {self.source}{name}"

@@ -1,45 +1,25 @@
 """Autoencoders with a shaped latent space, and GANs, as LightningModules; their networks are arguments.
 
-`kdejsd.models.images` has each of them in a form that builds its networks for images of a given shape.
+`kdejsd.models.images` has each of them in a form that builds its networks for images of a given shape, and
+`kdejsd.models.f_divergences` the divergences that a GAN can lower.
 """
 
-from .aae import AAE
-from .ae import AE
-from .autoencoder import Autoencoder
-from .base import GenerativeModel
-from .classifier import ImageClassifier
-from .flows import RealNVP
-from .gan import GAN
-from .gen import GEN
-from .images import GEN as ImageGEN
-from .images import ImageModel, for_images
-from .lcvae import LCVAE
-from .networks import FC, AutoencoderNetworks, Conv, DeepConv, HalfDeepConv
-from .semi import SemiSupervisedGEN
-from .stochastic import StochasticGEN
-from .vae import VAE
-from .wae import WAE
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "AAE",
-    "AE",
-    "FC",
-    "GAN",
-    "GEN",
-    "LCVAE",
-    "VAE",
-    "WAE",
-    "Autoencoder",
-    "AutoencoderNetworks",
-    "Conv",
-    "DeepConv",
-    "GenerativeModel",
-    "HalfDeepConv",
-    "ImageClassifier",
-    "ImageGEN",
-    "ImageModel",
-    "RealNVP",
-    "SemiSupervisedGEN",
-    "StochasticGEN",
-    "for_images",
-]
+if TYPE_CHECKING:
+    from ._all import *  # noqa: F403 (mypy reads all names there)
+
+
+def __getattr__(name: str) -> Any:
+    # Read when the first model is asked for: the f-divergences do without Lightning.
+    if name.startswith("_") and name != "__all__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    return getattr(import_module(f"{__name__}._all"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__getattr__("__all__")]

@@ -172,7 +172,6 @@ class CodeNorm(nn.Module):
     scale: Tensor
     running_mean: Tensor
     running_var: Tensor
-    num_batches_tracked: Tensor
     momentum: ClassVar[float] = 0.1
     eps: ClassVar[float] = 1e-5
 
@@ -181,15 +180,9 @@ class CodeNorm(nn.Module):
         mean, variance = finite_moments(target, "codes to be normalised to")
         self.register_buffer("running_mean", torch.zeros(latent_dim))
         self.register_buffer("running_var", torch.ones(latent_dim))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.register_buffer("shift", mean.float())
         self.register_buffer("scale", variance.sqrt().float())
         self.synchronized = False
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("shift", "scale"):  # the first checkpoints do not have them
-            state_dict.setdefault(prefix + name, getattr(self, name))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def calibrate(self, parts: Iterable[Tensor]) -> None:
         """Makes the mean and variance of the codes in all parts [k, l] together the running statistics."""
@@ -205,10 +198,8 @@ class CodeNorm(nn.Module):
         self.running_var.copy_(variance)
 
     def forward(self, codes: Tensor) -> Tensor:
-        if self.training:
-            if len(codes) < 2 and not self.synchronized:
-                raise ValueError(f"codes must be at least 2 to be normalised in training, got a batch of {len(codes)}")
-            self.num_batches_tracked += 1
+        if self.training and len(codes) < 2 and not self.synchronized:
+            raise ValueError(f"codes must be at least 2 to be normalised in training, got a batch of {len(codes)}")
         if self.training and self.synchronized:
             normalized = self._over_ranks(codes)
         else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .._modes import evaluating
 from .._numbers import integer, not_negative
 from .._plain import plain
 from .._ranks import rank_and_size
+from .._version import __version__
 from ..targets import Law, as_law
 from .networks import Network
 from .schedule import HalfCosine
@@ -25,6 +27,7 @@ with train_extra():
     import lightning.pytorch as pl
 
 CHUNK = 1000  # images encoded or decoded at a time where no gradient is wanted
+_FORMAT = 1  # of checkpoints, as they are written and read here
 LOSSES_KEPT = {"cpu": 1, "cuda": 50}  # before they are looked at: a GPU would have to be waited for
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -192,6 +195,22 @@ class GenerativeModel(pl.LightningModule, ABC):
         if len(self._losses) >= LOSSES_KEPT.get(loss.device.type, 1):
             self._check_losses()
 
+    @contextmanager
+    def explaining(self, what: str, examples: Tensor | None) -> Iterator[None]:
+        """Around what refuses values that are not finite, of the examples [n] of the training set or of all weights.
+
+        Raises:
+            FloatingPointError: names the images or weights that are to blame, in place of a ValueError.
+        """
+        try:
+            yield
+        except ValueError as error:
+            self._check_losses()  # one of those not yet looked at may have been the first
+            cause = self._cause(examples)
+            if cause is None:
+                raise
+            raise FloatingPointError(f"{what} are not finite in {self._named(self._place)}: {cause}") from error
+
     def _check_losses(self) -> None:
         losses, self._losses = self._losses, []
         if not losses or bool(torch.stack([item.value.float() for item in losses]).isfinite().all()):
@@ -253,23 +272,29 @@ class GenerativeModel(pl.LightningModule, ABC):
         rng_state = {"cpu": torch.get_rng_state()}  # for what is drawn in training, and networks with dropout
         if self.device.type == "cuda":
             rng_state["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["kdejsd_format"] = _FORMAT
         checkpoint["rng_state"] = rng_state
         checkpoint["planned_steps"] = self._planned_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["rng_state"]
-        self._rng_state = {"cpu": state} if isinstance(state, Tensor) else state  # the first checkpoints have one only
-        self._planned_steps = checkpoint.get("planned_steps")
+        """Takes the random state and the length of the run.
+
+        Raises:
+            ValueError: a checkpoint of another format.
+        """
+        if checkpoint.get("kdejsd_format") != _FORMAT:
+            raise ValueError(
+                f"this version of kdejsd ({__version__}) reads checkpoints of format {_FORMAT}, and this one has "
+                f"{checkpoint.get('kdejsd_format', 'none')}: another version has written it"
+            )
+        self._rng_state = checkpoint["rng_state"]
+        self._planned_steps = checkpoint["planned_steps"]
         self._keep_settings(checkpoint)
 
     def _keep_settings(self, checkpoint: dict[str, Any]) -> None:
         """Lets the checkpoint's optimisers go on with this model's settings, where those of the run were others."""
         optimizers = checkpoint.get("optimizer_states", [])
         first = checkpoint.get("hyper_parameters", {}).get("learning_rate", self.learning_rate)
-        if optimizers and not checkpoint["lr_schedulers"]:  # the first versions had none with `decay`
-            for state in optimizers:
-                rates = [group["lr"] for group in state["param_groups"]]
-                checkpoint["lr_schedulers"].append({"base_lrs": [first] * len(rates), "_last_lr": rates})
         scale = self.learning_rate / first if first else 1.0
         for state in optimizers:
             for group in state["param_groups"]:

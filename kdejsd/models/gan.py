@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .._extras import train_extra
 from .._numbers import integer, not_negative, positive
 from ..data import ImageData
-from ..divergences import FDivergence, by_name
+from ..drawing import draw
 from ..targets import StandardNormal
 from .base import Batch, GenerativeModel, checked, inputs
+from .f_divergences import FDivergence, by_name
 from .networks import Network
 
 with train_extra():
@@ -54,9 +55,10 @@ class GAN(GenerativeModel):
 
     "minimax" and "non-saturating" are by Goodfellow et al. (arXiv 1406.2661), "wgan" by Arjovsky, Chintala, Bottou
     (arXiv 1701.07875), "wgan-gp" by Gulrajani et al. (arXiv 1704.00028; `gradient_penalty`), the others by Nowozin,
-    Cseke, Tomioka (f-GAN, arXiv 1606.00709), with f one of `kdejsd.divergences`. The f-GAN's generator lowers the bound
-    itself (the paper's Algorithm 1), so that the divergence that is named is the one that is minimised; it has the
-    heuristic of its section 3.2 for f = "gan" alone, where that is "non-saturating" ("f-gan" itself is "minimax").
+    Cseke, Tomioka (f-GAN, arXiv 1606.00709), with f one of `kdejsd.models.f_divergences`. The f-GAN's generator lowers
+    the bound itself (the paper's Algorithm 1), so that the divergence that is named is the one that is minimised; it
+    has the heuristic of its section 3.2 for f = "gan" alone, where that is "non-saturating" ("f-gan" itself is
+    "minimax").
 
     With packing p the discriminator sees p images at a time, side by side as channels: a generator that makes few
     different images is told more easily (PacGAN, Lin, Khetan, Fanti, Oh, arXiv 1712.04086).
@@ -70,7 +72,7 @@ class GAN(GenerativeModel):
     Lipschitz constant, which is about 1 for "wgan-gp"), or the bound of the f-divergence. Per epoch `val_divergence`,
     the same of held-out images (of a discriminator with batch normalisation a looser bound: its running statistics are
     those of real and generated images together); after the epochs 1, 2, 4, 8, ... a picture of samples
-    (`ImageData.draw`), where the logger is TensorBoard's.
+    (`kdejsd.drawing.draw`), where the logger is TensorBoard's.
 
     Args:
         generator: latents [n, l] -> images [n, C, H, W].
@@ -249,7 +251,7 @@ class GAN(GenerativeModel):
         data = getattr(self.trainer, "datamodule", None)
         # Not every epoch: a picture can take longer than an epoch does.
         if boards and isinstance(data, ImageData) and epoch.bit_count() == 1:
-            figure = data.draw(self.sample(data.report_samples, torch.Generator().manual_seed(0)))
+            figure = draw(data, self.sample(data.report_samples, torch.Generator().manual_seed(0)))
             for board in boards:
                 board.experiment.add_figure("samples", figure, self.trainer.global_step)
 

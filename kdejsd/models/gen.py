@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -196,7 +195,7 @@ class GEN(Autoencoder):
     def refresh(self) -> None:
         """Encodes the lagged examples by the encoder as it is, in evaluation mode. Their mean and variance become the
         running statistics of the normalisation, which otherwise trail behind an encoder that changes quickly."""
-        with evaluating(self.encoder, self.norm), self._explained():
+        with evaluating(self.encoder, self.norm), self.explaining("lagged codes", self._lagged_examples):
             self.lagged.refresh(self._lagged_codes(), self._lagged_examples)
 
     def _lagged_codes(self) -> Iterator[Tensor]:
@@ -224,22 +223,10 @@ class GEN(Autoencoder):
         """The same for one of k_b parts, with the running statistics as they are."""
         m = len(self.lagged.codes)
         start, end = m * part // self.refresh_every, m * (part + 1) // self.refresh_every
-        with evaluating(self.encoder, self.norm), self._explained():
+        with evaluating(self.encoder, self.norm), self.explaining("lagged codes", self._lagged_examples):
             for images in self._lagged_images(start, end):
                 self.lagged.update(self.training_codes(images), start)
                 start += len(images)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Says of lagged codes that are refused which images or weights are to blame."""
-        try:
-            yield
-        except ValueError as error:
-            self._check_losses()  # one of those not yet looked at may have been the first
-            cause = self._cause(self._lagged_examples)
-            if cause is None:
-                raise
-            raise FloatingPointError(f"lagged codes are not finite in {self._named(self._place)}: {cause}") from error
 
     def _lagged_images(self, start: int, end: int) -> Iterator[Tensor]:
         """The images of the lagged examples from place `start` to before `end`, on the module's device, in parts."""

@@ -67,11 +67,6 @@ class SemiSupervisedGEN(GEN):
         assert isinstance(self.lagged.target, GaussianMixture)
         return self.lagged.target
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in ("means", "scales", "log_weights"):  # the first checkpoints have the target twice
-            state_dict.pop(f"{prefix}classes.{name}", None)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     @torch.no_grad()
     def classify(self, codes: Tensor) -> Tensor:
         """The most probable class [n] int64 of codes [n, l] under the target: with components of equal scale and weight

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ._extras import train_extra
+from .._extras import train_extra
 
 with train_extra():
     import lightning.pytorch as pl

@@ -17,7 +17,7 @@ from scipy.stats import norm
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from kdejsd.divergences import NAMES, by_name
+from kdejsd.models.f_divergences import NAMES, by_name
 
 LOG2 = math.log(2)
 INF, NAN = math.inf, math.nan

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .ops._common import check_tensor
+from ..ops._common import check_tensor
 
 __all__ = ["NAMES", "FDivergence", "by_name"]
 
@@ -121,7 +121,7 @@ class FDivergence(ABC):
         return hash(self.name)
 
     def __repr__(self) -> str:
-        return f"kdejsd.divergences.by_name({self.name!r})"
+        return f"kdejsd.models.f_divergences.by_name({self.name!r})"
 
 
 class _KL(FDivergence):

@@ -14,14 +14,15 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from . import plots
-from ._extras import train_extra
-from ._modes import evaluating
-from .data import ImageData
-from .diversity.labels import Map
-from .diversity.report import diversity_report
-from .metrics import code_measures, divergence_measures, encode_set
-from .models import GAN, Autoencoder, GenerativeModel
+from .. import plots
+from .._extras import train_extra
+from .._modes import evaluating
+from ..data import ImageData
+from ..diversity.labels import Map
+from ..diversity.report import diversity_report
+from ..drawing import draw, draw_reconstructions
+from ..metrics import Encoded, code_measures, divergence_measures, encode_set
+from ..models import GAN, Autoencoder, GenerativeModel
 
 with train_extra():
     from matplotlib.figure import Figure
@@ -68,7 +69,7 @@ def write_report(
             model.generator,
             classifier,
             model.latent_dim,
-            codes=report.training_codes,
+            codes=None if report.training is None else report.training.codes,
             target=model.target,
             progress=_tell_progress,
         )
@@ -89,10 +90,10 @@ class Report(Generic[Model]):
     Attributes:
         samples: [n, C, H, W], generated.
         measures: by part: "held_out" and "training" images, "samples", those that there are.
-        training_codes: [n, l] of the training images, None for a model without an encoder.
+        training: the training images as a model with an encoder sees them, None for one without.
     """
 
-    training_codes: Tensor | None = None
+    training: Encoded | None = None
 
     def __init__(self, model: Model, data: ImageData) -> None:
         self.model = model
@@ -129,7 +130,7 @@ class Report(Generic[Model]):
 
     def pictures(self) -> dict[str, Figure]:
         """By the names of their files."""
-        return {"samples": self.data.draw(self.samples)}
+        return {"samples": draw(self.data, self.samples)}
 
     def classes(self, classifier: Map) -> Figure:
         """The regions of a 2-D latent space from which each class is made."""
@@ -140,11 +141,11 @@ class AutoencoderReport(Report[Autoencoder]):
     """Adds the reconstructions, and how well the codes follow the target."""
 
     def image_measures(self) -> dict[str, Measures]:
-        self.held_out, training = (encode_set(self.model, part) for part in (self.data.held_out, self.data.training))
-        self.training_codes = training.codes
+        self.held_out = encode_set(self.model, self.data.held_out)
+        self.training = encode_set(self.model, self.data.training)
         return {
             "held_out": code_measures(self.model, self.held_out, training=False),
-            "training": code_measures(self.model, training, training=True),
+            "training": code_measures(self.model, self.training, training=True),
         }
 
     def rows(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -168,7 +169,7 @@ class AutoencoderReport(Report[Autoencoder]):
             reconstructions = self.model.reconstruct(images.to(self.model.device)).cpu()
         return {
             "latent": plots.latent(self.held_out.codes, self.held_out.labels, self.model.target),
-            "reconstructions": self.data.draw_reconstructions(images, reconstructions),
+            "reconstructions": draw_reconstructions(self.data, images, reconstructions),
             **super().pictures(),
         }
 
@@ -209,7 +210,7 @@ def _tell_progress(done: int, total: int) -> None:
 
 
 def _versions() -> dict[str, str]:
-    from . import __version__
+    from .. import __version__
 
     return {
         "kdejsd": __version__,

@@ -1,0 +1,40 @@
+"""Modules that have moved: their former names still import, with a DeprecationWarning, for one version."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_MOVED = {
+    "kdejsd.checkpoints": "kdejsd.runs.checkpoints",
+    "kdejsd.divergence": "kdejsd.jsd",
+    "kdejsd.divergences": "kdejsd.models.f_divergences",
+    "kdejsd.models.classifier": "kdejsd.models.image_classifier",
+    "kdejsd.report": "kdejsd.runs.report",
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Asked by Python for a module that no file of that name has."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = _MOVED[module.__name__]
+        warnings.warn(
+            f"{module.__name__} is {new} now; the old name goes with the next version", DeprecationWarning, stacklevel=2
+        )
+        found = import_module(new)
+        module.__doc__ = f"The former name of `{new}`."
+        vars(module).update({name: value for name, value in vars(found).items() if not name.startswith("_")})
+
+
+def install() -> None:
+    """Lets the former names be found, after all that files have."""
+    sys.meta_path.append(_Finder())

@@ -517,10 +517,11 @@ class LaggedKDE(nn.Module):
             reduction=reduction,
         )
 
-    def jsd(self, z: Tensor, generator: torch.Generator) -> Tensor:
+    def jsd(self, z: Tensor, rng: torch.Generator) -> Tensor:
         """`codes_jsd` of codes z [n, l] by this kernel, from what the loss compares p_e with, the target or the
-        smoothed target; in nats, 0-dim. It does not look at the lagged codes. The generator is on the device of z."""
-        return codes_jsd(z.to(self._dtype), self.bandwidth, self.law, generator)
+        smoothed target; in nats, 0-dim. It does not look at the lagged codes. The random number
+        generator is on the device of z."""
+        return codes_jsd(z.to(self._dtype), self.bandwidth, self.law, rng)
 
     def _query(self, z: Tensor) -> Tensor:
         self._check_refreshed("log_prob or loss")

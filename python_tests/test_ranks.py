@@ -419,7 +419,7 @@ def training(rank, ranks, folder):
         found[name] = trained(kind, settings, ranks, "32-true", save=folder / f"{name}.ckpt")
         found[name, "resumed"] = trained(kind, settings, ranks, "32-true", ckpt_path=folder / f"{name}.ckpt")
     model = GEN(nn.Identity(), nn.Identity(), 2, bandwidth=0.5)
-    found["noise"] = noise_like(torch.empty(1000), model.random())
+    found["noise"] = noise_like(torch.empty(1000), model.rng())
     for kind in ("AAE", "GAN"):
         try:
             trained(kind, {}, ranks)

@@ -55,9 +55,9 @@ class Grid2D(ImageData):
         self.modes = torch.cartesian_prod(line, line).flip(1)
 
     def load(self) -> tuple[ImageSet, ImageSet]:
-        random = torch.Generator().manual_seed(self.seed)
-        labels = torch.randint(len(self.modes), (self.num_samples,), generator=random)
-        points = self.modes[labels] + self.std * torch.randn(self.num_samples, 2, generator=random)
+        rng = torch.Generator().manual_seed(self.seed)
+        labels = torch.randint(len(self.modes), (self.num_samples,), generator=rng)
+        points = self.modes[labels] + self.std * torch.randn(self.num_samples, 2, generator=rng)
         return self._split(ImageSet(points[:, :, None, None], labels), self.share_held_out)
 
     def logits(self, images: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class Autoencoder(GenerativeModel):
         """The images after encoding and decoding."""
         return self.decode(self.encode(images))
 
-    def posterior_samples(self, images: Tensor, generator: torch.Generator) -> Tensor | None:
+    def posterior_samples(self, images: Tensor, rng: torch.Generator) -> Tensor | None:
         """Codes [n, l] drawn from the posterior of each image, where the encoder gives a law rather than a code; None
         where it gives a code."""
         return None
@@ -127,9 +127,9 @@ class Autoencoder(GenerativeModel):
 
     # Evaluation
 
-    def jsd(self, codes: Tensor, generator: torch.Generator) -> Tensor:
-        """How far codes [n, l] are from the target, in nats, 0-dim; the generator is on their device."""
-        return target_jsd(codes, self.target, generator)
+    def jsd(self, codes: Tensor, rng: torch.Generator) -> Tensor:
+        """How far codes [n, l] are from the target, in nats, 0-dim; the random number generator is on their device."""
+        return target_jsd(codes, self.target, rng)
 
     def latent_measures(self, codes: Tensor, index: Tensor | None) -> dict[str, float]:
         """What else the model measures of codes [n, l]; `index` [n] of the training examples, None for others."""
@@ -142,19 +142,19 @@ class Autoencoder(GenerativeModel):
 
     def on_validation_epoch_start(self) -> None:
         self._codes: list[Tensor] = []
-        self._generator = torch.Generator(self.device).manual_seed(0)  # the same samples every time
+        self._rng = torch.Generator(self.device).manual_seed(0)  # the same samples every time
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images = checked(batch)[0]
         codes = self.encode(images)
         error = reconstruction_error(self.decode(codes), images)
         self.log("val_rec", error, prog_bar=True, batch_size=len(images), sync_dist=True)
-        samples = self.posterior_samples(images, self._generator)
+        samples = self.posterior_samples(images, self._rng)
         self._codes.append(codes if samples is None else samples)
 
     def on_validation_epoch_end(self) -> None:
         codes = torch.cat(self._codes)[:JSD_SAMPLES]
-        self.log("val_jsd", self.jsd(codes, self._generator), prog_bar=True, sync_dist=True)
+        self.log("val_jsd", self.jsd(codes, self._rng), prog_bar=True, sync_dist=True)
         self._codes.clear()
 
 

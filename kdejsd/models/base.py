@@ -95,17 +95,17 @@ class GenerativeModel(pl.LightningModule, ABC):
         images: Tensor = self.generator(codes)
         return images
 
-    def target_samples(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n samples [n, l] of the target in the model's dtype and on its device, drawn by the generator (default: from
-        the global seed, others on each rank)."""
-        if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank_and_size()[0])
-        return as_law(self.target).sample(n, generator).to(self.device, self.dtype)  # type: ignore[arg-type]
+    def target_samples(self, n: int, rng: torch.Generator | None = None) -> Tensor:
+        """n samples [n, l] of the target in the model's dtype and on its device, drawn by the random number generator
+        (default: from the global seed, others on each rank)."""
+        if rng is None:
+            rng = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank_and_size()[0])
+        return as_law(self.target).sample(n, rng).to(self.device, self.dtype)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """Images [n, C, H, W] decoded from n samples of the target, drawn as in `target_samples`."""
-        codes = self.target_samples(n, generator)
+        codes = self.target_samples(n, rng)
         with evaluating(self):
             return torch.cat([self.decode(chunk) for chunk in codes.split(CHUNK)])
 
@@ -118,7 +118,7 @@ class GenerativeModel(pl.LightningModule, ABC):
                 "and the gradients of one would not be averaged before its step"
             )
 
-    def random(self) -> torch.Generator | None:
+    def rng(self) -> torch.Generator | None:
         """What draws noise in training, on the model's device: None, the global generator, on one process. On several,
         whose global generators are alike, one of this rank's own; every rank asks as often."""
         rank, size = rank_and_size()
@@ -323,9 +323,9 @@ class _Loss(NamedTuple):
     place: _Place
 
 
-def noise_like(t: Tensor, generator: torch.Generator | None) -> Tensor:
+def noise_like(t: Tensor, rng: torch.Generator | None) -> Tensor:
     """Samples of the standard normal of the shape, dtype and device of t."""
-    return torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device)
+    return torch.randn(t.shape, generator=rng, dtype=t.dtype, device=t.device)
 
 
 def checked(batch: Any) -> Batch:

@@ -236,13 +236,13 @@ class GAN(GenerativeModel):
     # Evaluation
 
     def on_validation_epoch_start(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)  # the same latents every time
+        self._rng = torch.Generator().manual_seed(0)  # the same latents every time
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images = checked(batch)[0]
         images = images[: len(images) // self.packing * self.packing]
         if len(images):  # the last batch can be smaller than a pack
-            generated = self.decode(self.target_samples(len(images), self._generator))
+            generated = self.decode(self.target_samples(len(images), self._rng))
             self.log("val_divergence", self.divergence(images, generated), prog_bar=True, batch_size=len(images))
 
     def on_validation_epoch_end(self) -> None:

@@ -310,7 +310,7 @@ class GEN(Autoencoder):
     def latent_terms(self, codes: Tensor, index: Tensor | None) -> Tensor:
         """The latent term of each code [n, l] in nats, as [n]; `index` [n] of the training examples, None for
         others."""
-        noise = noise_like(codes, self.random()) if self.kernel_noise else None
+        noise = noise_like(codes, self.rng()) if self.kernel_noise else None
         return self.lagged.loss(codes, index, noise=noise, reduction="none")
 
     def gradient_weight(self, terms: Tensor) -> Tensor:
@@ -322,9 +322,9 @@ class GEN(Autoencoder):
 
     # Evaluation
 
-    def jsd(self, codes: Tensor, generator: torch.Generator) -> Tensor:
+    def jsd(self, codes: Tensor, rng: torch.Generator) -> Tensor:
         """`LaggedKDE.jsd`: by the kernel of the lagged codes, from what the loss compares them with."""
-        return self.lagged.jsd(codes, generator)
+        return self.lagged.jsd(codes, rng)
 
     def latent_measures(self, codes: Tensor, index: Tensor | None) -> dict[str, float]:
         """The training loss's latent term in nats, and the weight 1 - r of its gradient."""

@@ -100,22 +100,22 @@ class StochasticGEN(GEN):
         """Means [n, l] of the codes of images [n, C, H, W]."""
         return self.posterior(images)[0]
 
-    def posterior_samples(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        return _drawn(self.posterior(images), generator)
+    def posterior_samples(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        return _drawn(self.posterior(images), rng)
 
     def training_codes(self, images: Tensor) -> Tensor:
-        return _drawn(self.posterior(images), self.random())
+        return _drawn(self.posterior(images), self.rng())
 
     def _lagged_codes(self) -> Iterator[Tensor]:
         width = 2 * self.latent_dim
         encoded = [self._encoded(images, width) for images in self._lagged_images(0, len(self.lagged.codes))]
         self.norm.calibrate(part[:, : self.latent_dim] for part in encoded)
-        random = self.random()
+        rng = self.rng()
         for part in encoded:
-            yield _drawn(self._law(part), random)
+            yield _drawn(self._law(part), rng)
 
 
-def _drawn(law: tuple[Tensor, Tensor], generator: torch.Generator | None) -> Tensor:
+def _drawn(law: tuple[Tensor, Tensor], rng: torch.Generator | None) -> Tensor:
     """A code of each normal law, whose means and standard deviations are [n, l] each."""
     mean, scale = law
-    return mean + scale * noise_like(mean, generator)
+    return mean + scale * noise_like(mean, rng)

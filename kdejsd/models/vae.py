@@ -101,9 +101,9 @@ class VAE(Autoencoder):
         """Codes [n, l] of images [n, C, H, W]: the posterior's means, or what the flow makes of them."""
         return self._code(self.posterior(images)[0])
 
-    def posterior_samples(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def posterior_samples(self, images: Tensor, rng: torch.Generator) -> Tensor:
         mean, log_variance = self.posterior(images)
-        return self._code(mean + (log_variance / 2).exp() * noise_like(mean, generator))
+        return self._code(mean + (log_variance / 2).exp() * noise_like(mean, rng))
 
     @property
     def generator(self) -> nn.Module:  # type: ignore[override]
@@ -113,7 +113,7 @@ class VAE(Autoencoder):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = checked(batch)[0]
         mean, log_variance = self.posterior(images)
-        z = mean + (log_variance / 2).exp() * noise_like(mean, self.random())
+        z = mean + (log_variance / 2).exp() * noise_like(mean, self.rng())
         error = reconstruction_error(self.decoder(z), images)
         if self.flow is None:
             latent = kl_to_normal(mean, log_variance).mean()

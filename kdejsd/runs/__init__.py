@@ -1,0 +1,1 @@
+"""A run of the command: its settings, folder, checkpoints, report and scores."""

@@ -1,0 +1,104 @@
+"""`kdejsd score`: writes how novel each image of a set is."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .._extras import train_extra
+from ..data import ImageData, ImageSet
+from ..drawing import draw
+from ..models import Autoencoder
+from ..novelty import NoveltyScore, novelty_score, residual_variance
+from .folders import fresh_folder, run_folder
+from .saved import open_checkpoint
+from .progress import batches
+
+with train_extra():
+    from jsonargparse import ArgumentParser
+    from jsonargparse.typing import PositiveFloat
+
+
+def score(args: list[str]) -> int:
+    """Writes the novelty of each image of a set, prints which are most and least likely; returns the exit code."""
+    parser = ArgumentParser(
+        prog="kdejsd score",
+        description="Writes how novel each image is to a checkpoint's model: a CSV of kdejsd.novelty_score (nats, "
+        "higher is more novel), its three parts and the reconstruction error; and pictures of the 100 most and least "
+        "likely.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--split", type=Literal["held_out", "training"], default="held_out", help="Which images.")
+    parser.add_argument(
+        "--variance",
+        type=PositiveFloat | None,
+        help="Of the residual in each dimension; default: measured on the training images, those of --data if it is "
+        "the run's kind of data and else the run's own.",
+    )
+    parser.add_argument("--out", type=str, metavar="FILE.csv", help="Default: scores.csv in a fresh folder of the run.")
+    config, _, model, data_module = open_checkpoint(parser, args)
+    if not isinstance(model, Autoencoder):
+        raise ValueError(
+            f"CKPT must be of a model with an encoder, which the density of an image needs, and {config.checkpoint} is "
+            f"of a {type(model).__name__}"
+        )
+    images = data_module.held_out if config.split == "held_out" else data_module.training
+    variance = config.variance
+    if variance is None:
+        own = parser.get_defaults()
+        others = own.data.class_path != config.data.class_path
+        variance = _training_variance(model, parser.instantiate_classes(own).data if others else data_module)
+    if config.out is None:
+        path = fresh_folder(None, run_folder(config.checkpoint) / "score") / "scores.csv"
+    else:
+        path = Path(config.out)
+        if path.exists():
+            raise ValueError(f"out must be a new file, and {path} exists")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    scores = _write_scores(path, model, images, variance)
+    print(f"{len(scores)} images, mean score {scores.mean():.5g} nats; the residual's variance is {variance:.4g}")
+    known = scores.isfinite().nonzero().flatten()
+    if len(known) < len(scores):
+        print(f"{len(scores) - len(known)} images have no finite score, and are not among the following")
+    order = known[scores[known].argsort()]
+    for name, chosen in (("most", order[:100]), ("least", order.flip(0)[:100])):
+        print(f"{name} likely: {', '.join(map(str, chosen[:10].tolist()))}")
+        if len(chosen):
+            draw(data_module, images[chosen][0]).savefig(path.with_name(f"{path.stem}_{name}_likely.png"))
+    print(f"scores: {path}")
+    return 0
+
+
+def _training_variance(model: Autoencoder, data: ImageData) -> float:
+    try:
+        images = data.training
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the images that the model was trained on are not there, and the residual's variance is measured on them "
+            f"unless --variance gives it: {error}"
+        ) from error
+    total = 0.0
+    for batch, _ in batches(images, "residuals"):
+        total += len(batch) * residual_variance(model.encode, model.decode, batch.to(model.device))
+    return total / len(images)
+
+
+def _write_scores(path: Path, model: Autoencoder, images: ImageSet, variance: float) -> Tensor:
+    """One line for each image; the scores [n]."""
+    scores: list[Tensor] = []
+    count = itertools.count()
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("index", "label", *NoveltyScore._fields))
+        for batch, labels in batches(images, "scores"):
+            batch = batch.to(model.device)
+            found = novelty_score(model.encode, model.decode, batch, variance=variance, target=model.target)
+            for label, row in zip(labels.tolist(), torch.stack(found, 1).tolist(), strict=True):
+                writer.writerow((next(count), label, *(f"{number:.9g}" for number in row)))
+            scores.append(found.score.cpu())
+    return torch.cat(scores)

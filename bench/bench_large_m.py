@@ -28,6 +28,7 @@ import harness
 import lightning.pytorch as pl
 import machine
 import torch
+from papers.quiet import quiet_trainer
 from torch import Tensor
 
 from kdejsd import LaggedKDE
@@ -163,7 +164,7 @@ def training_row(images: ImageSet, codes: str, refresh: str, steps: int, device:
             lagged_dtype=codes,
             keep_images=False,
         )
-        trainer = harness.quiet_trainer(device, max_steps=steps, callbacks=[course])
+        trainer = quiet_trainer(accelerator="gpu" if device == "cuda" else "cpu", max_steps=steps, callbacks=[course])
         trainer.fit(model, BatchLoader(images, BatchOrder(m, min(N, m), 0)))
     middle, low, high = harness.spread(course.ms)
     return {

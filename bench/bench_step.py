@@ -22,6 +22,7 @@ import harness
 import lightning.pytorch as pl
 import machine
 import torch
+from papers.quiet import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -78,7 +79,9 @@ def turn(step: str, size: tuple[int, int, int], images: Images, device: str, per
         model = GEN(SHAPE, latent_dim=dim, num_lagged=m, bandwidth=0.5, refresh_every=PERIOD, refresh=step)
     loader = DataLoader(images, batch_size=batch, shuffle=True, drop_last=True)
     clock = Clock(PERIOD)
-    trainer = harness.quiet_trainer(device, max_steps=PERIOD * (1 + periods), callbacks=[clock])
+    trainer = quiet_trainer(
+        accelerator="gpu" if device == "cuda" else "cpu", max_steps=PERIOD * (1 + periods), callbacks=[clock]
+    )
     trainer.fit(model, loader)
     return clock.step_ms
 

@@ -11,12 +11,10 @@ import csv
 import dataclasses
 import functools
 import gc
-import logging
 import math
 import signal
 import statistics
 import time
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -571,21 +569,3 @@ def csv_table(path: Path | None, fields: Iterable[str], shared: Row) -> Iterator
             file.flush()  # what was measured is there, whatever ends the next size
 
         yield write
-
-
-def quiet_trainer(device: str, **options: Any) -> Any:
-    """Lightning's trainer on one device, which prints nothing and leaves nothing behind."""
-    import lightning.pytorch as pl  # which the benchmarks of the ops do without
-
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return pl.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )

@@ -1,4 +1,4 @@
-"""What the scripts of this folder train with: they print their own progress and keep their own records."""
+"""A trainer for scripts that print their own progress and keep their own records."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 
 
 def quiet_trainer(**options: Any) -> pl.Trainer:
-    """Lightning's trainer on one device, which prints nothing and leaves nothing behind."""
+    """Returns a trainer on one device that prints nothing and leaves nothing behind."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

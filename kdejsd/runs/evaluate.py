@@ -5,8 +5,8 @@ from __future__ import annotations
 from .._extras import train_extra
 from .exported_classifier import load_classifier
 from .folders import fresh_folder, run_folder
-from .saved import open_checkpoint
 from .report import write_report
+from .saved import open_checkpoint
 
 with train_extra():
     from jsonargparse import ArgumentParser

@@ -6,8 +6,8 @@ import signal
 import sys
 import time
 
-from .saved import loaded_model
 from .report import write_report
+from .saved import loaded_model
 from .settings import FitCLI
 
 

@@ -16,8 +16,8 @@ from ..drawing import draw
 from ..models import Autoencoder
 from ..novelty import NoveltyScore, novelty_score, residual_variance
 from .folders import fresh_folder, run_folder
-from .saved import open_checkpoint
 from .progress import batches
+from .saved import open_checkpoint
 
 with train_extra():
     from jsonargparse import ArgumentParser

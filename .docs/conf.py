@@ -37,13 +37,21 @@ _SPECIAL = re.compile(r"[\\*|]|(?<=\w)_(?!\w)|(?<=\b\w)\.(?!\S)")  # the last: "
 
 
 def as_rst(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text but for their sections, lists and backticks: a block that is indented after an empty
-    line is a formula or a table, to be shown as it is; elsewhere `|x|` and `a * b` are no markup."""
+    """Turns a docstring into reStructuredText.
+
+    Docstrings are plain text but for their sections, lists and backticks: a block that is indented after an empty
+    line is a formula or a table, to be shown as it is, and so is an example from its first `>>>` to an empty line;
+    elsewhere `|x|` and `a * b` are no markup.
+    """
     found: list[str] = []
     depth = 0  # of the last line that was no formula
-    literal = False
+    literal = example = False
     for before, line in pairwise(["", *lines]):
         indent = len(line) - len(line.lstrip())
+        example = bool(line) and (example or line.lstrip().startswith(">>>"))
+        if example:
+            found.append(line)
+            continue
         if line and not before and found:
             begins = indent > depth and not literal
             if begins:

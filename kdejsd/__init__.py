@@ -1,4 +1,4 @@
-"""Kernel-density Jensen-Shannon divergence and latent diversity, differentiable in torch."""
+"""Measures, differentiably in torch, how well latent codes follow a target law and how diverse a generator is."""
 
 import pkgutil
 

@@ -1,4 +1,4 @@
-"""Finds the compiled module, and says what it can do here or why it is not there."""
+"""Finds the compiled module, and says what it can do on this machine or why it cannot be used."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except ImportError as error:
 
 
 def _apply_environment(module: ModuleType) -> None:
-    """The settings that are read once: the CPU's instruction set, and what benchmarks vary on CUDA."""
+    """Applies the settings that are read once: the CPU's instruction set, and the CUDA numbers that benchmarks vary."""
     level = os.environ.get("KDEJSD_CPU_LEVEL")
     if level and not module.set_level(level):
         raise RuntimeError(
@@ -48,10 +48,10 @@ if _C is not None:
 
 
 def native() -> ModuleType:
-    """The compiled module.
+    """Returns the compiled module.
 
     Raises:
-        RuntimeError: it is missing or of another version than the Python files.
+        RuntimeError: if it is missing, or of another version than the Python files.
     """
     if _C is None:
         raise RuntimeError(
@@ -62,9 +62,9 @@ def native() -> ModuleType:
 
 
 def cuda_problem() -> str:
-    """Why CUDA tensors cannot be computed with, or "" if they can.
+    """Returns the reason why CUDA tensors cannot be used, or "" if they can.
 
-    Every call on CUDA asks. What was usable once stays so and is not looked at again; what was not may become so.
+    Every call on CUDA asks. A device that was usable once is not looked at again; one that was not may become so.
     """
     global _cuda_usable
     if _cuda_usable:
@@ -88,11 +88,20 @@ def _look_for_cuda() -> str:
 
 
 def build_info() -> dict[str, str | int | bool]:
-    """What was built, and what of it can be used here.
+    """Returns what was built and which parts of it this machine can use.
 
     Returns:
-        A flat dict: versions, the compiler, the CPU instruction set in use and those built ("amx", "v4" for AVX-512,
-        "v3" for AVX2), threads, and whether CUDA was built (for which architectures), is usable, and if not, why.
+        A flat dict: the versions, the compiler, the CPU instruction set in use and those built ("amx", "v4" for
+        AVX-512, "v3" for AVX2), the number of threads, whether CUDA was built and for which architectures, whether it
+        is usable, and if not, why.
+
+    Example:
+        >>> import kdejsd
+        >>> info = kdejsd.build_info()
+        >>> info["version"] == kdejsd.__version__
+        True
+        >>> info["compiled"], info["threads"] >= 1
+        (True, True)
     """
     info: dict[str, str | int | bool] = {
         "version": __version__,

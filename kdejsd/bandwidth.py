@@ -1,4 +1,4 @@
-"""Bandwidths from data: the one that matches a KDE to its target, and the one of greatest leave-one-out likelihood."""
+"""Chooses bandwidths: the one with which a KDE matches its target, and the one of greatest leave-one-out likelihood."""
 
 from __future__ import annotations
 
@@ -25,12 +25,18 @@ _SETTLED = 1.01  # times the target's scale: as far as codes may settle from it
 
 @dataclass(frozen=True)
 class OptimalBandwidth:
-    """What `optimal_bandwidth` found, one bandwidth per trial.
+    """Holds the result of `optimal_bandwidth`: one bandwidth per trial, their mean and their spread.
 
     Attributes:
-        value: mean of the trials' bandwidths; the one to use.
+        value: the mean of the trials' bandwidths, which is the one to use.
         std: their standard deviation (n - 1 in the denominator); NaN for a single trial.
-        trials: every trial's bandwidth, in order.
+        trials: the bandwidth of every trial, in order.
+
+    Example:
+        >>> from kdejsd.bandwidth import OptimalBandwidth
+        >>> found = OptimalBandwidth(value=0.75, std=0.04, trials=(0.71, 0.75, 0.79, 0.75))
+        >>> found.standard_error
+        0.02
     """
 
     value: float
@@ -39,7 +45,7 @@ class OptimalBandwidth:
 
     @property
     def standard_error(self) -> float:
-        """The standard error of `value`, std / sqrt(number of trials)."""
+        """Returns the standard error of `value`, which is std / sqrt(number of trials)."""
         return self.std / math.sqrt(len(self.trials))
 
 
@@ -53,12 +59,11 @@ def optimal_bandwidth(
     trials: int = 10,
     seed: int = 0,
 ) -> OptimalBandwidth:
-    """The bandwidth with which m samples of the target, as the centers of a KDE, look most like the target; or, for a
-    KDE that is compared with the smoothed target, the least with which codes settle at the target's scale.
+    """Finds the bandwidth with which a KDE of m samples of the target resembles the target most.
 
-    Each trial draws three independent sets of m samples from the target: centers z, and z', z'' at which
-    J(h) = E' log r + E'' log(1 - r), r = p_e / (p_e + p_t), is evaluated. J is at most -2 log 2, where p_e = p_t, and
-    the trial's bandwidth maximises it: it is the root of
+    Each trial draws three independent sets of m samples from the target: the centers z of the KDE, and queries z' and
+    z'' at which J(h) = E' log r + E'' log(1 - r), r = p_e / (p_e + p_t), is evaluated. J is at most -2 log 2, its value
+    where p_e = p_t. The trial's bandwidth maximises J: it is the root of
 
         h dJ/dh = E'[(1 - r') (S' - l)] - E''[r'' (S'' - l)],    S = sum_i pi_i |z' - z_i|^2 / h^2,
 
@@ -66,21 +71,22 @@ def optimal_bandwidth(
     Source: "GENs: Generative Encoding Networks" (Saha, Elhabian, Whitaker), equation 2 and Table 1;
     supplement, equations 2 and 3.
 
-    With `smoothed` it is another question. Against the target smoothed by the same kernel every bandwidth has p_e = p_t
-    as its optimum, but only in the limit of many centers: the kernels of a few leave gaps between them, into which the
-    codes are pushed, outwards, the further the smaller the bandwidth and the more the dimensions. Codes z = mu +
-    sigma (x - mu), x samples of the target and mu their mean, among m lagged codes of the same law, rest where the
-    derivative of `jsd_loss` for their sigma is 0. The bandwidth is the least with which they rest within 1 % of the
-    target's scale, from the bandwidth without `smoothed` on: the root in h of that derivative at sigma = 1.01, the mean
-    of the trials'. (A rule of ours; the paper compares with the target itself, against which codes collapse from some
-    64 dimensions on at any bandwidth.)
+    With `smoothed=True` the function answers another question: which is the smallest bandwidth that keeps codes at the
+    target's scale when the KDE is compared with the target smoothed by the same kernel? There every bandwidth has p_e =
+    p_t as its optimum, but only in the limit of many centers. The kernels of few centers leave gaps, and the loss
+    pushes the codes outwards into them, the further the smaller the bandwidth and the more the dimensions. Take codes z
+    = mu + sigma (x - mu), where x are samples of the target and mu is their mean, among m lagged codes of the same law.
+    They rest where the derivative of `jsd_loss` for sigma is 0. The result is the smallest bandwidth, from the one
+    without `smoothed` on, with which they rest within 1 % of the target's scale: the root in h of that derivative at
+    sigma = 1.01, averaged over the trials. (This rule is ours. The paper compares with the target itself, against which
+    codes collapse from about 64 dimensions on at any bandwidth.)
 
-    Cost: 6 to 8 evaluations of h dJ/dh per trial, each one pass of `kde_log_prob` over 2 m queries and m centers with
-    its gradient for h: about 3 s per trial on two cores for m = 20 000 and l = 40, milliseconds for m = 1000. Beyond
-    that pass only the 3 m samples are held. With `smoothed` some 10 more, over m queries, and the samples of all trials
-    are held. Results are kept in memory for the life of the process, under a digest of the samples and of their
-    densities: asking again costs no more than drawing the samples, and a target whose parameters have changed is
-    computed anew.
+    A trial takes 6 to 8 evaluations of h dJ/dh. Each is one pass of `kde_log_prob` over 2 m queries and m centers, with
+    its gradient for h: about 3 s per trial on two cores for m = 20 000 and l = 40, milliseconds for m = 1000. Beside
+    that pass only the 3 m samples are in memory. With `smoothed` there are about 10 more passes, over m queries, and
+    the samples of all trials are in memory. Results are kept for the life of the process, under a digest of the samples
+    and of their densities: asking again costs no more than drawing the samples, and a target whose parameters have
+    changed is computed anew.
 
     Args:
         latent_dim: l, the number of dimensions of the codes.
@@ -88,21 +94,28 @@ def optimal_bandwidth(
         target: None for the standard normal, a `StandardNormal`, `GaussianMixture`, any
             `torch.distributions.Distribution` over vectors of length l, with its parameters on the CPU, or an object
             with the methods of `kdejsd.targets.Law`.
-        smoothed: for comparing the KDE with `target.smoothed(h)`, as `LaggedKDE` does without the kernel's noise.
-        method: "root" for a bracketed root; "fixed-point" for the iteration of the supplement's equation 3, which has
-            the same solution: it converges for l of about 10 and more, and where it cycles or leaves its bracket
-            the root is searched instead.
-        trials: number of independent trials. The draws of one trial depend on the seed and on its number alone.
+        smoothed: whether the KDE is to be compared with `target.smoothed(h)`, as `LaggedKDE` does without the kernel's
+            noise.
+        method: "root" for a bracketed root, or "fixed-point" for the iteration of the supplement's equation 3, which
+            has the same solution. The iteration converges for l of about 10 and more; where it cycles or leaves its
+            bracket the root is searched instead.
+        trials: the number of independent trials. The draws of a trial depend on the seed and on its number alone.
         seed: any integer from 0 on. The global random state is neither used nor changed.
 
     Returns:
         Mean, spread and values of the trials, in the units of the codes.
 
     Raises:
-        ValueError: a number out of range, a target of another dimension, an unknown method, `smoothed` with a target
-            that has no `smoothed(h)` or with the method "fixed-point", a target whose density is not finite at its own
-            samples, or whose samples coincide so that no bandwidth is best.
-        TypeError: a number that is no integer, or something that is no target.
+        ValueError: if a number is out of range, the target has another dimension, the method is unknown, `smoothed` is
+            asked of a target that has no `smoothed(h)` or with the method "fixed-point", the target's density is not
+            finite at its own samples, or these coincide so that no bandwidth is best.
+        TypeError: if a number is no integer, or the target is none.
+
+    Example:
+        >>> import kdejsd
+        >>> found = kdejsd.optimal_bandwidth(latent_dim=8, num_centers=100, trials=3)
+        >>> print(f"{found.value:.2f} +- {found.standard_error:.2f}")
+        0.78 +- 0.01
     """
     latent_dim = integer("latent_dim", latent_dim, 1)
     num_centers = integer("num_centers", num_centers, 1)
@@ -128,11 +141,11 @@ def optimal_bandwidth(
 
 
 def entropy_bandwidth(codes: Tensor) -> float:
-    """The bandwidth that maximises the leave-one-out log-likelihood of the codes.
+    """Finds the bandwidth that maximises the leave-one-out log-likelihood of the codes.
 
-    It is the root of E[S_i] - l with S_i = sum_j pi_ij |z_i - z_j|^2 / h^2 over the other codes j != i: the fixed point
-    of the EM step in "GENs: Generative Encoding Networks", supplement, equations 4 and 5, found in about 6 passes
-    of `kde_log_prob` over n queries and n centers instead of up to hundreds.
+    It is the root of E[S_i] - l with S_i = sum_j pi_ij |z_i - z_j|^2 / h^2 over the other codes j != i. This is the
+    fixed point of the EM step in "GENs: Generative Encoding Networks", supplement, equations 4 and 5, found in about 6
+    passes of `kde_log_prob` over n queries and n centers instead of up to hundreds.
 
     Args:
         codes: [n, l] floating point, n at least 2, on any device.
@@ -141,9 +154,15 @@ def entropy_bandwidth(codes: Tensor) -> float:
         The bandwidth, in the units of the codes. It takes no part in autograd.
 
     Raises:
-        TypeError: codes that are not a floating-point tensor.
-        ValueError: codes of another shape, fewer than 2, not finite, or each with an exact duplicate: the likelihood
-            then grows without bound as the bandwidth goes to 0.
+        TypeError: if the codes are not a floating-point tensor.
+        ValueError: if the codes have another shape, are fewer than 2 or not finite, or if each has an exact duplicate:
+            the likelihood then grows without bound as the bandwidth goes to 0.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> codes = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
+        >>> round(kdejsd.entropy_bandwidth(codes), 2), round(kdejsd.entropy_bandwidth(10 * codes), 1)
+        (0.65, 6.5)
     """
     check_codes(codes)
     with torch.inference_mode(False), torch.enable_grad():
@@ -169,13 +188,13 @@ def entropy_bandwidth(codes: Tensor) -> float:
 
 
 def check_codes(codes: Tensor) -> None:
-    """Refuse what is not at least two finite codes [n, l] in floating point."""
+    """Refuses anything but at least two finite codes [n, l] in floating point."""
     check_codes_kind(codes)
     check_finite_codes(codes)
 
 
 def check_codes_kind(codes: Tensor) -> None:
-    """Of `check_codes` what does not look at the values."""
+    """Makes those checks of `check_codes` that do not look at the values."""
     if not isinstance(codes, Tensor) or not codes.is_floating_point():
         kind = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
         raise TypeError(f"codes must be a floating-point tensor, got {kind}")
@@ -184,14 +203,14 @@ def check_codes_kind(codes: Tensor) -> None:
 
 
 def check_finite_codes(codes: Tensor) -> None:
-    """Of `check_codes` what looks at the values."""
+    """Makes the check of `check_codes` that looks at the values."""
     if not bool(codes.isfinite().all()):
         raise ValueError("codes must be finite, got NaN or infinity among them")
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """The samples of a trial: centers [m, l], and queries [2 m, l] with the target's log-density there [2 m]."""
+    """Holds the samples of a trial: centers [m, l], and queries [2 m, l] with the target's log-density there [2 m]."""
 
     centers: Tensor
     query: Tensor
@@ -220,7 +239,7 @@ _found: dict[tuple[str, tuple[bytes, ...]], Any] = {}
 
 
 def _remembered(question: str, trials: list[_Trial], answer: Callable[[], Answer]) -> Answer:
-    """The answer: a pure function of the samples of the trials and of the target's density there."""
+    """Returns an answer that depends on the trials' samples and the target's density there, computed only once."""
     key = (question, tuple(trial.digest for trial in trials))
     if key not in _found:
         _found[key] = answer()
@@ -229,8 +248,10 @@ def _remembered(question: str, trials: list[_Trial], answer: Callable[[], Answer
 
 
 def _settled(trials: list[_Trial], law: SmoothableLaw, best: tuple[float, ...]) -> tuple[float, ...]:
-    """The least bandwidth, from the mean of `best` on, with which codes settle within 1 % of the target's scale: as one
-    value for each trial, whose mean it is."""
+    """Finds the smallest bandwidth, from the mean of `best` on, with which codes settle at the target's scale.
+
+    It is the mean of the values returned, one for each trial.
+    """
     mean, variance = finite_moments(law, "the bandwidth with which codes settle")
     scale = float(variance.mean().sqrt())
     shape = variance.sqrt() / scale
@@ -244,8 +265,7 @@ def _settled(trials: list[_Trial], law: SmoothableLaw, best: tuple[float, ...]) 
     sets = [(standardised(trial.centers), standardised(trial.query[: len(trial.centers)])) for trial in trials]
 
     def slopes(h: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Of log 2 - softplus(log p_t - log p_e) for the scale, negative where the codes are pushed outwards; one for
-        each trial."""
+        """Returns the derivatives for the scale, one for each trial, negative where the codes are pushed outwards."""
         found = []
         for centers, query in sets:
             codes = (_SETTLED * query).requires_grad_()
@@ -268,7 +288,7 @@ def _settled(trials: list[_Trial], law: SmoothableLaw, best: tuple[float, ...]) 
 
 
 def _spread(samples: Tensor) -> float:
-    """Their standard deviation over all dimensions; refuses 0."""
+    """Returns the standard deviation of the samples over all dimensions, and refuses 0."""
     scale = float(samples.double().std(0).square().mean().sqrt())
     if scale == 0:
         raise ValueError("target must have samples that differ, got the same one each time")
@@ -276,7 +296,7 @@ def _spread(samples: Tensor) -> float:
 
 
 def _best(trial: _Trial, method: str) -> float:
-    """The bandwidth that maximises J for the trial's centers; its query is z' followed by z''."""
+    """Finds the bandwidth that maximises J for the trial's centers; the trial's query is z' followed by z''."""
     count, dim = trial.centers.shape
     centers, query = trial.centers.double(), trial.query.double()
     scale = _spread(query)
@@ -287,7 +307,7 @@ def _best(trial: _Trial, method: str) -> float:
 
     @cache
     def evaluate(h: float) -> tuple[float, float]:
-        """h dJ/dh and l (E'[1 - r'] - E''[r''])."""
+        """Returns h dJ/dh and l (E'[1 - r'] - E''[r''])."""
         bandwidth = torch.tensor(h, dtype=centers.dtype, device=centers.device, requires_grad=True)
         log_density = kde_log_prob(query, centers, bandwidth)
         log_ratio = log_density.detach().double() - log_target
@@ -301,12 +321,12 @@ def _best(trial: _Trial, method: str) -> float:
 
 
 def _first_guess(count: int, dim: int) -> float:
-    """Silverman's bandwidth for normal samples of unit variance, times what both bandwidths here are of it, about."""
+    """Returns Silverman's bandwidth for normal samples of unit variance, times about what ours are of it."""
     return 1.25 * float((4 / ((dim + 2) * count)) ** (1 / (dim + 4)))
 
 
 def _root(slope: Callable[[float], float], start: float, tolerance: float = 1e-6) -> float:
-    """The h > 0, to this share of its value, at which a slope that is positive below and negative above is zero."""
+    """Finds the h > 0 at which a slope changes from positive to negative, to this share of its value."""
     from scipy.optimize import brentq  # its import takes longer than that of kdejsd
 
     @cache
@@ -324,9 +344,10 @@ def _root(slope: Callable[[float], float], start: float, tolerance: float = 1e-6
 
 
 def _fixed_point(evaluate: Callable[[float], tuple[float, float]], start: float) -> float | None:
-    """The fixed point of h^2 <- (E'[(1 - r') D'] - E''[r'' D'']) / (l (E'[1 - r'] - E''[r''])), D = h^2 S, or None.
+    """Iterates h to the fixed point of the supplement's equation 3, and returns None where that fails.
 
-    The signs of the slope met so far bracket the root; a step out of the bracket, as cycling needs, ends the attempt.
+    The step is h^2 <- (E'[(1 - r') D'] - E''[r'' D'']) / (l (E'[1 - r'] - E''[r''])) with D = h^2 S. The signs of the
+    slope met so far bracket the root. A step out of the bracket, which a cycle takes, ends the attempt.
     """
     h, lower, upper = start, 0.01, 3.0
     for _ in range(50):

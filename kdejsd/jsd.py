@@ -1,4 +1,4 @@
-"""The Jensen-Shannon divergence of a KDE of codes from a known target, and the training loss made of it."""
+"""Computes the Jensen-Shannon divergence of a KDE of codes from a known target, and the training loss made of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOG2 = math.log(2)
 
 
 def _js_terms(gap: Tensor) -> Tensor:
-    """log 2 + log p_e / (p_e + p_t)."""
+    """Returns log 2 + log p_e / (p_e + p_t)."""
     return _LOG2 + logsigmoid(-gap)
 
 
@@ -28,7 +28,6 @@ _NAMES = tuple(DIVERGENCES)
 
 
 def check_divergence(name: str) -> None:
-    """Refuse a name that no divergence has."""
     if name not in _NAMES:
         raise ValueError(f"divergence must be {' or '.join(map(repr, _NAMES))}, got {name!r}")
 
@@ -46,47 +45,58 @@ def jsd_loss(
     divergence: str = "js",
     reduction: str = "mean",
 ) -> Tensor:
-    """The latent loss of a generative encoding network: how far the law of the codes is from the target, in nats.
+    """Measures how far the law of the codes is from the target, in nats: the latent loss of a GEN.
 
     With p_e the KDE of the lagged codes and p_t the target, "js" is
 
         log 2 + mean over codes of log p_e / (p_e + p_t)   (GENs eq. 3, with its constant)
 
-    which is 0 where p_e = p_t and at most log 2. With target_samples it is log 2 + log 2 + both means, twice the
-    Jensen-Shannon divergence (eq. 2). "kl" is the mean of log p_e - log p_t, whose gradient no factor dampens.
+    which is 0 where p_e = p_t and at most log 2. With target_samples it is the sum of both such terms, log 2 + log 2 +
+    both means: twice the Jensen-Shannon divergence (eq. 2). "kl" is the mean of log p_e - log p_t, whose gradient has
+    no factor that dampens it.
 
-    Two properties of "js" to know. Its gradient carries the factor 1 - r = p_t / (p_e + p_t), so codes bunched where
-    p_e >> p_t are not moved (the dead zone: a bunch of deviation 0.1 at distance 10, l = 8, is pulled with 7e-23);
-    normalise the codes, or use "kl". And with a bandwidth below the target's scale the loss has no lower bound: a code
-    far from every lagged code is pushed outward, the more so the fewer there are. Comparing with
-    `target.smoothed(bandwidth)` makes p_e = p_t the fixed point for every bandwidth, where with the target itself codes
-    settle at the variance 1 - h^2 (GENs, section 4); adding the kernel's noise to the codes as well makes them samples
-    of p_e, the law that eq. 3 averages over, and the loss bounded by what it measures (`LaggedKDE.loss` does both).
+    Two properties of "js" matter in training. First, its gradient carries the factor 1 - r = p_t / (p_e + p_t), so
+    codes bunched where p_e >> p_t do not move (the dead zone: a bunch of deviation 0.1 at distance 10, l = 8, is pulled
+    with 7e-23). Normalise the codes, or use "kl". Second, with a bandwidth below the target's scale the loss has no
+    lower bound: a code far from every lagged code is pushed outward, more so the fewer lagged codes there are.
+
+    Against the target itself, codes settle at the variance 1 - h^2 (GENs, section 4). Against
+    `target.smoothed(bandwidth)`, p_e = p_t is the fixed point for every bandwidth. Adding the kernel's noise to the
+    codes as well makes them samples of p_e, the law that eq. 3 averages over, and the loss is then bounded by what it
+    measures. `LaggedKDE.loss` does both.
 
     Args:
-        codes: [..., n, l], the codes z', that get the gradient; n at least 1 for reduction="mean".
-        lagged: [..., m, l], the lagged codes; detach them, or they get their gradient too.
+        codes: [..., n, l], the codes z', which get the gradient; n at least 1 for reduction="mean".
+        lagged: [..., m, l], the lagged codes. Detach them, or they get a gradient too.
         bandwidth: as in `kde_log_prob`.
         target: StandardNormal, GaussianMixture, a torch Distribution over vectors, or an object with the methods of
             `kdejsd.targets.Law`; None for the standard normal. Where its density is 0, "js" is log 2 and "kl" infinity.
         target_samples: [k, l], samples of the target; only for "js" with reduction="mean".
         log_weights: [..., m], as in `kde_log_prob`.
-        exclude_self: as in `kde_log_prob`: leaves a code's own lagged copy out.
-        own: [..., n, l] in the codes' dtype, a center of its own for each code, which counts in that code's density
-            alone, as one more of the lagged codes: they have weight 1/(m + 1) each, or 1/m for a code that leaves one
-            out. For codes z + h noise, own=z.detach() makes them samples of their p_e, the law of eq. 3's mean. Without
-            the detach it gets its gradient too. None: no code has one. It does not go with target_samples, which have
-            no own center, nor with log_weights or a bandwidth per center. NaN gives NaN at that code.
+        exclude_self: as in `kde_log_prob`; leaves a code's own lagged copy out.
+        own: [..., n, l] in the codes' dtype, a center of its own for each code; None for no such centers. It counts in
+            that code's density alone, as one more lagged code: each then has weight 1/(m + 1), or 1/m for a code that
+            leaves one out. For codes z + h noise, own=z.detach() makes them samples of their p_e, the law of eq. 3's
+            mean. Without the detach it gets a gradient too. It cannot be combined with target_samples, which have no
+            own center, nor with log_weights or a bandwidth per center. NaN gives NaN at that code.
         divergence: "js" or "kl".
         reduction: "mean", "sum", or "none" for the terms [..., n].
 
     Returns:
-        float64 for float64 codes, float32 otherwise. The gap log p_t - log p_e and what follows is in float64.
+        float64 for float64 codes, float32 otherwise. The gap log p_t - log p_e and all that follows is in float64.
 
     Raises:
-        ValueError: an unknown divergence or reduction, shapes that do not match, own with what it does not go with,
-            and as in `kde_log_prob`.
+        ValueError: if the divergence or the reduction is unknown, shapes do not match, `own` comes with an argument
+            that excludes it, and as in `kde_log_prob`.
         TypeError, RuntimeError: as in `kde_log_prob`.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> codes, lagged = torch.randn(2, 1000, 8, generator=torch.Generator().manual_seed(0)) / 2  # too narrow
+        >>> loss = kdejsd.jsd_loss(codes.requires_grad_(), lagged, bandwidth=0.7)
+        >>> loss.backward()
+        >>> round(loss.item(), 2), (codes * codes.grad).sum() < 0  # a step along -grad widens the codes
+        (0.33, tensor(True))
     """
     if divergence not in _NAMES:  # asked here too, as each call of a function is felt in a small loss
         check_divergence(divergence)
@@ -115,12 +125,12 @@ def jsd(
     *,
     target: Target | None = None,
 ) -> Tensor:
-    """Jensen-Shannon divergence of the KDE of `centers` from the target, in nats (GENs eq. 2).
+    """Estimates the Jensen-Shannon divergence of the KDE of `centers` from the target, in nats (GENs eq. 2).
 
         log 2 + (mean over samples of log p_e/(p_e + p_t) + mean over target_samples of log p_t/(p_e + p_t)) / 2
 
-    It lies in 0 to log 2 when the samples follow p_e; an estimate from samples can fall a little below 0. Its square
-    root is a metric; divide by log 2 for bits.
+    It lies between 0 and log 2 when the samples follow p_e; an estimate from samples can fall a little below 0. Its
+    square root is a metric. Divide by log 2 for bits.
 
     Args:
         samples: [..., n, l], from the law that the KDE estimates, none of them among the centers.
@@ -136,6 +146,16 @@ def jsd(
 
     Raises:
         ValueError, TypeError, RuntimeError: as in `jsd_loss`.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> codes, noise, target_samples = torch.randn(3, 1000, 2, generator=torch.Generator().manual_seed(0))
+        >>> for shift in (0, 1, 3):
+        ...     centers = codes + shift
+        ...     print(f"{shift}: {kdejsd.jsd(centers + 0.3 * noise, centers, 0.3, target_samples):.2f}")
+        0: 0.01
+        1: 0.21
+        3: 0.64
     """
     names = ("samples", "centers")
     at_samples = _at_codes(names, samples, centers, bandwidth, None, False, target, "js", "none")
@@ -147,11 +167,10 @@ def jsd(
 
 @torch.no_grad()
 def codes_jsd(codes: Tensor, bandwidth: float, law: Target, generator: torch.Generator) -> Tensor:
-    """The Jensen-Shannon divergence in nats (GENs eq. 2) of the kernel density of the codes from a law: a measure of
-    how well they follow it.
+    """Measures how well codes follow a law: the Jensen-Shannon divergence of their KDE from it, in nats (GENs eq. 2).
 
-    Samples of the kernel density are the codes with the kernel's noise, so the value lies between 0 and log 2 but for
-    the noise of n samples. For codes that do follow the law it is small, not 0, as n is finite: compare it with the
+    The samples of the KDE are the codes with the kernel's noise, so the value lies between 0 and log 2 but for the
+    noise of n samples. For codes that do follow the law it is small, not 0, because n is finite. Compare it with the
     value for n samples of the law before it was smoothed.
 
     Args:
@@ -169,9 +188,11 @@ def codes_jsd(codes: Tensor, bandwidth: float, law: Target, generator: torch.Gen
 
 
 def target_jsd(codes: Tensor, target: Target, generator: torch.Generator) -> Tensor:
-    """`codes_jsd` by the bandwidth that is optimal for as many samples of the target (`optimal_bandwidth`), from the
-    target smoothed by the same kernel (from the target itself where that has no `smoothed`): a measure that depends on
-    the codes and the target alone."""
+    """Measures by `codes_jsd` how well codes follow the target, with a kernel that depends on the target alone.
+
+    The bandwidth is optimal for as many samples of the target (`optimal_bandwidth`), and the codes are compared with
+    the target smoothed by that kernel, or with the target itself where it has no `smoothed`.
+    """
     count, dim = codes.shape
     bandwidth = optimal_bandwidth(dim, count, target=target).value
     return codes_jsd(codes, bandwidth, smoothed_where_possible(as_law(target), bandwidth), generator)
@@ -190,7 +211,7 @@ def _at_codes(
     own: Tensor | None = None,
     narrow: bool = False,
 ) -> Tensor:
-    """log 2 + log p_e / (p_e + p_t), or log p_e - log p_t, of the codes; in float64.
+    """Returns log 2 + log p_e / (p_e + p_t), or log p_e - log p_t, of the codes, in float64.
 
     With `narrow`, for a caller that adds nothing to it, it may be in the dtype of `kde_log_prob` already.
     """
@@ -207,7 +228,7 @@ def _at_codes(
 def divergence_terms(
     log_prob: Tensor, codes: Tensor, target: Target | None, divergence: str, reduction: str, name: str = "codes"
 ) -> Tensor:
-    """The terms of `jsd_loss` at codes [..., n, l] from log p_e there, [..., n]; in float64."""
+    """Returns the terms of `jsd_loss` at codes [..., n, l] from log p_e there, [..., n], in float64."""
     gap = _log_target(target, name, codes) - wide(log_prob)
     return reduced(DIVERGENCES[divergence].terms(gap), reduction)
 
@@ -220,7 +241,7 @@ def _at_target(
     log_weights: Tensor | None,
     target: Target | None,
 ) -> Tensor:
-    """log 2 + log p_t / (p_e + p_t) at samples of the target, [..., k]; in float64."""
+    """Returns log 2 + log p_t / (p_e + p_t) at samples of the target, [..., k], in float64."""
     log_prob = named_log_prob(("target_samples", name), target_samples, centers, bandwidth, log_weights)
     return _js_terms(wide(log_prob) - _log_target(target, "target_samples", target_samples))
 
@@ -233,6 +254,6 @@ def _checked_law(target: Target | None, name: str, z: Tensor) -> Law | None:
 
 
 def _log_target(target: Target | None, name: str, z: Tensor) -> Tensor:
-    """log p_t in float64."""
+    """Returns log p_t in float64."""
     law = _checked_law(target, name, z)
     return normal_log_prob(wide(z), 1.0) if law is None else law_log_prob(law, z)

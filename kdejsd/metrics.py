@@ -1,5 +1,4 @@
-"""Measures of a trained model: how well its codes follow their target, what its discriminator sees, how near what it
-generates comes to real images."""
+"""Measures a trained model: its codes, its discriminator's judgement, and the images that it generates."""
 
 from __future__ import annotations
 
@@ -28,13 +27,20 @@ with train_extra():
 
 @dataclass(frozen=True)
 class Encoded:
-    """A set of images after a pass through a model in evaluation mode.
+    """Holds a set of images after a pass through a model in evaluation mode.
 
     Attributes:
         codes: [n, l], on the model's device.
         labels: [n] int64, -1 for none.
         reconstruction_error: mean squared error per pixel.
         posterior: [n, l], a sample of each image's posterior where the model has one.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.metrics import Encoded
+        >>> encoded = Encoded(torch.zeros(100, 2), torch.full((100,), -1), reconstruction_error=0.02, posterior=None)
+        >>> encoded.codes.shape
+        torch.Size([100, 2])
     """
 
     codes: Tensor
@@ -45,8 +51,18 @@ class Encoded:
 
 @torch.no_grad()
 def encode_set(model: Autoencoder, images: Any, *, seed: int = 0) -> Encoded:
-    """Codes, labels and reconstruction error of an image set (`kdejsd.data.ImageSet`); the seed is of the samples of
-    the posterior."""
+    """Encodes an image set (`kdejsd.data.ImageSet`) and returns its codes, labels and reconstruction error.
+
+    The seed is of the samples of the posterior.
+
+    Example:
+        >>> from kdejsd.data import Digits
+        >>> from kdejsd.metrics import encode_set
+        >>> from kdejsd.models import AE, FC
+        >>> networks = FC((1, 8, 8), latent_dim=2)
+        >>> encode_set(AE(networks.encoder, networks.decoder, latent_dim=2), Digits().held_out).codes.shape
+        torch.Size([359, 2])
+    """
     codes, labels, posterior, squared = [], [], [], 0.0
     generator = torch.Generator(model.device).manual_seed(seed)
     with evaluating(model):
@@ -66,7 +82,7 @@ def encode_set(model: Autoencoder, images: Any, *, seed: int = 0) -> Encoded:
 
 
 def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed: int = 0) -> dict[str, Any]:
-    """How well the codes of a set follow the target, as plain values.
+    """Measures how well the codes of a set follow the target, as plain values.
 
     Args:
         model: the trained model.
@@ -91,6 +107,17 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
         * posterior: for a model whose encoder gives a law (VAE, StochasticGEN), the numbers of one sample of each
           image's posterior, which are what should follow the target. latent_term and gradient_weight are of these
           samples; the others above are of the posterior means.
+
+    Example:
+        >>> from kdejsd.data import Digits
+        >>> from kdejsd.metrics import code_measures, encode_set
+        >>> from kdejsd.models import AE, FC
+        >>> networks = FC((1, 8, 8), latent_dim=2)
+        >>> model = AE(networks.encoder, networks.decoder, latent_dim=2)
+        >>> encoded = encode_set(model, Digits().held_out)
+        >>> measures = code_measures(model, encoded, training=False)
+        >>> measures["jsd"] > measures["jsd_of_target"]  # nothing has been trained
+        True
     """
     generator = torch.Generator(encoded.codes.device).manual_seed(seed)
     index = torch.arange(len(encoded.codes), device=encoded.codes.device) if training else None
@@ -136,16 +163,24 @@ def _entropy(codes: Tensor) -> float | None:
 
 @torch.no_grad()
 def divergence_measures(model: GAN, images: Any, *, seed: int = 0) -> dict[str, Any]:
-    """The divergence of what a GAN generates from a set of images (`kdejsd.data.ImageSet`), by its own discriminator.
+    """Measures, by a GAN's own discriminator, how far its generated images are from a set (`kdejsd.data.ImageSet`).
 
     Args:
-        model: the trained model, in evaluation mode meanwhile.
+        model: the trained model, in evaluation mode during the call.
         images: the set.
         seed: of the latents of as many generated images.
 
     Returns:
         * count: of images, at most 10 000, and a multiple of the model's packing.
         * divergence: `GAN.divergence`; NaN for a count of 0.
+
+    Example:
+        >>> from kdejsd.data import Digits
+        >>> from kdejsd.metrics import divergence_measures
+        >>> from kdejsd.models import FC, GAN
+        >>> model = GAN(FC((1, 8, 8), 2).decoder, FC((1, 8, 8), 1).encoder, latent_dim=2)
+        >>> divergence_measures(model, Digits().held_out)["count"]
+        359
     """
     count = min(len(images), JSD_SAMPLES) // model.packing * model.packing
     generator = torch.Generator().manual_seed(seed)
@@ -159,21 +194,28 @@ def divergence_measures(model: GAN, images: Any, *, seed: int = 0) -> dict[str, 
 
 
 def frechet_distance(real: Tensor, generated: Tensor, features: nn.Module) -> float:
-    """The Frechet distance between normals fitted to the features of two sets of images (Heusel et al., GANs Trained by
-    a Two Time-Scale Update Rule, arXiv 1706.08500): |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)).
+    """Returns the Frechet distance between normals fitted to the features of two sets of images.
 
-    With `InceptionFeatures` it is the FID; with other features it is no FID, and values of different features or of
-    different numbers of images do not compare: the fewer images, the larger it is. Sums are in float64. Sets that are
-    equal give 0 but for rounding, on either side of it.
+    It is |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., GANs Trained by a Two Time-Scale Update
+    Rule, arXiv 1706.08500). With `InceptionFeatures` it is the FID; with other features it is no FID. Values of
+    different features or of different numbers of images do not compare: the fewer images, the larger it is. Sums are in
+    float64. Sets that are equal give 0 but for rounding, on either side of it.
 
     Args:
         real, generated: [n, C, H, W] each, at least 2 images, uint8 (0 to 255) or floating (0 to 1).
         features: images [n, C, H, W] float32 (0 to 1) -> [n, d], on any device; `ImageClassifier.features`,
-            `InceptionFeatures` or another module. In evaluation mode meanwhile.
+            `InceptionFeatures` or another module. It is in evaluation mode during the call.
 
     Raises:
-        ValueError: images of another shape, too few, or out of range; features of another shape.
-        TypeError: images that are neither uint8 nor floating.
+        ValueError: if images have another shape, are too few or out of range, or features have another shape.
+        TypeError: if images are neither uint8 nor floating.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.metrics import frechet_distance
+        >>> real = torch.rand(100, 1, 2, 2, generator=torch.Generator().manual_seed(0)) / 2
+        >>> round(frechet_distance(real, real + 0.5, features=torch.nn.Flatten()), 4)  # 4 means differ by 0.5
+        1.0
     """
     for name, images in (("real", real), ("generated", generated)):
         if images.ndim != 4 or len(images) < 2:
@@ -215,15 +257,22 @@ class _Extracted(nn.Identity):
 
 
 class InceptionFeatures(nn.Module):
-    """The features of the FID: images [n, 1 or 3, H, W] float32 in [0, 1] -> [n, 2048].
+    """Computes the features of the FID: images [n, 1 or 3, H, W] float32 in [0, 1] -> [n, 2048].
 
-    Inception v3 of torch-fidelity. Nothing is downloaded here.
+    The network is Inception v3 of torch-fidelity. Nothing is downloaded here.
 
     Args:
         weights: file of its weights; None is where torch-fidelity keeps them.
 
     Raises:
-        RuntimeError: torch-fidelity or its weights are not there.
+        RuntimeError: if torch-fidelity or its weights are not there.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from kdejsd.metrics import InceptionFeatures
+        >>> InceptionFeatures(Path("missing.pth"))
+        Traceback (most recent call last):
+        RuntimeError: Inception features need ...
     """
 
     def __init__(self, weights: Path | None = None) -> None:

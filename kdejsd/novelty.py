@@ -1,4 +1,4 @@
-"""The density that an autoencoder with codes of a known law gives to data: how novel an example is."""
+"""Measures how novel an example is, by the density that an autoencoder with codes of a known law gives to data."""
 
 from __future__ import annotations
 
@@ -20,21 +20,28 @@ _ROUNDINGS = 100
 
 
 class Density(Protocol):
-    """What has a log-density: a target, a torch Distribution over vectors, a LaggedKDE."""
+    """Describes an object with a log-density: a target, a torch Distribution over vectors, a LaggedKDE."""
 
     def log_prob(self, z: Tensor, /) -> Tensor: ...
 
 
 class NoveltyScore(NamedTuple):
-    """Novelty of n examples and what it is made of: score = -(latent - log_det + residual).
+    """Holds the novelty of n examples and its parts: score = -(latent - log_det + residual).
 
     Attributes:
         score: [n], negative log-density in data space, in nats; higher is more novel.
         latent: [n], log-density of the code z' among the codes, in nats.
         log_det: [n], log sqrt det(J^T J) of the decoder's Jacobian at z', in nats: by how much the decoder stretches
             the latent space's volume. -inf where J has not full rank.
-        residual: [n], log-density of what the reconstruction leaves, in nats.
+        residual: [n], log-density of the part of the example that the reconstruction misses, in nats.
         reconstruction_error: [n], mean squared error per value (pixel).
+
+    Example:
+        >>> import kdejsd, torch
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+        >>> found = kdejsd.novelty_score(lambda x: x[:, :1], lambda z: torch.cat([z, 0 * z], 1), x, variance=1.0)
+        >>> found.reconstruction_error  # the second example lies off the line that the decoder reaches
+        tensor([0., 2.])
     """
 
     score: Tensor
@@ -48,51 +55,59 @@ class NoveltyScore(NamedTuple):
 def novelty_score(
     encoder: Map, decoder: Map, x: Tensor, *, variance: float, target: Density | None = None, chunk: int = 1000
 ) -> NoveltyScore:
-    """Negative log-density of examples in data space, through the decoder's Jacobian.
+    """Returns the negative log-density of examples in data space, computed through the decoder's Jacobian.
 
-    GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283), section 5.5, eqs. 10-11: with the code z' = encoder(x) and the
-    reconstruction x' = decoder(z'),
+    With the code z' = encoder(x) and the reconstruction x' = decoder(z') it is (GENs, Saha, Elhabian, Whitaker, arXiv
+    2010.15283, section 5.5, eqs. 10-11)
 
         log p(x) = log p(z') - log|det A| + log p(x|x')
 
     The decoder's images form an l-dimensional surface in the D-dimensional space of the data. A is the decoder's
     Jacobian J [D, l] at z' as a map onto the surface's tangent space: log|det A| = 1/2 log det(J^T J), taken from a QR
-    decomposition in float64. What is left, x - x', lies across the surface, in D - l dimensions, and is normal there:
+    decomposition in float64. The rest, x - x', lies across the surface, in D - l dimensions, and is normal there:
 
         log p(x|x') = -(D - l)/2 log(2 pi variance) - |x - x'|^2 / (2 variance)
 
     The count D - l of eq. 11's normal is ours, after the same division in Generative Probabilistic Novelty Detection
     (Pidhorskyi, Almohsen, Doretto, arXiv 1807.02588, section 3). The score is the exact density of z ~ p, x =
-    decoder(z) + noise across the surface, for a linear decoder and an encoder that projects onto its images. Else it
-    is an approximation: the surface's curvature is left out, and so is that x - x' of a trained encoder is not quite
+    decoder(z) + noise across the surface, for a linear decoder and an encoder that projects onto its images. For others
+    it is an approximation: it leaves out the surface's curvature, and that x - x' of a trained encoder is not quite
     perpendicular to the surface.
 
-    Modules, and those whose methods are given, are in evaluation mode meanwhile. No gradient is kept. Computed in the
-    dtype of x but for decompositions and sums. NaN in an example gives NaN for that example.
+    Modules, and those whose methods are given, are in evaluation mode during the call. No gradient is kept. Everything
+    but decompositions and sums is computed in the dtype of x. NaN in an example gives NaN for that example.
 
-    Where the decoder squeezes the surroundings of z' into less than l dimensions (saturated or dead units), log_det is
-    -inf and the score too: such a density has no finite value, and the example cannot be compared with others. That
-    counts as so where a column of J lies within 100 roundings of those before it.
+    Where the decoder squeezes the surroundings of z' into less than l dimensions (saturated or dead units), log_det and
+    the score are -inf: such a density has no finite value, and the example cannot be compared with others. This is
+    taken to be so where a column of J lies within 100 roundings of the span of those before it.
 
     Args:
-        encoder: examples [n, ...] -> codes [n, l]. Of a GEN it is the method `encode`: its attribute `encoder` leaves
-            out the codes' normalisation.
-        decoder: codes [n, l] -> examples [n, ...], of more than l values; it must treat each code by itself and be made
+        encoder: examples [n, ...] -> codes [n, l]. For a GEN this is the method `encode`; its attribute `encoder`
+            leaves out the codes' normalisation.
+        decoder: codes [n, l] -> examples [n, ...], of more than l values. It must treat each code by itself and consist
             of operations that `torch.func.vmap` and `torch.func.jvp` take.
         x: [n, ...], floating, on the models' device.
         variance: of the residual in each of the D - l dimensions: `residual_variance` of training examples.
-        target: law of the codes, anything with log_prob: codes [n, l] -> nats [n]. None is the standard normal. A
+        target: the law of the codes, anything with log_prob: codes [n, l] -> nats [n]. None is the standard normal. A
             LaggedKDE counts an example's own lagged copy if it is among its codes.
-        chunk: decodings at a time, which bounds the memory: an example takes l of them and one, and l D values in
-            float64.
+        chunk: the number of decodings at a time, which bounds the memory: an example takes l + 1 of them, and l D
+            values in float64.
 
     Returns:
         The score, its three parts and the reconstruction error, each [n] in the dtype of x.
 
     Raises:
-        ValueError: codes or reconstructions of another shape, l not below D, a variance that is not positive and
-            finite, a chunk below 1.
-        TypeError: x that is no floating-point tensor, a target without log_prob.
+        ValueError: if codes or reconstructions have another shape, l is not below D, the variance is not positive and
+            finite, or the chunk is below 1.
+        TypeError: if x is no floating-point tensor, or the target has no log_prob.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> encoder = lambda x: x[:, :2]
+        >>> decoder = lambda z: torch.nn.functional.pad(z, (0, 1))  # reaches the plane x_3 = 0
+        >>> x = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
+        >>> kdejsd.novelty_score(encoder, decoder, x, variance=0.1).score
+        tensor([ 1.6055,  6.1055, 46.6055])
     """
     chunk = _checked_chunk(x, chunk)
     variance = positive("variance", variance)
@@ -117,18 +132,27 @@ def novelty_score(
 
 @torch.no_grad()
 def residual_variance(encoder: Map, decoder: Map, x: Tensor, *, chunk: int = 1000) -> float:
-    """The most likely variance of `novelty_score`'s residual: the mean of |x - x'|^2 / (D - l) over training examples.
+    """Estimates the variance that `novelty_score` needs: the mean of |x - x'|^2 / (D - l) over training examples.
+
+    This is the most likely variance of its residual.
 
     Args:
         encoder, decoder: as in `novelty_score`.
         x: [n, ...], n at least 1, examples that the models were trained on.
-        chunk: examples at a time.
+        chunk: the number of examples at a time.
 
     Returns:
         The variance per dimension across the decoder's surface.
 
     Raises:
-        ValueError, TypeError: as in `novelty_score`, and for no examples.
+        ValueError, TypeError: as in `novelty_score`, and if there are no examples.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> x = torch.randn(10_000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1.0, 0.5])
+        >>> variance = kdejsd.residual_variance(lambda x: x[:, :2], lambda z: torch.nn.functional.pad(z, (0, 1)), x)
+        >>> round(variance, 2)
+        0.25
     """
     chunk = _checked_chunk(x, chunk)
     if not len(x):
@@ -156,7 +180,7 @@ def _codes(encoder: Map, x: Tensor) -> Tensor:
 
 
 def _squared_residual(decoder: Map, z: Tensor, x: Tensor) -> tuple[Tensor, int]:
-    """|x - x'|^2 as [n] in float64, and D."""
+    """Returns |x - x'|^2 as [n] in float64, and D."""
     reconstruction = decoder(z)
     if reconstruction.shape != x.shape:
         raise ValueError(f"decoder must return the shape of x, {list(x.shape)}, got {list(reconstruction.shape)}")
@@ -165,7 +189,7 @@ def _squared_residual(decoder: Map, z: Tensor, x: Tensor) -> tuple[Tensor, int]:
 
 
 def _jacobian(decoder: Map, z: Tensor, chunk: int) -> Tensor:
-    """The decoder's Jacobian at each of the codes z [n, l], as [n, D, l]."""
+    """Returns the decoder's Jacobian at each of the codes z [n, l], as [n, D, l]."""
 
     def derivative(direction: Tensor) -> Tensor:
         tangent: Tensor = torch.func.jvp(decoder, (z,), (direction.expand_as(z),))[1]
@@ -177,7 +201,7 @@ def _jacobian(decoder: Map, z: Tensor, chunk: int) -> Tensor:
 
 
 def _log_det(jacobian: Tensor) -> Tensor:
-    """log sqrt det(J^T J) of J [n, D, l] as [n] in float64; -inf where a column depends on those before it."""
+    """Returns log sqrt det(J^T J) of J [n, D, l] as [n] in float64; -inf where a column depends on those before it."""
     triangle = torch.linalg.qr(jacobian.double(), mode="r").R
     height = triangle.diagonal(dim1=1, dim2=2).abs()  # of each column above the span of those before it
     length = torch.linalg.vector_norm(triangle, dim=1)
@@ -187,7 +211,7 @@ def _log_det(jacobian: Tensor) -> Tensor:
 
 
 def _checked_chunk(x: Tensor, chunk: int) -> int:
-    """The chunk, where it and x are right."""
+    """Returns the chunk, if it and x are valid."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be a floating-point tensor, got {kind}")

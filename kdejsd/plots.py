@@ -1,5 +1,7 @@
-"""Pictures of a trained model. Each function returns a figure, which its `savefig(path)` writes; nothing here
-touches matplotlib's backend or its global state."""
+"""Draws pictures of a trained model. Each function returns a figure, which its `savefig(path)` writes.
+
+Nothing here touches matplotlib's backend or its global state.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,23 @@ _POINTS = 5000  # more would only cover each other
 
 
 def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
-    """Codes by class: 2-D codes as they are, others on their first two principal components, 1-D codes as a histogram.
-    Circles mark the target: one, two and three standard deviations of a normal, two of each component of a mixture.
+    """Draws codes by class, with circles for the target.
+
+    2-D codes are drawn as they are, others on their first two principal components, 1-D codes as a histogram. The
+    circles are of one, two and three standard deviations of a normal, or of two of each component of a mixture.
 
     Args:
         codes: [n, l].
         labels: [n] int64, -1 for none.
         target: law that the codes should follow.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> from kdejsd import plots
+        >>> codes = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+        >>> figure = plots.latent(codes, labels=torch.arange(100) % 10, target=kdejsd.StandardNormal(8))
+        >>> figure.axes[0].get_xlabel()
+        'principal component 1 (... % of the variance)'
     """
     codes, labels = codes[:_POINTS].double().cpu(), labels[:_POINTS].cpu()
     figure, axes = _square_figure()
@@ -72,10 +84,10 @@ def latent_classes(
     extent: float | None = None,
     resolution: int = 300,
 ) -> Figure:
-    """The regions of a 2-D latent space from which each class is generated, in the colours that `latent` gives codes
-    of these classes; the target's circles over them, and codes as dots where they are given.
+    """Draws the regions of a 2-D latent space from which each class is generated, in the colours of `latent`.
 
-    A dot in a region of another colour is an example that its code's image is not taken for.
+    The target's circles lie over them, and codes as dots where they are given. A dot in a region of another colour is
+    an example whose code is decoded to an image of another class.
 
     Args:
         generator: [B, 2] -> what the classifier takes; None where the classifier acts on the latents.
@@ -87,8 +99,15 @@ def latent_classes(
         resolution: points of the latent space that are classified in each direction.
 
     Raises:
-        ValueError: codes, labels or a target of another shape, an extent that is not positive and finite, a resolution
-            below 2, and what `latent_labels` refuses.
+        ValueError: if codes, labels or the target have another shape, the extent is not positive and finite, the
+            resolution is below 2; and where `latent_labels` does.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import plots
+        >>> figure = plots.latent_classes(None, lambda z: torch.stack([z[:, 0], -z[:, 0]], 1), resolution=50)
+        >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        ['0', '1']
     """
     law = checked_target(target, 2, "the picture")
     if codes is not None and (codes.ndim != 2 or codes.shape[1] != 2):
@@ -124,15 +143,21 @@ def latent_classes(
 
 
 def radius_vs_support(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> Figure:
-    """Class radius against the number of classes, with the most that it can be for classes of equal probability
-    (`uniform_radius_bound`).
+    """Draws the class radius against the number of classes, below its bound for equal classes, `uniform_radius_bound`.
 
     Args:
         curves: for each name in the legend its points: number of classes (the support), mean class radius, and the
             radius's standard error (0 for none known). Bars are of two standard errors.
 
     Raises:
-        ValueError: no point, fewer than 2 classes, or a radius or error that is negative or not finite.
+        ValueError: if there is no point, a point has fewer than 2 classes, or a radius or error is negative or not
+            finite.
+
+    Example:
+        >>> from kdejsd import plots
+        >>> figure = plots.radius_vs_support({"GEN": [(10, 0.41, 0.01)], "VAE": [(10, 0.45, 0.01)]})
+        >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        ['bound, equal classes', 'GEN', 'VAE']
     """
     points = [point for curve in curves.values() for point in curve]
     if not points:
@@ -168,7 +193,7 @@ def interpolation(
     steps: int = 10,
     path: Literal["line", "arc"] = "line",
 ) -> Figure:
-    """Images decoded on the way from one latent to another, a row for each pair.
+    """Draws images decoded on the way from one latent to another, a row for each pair.
 
     Args:
         generator: latents [B, d] -> images [B, C, H, W] in [0, 1].
@@ -178,8 +203,16 @@ def interpolation(
             dimensions the middle of a line between two normal samples is shorter than any sample is.
 
     Raises:
-        ValueError: shapes that do not match, fewer than 2 steps, another path, or, for an arc, directions that are
-            opposite or of no length: no arc leads from one to the other rather than another way.
+        ValueError: if shapes do not match, there are fewer than 2 steps, the path is another, or, for an arc,
+            directions are opposite or of no length, so that no one arc leads from one to the other.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import plots
+        >>> generator = lambda z: torch.sigmoid(z)[:, None, :, None].expand(-1, 1, 2, 2)
+        >>> figure = plots.interpolation(generator, torch.zeros(3, 2), torch.ones(3, 2), steps=5)
+        >>> figure.axes[0].images[0].get_array().shape  # three rows of five images, 2 x 2 pixels with a line between
+        (9, 15)
     """
     latents = between(start, end, steps=steps, path=path)
     with torch.no_grad(), evaluating(generator):
@@ -188,10 +221,17 @@ def interpolation(
 
 
 def between(start: Tensor, end: Tensor, *, steps: int = 10, path: Literal["line", "arc"] = "line") -> Tensor:
-    """The latents of `interpolation`: from start [n, d] to end [n, d], as [n, steps, d] in float64.
+    """Returns the latents of `interpolation` from start [n, d] to end [n, d], as [n, steps, d] in float64.
 
     Raises:
         ValueError: as there.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import plots
+        >>> start, end = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> [plots.between(start, end, steps=3, path=path)[0, 1].tolist() for path in ("line", "arc")]
+        [[0.5, 0.5], [0.7071..., 0.7071...]]
     """
     if start.ndim != 2 or start.shape != end.shape or start.numel() == 0:
         raise ValueError(
@@ -206,16 +246,22 @@ def between(start: Tensor, end: Tensor, *, steps: int = 10, path: Literal["line"
 
 
 def grid(images: Tensor, columns: int = 10) -> Figure:
-    """Images [n, C, H, W] in [0, 1], C = 1 or 3, row by row.
+    """Draws images [n, C, H, W] in [0, 1], C = 1 or 3, row by row.
 
     Raises:
-        ValueError: images of another shape, or columns below 1.
+        ValueError: if images have another shape, or columns is below 1.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import plots
+        >>> plots.grid(torch.zeros(20, 1, 8, 8)).axes[0].images[0].get_array().shape
+        (18, 90)
     """
     return _image_figure(_cells(images, columns))
 
 
 def points(points: Tensor, modes: Tensor, radius: float, *, origins: Tensor | None = None) -> Figure:
-    """Points of the plane, over circles around the modes of their law.
+    """Draws points of the plane, over circles around the modes of their law.
 
     Args:
         points: [n, 2]; those that are not finite are left out.
@@ -224,7 +270,14 @@ def points(points: Tensor, modes: Tensor, radius: float, *, origins: Tensor | No
         origins: [n, 2], from which lines are drawn to the points.
 
     Raises:
-        ValueError: another shape.
+        ValueError: if a shape is another.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import plots
+        >>> figure = plots.points(torch.zeros(100, 2), modes=torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), radius=1.0)
+        >>> len(figure.axes[0].patches)
+        2
     """
     for name, value in (("points", points), ("modes", modes), ("origins", points if origins is None else origins)):
         if value.ndim != 2 or value.shape[1] != 2:
@@ -245,10 +298,17 @@ def points(points: Tensor, modes: Tensor, radius: float, *, origins: Tensor | No
 
 
 def reconstructions(images: Tensor, reconstructions: Tensor, columns: int = 10) -> Figure:
-    """Pairs of rows: images [n, C, H, W] in [0, 1], C = 1 or 3, and below each its reconstruction.
+    """Draws pairs of rows: images [n, C, H, W] in [0, 1], C = 1 or 3, and below each its reconstruction.
 
     Raises:
-        ValueError: images of another shape, reconstructions of another than the images, or columns below 1.
+        ValueError: if images have another shape, reconstructions another than the images, or columns is below 1.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import plots
+        >>> images = torch.zeros(10, 1, 8, 8)
+        >>> plots.reconstructions(images, 1 - images).axes[0].images[0].get_array().shape
+        (18, 90)
     """
     if images.shape != reconstructions.shape:
         raise ValueError(
@@ -264,7 +324,7 @@ def _square_figure() -> tuple[Figure, Axes]:
 
 
 def _class_colors(count: int) -> Callable[[int], tuple[float, float, float]]:
-    """The colour of each of so many classes; the same for a class in every picture of them."""
+    """Returns the colour of each of so many classes; a class has one colour in every picture of them."""
     colors = colormaps["tab10" if count <= 10 else "turbo"]
 
     def color(label: int) -> tuple[float, float, float]:
@@ -294,7 +354,7 @@ def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
 
 
 def _circles(law: Law) -> list[tuple[Tensor, float]]:
-    """Centers [l] and radii; an isotropic law keeps its standard deviation in every projection."""
+    """Returns centers [l] and radii; an isotropic law keeps its standard deviation in every projection."""
     if isinstance(law, IsotropicNormal):
         return [(torch.zeros(law.dim).double(), k * math.sqrt(law.variance)) for k in (1, 2, 3)]
     if isinstance(law, GaussianMixture):
@@ -303,7 +363,7 @@ def _circles(law: Law) -> list[tuple[Tensor, float]]:
 
 
 def _extent(law: Law) -> float:
-    """What holds the law's circles with some room, or 4 if there are none."""
+    """Returns an extent that holds the law's circles with some room, or 4 if there are none."""
     return max((1.15 * (float(center.abs().max()) + radius) for center, radius in _circles(law)), default=4.0)
 
 
@@ -316,7 +376,7 @@ def _histogram(axes: Axes, codes: Tensor, law: Law) -> None:
 
 
 def _arc(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """[n, steps, d] from start [n, 1, d] to end [n, 1, d]; share [steps, 1] from 0 to 1."""
+    """Returns [n, steps, d] from start [n, 1, d] to end [n, 1, d], for share [steps, 1] from 0 to 1."""
     lengths = [torch.linalg.vector_norm(ends, dim=-1, keepdim=True) for ends in (start, end)]
     a, b = start / lengths[0], end / lengths[1]
     # Of the unit vectors' difference and sum, which lose no digits where they are nearly parallel or nearly opposite.
@@ -330,7 +390,7 @@ def _arc(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
 
 
 def _cells(images: Tensor, columns: int) -> Tensor:
-    """[n, C, H, W] -> [rows (H + 1), columns (W + 1), C], images apart by a line and missing ones white."""
+    """Lays images [n, C, H, W] out as [rows (H + 1), columns (W + 1), C], apart by a line and missing ones white."""
     if images.ndim != 4 or images.numel() == 0 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must have shape [n, C, H, W], C = 1 or 3, got {list(images.shape)}")
     columns = integer("columns", columns, 1)
@@ -343,7 +403,7 @@ def _cells(images: Tensor, columns: int) -> Tensor:
 
 
 def _image_figure(pixels: Tensor) -> Figure:
-    """A figure of these pixels [height, width, C] alone, each drawn as a square of whole pixels to stay sharp."""
+    """Returns a figure of these pixels [height, width, C] alone, each a square of whole pixels to stay sharp."""
     height, width, channels = pixels.shape
     scale = max(1, 800 // width)
     figure = Figure(figsize=(width * scale / 100, height * scale / 100), dpi=100)

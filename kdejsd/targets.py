@@ -1,5 +1,4 @@
-"""Known laws that codes are matched to: isotropic normals, mixtures of them, torch's distributions, a user's own; each
-smoothed by the kernel where that has a closed form."""
+"""Defines the laws that codes are matched to: isotropic normals, mixtures, torch's distributions, and a user's own."""
 
 from __future__ import annotations
 
@@ -29,11 +28,17 @@ from .reference.kde import normal_log_prob
 
 
 class IsotropicNormal(nn.Module):
-    """N(0, variance I) in `dim` dimensions.
+    """Represents the law N(0, variance I) in `dim` dimensions.
 
     Raises:
-        ValueError: `dim` below 1, or a variance that is not positive and finite.
-        TypeError: `dim` that is no integer.
+        ValueError: if `dim` is below 1, or the variance is not positive and finite.
+        TypeError: if `dim` is no integer.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.targets import IsotropicNormal
+        >>> IsotropicNormal(2, variance=4.0).log_prob(torch.zeros(2))
+        tensor(-3.2242)
     """
 
     def __init__(self, dim: int, variance: float = 1.0) -> None:
@@ -42,23 +47,23 @@ class IsotropicNormal(nn.Module):
         self.variance = positive("variance", variance)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density in nats at z [..., dim], as [...] in the dtype of z."""
+        """Returns the log-density in nats at z [..., dim], as [...] in the dtype of z."""
         _check_dim(z, self.dim)
         return normal_log_prob(z, self.variance)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n samples as [n, dim] float32, on the generator's device (default: the CPU)."""
+        """Draws n samples, [n, dim] float32, on the generator's device (the CPU if there is none)."""
         n = integer("n", n, 0)
         device = None if generator is None else generator.device
         return torch.randn(n, self.dim, generator=generator, device=device) * math.sqrt(self.variance)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every dimension, each [dim]."""
+        """Returns the mean and the variance of every dimension, each [dim]."""
         device = _device()
         return torch.zeros(self.dim, device=device), torch.full((self.dim,), self.variance, device=device)
 
     def smoothed(self, bandwidth: float) -> IsotropicNormal:
-        """This law convolved with the kernel N(0, bandwidth^2 I): what a KDE of its own samples tends to."""
+        """Returns this law convolved with the kernel N(0, bandwidth^2 I), the limit of a KDE of its own samples."""
         return IsotropicNormal(self.dim, self.variance + positive("bandwidth", bandwidth) ** 2)
 
     def extra_repr(self) -> str:
@@ -66,14 +71,20 @@ class IsotropicNormal(nn.Module):
 
 
 class StandardNormal(IsotropicNormal):
-    """N(0, I) in `dim` dimensions."""
+    """Represents the standard normal law N(0, I) in `dim` dimensions.
+
+    Example:
+        >>> import kdejsd
+        >>> kdejsd.StandardNormal(8).smoothed(0.5).variance
+        1.25
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
 
 
 class GaussianMixture(nn.Module):
-    """A mixture of isotropic normals, evaluated by the same kernel as a KDE.
+    """Represents a mixture of isotropic normals, evaluated by the same kernel as a KDE.
 
     Args:
         means: [K, dim], the components' means.
@@ -81,8 +92,14 @@ class GaussianMixture(nn.Module):
         weights: [K], positive, scaled here to sum to 1; None for equal ones.
 
     Raises:
-        ValueError: shapes that do not match, or scales and weights that are not positive and finite.
-        TypeError: what is not real numbers, among it bools.
+        ValueError: if shapes do not match, or scales or weights are not positive and finite.
+        TypeError: if an argument holds anything but real numbers; bools are none.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> mixture = kdejsd.GaussianMixture(means=[[-2.0], [2.0]], scales=0.5, weights=[1, 3])
+        >>> mixture.log_prob(torch.tensor([[-2.0], [2.0]])).exp()
+        tensor([0.1995, 0.5984])
     """
 
     means: Tensor
@@ -114,26 +131,28 @@ class GaussianMixture(nn.Module):
             self.register_buffer(name, value)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density in nats at z [..., dim], as [...] in the dtype of z (float32 for half types)."""
+        """Returns the log-density in nats at z [..., dim], as [...] in the dtype of z (float32 for half types)."""
         _check_dim(z, self.dim)
         flat = z.reshape(-1, self.dim)
         means, scales, log_weights = (b.to(z.device, z.dtype) for b in (self.means, self.scales, self.log_weights))
         return kde_log_prob(flat, means, scales, log_weights=log_weights).reshape(z.shape[:-1])
 
     def component_log_prob(self, z: Tensor) -> Tensor:
-        """log w_k + log N(z; mu_k, sigma_k^2 I) in nats at z [..., dim], as [..., K]: `log_prob` is its logsumexp over
-        the components, and its softmax gives their probabilities at z."""
+        """Returns log w_k + log N(z; mu_k, sigma_k^2 I) in nats at z [..., dim], as [..., K].
+
+        Its logsumexp over the components is `log_prob`; its softmax gives the components' probabilities at z.
+        """
         _check_dim(z, self.dim)
         means, scales, log_weights = (b.to(z.device, z.dtype) for b in (self.means, self.scales, self.log_weights))
         standard = (z[..., None, :] - means) / scales[:, None]
         return log_weights - self.dim * scales.log() + normal_log_prob(standard, 1.0)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n samples as [n, dim] float32, on the generator's device (default: the CPU)."""
+        """Draws n samples, [n, dim] float32, on the generator's device (the CPU if there is none)."""
         return self.sample_with_component(n, generator)[0]
 
     def sample_with_component(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """n samples as [n, dim] float32 and the component [n] each was drawn from."""
+        """Draws n samples, [n, dim] float32, and returns with them the component [n] that each came from."""
         n = integer("n", n, 0)
         device = torch.device("cpu") if generator is None else generator.device
         weights = self.log_weights.exp().to(device)
@@ -146,14 +165,14 @@ class GaussianMixture(nn.Module):
         return means[component] + scales[component, None] * noise, component
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every dimension, each [dim]."""
+        """Returns the mean and the variance of every dimension, each [dim]."""
         weights = self.log_weights.exp()[:, None]
         mean = (weights * self.means).sum(0)
         second = (weights * (self.means.square() + self.scales.square()[:, None])).sum(0)
         return mean, second - mean.square()
 
     def smoothed(self, bandwidth: float) -> GaussianMixture:
-        """This law convolved with the kernel N(0, bandwidth^2 I): every component's variance grows by bandwidth^2."""
+        """Returns this law convolved with the kernel N(0, bandwidth^2 I): every variance grows by bandwidth^2."""
         scales = (self.scales.square() + positive("bandwidth", bandwidth) ** 2).sqrt()
         return GaussianMixture(self.means, scales, self.log_weights.exp())
 
@@ -162,7 +181,7 @@ class GaussianMixture(nn.Module):
 
 
 def _mixture(means: Tensor, scales: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A mixture's own means, scales and log-weights, of numbers whose values are looked at here."""
+    """Returns the means, scales and log-weights that a mixture keeps; their values are looked at here."""
     for name, value in (("scales", scales), ("weights", weights)):
         if not bool(((value > 0) & value.isfinite()).all()):
             raise ValueError(f"{name} must be positive and finite, got {value.tolist()}")
@@ -186,38 +205,51 @@ def _fake(means: Tensor, scales: Tensor, weights: Tensor) -> tuple[Tensor, Tenso
 
 
 class Law(Protocol):
-    """What a target needs; the built-in ones have it, and a class of your own may.
+    """Describes what a target needs. The built-in targets have it, and so may a class of your own.
 
-    It may also have `smoothed(bandwidth)`, the law convolved with the kernel N(0, bandwidth^2 I), and `moments()`, mean
-    and variance of every dimension, each [dim]; without these they are estimated from samples.
+    A law may also have `smoothed(bandwidth)`, which returns the law convolved with the kernel N(0, bandwidth^2 I), and
+    `moments()`, which returns the mean and the variance of every dimension, each [dim]. Without `moments` these are
+    estimated from samples.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> class Square:
+        ...     dim = 2
+        ...     def log_prob(self, z):
+        ...         return torch.where((z.abs() <= 1).all(-1), torch.tensor(0.25).log(), -torch.inf)
+        ...     def sample(self, n, generator=None):
+        ...         return 2 * torch.rand(n, self.dim, generator=generator) - 1
+        >>> found = kdejsd.optimal_bandwidth(latent_dim=2, num_centers=100, target=Square(), trials=3)
+        >>> round(found.value, 2)
+        0.25
     """
 
     @property
     def dim(self) -> int:
-        """l, the number of dimensions."""
+        """Returns l, the number of dimensions."""
 
     def log_prob(self, z: Tensor, /) -> Tensor:
-        """Log-density in nats at z [..., dim], as [...]."""
+        """Returns the log-density in nats at z [..., dim], as [...]."""
 
     def sample(self, n: int, generator: torch.Generator | None = None, /) -> Tensor:
-        """n samples [n, dim], drawn by the generator alone where there is one, on its device."""
+        """Draws n samples [n, dim], by the generator alone where there is one, on its device."""
 
 
 class SmoothableLaw(Law, Protocol):
-    """A law that can be convolved with the kernel."""
+    """Describes a law that can be convolved with the kernel."""
 
     def smoothed(self, bandwidth: float, /) -> Law:
-        """This law convolved with the kernel N(0, bandwidth^2 I)."""
+        """Returns this law convolved with the kernel N(0, bandwidth^2 I)."""
 
 
 Target: TypeAlias = IsotropicNormal | GaussianMixture | Distribution | Law
 
 
 class DistributionLaw(nn.Module):
-    """A torch Distribution over vectors as a law, with its parameters where they are.
+    """Gives a torch Distribution over vectors the methods of a law, with its parameters where they are.
 
     Raises:
-        ValueError: a distribution whose event is not one vector (wrap it in `torch.distributions.Independent`).
+        ValueError: if the distribution's event is not one vector (wrap it in `torch.distributions.Independent`).
     """
 
     def __init__(self, distribution: Distribution) -> None:
@@ -233,22 +265,26 @@ class DistributionLaw(nn.Module):
 
     @property
     def distribution(self) -> Distribution:
-        """The law as a torch Distribution."""
         return self.given
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density in nats at z [..., dim], as [...]: -inf outside of the support and NaN where z is NaN, whether or
-        not the distribution validates its arguments. (Without, many give a plausible number there; under torch.compile
-        and function transforms it is what the distribution gives.) The dtype is what torch makes of the distribution's
-        and that of z; `MultivariateNormal` and `LowRankMultivariateNormal` compute in their own."""
+        """Returns the log-density in nats at z [..., dim], as [...]: -inf outside the support and NaN where z is NaN.
+
+        This holds whether or not the distribution validates its arguments. (Many that do not would return a plausible
+        number there. Under torch.compile and function transforms the value is the distribution's own.) The dtype is
+        that which torch makes of the distribution's and z's; `MultivariateNormal` and `LowRankMultivariateNormal`
+        compute in their own.
+        """
         _check_dim(z, self.dim)
         if z.numel() == 0:  # which some supports cannot check
             return z.sum(-1)
         return _log_density(self.distribution, z)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n samples [n, dim], on the generator's device. A Distribution draws from the global random state, which is
-        seeded from the generator for the draw and put back."""
+        """Draws n samples [n, dim], on the generator's device.
+
+        A Distribution draws from the global random state, which is seeded from the generator for the draw and put back.
+        """
         shape, distribution = torch.Size((integer("n", n, 0),)), self.distribution
         if generator is None:
             return distribution.sample(shape)
@@ -258,7 +294,7 @@ class DistributionLaw(nn.Module):
             return distribution.sample(shape).to(generator.device)
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every dimension, each [dim]; estimated from samples where the distribution has none."""
+        """Returns the mean and the variance of every dimension, each [dim], estimated from samples if need be."""
         distribution = self.distribution
         try:
             return distribution.mean, distribution.variance
@@ -270,9 +306,9 @@ class DistributionLaw(nn.Module):
 
 
 class SmoothableDistribution(DistributionLaw):
-    """A normal Distribution, or a mixture of them, convolved with N(0, variance I).
+    """Represents a normal Distribution, or a mixture of normals, convolved with N(0, variance I).
 
-    Where the parameters of its spread need gradients the convolution is computed anew at every call, which then has a
+    Where the parameters of its spread need gradients, the convolution is computed anew at every call; it then has a
     graph of its own and follows an optimiser's steps. Otherwise they are read once.
     """
 
@@ -287,16 +323,14 @@ class SmoothableDistribution(DistributionLaw):
 
     @property
     def distribution(self) -> Distribution:
-        """The law as a torch Distribution."""
         return _with_kernel(self.given, self.variance) if self.convolved is None else self.convolved
 
     def smoothed(self, bandwidth: float) -> SmoothableDistribution:
-        """This law convolved with the kernel N(0, bandwidth^2 I)."""
         return SmoothableDistribution(self.given, self.variance + positive("bandwidth", bandwidth) ** 2)
 
 
 def _innermost(distribution: Distribution) -> Distribution:
-    """Of a law of independent parts, or a mixture: that of a part, or of a component."""
+    """Returns the distribution of a part of independent parts, or of a component of a mixture."""
     if type(distribution) is Independent:
         return _innermost(distribution.base_dist)
     if type(distribution) is MixtureSameFamily:
@@ -305,13 +339,13 @@ def _innermost(distribution: Distribution) -> Distribution:
 
 
 def _spread_needs_grad(normal: Distribution) -> bool:
-    """Whether the scale or the covariance that the distribution was made with needs a gradient."""
+    """Tells whether the scale or the covariance that the distribution was made with needs a gradient."""
     made_of = (vars(normal).get(name) for name in normal.arg_constraints if name != "loc")
     return any(parameter is not None and parameter.requires_grad for parameter in made_of)
 
 
 def _log_density(distribution: Any, z: Tensor) -> Tensor:
-    """`DistributionLaw.log_prob`, of a distribution that may have a batch."""
+    """Computes `DistributionLaw.log_prob` for a distribution that may have a batch."""
     kind = type(distribution)
     # A mixture's own support is where all of its components have theirs; its density is not 0 where one of them has.
     if kind is MixtureSameFamily:
@@ -339,7 +373,7 @@ _OWN_DENSITY = (MixtureSameFamily, TransformedDistribution)  # what they say of 
 
 
 def _transformed_log_density(base: Any, steps: list[Any], z: Tensor, event_dim: int) -> Tensor:
-    """At z with this many dimensions an event, by the change of variables, of which every step asks for its range."""
+    """Returns the log-density at z by the change of variables, after asking every step for its range."""
     if not steps:
         return _sum_last(_log_density(base, z), event_dim - len(base.event_shape))
     *inner, last = steps
@@ -376,7 +410,7 @@ def _sum_last(values: Tensor, dims: int) -> Tensor:
 def _supported(
     support: Any, z: Tensor, log_density: Callable[[Tensor], Tensor], sample: Callable[[], Tensor] | None
 ) -> Tensor:
-    """The log-density at z, asked for points of the support alone; -inf at others and NaN where z is NaN.
+    """Returns the log-density at z, asked for only at points of the support: -inf elsewhere, NaN where z is NaN.
 
     Args:
         support: a torch constraint; None where it is not known.
@@ -403,7 +437,7 @@ def _supported(
 
 
 def _with_kernel(distribution: Any, variance: float) -> Distribution:
-    """The sum of a sample of a normal distribution, or of a mixture of them, and one of N(0, variance I)."""
+    """Returns the law of a sample of a normal distribution, or of a mixture of them, plus one of N(0, variance I)."""
     if type(distribution) is Independent:
         part = _with_kernel(distribution.base_dist, variance)
         return Independent(part, distribution.reinterpreted_batch_ndims)
@@ -420,8 +454,11 @@ def _with_kernel(distribution: Any, variance: float) -> Distribution:
 
 
 def _covariance(normal: MultivariateNormal) -> Tensor:
-    """Of the matrix that the distribution was made with. That is the first of the three it has: the others, once asked
-    for, are kept with the graph they then had."""
+    """Returns the covariance from the matrix that the distribution was made with.
+
+    That matrix is the first of the three that it has. The others, once asked for, are kept with the graph they then
+    had.
+    """
     name = next(name for name in vars(normal) if name in ("covariance_matrix", "scale_tril", "precision_matrix"))
     matrix: Tensor = getattr(normal, name)
     if name == "scale_tril":
@@ -430,11 +467,11 @@ def _covariance(normal: MultivariateNormal) -> Tensor:
 
 
 def as_law(target: Target) -> Law:
-    """The target as a law: itself, or a torch Distribution with the methods of one.
+    """Returns the target as a law: itself, or a torch Distribution with the methods of one.
 
     Raises:
-        ValueError: a Distribution whose event is not one vector.
-        TypeError: something that is no target.
+        ValueError: if it is a Distribution whose event is not one vector.
+        TypeError: if it is no target.
     """
     if isinstance(target, Distribution):
         is_normal = type(_innermost(target)) in (Normal, MultivariateNormal, LowRankMultivariateNormal)
@@ -452,10 +489,10 @@ def as_law(target: Target) -> Law:
 
 
 def checked_target(target: Target | None, dim: int, like: str = "latent_dim") -> Law:
-    """The target as a law, None being the standard normal.
+    """Returns the target as a law; None stands for the standard normal.
 
     Raises:
-        ValueError: a target that has not `dim` dimensions, which `like` has, and as in `as_law`.
+        ValueError: if the target has not `dim` dimensions, which `like` has, and as in `as_law`.
         TypeError: as in `as_law`.
     """
     law = StandardNormal(dim) if target is None else as_law(target)
@@ -465,10 +502,10 @@ def checked_target(target: Target | None, dim: int, like: str = "latent_dim") ->
 
 
 def checked_smoothable(law: Law) -> SmoothableLaw:
-    """The law, if it has a `smoothed`.
+    """Returns the law if it has a `smoothed`.
 
     Raises:
-        ValueError: it has none.
+        ValueError: if it has none.
     """
     if not hasattr(law, "smoothed"):
         raise ValueError(
@@ -480,12 +517,11 @@ def checked_smoothable(law: Law) -> SmoothableLaw:
 
 
 def smoothed_where_possible(law: Law, bandwidth: float) -> Law:
-    """The law convolved with the kernel, or itself where that is not known."""
     return checked_smoothable(law).smoothed(bandwidth) if hasattr(law, "smoothed") else law
 
 
 def law_moments(law: Law) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every dimension of the law, each [l]."""
+    """Returns the mean and the variance of every dimension of the law, each [l]."""
     if hasattr(law, "moments"):
         mean, variance = law.moments()
         return mean, variance
@@ -493,10 +529,10 @@ def law_moments(law: Law) -> tuple[Tensor, Tensor]:
 
 
 def finite_moments(law: Law, purpose: str) -> tuple[Tensor, Tensor]:
-    """`law_moments`.
+    """Returns `law_moments`, which must be finite for this purpose.
 
     Raises:
-        ValueError: one that is not finite, which the purpose needs.
+        ValueError: if one is not finite.
     """
     mean, variance = law_moments(law)
     if not bool((mean + variance).isfinite().all()):
@@ -514,20 +550,23 @@ def _estimated_moments(law: Law) -> tuple[Tensor, Tensor]:
 
 
 def law_log_prob(law: Law, z: Tensor) -> Tensor:
-    """Log-density at z [..., dim], in float64. The isotropic laws take z in float64; others, whose parameters may be in
-    float32, take it as it is, or in float32 for half types."""
+    """Returns the log-density at z [..., dim], in float64.
+
+    The isotropic laws take z in float64. Others, whose parameters may be in float32, take it as it is, or in float32
+    for half types.
+    """
     if isinstance(law, (IsotropicNormal, GaussianMixture)):
         return law.log_prob(wide(z))
     return wide(law.log_prob(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z))
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float64, where the device has it."""
+    """Converts to float64, where the device has it."""
     return x if x.device.type == "mps" else x.double()
 
 
 def _float64(name: str, numbers: Any) -> Tensor:
-    """The real numbers of an argument as a tensor."""
+    """Returns the real numbers of an argument as a float64 tensor."""
     found = reals(name, numbers)
     if isinstance(numbers, Tensor):
         return numbers.double()
@@ -538,8 +577,10 @@ def _float64(name: str, numbers: Any) -> Tensor:
 
 
 def _device() -> torch.device | None:
-    """Where numbers are put that no tensor's device says a place for: torch's default device, which None is as well;
-    under the meta device, where models are built to be loaded, the CPU, since these numbers are looked at."""
+    """Returns the device for numbers that came without one: torch's default device, which None stands for as well.
+
+    Under the meta device, where models are built to be loaded, it is the CPU, because these numbers are looked at.
+    """
     if torch.compiler.is_compiling():  # which cannot be asked for the default device
         return None
     device = torch.get_default_device()

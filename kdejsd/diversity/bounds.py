@@ -1,9 +1,9 @@
-"""What the collision probability of the classes says about the mean class radius, and the other way round.
+"""Relates the collision probability of the classes to the mean class radius by bounds in both directions.
 
 With p_i the Gaussian measures of the classes, z ~ N(0, I) and r(z) the distance of z to the nearest point of another
 class, E r <= sum_i F(p_i) (`class_radius_bound`). Bounds in terms of v = |p|^2, the collision probability, or of the
 collision entropy log 1/v follow from psi(p) = F(p)/p: sum_i F(p_i) = sum_i p_i psi(p_i) is a mean of psi, and v is the
-mean of what psi is taken of.
+mean of its arguments.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _BISECTIONS = 60
 
 
 def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float | Tensor = 1.0) -> Tensor:
-    """An upper bound on the mean class radius from the collision probability v = sum_i p_i^2 alone.
+    """Bounds the mean class radius from above by the collision probability v = sum_i p_i^2 alone.
 
     Args:
         p: [..., K], the Gaussian measures of the classes; v = 1 (one class) gives inf.
-        form: "sharp" is psi(v) = F(v)/v for v <= 0.1989, with equality for classes of equal measure; beyond, where
-            that would not hold, the least concave function over psi on [0, sqrt(v)], at v. It holds for every p.
+        form: "sharp" is psi(v) = F(v)/v for v <= 0.1989, with equality for classes of equal measure. Beyond, where
+            that would not hold, it is the least concave function over psi on [0, sqrt(v)], at v. It holds for every p.
             "printed" is Theorem 3.1 of the latent density papers, log(4 pi H) / sqrt(2 H) with H = log 1/v: 3 to 5.5
             times as much for equal classes, with its peak of 1.8443 at H = 0.588. It fails past a dominant mass of
             0.905, and is inf for v > 0.827, where the sharp bound no longer proves it.
@@ -46,8 +46,14 @@ def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float |
         [...], differentiable, float64 for float64 input and float32 otherwise.
 
     Raises:
-        TypeError, ValueError: as in `collision_probability`; an unknown form, a lipschitz that is no number, or not
+        TypeError, ValueError: as in `collision_probability`; if the form is unknown, or lipschitz is no number or not
             positive and finite.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> p = torch.tensor([0.4, 0.3, 0.2, 0.1])
+        >>> kdejsd.collision_radius_bound(p), kdejsd.class_radius_bound(p)  # the second knows every mass
+        (tensor(0.6406), tensor(0.6344))
     """
     _check_form(form)
     v = collision_probability(p)
@@ -57,12 +63,12 @@ def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float |
 
 
 def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tensor = 1.0) -> Tensor:
-    """The greatest mean class radius of K classes of equal measure, K F(1/K) (Theorem 3.2).
+    """Returns the greatest mean class radius of K classes of equal measure, K F(1/K) (Theorem 3.2).
 
     Two half-spaces reach it. Classes of unequal measure may have more.
 
     Args:
-        num_classes: K >= 1, a number or a tensor of any shape; need not be whole (exp of an entropy, say).
+        num_classes: K >= 1, a number or a tensor of any shape; it need not be whole (it may be exp of an entropy).
         lipschitz: as in `collision_radius_bound`.
 
     Returns:
@@ -70,8 +76,13 @@ def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tens
         entry below 1 NaN.
 
     Raises:
-        ValueError: a number below 1, a lipschitz that is not positive and finite.
-        TypeError: something that is no number.
+        ValueError: if a number is below 1, or lipschitz is not positive and finite.
+        TypeError: if an argument is no number.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> kdejsd.uniform_radius_bound(torch.tensor([2, 10, 100]))
+        tensor([0.7979, 0.4734, 0.3389], dtype=torch.float64)
     """
     num_classes = _number_or_tensor("num_classes", num_classes)
     if not isinstance(num_classes, Tensor) and not num_classes >= 1:
@@ -81,7 +92,7 @@ def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tens
 
 
 def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipschitz: float | Tensor = 1.0) -> Tensor:
-    """The greatest collision entropy log 1/|p|^2 of classes whose mean radius is `radius`: the inverse of the bound.
+    """Returns the greatest collision entropy log 1/|p|^2 of classes with this mean radius: the inverse of the bound.
 
     Args:
         radius: mean class radius, positive, a number or a tensor of any shape. In latent space with the sharp form
@@ -93,14 +104,19 @@ def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipsch
     The sharp form waits for the device, to see whether a radius is beyond psi's domain, where the inverse is dearer.
 
     Returns:
-        Nats, in the shape of radius: float32 for a float32 or half tensor, float64 otherwise. Differentiable, for
+        Nats, in the shape of radius: float32 for a float32 or half tensor, float64 otherwise. It is differentiable, for
         radii beyond 0.5573 once. A radius of 0 gives inf; a tensor entry that is negative or NaN, or beyond the printed
         form's peak, NaN.
 
     Raises:
-        ValueError: an unknown form; a number that is negative, or beyond the printed form's peak; a lipschitz that is
-            not positive and finite.
-        TypeError: a complex tensor, something that is no number.
+        ValueError: if the form is unknown, a number is negative or beyond the printed form's peak, or lipschitz is not
+            positive and finite.
+        TypeError: if a tensor is complex, or an argument is no number.
+
+    Example:
+        >>> import kdejsd, math
+        >>> print(f"{math.exp(kdejsd.max_collision_entropy(0.4037)):.1f} equal classes at most")
+        25.0 equal classes at most
     """
     _check_form(form)
     peak = 4 * math.sqrt(0.5 * math.pi) / math.e  # where H = e^2 / (4 pi)
@@ -157,7 +173,7 @@ def _sharp(v: Tensor) -> Tensor:
 
 
 def _majorant(entropy: Tensor) -> Tensor:
-    """The least concave function over psi on [0, w], w = sqrt(v), at v = exp(-entropy) > _CONCAVE_TO.
+    """Returns the least concave function over psi on [0, w], w = sqrt(v), at v = exp(-entropy) > _CONCAVE_TO.
 
     It is the chord from the point a at which psi's tangent passes through (w, psi(w)), to there. The chord's height at
     v is greatest for that a, so that a first derivative needs none of a; for the second one the last of Newton's steps
@@ -178,7 +194,7 @@ def _majorant(entropy: Tensor) -> Tensor:
 
 
 def _psi_and_derivatives(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """psi and its first and second derivative for p that are not small, from those of F: p/phi(z) and F/phi(z)^2."""
+    """Returns psi and two derivatives for p that are not small, from those of F: p/phi(z) and F/phi(z)^2."""
     z = torch.special.ndtri(p)
     density = (-0.5 * z.square()).exp() / math.sqrt(2 * math.pi)
     psi = z + density / p
@@ -187,7 +203,7 @@ def _psi_and_derivatives(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _inverse_psi(radius: Tensor) -> Tensor:
-    """The entropy at which psi(exp(-entropy)) is the radius, for radii from 0 to 0.6.
+    """Returns the entropy at which psi(exp(-entropy)) is the radius, for radii from 0 to 0.6.
 
     With x = -Phi^-1(v) psi is the hazard rate's excess at x, and log v = log phi(x) - log hazard(x). Newton's method
     for 1/excess = 1/radius; two steps are left to autograd.
@@ -204,7 +220,7 @@ def _inverse_psi(radius: Tensor) -> Tensor:
 
 
 def _inverse_majorant(radius: Tensor) -> Tensor:
-    """The entropy at which the majorant is the radius, for radii above psi's where the majorant begins."""
+    """Returns the entropy at which the majorant is the radius, for radii above psi's where the majorant begins."""
     with torch.no_grad():
         low, high = torch.full_like(radius, math.log(1e-300)), torch.full_like(radius, math.log(-math.log(_CONCAVE_TO)))
         for _ in range(_BISECTIONS):
@@ -232,7 +248,7 @@ def _printed(v: Tensor) -> Tensor:
 
 
 def _inverse_printed(radius: Tensor) -> Tensor:
-    """With y = log(4 pi H) the radius is sqrt(2 pi) y exp(-y/2), to be solved for y >= 2.
+    """Solves sqrt(2 pi) y exp(-y/2) = radius for y = log(4 pi H) >= 2.
 
     Newton's method in log radius, which is concave in y, comes down on the root from the right; two steps are left to
     autograd.

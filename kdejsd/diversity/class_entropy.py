@@ -1,4 +1,4 @@
-"""Entropies of distributions over classes."""
+"""Computes entropies of distributions over classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..ops._common import check_tensor, compute_dtype
 
 
 def renyi_entropy(p: Tensor, order: float = 2) -> Tensor:
-    """Renyi entropy of distributions over classes, log(sum_i p_i^a) / (1 - a), in nats.
+    """Returns the Renyi entropy of distributions over classes, log(sum_i p_i^a) / (1 - a), in nats.
 
     Order 0 is the log of the number of classes with p_i > 0, order 1 Shannon's entropy -sum p_i log p_i (the limit),
     order 2 the collision entropy, infinity the min-entropy -log max p. It falls with the order.
@@ -22,14 +22,19 @@ def renyi_entropy(p: Tensor, order: float = 2) -> Tensor:
         order: a, at least 0.
 
     Returns:
-        [...], of p / sum p: computed in float64, near order 1 without loss of digits, and returned as float64 for
-        float64 input and float32 otherwise. Its gradient is orthogonal to p, that of the formula above but for a
-        constant. NaN where an entry is NaN or negative. At an entry of 0 the gradient for an order of at most 1 is
-        infinite; 0 is returned.
+        [...], of p / sum p, computed in float64 and near order 1 without loss of digits; float64 for float64 input and
+        float32 otherwise. Its gradient is orthogonal to p, and that of the formula above but for a constant. NaN where
+        an entry is NaN or negative. At an entry of 0 the gradient for an order of at most 1 is infinite; 0 is returned.
 
     Raises:
-        TypeError: p is no floating-point tensor, order no number.
-        ValueError: no class; an order that is negative or NaN.
+        TypeError: if p is no floating-point tensor, or order no number.
+        ValueError: if there is no class, or the order is negative or NaN.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> p = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]])
+        >>> kdejsd.renyi_entropy(p).exp()  # as many equal classes would have the same collision entropy
+        tensor([4.0000, 1.9231])
     """
     wide, dtype = _distribution(p)
     order = real("order", order)
@@ -56,7 +61,7 @@ def renyi_entropy(p: Tensor, order: float = 2) -> Tensor:
 
 
 def collision_probability(p: Tensor) -> Tensor:
-    """The probability that two independent draws are of one class, sum_i p_i^2.
+    """Returns the probability that two independent draws are of one class, sum_i p_i^2.
 
     Args:
         p: [..., K], each row a distribution.
@@ -65,17 +70,23 @@ def collision_probability(p: Tensor) -> Tensor:
         [...], float64 for float64 input and float32 otherwise; NaN where an entry is NaN.
 
     Raises:
-        TypeError: p is no floating-point tensor.
-        ValueError: no class.
+        TypeError: if p is no floating-point tensor.
+        ValueError: if there is no class.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> kdejsd.collision_probability(torch.tensor([0.5, 0.25, 0.25]))
+        tensor(0.3750)
     """
     wide, dtype = _distribution(p)
     return wide.square().sum(-1).to(dtype)
 
 
 def collision_probability_from_counts(counts: Tensor) -> Tensor:
-    """The share of pairs of samples that are of one class: sum_i n_i (n_i - 1) / (N (N - 1)), N = sum_i n_i.
+    """Estimates the collision probability by the share of pairs of samples that are of one class.
 
-    Its expectation is sum_i p_i^2 for independent samples, where sum_i (n_i / N)^2 is too high by (1 - sum p_i^2) / N.
+    It is sum_i n_i (n_i - 1) / (N (N - 1)), N = sum_i n_i. Its expectation is sum_i p_i^2 for independent samples,
+    where sum_i (n_i / N)^2 is too high by (1 - sum p_i^2) / N.
 
     Args:
         counts: [..., K], how many of the samples are of each class (as torch.bincount counts labels), int64 or any
@@ -85,8 +96,13 @@ def collision_probability_from_counts(counts: Tensor) -> Tensor:
         [...], float64. NaN where N < 2 or a count is negative or NaN.
 
     Raises:
-        TypeError: counts is no tensor of numbers.
-        ValueError: no class.
+        TypeError: if counts is no tensor of numbers.
+        ValueError: if there is no class.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> kdejsd.collision_probability_from_counts(torch.tensor([2, 1, 1]))  # one pair of six
+        tensor(0.1667, dtype=torch.float64)
     """
     if check_tensor("counts", counts).dtype == torch.bool or counts.is_complex():
         raise TypeError(f"counts must hold numbers, got {counts.dtype}")
@@ -98,7 +114,7 @@ def collision_probability_from_counts(counts: Tensor) -> Tensor:
 
 
 def _distribution(p: Tensor) -> tuple[Tensor, torch.dtype]:
-    """p in float64, and the dtype of what is computed from it."""
+    """Returns p in float64, and the dtype of the results that are computed from it."""
     dtype = compute_dtype("p", check_tensor("p", p))
     _check_classes("p", p)
     return p.double(), dtype

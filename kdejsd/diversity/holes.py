@@ -1,4 +1,4 @@
-"""Latent holes: where the prior puts its samples and the encoder no codes."""
+"""Finds latent holes: the regions where the prior puts its samples and the encoder no codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DRAWS = 2000  # of the threshold, for the standard error
 
 @dataclass(frozen=True)
 class LatentHoles:
-    """What `latent_holes` found, as plain values.
+    """Holds the result of `latent_holes` as plain values.
 
     Attributes:
         mass: share of the prior where the codes' density is below their own quantile of this level.
@@ -27,6 +27,13 @@ class LatentHoles:
         level: the quantile's, and the mass that there is if the codes follow the prior.
         bandwidth: of the codes' density.
         num_codes: codes that were given.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> codes = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+        >>> holes = kdejsd.latent_holes(codes)
+        >>> abs(holes.mass - holes.level) < 3 * holes.standard_error  # codes that follow the prior
+        True
     """
 
     mass: float
@@ -45,12 +52,12 @@ def latent_holes(
     num_samples: int = 10_000,
     rng: torch.Generator | None = None,
 ) -> LatentHoles:
-    """The prior mass of the regions in which there are hardly any codes.
+    """Measures the prior mass of the regions in which there are hardly any codes.
 
-    One half of the codes, drawn at random, are the centers of a KDE; a hole is where its density is below what all but
-    a share `level` of the other half have. Codes that follow the prior give the mass `level` in expectation (to 1 in as
-    many as are held out) whatever the bandwidth: prior samples and held-out codes are then alike. Codes that leave
-    parts of the prior empty give more, codes more spread out than the prior less.
+    One half of the codes, drawn at random, are the centers of a KDE. A hole is where its density is below that of all
+    but a share `level` of the other half. Codes that follow the prior give the mass `level` in expectation (to 1 in as
+    many as are held out) whatever the bandwidth, because prior samples and held-out codes are then alike. Codes that
+    leave parts of the prior empty give more, codes more spread out than the prior less.
 
     The bandwidth is `entropy_bandwidth` of the centers, which follows the codes as they are; `optimal_bandwidth` is for
     codes that follow the target, and too wide for the gaps between others.
@@ -63,9 +70,17 @@ def latent_holes(
         rng: of the split and the samples; None for a CPU generator seeded with 0.
 
     Raises:
-        ValueError: codes of another shape than [n, d] with d the target's dimension, not finite, or too few for the
-            level, a number out of range, and what `entropy_bandwidth` refuses.
-        TypeError: codes that are not a floating-point tensor, or a target that is none.
+        ValueError: if the codes have another shape than [n, d] with d the target's dimension, are not finite, or too
+            few for the level; if a number is out of range; and where `entropy_bandwidth` does.
+        TypeError: if the codes are not a floating-point tensor, or the target is none.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> codes = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))
+        >>> for name, kept in (("all", codes), ("right half", codes[codes[:, 0] > 0])):
+        ...     print(f"{name}: {kdejsd.latent_holes(kept).mass:.2f}")
+        all: 0.06
+        right half: 0.37
     """
     check_codes(codes)
     prior = checked_target(target, codes.shape[1], "codes")

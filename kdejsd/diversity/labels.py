@@ -1,4 +1,4 @@
-"""The class of each latent sample: what a classifier sees in what a generator makes of it."""
+"""Finds the class of each latent sample, by a classifier of what a generator makes of it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Map = Callable[[Tensor], Tensor]
 def latent_labels(
     generator: Map | None, classifier: Map, latents: Tensor, *, batch_size: int = 1000
 ) -> tuple[Tensor, int]:
-    """The class of each latent sample, argmax of classifier(generator(z)), and the number of classes there are.
+    """Returns the class of each latent sample, argmax of classifier(generator(z)), and the number of classes there are.
 
-    Models (`torch.nn.Module`) are in evaluation mode meanwhile and get their modes back.
+    Models are in evaluation mode during the call.
 
     Args:
         generator: [B, d] -> what the classifier takes; None where the classifier acts on the latents.
@@ -31,8 +31,8 @@ def latent_labels(
         labels [N] int64, on the device of the logits, and K.
 
     Raises:
-        ValueError: logits of another shape or NaN, a number of classes that changes, a batch_size below 1.
-        TypeError: logits that are no floating-point tensor.
+        ValueError: if logits have another shape or are NaN, the number of classes changes, or batch_size is below 1.
+        TypeError: if logits are no floating-point tensor.
     """
     batch_size = integer("batch_size", batch_size, 1)
     labels, undefined, counts = [], 0, set()
@@ -55,6 +55,6 @@ def latent_labels(
 
 
 def models_like(*parts: object) -> Tensor:
-    """An empty tensor with the device and dtype of the first parameter among the models; float32 on the CPU if none."""
+    """Returns an empty tensor with the device and dtype of the models' first parameter, or float32 on the CPU."""
     parameter = next((parameter for model in models_of(*parts) for parameter in model.parameters()), torch.empty(0))
     return parameter.detach().new_empty(0)

@@ -1,8 +1,8 @@
-"""The mean class radius E r(z), z ~ N(0, I): the distance from a latent sample to the nearest boundary of its class.
+"""Estimates the mean class radius E r(z), z ~ N(0, I), r being the distance to the nearest boundary of the class.
 
-Two estimators. `class_radius` takes the nearest sample of another class: quick, exact in the limit, biased upward.
-`class_radius_search` walks from each sample to the boundary by gradients of a classifier: for dimensions in which
-samples are too far from one another to tell where the boundary between them lies.
+There are two estimators. `class_radius` takes the nearest sample of another class: quick, exact in the limit, biased
+upward. `class_radius_search` walks from each sample to the boundary by gradients of a classifier, for dimensions in
+which samples are too far from one another to show where the boundary between them lies.
 """
 
 from __future__ import annotations
@@ -23,12 +23,21 @@ _BIASED_FROM = 5  # dimensions
 
 
 class RadiusBiasWarning(UserWarning):
-    """The nearest sample of another class is too far away to say where the boundary is."""
+    """Warns that the nearest sample of another class is too far away to show where the boundary is.
+
+    Example:
+        >>> import kdejsd, torch, warnings
+        >>> latents = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", kdejsd.RadiusBiasWarning)
+        ...     kdejsd.class_radius(latents, (latents[:, 0] > 0).long()).invertible
+        False
+    """
 
 
 @dataclass(frozen=True)
 class ClassRadius:
-    """An estimate of the mean class radius, in the units of the latent space.
+    """Holds an estimate of the mean class radius, in the units of the latent space.
 
     Attributes:
         mean: over the samples; inf if some of them have no other class, NaN if some are NaN.
@@ -37,6 +46,12 @@ class ClassRadius:
         latent_dim: d.
         invertible: whether the bound on the class radius may be inverted at this mean. False where a distance is not
             finite, and where the estimator's bias carries it over what any division into classes can have.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> radius = kdejsd.class_radius(torch.tensor([[-1.0], [1.0], [2.0]]), torch.tensor([0, 1, 1]))
+        >>> radius.per_sample, radius.num_samples, radius.num_without_boundary
+        (tensor([2., 2., 3.]), 3, 0)
     """
 
     mean: float
@@ -47,22 +62,29 @@ class ClassRadius:
 
     @property
     def num_samples(self) -> int:
+        """Returns N."""
         return self.per_sample.numel()
 
     @property
     def num_without_boundary(self) -> int:
-        """Samples for which no other class was found; their distance is inf."""
+        """Returns the number of samples for which no other class was found; their distance is inf."""
         return int(self.per_sample.isinf().sum())
 
 
 @dataclass(frozen=True)
 class SearchedRadius(ClassRadius):
-    """What `class_radius_search` found, with its witnesses.
+    """Holds the result of `class_radius_search`, with its witnesses.
 
     Attributes:
         latents: [N, d], the samples.
         labels: [N], their classes, int64.
         boundary: [N, d], for each sample the point of another class at the distance per_sample; NaN if none was found.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> radius = kdejsd.class_radius_search(None, lambda z: torch.stack([z[:, 0], -z[:, 0]], 1), latent_dim=8)
+        >>> (radius.boundary[:, 0].abs() < 1e-3).all()  # the boundary is the plane z_0 = 0
+        tensor(True)
     """
 
     latents: Tensor = field(repr=False)
@@ -71,7 +93,7 @@ class SearchedRadius(ClassRadius):
 
 
 def _summary(per_sample: Tensor) -> tuple[float, float]:
-    """Mean and its standard error, in float64."""
+    """Returns the mean and its standard error, in float64."""
     wide = per_sample.double()
     return float(wide.mean()), float(wide.std() / math.sqrt(wide.numel()))
 
@@ -79,14 +101,14 @@ def _summary(per_sample: Tensor) -> tuple[float, float]:
 def class_radius(latents: Tensor, labels: Tensor) -> ClassRadius:
     """Estimates the mean class radius by the distance of each sample to the nearest one of another class.
 
-    Biased upward, as that sample lies behind the boundary and to the side: by about 4.5 N^(-2/(d+1)) for half-spaces
-    (0.015 at N = 5000, d = 2; 0.014 and 0.045 at N = 100 000, d = 3 and 4), twice that for 25 boxes. From d = 5 on this
-    falls too slowly for any N that can be had, and carries the estimate over the bound on the class radius: there
-    a `RadiusBiasWarning` is given and the result is not `invertible`; use `class_radius_search`.
+    The estimate is biased upward, as that sample lies behind the boundary and to the side: by about 4.5 N^(-2/(d+1))
+    for half-spaces (0.015 at N = 5000, d = 2; 0.014 and 0.045 at N = 100 000, d = 3 and 4), twice that for 25 boxes.
+    From d = 5 on this falls too slowly for any N that can be had, and carries the estimate over the bound on the class
+    radius: there a `RadiusBiasWarning` is given and the result is not `invertible`; use `class_radius_search`.
 
     The standard error is s / sqrt(N), s the standard deviation of the distances, as for independent terms. They are not
-    quite: samples have neighbours in common. In repeated trials (N from 500 to 5000, d from 2 to 10) it is 0.83 to
-    0.98 of the spread of the mean, a difference that is small beside the bias.
+    quite independent, since samples have neighbours in common. In repeated trials (N from 500 to 5000, d from 2 to 10)
+    it is 0.83 to 0.98 of the spread of the mean, a difference that is small beside the bias.
 
     Args:
         latents: [N, d], N at least 2, drawn from N(0, I); float32, float64 or a half type.
@@ -96,8 +118,15 @@ def class_radius(latents: Tensor, labels: Tensor) -> ClassRadius:
         The estimate, its per_sample without a gradient (`nearest_other_class` has one).
 
     Raises:
-        ValueError: shapes that do not match, fewer than 2 samples.
-        TypeError: latents that are not floating point, labels that are not int64.
+        ValueError: if shapes do not match, or there are fewer than 2 samples.
+        TypeError: if latents are not floating point, or labels are not int64.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> latents = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))
+        >>> radius = kdejsd.class_radius(latents, (latents[:, 0] > 0).long())  # two half-planes: 0.798
+        >>> print(f"{radius.mean:.2f} +- {radius.standard_error:.2f}")
+        0.81 +- 0.01
     """
     if not isinstance(latents, Tensor):
         raise TypeError(f"latents must be a tensor, got {type(latents).__name__}")
@@ -132,21 +161,21 @@ def class_radius_search(
 ) -> SearchedRadius:
     """Estimates the mean class radius by a search along gradients for the nearest point that is classified otherwise.
 
-    From each z ~ N(0, I), with f = classifier(generator(.)) and c the class at z, towards each of several
-    classes t: the point nearest to z on the linearisation of f_t - f_c = 0 at the current point, again and again. This
-    is the iteration of Hasofer, Lind, Rackwitz and Fiessler for the nearest point of a surface (1978), and, without
-    the pull back to z, DeepFool (Moosavi-Dezfooli et al., 2016, algorithm 2). One more start is the nearest sample of
-    another class. The best point of another class is then brought to the boundary by bisection and moved along it,
-    each move being kept only if it is of another class and nearer to z; random points inside the ball that is left look
-    for another class on another side.
+    From each z ~ N(0, I), with f = classifier(generator(.)) and c the class at z, it goes towards each of several
+    classes t: to the point nearest to z on the linearisation of f_t - f_c = 0 at the current point, again and again.
+    This is the iteration of Hasofer, Lind, Rackwitz and Fiessler for the nearest point of a surface (1978), and,
+    without the pull back to z, DeepFool (Moosavi-Dezfooli et al., 2016, algorithm 2). One more start is the nearest
+    sample of another class. The best point of another class is then brought to the boundary by bisection and moved
+    along it, each move being kept only if it is of another class and nearer to z; random points inside the ball that is
+    left look for another class on another side.
 
     Every distance is that of a point which the classifier was seen to give another class, hence an upper bound. For
     flat boundaries it is the distance itself; on curved ones the search can end at a local minimum. (Untrained networks
     in 2 to 5 dimensions, against 20 000 points around each sample: the mean is too large by 0 to 2 % with 20
     steps, by a quarter of that with 60.)
 
-    Models (`torch.nn.Module`) are in eval mode meanwhile and get their modes back; their parameters' gradients are left
-    alone. The samples lie where the models' parameters do, and have their dtype.
+    Models (`torch.nn.Module`) are in evaluation mode during the call and get their modes back; their parameters'
+    gradients are left alone. The samples lie where the models' parameters do, and have their dtype.
 
     Args:
         generator: [B, d] -> what the classifier takes; None where the classifier acts on the latents.
@@ -165,8 +194,14 @@ def class_radius_search(
         found has distance inf, and one whose logits are NaN has NaN; the mean is then inf or NaN too.
 
     Raises:
-        ValueError: a number out of range, logits of another shape, or that do not depend on the latents by
+        ValueError: if a number is out of range, or logits have another shape or do not depend on the latents by
             differentiable operations.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> radius = kdejsd.class_radius_search(None, lambda z: torch.stack([z[:, 0], -z[:, 0]], 1), latent_dim=16)
+        >>> print(f"{radius.mean:.2f} +- {radius.standard_error:.2f}")  # two half-spaces: 0.798
+        0.79 +- 0.02
     """
     latent_dim = integer("latent_dim", latent_dim, 1)
     num_samples = integer("num_samples", num_samples, 2)
@@ -223,7 +258,7 @@ class _Search:
     bisections = 24
 
     def run(self, z: Tensor, classes: Tensor, other: Tensor) -> Tensor:
-        """[B, d], for each z [B, d] of class [B] the nearest point of another class that was found; NaN if none was.
+        """Returns, as [B, d], the nearest point of another class found for each z [B, d] of class [B]; NaN if none was.
 
         Args:
             other: [B, d], a point of another class each, or z itself.
@@ -249,9 +284,11 @@ class _Search:
         return best.outside
 
     def slide(self, best: _Nearest) -> None:
-        """Moves along the boundary: turns the ray from z towards the foot on the tangent plane, by a share of the way
-        that is halved where the boundary was not nearer in the new direction. Between the moves a few points in the
-        ball up to the boundary are tried, lest another class on another side be missed."""
+        """Moves along the boundary, by turns of the ray from z towards the foot on the tangent plane.
+
+        A turn goes a share of the way that is halved where the boundary was not nearer in the new direction. Between
+        the moves a few points in the ball up to the boundary are tried, lest another class on another side be missed.
+        """
         z, share = best.z, torch.ones_like(best.z[:, :1])
         furthest = 6 + math.sqrt(z.shape[1])  # from a sample with no other class in sight, some way out of N(0, I)
         for offsets in self.probes.split(self.probes_per_step):
@@ -271,7 +308,7 @@ class _Search:
             share = torch.where(improved.unsqueeze(1), (1.5 * share).clamp_max(1.0), share / 2)
 
     def linearisation(self, point: Tensor, classes: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """How far the logit of the target is over that of the class [B, 1], and the gradient of that [B, d]."""
+        """Returns how far the target's logit is over that of the class [B, 1], and the gradient of that [B, d]."""
         with torch.enable_grad():
             point = point.detach().requires_grad_()
             values = self.logits(point)
@@ -287,7 +324,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Nearest:
-    """For each z the nearest known point of another class, and the furthest on the way there that is not of another."""
+    """Keeps for each z the nearest known point of another class, and the furthest before it that is not of one."""
 
     def __init__(self, search: _Search, z: Tensor, classes: Tensor) -> None:
         self.search, self.z, self.classes = search, z, classes
@@ -296,13 +333,13 @@ class _Nearest:
 
     @torch.no_grad()
     def crosses(self, point: Tensor) -> Tensor:
-        """[B, 1]; never where the point or its logits are NaN."""
+        """Tells which points are of another class, [B, 1]; never where the point or its logits are NaN."""
         values = self.search.logits(point)
         known = ~(values.isnan().any(-1) | point.isnan().any(-1))
         return ((values.argmax(-1) != self.classes) & known).unsqueeze(1)
 
     def offer(self, point: Tensor) -> Tensor:
-        """Takes the points that are of another class and nearer; says which [B]."""
+        """Takes the points that are of another class and nearer, and returns which these are, [B]."""
         distance = torch.linalg.vector_norm(point - self.z, dim=-1)
         better: Tensor = self.crosses(point).squeeze(1) & (distance < self.distance)
         self.outside = torch.where(better.unsqueeze(1), point, self.outside)

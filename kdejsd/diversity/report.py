@@ -1,5 +1,4 @@
-"""How many different things a generator makes: everything that is measured about it in one report, and whether two
-reports differ by more than chance."""
+"""Reports how many different things a generator makes, and whether two reports differ by more than chance."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True, eq=False, repr=False)  # eq: the radius of every sample is a tensor
 class DiversityReport:
-    """What `diversity_report` measured; printed it is a table, `as_dict` plain values.
+    """Holds the measures of `diversity_report`; it prints as a table, and `as_dict` gives plain values.
 
     Attributes:
         counts: samples of the prior that are of each class.
@@ -42,11 +41,17 @@ class DiversityReport:
         class_radius: mean distance of a sample to the nearest latent of another class, with its standard error and the
             radius of every sample; None for a prior that is not N(0, I).
         radius_bound: the most that the class radius can be at the class probabilities (`class_radius_bound`).
-        collision_bound: the same at the collision probability alone (`collision_radius_bound`).
-        uniform_bound: the same for classes of equal probability (`uniform_radius_bound`).
+        collision_bound: the most at the collision probability alone (`collision_radius_bound`).
+        uniform_bound: the most for classes of equal probability (`uniform_radius_bound`).
         max_collision_entropy: the most that the collision entropy can be at the class radius; None where the radius
             may not be inverted. The bounds are None for a prior that is not N(0, I).
         holes: of the codes, None where none were given.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> report = kdejsd.diversity_report(None, lambda z: torch.cat([z, -z], 1), latent_dim=1)
+        >>> report.num_classes, report.num_samples, round(report.probabilities[0], 1)
+        (2, 10000, 0.5)
     """
 
     counts: tuple[int, ...]
@@ -63,20 +68,21 @@ class DiversityReport:
 
     @property
     def num_classes(self) -> int:
-        """K, with those that no sample was of."""
+        """Returns K, which counts also classes that no sample was of."""
         return len(self.counts)
 
     @property
     def num_samples(self) -> int:
+        """Returns the number of samples of the prior."""
         return sum(self.counts)
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Of the classes under the prior, as the share of the samples that are of each."""
+        """Returns the classes' probabilities under the prior, estimated by the share of the samples in each."""
         return tuple(count / self.num_samples for count in self.counts)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, without the radius of every sample; a number may be inf or NaN."""
+        """Returns plain values, without the radius of every sample; a number may be inf or NaN."""
         radius = self.class_radius
         return {
             "num_samples": self.num_samples,
@@ -159,9 +165,9 @@ def diversity_report(
     rng: torch.Generator | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> DiversityReport:
-    """Measures how many different things a generator makes, as a classifier sees them.
+    """Measures how many different things a generator makes, in the eyes of a classifier.
 
-    Samples z of the prior are of the class argmax classifier(generator(z)): the classes divide the latent space into
+    A sample z of the prior is of the class argmax classifier(generator(z)). The classes divide the latent space into
     regions, and a class's probability is its region's mass, estimated by the share of the samples in it (not by
     the mean of the classifier's probabilities, which would mix in its doubts).
 
@@ -170,12 +176,12 @@ def diversity_report(
       probabilities from a Dirichlet law at the counts, with one more sample spread evenly over the classes. Without
       that one a class which no sample happens to be of would be taken for impossible.
     * Class radius: `class_radius` for latent_dim up to 4, with all samples and the bias that it tells of;
-      `class_radius_search` above, with `radius_samples` of its own. Bounds on it, and what it says about the collision
-      entropy in turn.
+      `class_radius_search` above, with `radius_samples` of its own. With it come bounds on it, and the bound that it
+      sets to the collision entropy in turn.
     * Latent holes of the codes, where they are given (`latent_holes`).
 
-    Models (`torch.nn.Module`) are in evaluation mode meanwhile and get their modes back. The samples are moved to where
-    the models' parameters are, and have their dtype.
+    Models (`torch.nn.Module`) are in evaluation mode during the call and get their modes back. The samples are moved to
+    where the models' parameters are, and have their dtype.
 
     Args:
         generator: [B, d] -> what the classifier takes; None where the classifier acts on the latents.
@@ -190,12 +196,26 @@ def diversity_report(
         confidence: of the interval, above 0 and below 1.
         batch_size: latents at a time.
         rng: of all samples; None for a CPU generator seeded with 0. The global random state is not used.
-        progress: as in `class_radius_search`, which takes nearly all of the time there is a search.
+        progress: as in `class_radius_search`, which takes nearly all of the time where it is used.
 
     Raises:
-        ValueError: a number out of range, a target of another dimension, logits of another shape or NaN, and what
-            `latent_holes` refuses.
-        TypeError: logits that are no floating-point tensor, a target that is none.
+        ValueError: if a number is out of range, the target has another dimension, or logits have another shape or are
+            NaN; and where `latent_holes` does.
+        TypeError: if logits are no floating-point tensor, or the target is none.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> quadrants = lambda z: torch.stack([z[:, 0], z[:, 1], -z[:, 0], -z[:, 1]], 1)
+        >>> print(kdejsd.diversity_report(None, quadrants, latent_dim=2))
+        diversity under StandardNormal(dim=2, variance=1)     10000  samples, 4 classes
+        collision entropy, nats                       1.38...  95 % interval 1.38... to 1.38...; at most log 4 = 1.3863
+        as many equal classes (its exponential)           4.00
+        mean class radius                             0.48...  +- 0.00...; nearest sample of another class, ...
+          at most, at these class probabilities       0.59...
+          at most, at this collision entropy          0.59...
+          at most, for 4 equal classes                  0.5966
+        collision entropy at most, at this radius     2.19...
+        class probabilities, %: 2: 25...  1: 25...  3: 2...  0: 2...
     """
     latent_dim = integer("latent_dim", latent_dim, 1)
     num_samples = integer("num_samples", num_samples, 2)
@@ -241,7 +261,7 @@ def diversity_report(
 
 @dataclass(frozen=True, repr=False)
 class DiversityComparison:
-    """What `compare_diversity` found; `str` says it in words.
+    """Holds the result of `compare_diversity`; `str` says it in words.
 
     Attributes:
         entropy_difference: collision entropy of a less that of b, in nats.
@@ -249,6 +269,12 @@ class DiversityComparison:
         radius_difference: mean class radius of a less that of b; None where they cannot be compared.
         radius_interval: confidence interval of it.
         confidence: of the intervals.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> a = kdejsd.diversity_report(None, lambda z: torch.cat([z, -z], 1), latent_dim=1, num_samples=1000)
+        >>> kdejsd.compare_diversity(a, a).more_diverse is None  # the data cannot tell
+        True
     """
 
     entropy_difference: float
@@ -259,7 +285,7 @@ class DiversityComparison:
 
     @property
     def more_diverse(self) -> Literal["a", "b"] | None:
-        """The generator of the greater collision entropy; None where the interval holds 0 and the data cannot tell."""
+        """Returns the generator of the greater collision entropy; None where the interval holds 0."""
         low, high = self.entropy_interval
         return "a" if low > 0 else "b" if high < 0 else None
 
@@ -279,7 +305,7 @@ class DiversityComparison:
 
 
 def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: float = 0.95) -> DiversityComparison:
-    """Says which of two generators is more diverse by collision entropy, and whether the data can tell.
+    """Decides which of two generators is more diverse by collision entropy, and whether the data can tell.
 
     The intervals are of the Bayesian bootstrap of both reports' samples. Exchanging a and b changes signs and nothing
     else. A smaller class radius goes with more diversity; the verdict does not rest on it. Radii are compared if they
@@ -291,7 +317,16 @@ def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: flo
         confidence: of the intervals, above 0 and below 1.
 
     Raises:
-        ValueError: reports of different numbers of classes, or a confidence out of range.
+        ValueError: if the reports have different numbers of classes, or the confidence is out of range.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> even, uneven = lambda z: torch.cat([z, -z], 1), lambda z: torch.cat([z, 1 - z], 1)
+        >>> a, b = (kdejsd.diversity_report(None, f, latent_dim=1, num_samples=1000) for f in (even, uneven))
+        >>> print(kdejsd.compare_diversity(a, b))
+        a is more diverse
+        collision entropy, a - b, nats      0.11...  95 % interval 0.08... to 0.15...
+        mean class radius, a - b           -0.09...  95 % interval -0.15... to -0.03...
     """
     if a.num_classes != b.num_classes:
         raise ValueError(
@@ -321,19 +356,19 @@ def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: flo
 
 
 def _collision_draws(counts: Tensor, stream: int) -> Array:
-    """Collision probabilities [_DRAWS] that the counts [K] leave possible, with their mean at the unbiased estimate."""
+    """Draws collision probabilities [_DRAWS] that the counts [K] leave possible, with mean at the unbiased estimate."""
     weights = np.random.default_rng(stream).standard_gamma(counts.numpy() + 1 / len(counts), (_DRAWS, len(counts)))
     draws = np.square(weights / weights.sum(1, keepdims=True)).sum(1)
     return _attainable(draws - draws.mean() + float(collision_probability_from_counts(counts)), len(counts))
 
 
 def _attainable(collision: Array | float, num_classes: int) -> Array:
-    """Collision probabilities moved to the nearest ones that so many classes can have."""
+    """Moves collision probabilities to the nearest ones that so many classes can have."""
     return np.asarray(np.clip(collision, 1 / num_classes, 1))
 
 
 def _mean_draws(values: Tensor, stream: int) -> Array:
-    """Means [_DRAWS] that the values [N] leave possible."""
+    """Draws means [_DRAWS] that the values [N] leave possible."""
     values = values.double().cpu()
     random = np.random.default_rng(stream)
     rows = max(1, _CHUNK // len(values))

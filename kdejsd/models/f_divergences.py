@@ -1,4 +1,4 @@
-"""The f-divergences that adversarial networks minimise, each with all that its variational lower bound needs.
+"""Defines the f-divergences that adversarial networks minimise, each with all that its variational lower bound needs.
 
 For a convex f, P the law of the data and Q that of the model,
 
@@ -23,10 +23,10 @@ increases, so that a large v speaks for data in all of them. T above the thresho
     jensen-shannon      -log(2 - exp t)     t < log 2       log 2 - log(1 + exp(-v))    0
     gan                 -log(1 - exp t)     t < 0           -log(1 + exp(-v))           -log 2
 
-In nats where there is a logarithm. JSD is the divergence that `kdejsd.jsd` estimates, 0 to log 2: "jensen-shannon" is
-twice that. "gan" is the objective of the first GANs; it lacks f(1) = 0, its f(1) and its least value are -log 4, and
-its gradients are those of "jensen-shannon". The conjugate of "pearson" is that over all real u, as in the paper: over
-u >= 0 alone it would be -1 below t = -2; with either the bound is one, and it is tight at the same T.
+Divergences with a logarithm are in nats. JSD is the divergence that `kdejsd.jsd` estimates, 0 to log 2;
+"jensen-shannon" is twice that. "gan" is the objective of the first GANs. It lacks f(1) = 0: its f(1) and its least
+value are -log 4, and its gradients are those of "jensen-shannon". The conjugate of "pearson" is that over all real u,
+as in the paper; over u >= 0 alone it would be -1 below t = -2. Either gives a bound, tight at the same T.
 
 Source: S. Nowozin, B. Cseke, R. Tomioka, "f-GAN: Training Generative Neural Samplers using Variational Divergence
 Minimization", arXiv 1606.00709, section 2 and its tables.
@@ -51,15 +51,24 @@ _LOG2 = math.log(2)
 
 
 class FDivergence(ABC):
-    """One row of the table above; `by_name` gives it. It has no state, and any two of a name are equal.
+    """Describes an f-divergence, one row of the table above; `by_name` returns it.
 
-    All methods but `bound` work elementwise on tensors of any shape, in their dtype, and are differentiable; NaN in
-    gives NaN out.
+    It has no state, and any two of a name are equal. All methods but `bound` work elementwise on tensors of any shape,
+    in their dtype, and are differentiable; NaN in gives NaN out.
 
     Attributes:
         name: by which `by_name` finds it.
         domain: the open interval on which f* is finite.
         threshold: f'(1), the value of T where p = q.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.divergences import by_name
+        >>> kl = by_name("kl")  # of P = (1/2, 1/2) from Q = (1/4, 3/4), whose optimal outputs are f'(p / q)
+        >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+        >>> v = kl.derivative(p / q)
+        >>> (q * kl.generator(p / q)).sum(), (p * kl.output(v) - q * kl.fake_term(v)).sum()  # the bound is tight
+        (tensor(0.1438), tensor(0.1438))
     """
 
     name: ClassVar[str]
@@ -68,30 +77,30 @@ class FDivergence(ABC):
 
     @abstractmethod
     def generator(self, u: Tensor) -> Tensor:
-        """f(u) at u >= 0; NaN below, but for Pearson's parabola."""
+        """Returns f(u) at u >= 0; below it is NaN, but for Pearson's parabola."""
 
     @abstractmethod
     def derivative(self, u: Tensor) -> Tensor:
-        """f'(u) at u >= 0: the T at which the bound is tight, for u = p / q."""
+        """Returns f'(u) at u >= 0: the T at which the bound is tight, for u = p / q."""
 
     def conjugate(self, t: Tensor) -> Tensor:
-        """f*(t); infinity outside the domain."""
+        """Returns f*(t), which is infinite outside the domain."""
         return self._conjugate(t).masked_fill(t >= self.domain[1], math.inf)
 
     @abstractmethod
     def _conjugate(self, t: Tensor) -> Tensor:
-        """f*(t) within the domain."""
+        """Returns f*(t) within the domain."""
 
     @abstractmethod
     def output(self, v: Tensor) -> Tensor:
-        """T = g_f(v), in the domain (on its edge where rounding leaves no room)."""
+        """Returns T = g_f(v), in the domain (on its edge where rounding leaves no room)."""
 
     @abstractmethod
     def fake_term(self, v: Tensor) -> Tensor:
-        """f*(g_f(v)) in closed form: right where g_f(v) overflows or is rounded to the edge of the domain."""
+        """Returns f*(g_f(v)) in closed form, right even where g_f(v) overflows or is rounded to the domain's edge."""
 
     def bound(self, real_outputs: Tensor, fake_outputs: Tensor) -> Tensor:
-        """The variational lower bound of D_f(P || Q): mean g_f(v) over the data - mean f*(g_f(v)) over the model.
+        """Returns the lower bound of D_f(P || Q): mean g_f(v) over the data - mean f*(g_f(v)) over the model.
 
         The discriminator raises it, the generator lowers it. On samples that the network was trained on it can exceed
         the divergence.
@@ -104,8 +113,8 @@ class FDivergence(ABC):
             0-dim.
 
         Raises:
-            TypeError: something that is no floating-point tensor.
-            ValueError: an empty tensor.
+            TypeError: if an argument is no floating-point tensor.
+            ValueError: if a tensor is empty.
         """
         for argument, v in (("real_outputs", real_outputs), ("fake_outputs", fake_outputs)):
             if not check_tensor(argument, v).is_floating_point():
@@ -253,8 +262,7 @@ class _GAN(FDivergence):
 
 
 def _perspective(f: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
-    """f(u) for an f with f(u) = u f(1/u), as those of divergences alike in P and Q are, taken at 0 to 1 alone: above,
-    terms of the size of u log u would cancel."""
+    """Evaluates an f with f(u) = u f(1/u) at 0 to 1 alone: above, terms of the size of u log u would cancel."""
     scale = u.clamp(min=1)
     return scale * f(torch.where(u < 1, u, scale.reciprocal()))
 
@@ -267,10 +275,16 @@ NAMES = tuple(_DIVERGENCES)  # what `by_name` knows
 
 
 def by_name(name: str) -> FDivergence:
-    """The f-divergence of that name, one of `NAMES`.
+    """Returns the f-divergence of that name, one of `NAMES`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: if the name is unknown.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.divergences import by_name
+        >>> by_name("jensen-shannon").bound(real_outputs=torch.zeros(100), fake_outputs=torch.zeros(100))
+        tensor(0.)
     """
     if name not in _DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(map(repr, NAMES))}, got {name!r}")

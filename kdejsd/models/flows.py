@@ -1,4 +1,4 @@
-"""Normalising flows: invertible maps with a known Jacobian determinant."""
+"""Builds normalising flows: invertible maps with a known Jacobian determinant."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .networks import linear_stack
 
 
 class RealNVP(nn.Module):
-    """An invertible map f. With f(z) standard normal, log p(z) = log N(f(z); 0, I) + log|det J_f(z)|.
+    """Models a density by an invertible map f: log p(z) = log N(f(z); 0, I) + log|det J_f(z)|.
 
-    Affine coupling layers (Dinh, Sohl-Dickstein, Bengio, arXiv 1605.08803, section 3): one half of the dimensions
-    passes unchanged and says by which factor and by how much each of the other half is scaled and shifted; the halves
-    (even and odd dimensions) change places from layer to layer. The flow begins as the identity.
+    Affine coupling layers (Dinh, Sohl-Dickstein, Bengio, arXiv 1605.08803, section 3) make up f. In each, one half of
+    the dimensions passes unchanged and determines by which factor and by how much each of the other half is scaled and
+    shifted. The halves (even and odd dimensions) change places from layer to layer. The flow begins as the identity.
 
     Args:
         dim: l, at least 2.
@@ -23,7 +23,16 @@ class RealNVP(nn.Module):
         hidden: width of the two hidden layers of each coupling layer's network.
 
     Raises:
-        ValueError: dim below 2, or layers or hidden below 1.
+        ValueError: if dim is below 2, or layers or hidden is below 1.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import RealNVP
+        >>> flow = RealNVP(dim=2)  # the identity, until it is trained
+        >>> z = torch.tensor([[1.0, -1.0]])
+        >>> u, log_det = flow(z)
+        >>> torch.allclose(flow.inverse(u), z), flow.log_prob(z)
+        (True, tensor([-2.8379], grad_fn=<...>))
     """
 
     def __init__(self, dim: int, layers: int = 6, hidden: int = 64) -> None:
@@ -34,7 +43,7 @@ class RealNVP(nn.Module):
         self.couplings = nn.ModuleList(_Coupling(dim, i % 2, hidden) for i in range(layers))
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """f(z) [n, l] and log|det J_f(z)| [n] at z [n, l]."""
+        """Returns f(z) [n, l] and log|det J_f(z)| [n] at z [n, l]."""
         log_det = z.new_zeros(len(z))
         for coupling in self.couplings:
             z, change = coupling(z)
@@ -42,20 +51,20 @@ class RealNVP(nn.Module):
         return z, log_det
 
     def inverse(self, u: Tensor) -> Tensor:
-        """The z [n, l] with f(z) = u [n, l]."""
+        """Returns the z [n, l] with f(z) = u [n, l]."""
         for coupling in reversed(self.couplings):
             assert isinstance(coupling, _Coupling)
             u = coupling.inverse(u)
         return u
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """Log-density in nats at z [n, l], as [n]."""
+        """Returns the log-density in nats at z [n, l], as [n]."""
         u, log_det = self.forward(z)
         return normal_log_prob(u, 1.0) + log_det
 
 
 class Inverse(nn.Module):
-    """The inverse of a flow, as a module."""
+    """Makes a module of the inverse of a flow."""
 
     def __init__(self, flow: RealNVP) -> None:
         super().__init__()
@@ -66,7 +75,7 @@ class Inverse(nn.Module):
 
 
 class _Coupling(nn.Module):
-    """Scales and shifts every second dimension from the first + 1 - `kept` on, by what the others are."""
+    """Scales and shifts every second dimension, from 1 - `kept` on, by amounts that depend on the others."""
 
     def __init__(self, dim: int, kept: int, hidden: int) -> None:
         super().__init__()

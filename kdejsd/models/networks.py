@@ -1,4 +1,4 @@
-"""Encoder and decoder pairs for images: fully connected and convolutional."""
+"""Builds encoder and decoder pairs for images: fully connected and convolutional."""
 
 from __future__ import annotations
 
@@ -12,13 +12,25 @@ from .._numbers import integer
 
 
 class AutoencoderNetworks(nn.Module):
-    """An encoder, images [n, C, H, W] -> codes [n, l], and a decoder back to images in [0, 1]."""
+    """Pairs an encoder, images [n, C, H, W] -> codes [n, l], with a decoder back to images in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import AutoencoderNetworks
+        >>> class Linear(AutoencoderNetworks):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+        ...         self.decoder = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Unflatten(1, (1, 8, 8)))
+        >>> Linear()(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 1, 8, 8])
+    """
 
     encoder: nn.Module
     decoder: nn.Module
 
     def forward(self, images: Tensor) -> Tensor:
-        """The images after encoding and decoding."""
+        """Returns the images after encoding and decoding."""
         reconstruction: Tensor = self.decoder(self.encoder(images))
         return reconstruction
 
@@ -27,7 +39,7 @@ Network = Callable[[Sequence[int], int], AutoencoderNetworks]  # from (image_sha
 
 
 class FC(AutoencoderNetworks):
-    """Fully connected: pixels - 512 - 256 - l and back, with ReLU between and a sigmoid at the end.
+    """Builds fully connected networks: pixels - 512 - 256 - l and back, with ReLU between and a sigmoid at the end.
 
     Images of one pixel are points, anywhere (`kdejsd.data.Grid2D`): there is no sigmoid for them, and the hidden layers
     are narrower and one more.
@@ -39,7 +51,14 @@ class FC(AutoencoderNetworks):
             and (128, 128, 128) for points.
 
     Raises:
-        ValueError: sizes below 1, or no hidden layer.
+        ValueError: if a size is below 1, or there is no hidden layer.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import FC
+        >>> networks = FC((1, 8, 8), latent_dim=2)
+        >>> networks.encoder(torch.zeros(5, 1, 8, 8)).shape, networks.decoder(torch.zeros(5, 2)).shape
+        (torch.Size([5, 2]), torch.Size([5, 1, 8, 8]))
     """
 
     def __init__(self, image_shape: Sequence[int], latent_dim: int, hidden: Sequence[int] | None = None) -> None:
@@ -59,9 +78,10 @@ class FC(AutoencoderNetworks):
 
 
 class Conv(AutoencoderNetworks):
-    """Convolutional, for square images of side 28, 32 or 64: every layer halves the side (kernel 4, stride 2, padding
-    1) and doubles the channels until the side is 4 (3 for 28), then one linear layer; the decoder mirrors it. Batch
-    normalisation and ReLU between.
+    """Builds convolutional networks for square images of side 28, 32 or 64.
+
+    Every layer of the encoder halves the side (kernel 4, stride 2, padding 1) and doubles the channels until the side
+    is 4 (3 for 28), and a linear layer follows. The decoder mirrors it. Batch normalisation and ReLU stand between.
 
     Args:
         image_shape: (C, H, W), H = W = 28, 32 or 64.
@@ -71,7 +91,14 @@ class Conv(AutoencoderNetworks):
             gradient penalty, where an image's output must not depend on the others of its minibatch.
 
     Raises:
-        ValueError: another image size, or sizes below 1.
+        ValueError: if the images have another size, or a size is below 1.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import Conv
+        >>> networks = Conv((3, 32, 32), latent_dim=16)
+        >>> networks.encoder(torch.zeros(5, 3, 32, 32)).shape
+        torch.Size([5, 16])
     """
 
     def __init__(
@@ -101,7 +128,7 @@ class Conv(AutoencoderNetworks):
 
 
 class DeepConv(AutoencoderNetworks):
-    """The networks of the LC-VAE paper (Manoj), for images of 28 x 28.
+    """Builds the networks of the LC-VAE paper (Manoj), for images of 28 x 28.
 
     Encoder: four convolutions of 128, 256, 512 and 1024 channels (kernel 4, stride 2, padding 1: side 28 - 14 - 7 - 3 -
     1), each with batch normalisation and ReLU, then one linear layer. Decoder: a linear layer to 256 x 7 x 7 and two
@@ -114,7 +141,14 @@ class DeepConv(AutoencoderNetworks):
         channels: of the first convolution; all others are multiples of it.
 
     Raises:
-        ValueError: another image size, or sizes below 1.
+        ValueError: if the images have another size, or a size is below 1.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import DeepConv
+        >>> networks = DeepConv((1, 28, 28), latent_dim=8, channels=16)
+        >>> networks.decoder(torch.zeros(2, 8)).shape
+        torch.Size([2, 1, 28, 28])
     """
 
     def __init__(self, image_shape: Sequence[int], latent_dim: int, channels: int = 128) -> None:
@@ -138,10 +172,15 @@ class DeepConv(AutoencoderNetworks):
 
 
 class HalfDeepConv(DeepConv):
-    """`DeepConv` at half the width, for the CPU: an encoder of 64, 128, 256 and 512 channels, a decoder from 128 x 7 x
-    7, and about a quarter of the work. Not the paper's network.
+    """Builds `DeepConv` at half the width, for the CPU, with about a quarter of the work.
 
-    Args and errors: as in `DeepConv`, but for the channels.
+    The encoder has 64, 128, 256 and 512 channels, the decoder begins at 128 x 7 x 7. This is not the paper's network.
+    Arguments and errors are those of `DeepConv`, but for the channels.
+
+    Example:
+        >>> from kdejsd.models import HalfDeepConv
+        >>> [layer.out_channels for layer in HalfDeepConv((1, 28, 28), latent_dim=8).encoder[:12:3]]
+        [64, 128, 256, 512]
     """
 
     def __init__(self, image_shape: Sequence[int], latent_dim: int) -> None:
@@ -149,7 +188,7 @@ class HalfDeepConv(DeepConv):
 
 
 def _halving(inputs: int, outputs: int, batch_norm: bool = True) -> list[nn.Module]:
-    """A convolution that halves the side of images, batch normalisation and ReLU."""
+    """Returns a convolution that halves the side of images, batch normalisation and ReLU."""
     norm = [nn.BatchNorm2d(outputs)] if batch_norm else []
     return [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1), *norm, nn.ReLU()]
 

@@ -1,4 +1,4 @@
-"""The course of the learning rates over a run."""
+"""Sets the course of the learning rates over a run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class HalfCosine(LRScheduler):
-    """Lowers the learning rates to 0 along a half cosine over the run: at step t of T each is its first value times
-    (1 + cos(pi t / T)) / 2, and 0 from step T on.
+    """Lowers the learning rates to 0 along a half cosine over the run.
 
-    A rate that another has set since the last step (a tuner, a callback, a user) is not overwritten: it falls on along
-    the cosine from where it is.
+    At step t of T each rate is its first value times (1 + cos(pi t / T)) / 2, and 0 from step T on. A rate that
+    something else has set since the last step (a tuner, a callback, a user) is not overwritten: it falls on along the
+    cosine from where it is.
 
     Args:
-        optimizer: whose rates.
-        total: gives T, which is asked at every step: only the run knows it, and tuners change it. The rates stay as
-            they are where it is infinite or not positive, which is how Lightning says that it does not know.
+        optimizer: whose rates are lowered.
+        total: returns T, and is called at every step, since only the run knows T and tuners change it. The rates stay
+            as they are while T is infinite or not positive, by which Lightning says that it does not know it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, total: Callable[[], float]) -> None:
@@ -36,7 +36,7 @@ class HalfCosine(LRScheduler):
         return [base * share for base in self.base_lrs]
 
     def go_to(self, step: int) -> None:
-        """The rates of this step, of a run whose T may have changed."""
+        """Sets the rates of this step, of a run whose T may have changed."""
         self._take_over(step)
         self.last_epoch = step
         share = self._share(step)
@@ -48,7 +48,7 @@ class HalfCosine(LRScheduler):
         return {name: value for name, value in super().state_dict().items() if name != "_total"}
 
     def _take_over(self, step: int) -> None:
-        """Begins anew from rates that another has set at this step."""
+        """Begins anew from rates that something else has set at this step."""
         share = self._share(step)
         for i, (group, last) in enumerate(zip(self.optimizer.param_groups, self._last_lr, strict=True)):
             if group["lr"] != last and share > 0:

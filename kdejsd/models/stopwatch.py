@@ -1,4 +1,4 @@
-"""How the time of a training step is shared out."""
+"""Measures how the time of a training step is shared out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 
 
 class Stopwatch:
-    """Sums of named spans in seconds. On a GPU the spans are pairs of events, read once they have passed: nothing
-    waits."""
+    """Sums the durations of named spans, in seconds.
+
+    On a GPU the spans are pairs of events, read once they have passed, so that nothing waits.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -31,11 +33,11 @@ class Stopwatch:
             self._collect(name)
 
     def __getstate__(self) -> dict[str, object]:
-        """Of a copy: the sums. Spans that have not passed, whose events cannot be copied, are left out."""
+        """Returns the sums for a copy, without spans that have not passed, whose events cannot be copied."""
         return {"_cuda": self._cuda, "_started": {}, "_pending": {}, "_seconds": dict(self._seconds)}
 
     def share(self, part: str, whole: str) -> float:
-        """Seconds of one span over those of another, of what has passed so far; 0 before anything has."""
+        """Returns the seconds of one span over those of another, of the time passed so far; 0 at the start."""
         total = self._seconds.get(whole, 0.0)
         return self._seconds.get(part, 0.0) / total if total > 0 else 0.0
 

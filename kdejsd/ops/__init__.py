@@ -1,1 +1,1 @@
-"""The ops: torch operators over the compiled kernels, with checks, autograd and fake implementations."""
+"""Holds the ops: torch operators over the compiled kernels, with checks, autograd and fake implementations."""

@@ -1,10 +1,10 @@
-"""What every op asks before it calls its kernel, and the library that holds the operators.
+"""Holds what all ops share: checks of arguments, the choice of the way a call takes, and the library of operators.
 
 An op has three ways in, and `road` says which one a call takes. Ordinary eager calls take the short one, an autograd
 Function around the raw call of the kernels. Function transforms, forward-mode AD and devices without a kernel go to the
-plain reference: it composes with anything. Everything else (torch.compile, export, torch.jit.trace, fake tensors, modes
-and subclasses of any kind) goes through the operators of the library `kdejsd`, where torch does for a mode what it does
-for its own operators, or refuses it.
+plain reference, which composes with anything. Everything else (torch.compile, export, torch.jit.trace, fake tensors,
+modes and subclasses of any kind) goes through the operators of the library `kdejsd`, where torch does for a mode what
+it does for its own operators, or refuses it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ LOOKING_TAGS = (*TAGS, *(getattr(torch.Tag, name) for name in ("cudagraph_unsafe
 
 
 def road(arguments: Sequence[Tensor | float | None]) -> Literal["kernel", "operator", "reference"]:
-    """By which way a call with these arguments goes. An address of a tensor is taken after "kernel" alone, and in the
-    operators' own kernels, which torch calls with ordinary tensors."""
+    """Returns the way that a call with these arguments takes.
+
+    The address of a tensor is taken only after "kernel", and in the operators' own kernels, which torch calls with
+    ordinary tensors.
+    """
     if _torch.is_plain(arguments):
         return "kernel"
     if _torch.transforms_active() or _torch.forward_mode_active():
@@ -66,14 +69,13 @@ def check_tensor(name: str, value: object) -> Tensor:
 
 
 def compute_dtype(name: str, tensor: Tensor) -> torch.dtype:
-    """The dtype that the kernels compute in for this tensor."""
     if tensor.dtype not in COMPUTE_DTYPE:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
     return COMPUTE_DTYPE[tensor.dtype]
 
 
 def check_companion(name: str, value: Tensor, first: str, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """That a further argument lies on the first one's device and has a dtype that goes with it.
+    """Checks that a further argument lies on the first one's device and has a dtype that goes with it.
 
     Under autocast float32 and half types go together, as for torch's own operators that compute in float32.
     """
@@ -88,7 +90,7 @@ def check_companion(name: str, value: Tensor, first: str, like: Tensor, dtypes: 
 
 
 def broadcast_batch(batches: dict[str, torch.Size]) -> torch.Size:
-    """The one shape of the leading dimensions of several arguments, by their names."""
+    """Returns the one shape that the leading dimensions of several arguments, given by their names, broadcast to."""
     try:
         shape: torch.Size = torch.broadcast_shapes(*batches.values())
         return shape
@@ -98,7 +100,7 @@ def broadcast_batch(batches: dict[str, torch.Size]) -> torch.Size:
 
 
 def checks_values() -> bool:
-    """Whether what only the data can tell is to be an error (KDEJSD_CHECK=1)."""
+    """Tells whether errors that only the data can show are to be looked for (KDEJSD_CHECK=1)."""
     try:  # os.environ.get does this too, in half as much time again
         return os.environ["KDEJSD_CHECK"] == "1" and not torch.compiler.is_compiling()
     except KeyError:
@@ -128,6 +130,6 @@ def launch(module: ModuleType, name: str, device: torch.device, *arguments: Any)
 
 
 def refuse_forward_mode(operator: str, function: str) -> None:
-    """For an operator called by itself: without this the tangent would be dropped without a word."""
+    """Refuses forward-mode AD of an operator that is called by itself, which would lose the tangent without a word."""
     if _torch.forward_mode_active():
         raise RuntimeError(f"torch.ops.kdejsd.{operator} has no forward-mode derivative; call kdejsd.{function}")

@@ -1,4 +1,4 @@
-"""The inputs of the kde op: their checks, and one shape for all of them."""
+"""Checks the inputs of the kde op, and gives all of them one shape."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def checked_inputs(
     log_weights: Tensor | None,
     exclude_self: bool | Tensor,
 ) -> tuple[Inputs, tuple[int, ...]]:
-    """The inputs, and the shape of the result."""
+    """Returns the checked inputs, and the shape of the result."""
     query_name, centers_name = names
     for name, value in zip(names, (query, centers), strict=True):
         if _common.check_tensor(name, value).ndim < 2:
@@ -140,7 +140,7 @@ def checked_inputs(
 
 
 def checked_own(own: Tensor, query_name: str, query: Tensor, inputs: Inputs, shape: tuple[int, ...]) -> Tensor:
-    """A center of its own for each query of checked inputs, in the shape of theirs."""
+    """Returns the own centers, one for each query of checked inputs, in the shape of these."""
     flat, _, bandwidth, log_weights, _ = inputs
     dim = flat.shape[-1]
     batch = _common.check_tensor("own", own).shape[:-2]
@@ -175,7 +175,7 @@ def _check_values(
     log_weights: Tensor | None,
     exclude: Tensor | None,
 ) -> None:
-    """What only the data can tell, as errors (KDEJSD_CHECK=1)."""
+    """Raises an error for values that only the data can show to be wrong (KDEJSD_CHECK=1)."""
     for name, value in zip(names, (query, centers), strict=True):
         _common.check_finite(name, value)
     if isinstance(bandwidth, Tensor) and not bool(((bandwidth > 0) & bandwidth.isfinite()).all()):
@@ -196,7 +196,7 @@ def _check_values(
 
 
 def all_tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """The inputs as the operator's schema has them."""
+    """Returns the inputs as the operator's schema has them."""
     query, centers, bandwidth, *others = inputs
     if not isinstance(bandwidth, Tensor):
         bandwidth = query.new_full((1,) * (query.ndim - 1), bandwidth)

@@ -1,4 +1,4 @@
-"""The kde op: log-density of a Gaussian mixture of m centers at n queries, streamed, with its gradients."""
+"""Computes the log-density of a Gaussian mixture of m centers at n queries and its gradients, streamed: the kde op."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def kde_log_prob(
     log_weights: Tensor | None = None,
     exclude_self: bool | Tensor = False,
 ) -> Tensor:
-    """Log-density of a kernel density estimate with normalised Gaussian kernels, in nats.
+    """Returns the log-density of a kernel density estimate with normalised Gaussian kernels, in nats.
 
         log p_e(z') = logsumexp_i [log w_i - l log h_i - |z' - z_i|^2 / (2 h_i^2)] - (l/2) log(2 pi)   (GENs, eqs. 5-6)
 
-    One streamed pass gives the value and the gradient for the queries (and for a single bandwidth); gradients for the
-    centers, the weights and a bandwidth per center take a second, deterministic pass. No n x m array is ever made,
-    except by second derivatives, function transforms and forward-mode AD, which run the plain reference.
+    One streamed pass gives the value and the gradient for the queries (and for a single bandwidth). Gradients for the
+    centers, the weights and a bandwidth per center take a second, deterministic pass. An n x m array is made only by
+    second derivatives, function transforms and forward-mode AD, which run the plain reference.
 
     Args:
         query: [..., n, l], the points z'. n may be 0.
@@ -51,25 +51,38 @@ def kde_log_prob(
     Leading dimensions broadcast. All tensors share a device and a dtype: float32 and float64 are computed as such,
     float16 and bfloat16 in float32. Under autocast float32 and half types may be mixed, all in float32.
 
-    On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a gradient takes the second pass: with
-    an error like float32's, or in reduced precision (about 1e-3 of the largest value and of the largest gradient) where
-    `torch.set_float32_matmul_precision("high")` or "medium" allows it. That setting also lets a CPU with AMX multiply
+    On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a gradient takes the second pass. The
+    error is like float32's; where `torch.set_float32_matmul_precision("high")` or "medium" allows reduced precision, it
+    is about 1e-3 of the largest value and of the largest gradient. That setting also lets a CPU with AMX multiply
     bfloat16 parts of the points from 32 dimensions on (about 1e-5).
 
     Returns:
-        [..., n], float64 for float64 input and float32 otherwise. NaN in a query gives NaN at that query; NaN in a
+        [..., n], float64 for float64 input and float32 otherwise. NaN in a query gives NaN at that query. NaN in a
         center, a bandwidth tensor with an entry that is not positive and finite, or a log-weight that is NaN or
         infinity gives NaN everywhere. With the environment variable KDEJSD_CHECK=1 such values are errors instead (this
-        waits for the device). -inf where no center has a weight that the dtype holds; the gradient is NaN there.
+        waits for the device). The value is -inf, and the gradient NaN, where no center has a weight that the dtype
+        holds.
 
         What float32 cannot hold, float64 can. In float32 squares pass its range at distances of 1e19 h (the density is
         then 0, from 1e38 h on NaN). Of bandwidths per center, h above is the geometric mean of the least and the
         greatest; one that is 1e30 times another gives NaN everywhere.
 
     Raises:
-        ValueError: shapes that do not match, m = 0, a bandwidth number that is not positive and finite in the dtype.
-        TypeError: an argument of another type, mixed or unsupported dtypes.
-        RuntimeError: mixed devices; a CUDA tensor where CUDA cannot be used; no compiled module.
+        ValueError: if shapes do not match, m = 0, or a bandwidth number is not positive and finite in the dtype.
+        TypeError: if an argument has another type, or dtypes are mixed or unsupported.
+        RuntimeError: if devices are mixed, CUDA is needed but cannot be used, or there is no compiled module.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> centers = torch.tensor([[-1.0], [1.0]])
+        >>> query = torch.tensor([[0.5], [3.0]], requires_grad=True)
+        >>> log_prob = kdejsd.kde_log_prob(query, centers, bandwidth=1.0)
+        >>> log_prob
+        tensor([-1.4238, -3.6096], grad_fn=<...>)
+        >>> log_prob.sum().backward()
+        >>> query.grad  # at 3 it points back to the centers
+        tensor([[-0.0379],
+                [-2.0049]])
     """
     return named_log_prob(("query", "centers"), query, centers, bandwidth, log_weights, exclude_self)
 
@@ -83,8 +96,10 @@ def named_log_prob(
     exclude_self: bool | Tensor = False,
     own: Tensor | None = None,
 ) -> Tensor:
-    """`kde_log_prob` for callers whose arguments have other names, which the errors are to use; `own` as in
-    `kdejsd.jsd_loss`."""
+    """Computes `kde_log_prob` for callers whose arguments have other names, which the errors then use.
+
+    `own` is as in `kdejsd.jsd_loss`.
+    """
     inputs, shape = checked_inputs(names, query, centers, bandwidth, log_weights, exclude_self)
     if own is None:
         log_prob = _log_prob(inputs, inputs[0].dtype)
@@ -94,7 +109,7 @@ def named_log_prob(
 
 
 def _log_prob_with_own(inputs: Inputs, own: Tensor) -> Tensor:
-    """[n] or [B, n], in the dtype of the query."""
+    """Returns [n] or [B, n], in the dtype of the query."""
     query, centers, bandwidth, _, exclude = inputs
     if _only_query_needs_grad(inputs, own):
         return _query_terms(inputs, own, query.shape[:-1], 1.0, None, "none", query.dtype)
@@ -104,7 +119,7 @@ def _log_prob_with_own(inputs: Inputs, own: Tensor) -> Tensor:
 
 
 def _log_prob(inputs: Inputs, dtype: torch.dtype) -> Tensor:
-    """[n] or [B, n]: from the kernels in `dtype`, the query's or float64; from the reference in the query's."""
+    """Returns [n] or [B, n]: from the kernels in `dtype`, the query's or float64; from the reference in the query's."""
     road = _common.road(inputs)
     if road == "reference":
         return _reference(inputs)
@@ -116,7 +131,7 @@ def _log_prob(inputs: Inputs, dtype: torch.dtype) -> Tensor:
 
 
 class Divergence(NamedTuple):
-    """A divergence whose terms at the codes the gap log p_t - log p_e gives; `kdejsd.jsd` has those there are."""
+    """Describes a divergence whose terms at the codes follow from the gap log p_t - log p_e; `kdejsd.jsd` has them."""
 
     terms: Callable[[Tensor], Tensor]  # of the gap, in nats
     value: int  # what the kernels give where the target is a normal: JENSEN_SHANNON or LOG_RATIO
@@ -135,7 +150,7 @@ def normal_divergence_terms(
     own: Tensor | None = None,
     narrow: bool = False,
 ) -> Tensor | None:
-    """Terms of the divergence from N(0, variance I), value and gradient in the one pass of the kde.
+    """Returns terms of the divergence from N(0, variance I), with value and gradient from the one pass of the kde.
 
     Args:
         reduction: "none" for the terms, "mean" or "sum" of them.
@@ -143,7 +158,7 @@ def normal_divergence_terms(
         narrow: whether to convert the result to the dtype of `kde_log_prob`; the rest as there.
 
     Returns:
-        [..., n] or a 0-dim tensor, in float64 unless narrow; or None where the pass cannot be fused: when something but
+        [..., n] or a 0-dim tensor, in float64 unless narrow. None where the pass cannot be fused: when something but
         the codes needs a gradient, and wherever the kde itself does not take the eager path. The caller then composes
         the terms from `kde_log_prob`.
     """
@@ -157,7 +172,7 @@ def normal_divergence_terms(
 
 
 def _only_query_needs_grad(inputs: Inputs, own: Tensor | None) -> bool:
-    """Whether the call takes the eager path and nothing but the query needs a gradient."""
+    """Tells whether the call takes the eager path and nothing but the query needs a gradient."""
     everything = (*inputs, own)
     return _common.road(everything) == "kernel" and not _common.needs_grad(everything[1:])
 
@@ -171,7 +186,7 @@ def _query_terms(
     reduction: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What a call that is `_only_query_needs_grad` gives, in `dtype`: terms of the divergence, or with None log p_e."""
+    """Returns terms of the divergence, or log p_e if it is None, in `dtype`, where `_only_query_needs_grad` holds."""
     query, *others = inputs
     if _common.needs_grad((query,)):
         settings = shape, variance, divergence, reduction, dtype
@@ -182,7 +197,7 @@ def _query_terms(
 
 
 def raw_pass(inputs: Inputs, want_dquery: bool) -> tuple[Tensor, Tensor]:
-    """log p_e in float64 and its gradient for the queries, empty if not wanted; the caller makes the graph."""
+    """Returns log p_e in float64 and its gradient for the queries, empty if not wanted; the caller makes the graph."""
     if _common.road(inputs) == "kernel":
         value, dquery, _ = _launch_forward(*inputs, want_dquery)
     else:
@@ -199,7 +214,7 @@ def reduced(terms: Tensor, reduction: str) -> Tensor:
 
 
 def _narrowed(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float64 result in float64 or float32; `to` does the same, in half as much time again."""
+    """Returns a float64 result in float64 or float32; `to` does so too, in half as much time again."""
     return t if dtype == torch.float64 else t.float()
 
 
@@ -217,7 +232,7 @@ def _reference(inputs: Inputs, own: Tensor | None = None) -> Tensor:
 def _mixture(
     query: Tensor, centers: Tensor, bandwidth: Tensor | float, log_weights: Tensor | None, exclude: Tensor | None
 ) -> tuple[Any, list[Tensor | None]]:
-    """The kernels' arguments, and the contiguous tensors they point into, which must outlive the call."""
+    """Returns the kernels' arguments, and the contiguous tensors they point into, which must outlive the call."""
     _common.check_cuda("query", query)
     n, dim, m = query.shape[-2], query.shape[-1], centers.shape[-2]
     batched = query.ndim == 3
@@ -251,9 +266,9 @@ def _forward(
     variance: float = 1.0,
     own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l], the last two None if not wanted.
+    """Returns value [B, n] and dbandwidth [B, n] in float64, and dquery [B, n, l]; the last two are None if not wanted.
 
-    for_backward: the values are for `_launch_backward`, whose weights sum to 1 if the exponents are rounded alike.
+    With for_backward the values are for `_launch_backward`, whose weights sum to 1 if the exponents are rounded alike.
     """
     mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
     value = query.new_empty(*query.shape[:-1], dtype=torch.float64)  # numbers are read faster than a torch.Size
@@ -282,7 +297,7 @@ def _launch_forward(
     want_dbandwidth: bool = False,
     for_backward: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_forward` as the operator's schema has it: what is not wanted is an empty tensor."""
+    """Calls `_forward` as the operator's schema has it: a result that is not wanted is an empty tensor."""
     wanted = want_dquery, want_dbandwidth, for_backward
     value, dquery, dbandwidth = _forward(query, centers, bandwidth, log_weights, exclude, *wanted)
     dquery = query.new_empty(0) if dquery is None else dquery
@@ -302,7 +317,7 @@ def _launch_backward(
     want_dlog_weights: bool,
     want_dbandwidth: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dcenters [B, m, l], dlog_weights [B, m] and the bandwidths' [B, m] for all B batch items, empty if not wanted."""
+    """Returns dcenters [B, m, l], dlog_weights [B, m] and dbandwidth [B, m] for all B items, empty if not wanted."""
     mixture, _keep = _mixture(query, centers, bandwidth, log_weights, exclude)
     per_center = (*query.shape[:-2], centers.shape[-2])
     grad, log_prob = grad.to(query.dtype).contiguous(), log_prob.contiguous()
@@ -318,7 +333,7 @@ def _launch_backward(
 def _backward(
     grad: Tensor, query: Tensor, centers: Tensor, bandwidth: Tensor | float, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_launch_backward`. The gradient may come from a mode that the forward pass was not called in."""
+    """Calls `_launch_backward` with a gradient that may come from a mode that the forward pass was not called in."""
     log_weights, exclude, log_prob = others[:3]
     inputs: Inputs = (query, centers, bandwidth, log_weights, exclude)
     if _common.road((grad, *inputs, log_prob)) == "kernel":
@@ -343,7 +358,7 @@ def _saved(ctx: Any) -> tuple[Inputs, list[Tensor]]:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients for the five inputs from what the forward pass saved."""
+    """Returns the gradients for the five inputs from what the forward pass saved."""
     inputs, (log_prob, dquery, dbandwidth) = _saved(ctx)
     if torch.is_grad_enabled():  # create_graph: a derivative that can be differentiated again
         return _plain_gradients(grad, inputs, ctx.needs_input_grad)
@@ -373,7 +388,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _wanted(ctx: Any, bandwidth: Tensor | float) -> tuple[bool, bool, bool]:
-    """want_dquery, want_dbandwidth and for_backward."""
+    """Returns want_dquery, want_dbandwidth and for_backward."""
     need_query, need_centers, need_bandwidth, need_weights = ctx.needs_input_grad[:4]
     per_center = is_per_center(bandwidth)
     second_pass = need_centers or need_weights or (need_bandwidth and per_center)
@@ -395,11 +410,11 @@ class _EagerKde(torch.autograd.Function):
 
 
 class _QueryTerms(torch.autograd.Function):
-    """What `_query_terms` gives. The reduction and the conversion are in here too: as nodes of the graph they would
-    cost more than a small kernel.
+    """Computes `_query_terms`, with the reduction and the conversion in the same node.
 
-    Only the query has a gradient. The other inputs and `own` come as one argument and the settings as another, since
-    torch looks at each argument by itself.
+    As nodes of the graph of their own these would cost more than a small kernel. Only the query has a gradient. The
+    other inputs and `own` come as one argument and the settings as another, since torch looks at each argument by
+    itself.
     """
 
     @staticmethod
@@ -432,7 +447,7 @@ class _QueryTerms(torch.autograd.Function):
 
 
 def _plain_gradients(grad: Tensor, inputs: Inputs, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients for the five inputs by the reference, with a graph of their own (n m l memory)."""
+    """Returns the gradients for the five inputs by the reference, with a graph of their own (n m l memory)."""
     log_prob = _reference(inputs)
     wanted = [t for t, need in zip(inputs[:4], needed, strict=False) if need]
     found = iter(torch.autograd.grad(log_prob, wanted, grad.to(log_prob.dtype), create_graph=True))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The nearest op: for every sample the nearest one of another class, exact, without an N x N array."""
+"""Finds for every sample the nearest one of another class, exactly and without an N x N array: the nearest op."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MOST_SAMPLES = 2**31 - 1  # the kernels' indices
 
 
 def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
-    """Distance and index of each sample's nearest sample with another label.
+    """Returns the distance and the index of each sample's nearest sample with another label.
 
-    Exact: what comparing all pairs finds, from differences of coordinates; of samples at the same distance the one of
-    lowest index. The distance has a gradient for both samples of the pair, the difference divided by the distance, and
-    0 where the distance is 0; the index has none. Squares are of the dtype: in float32 distances under 1e-18 lose
-    digits and end as 0, so scale such latents.
+    The result is exactly that of comparing all pairs, from differences of coordinates; of samples at equal distances it
+    is the one of lowest index. The distance has a gradient for both samples of the pair, the difference divided by the
+    distance, and 0 where the distance is 0. The index has none. Squares are of the dtype: in float32 distances under
+    1e-18 lose digits and end as 0, so scale such latents.
 
     Args:
         latents: [..., N, d], d at least 1. N may be 0.
@@ -37,9 +37,15 @@ def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
         variable KDEJSD_CHECK=1 such a coordinate is an error instead (this waits for the device).
 
     Raises:
-        ValueError: shapes that do not match, d = 0.
-        TypeError: an argument that is no tensor, latents that are not floating point, labels that are not int64.
-        RuntimeError: mixed devices; a CUDA tensor where CUDA cannot be used; no compiled module.
+        ValueError: if shapes do not match, or d = 0.
+        TypeError: if an argument is no tensor, latents are not floating point, or labels are not int64.
+        RuntimeError: if devices are mixed, CUDA is needed but cannot be used, or there is no compiled module.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> latents = torch.tensor([[0.0, 0.0], [1.0, 0.0], [4.0, 4.0]])
+        >>> kdejsd.nearest_other_class(latents, torch.tensor([0, 0, 1]))
+        Nearest(distance=tensor([5.6569, 5.0000, 5.0000]), index=tensor([2, 2, 1]))
     """
     dtype, batch = _check(latents, labels)
     n, dim = latents.shape[-2:]
@@ -59,7 +65,7 @@ def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
 
 
 def _check(latents: Tensor, labels: Tensor) -> tuple[torch.dtype, torch.Size]:
-    """The dtype to compute in, and the batch dimensions."""
+    """Returns the dtype to compute in, and the batch dimensions."""
     if _common.check_tensor("latents", latents).ndim < 2 or latents.shape[-1] == 0:
         raise ValueError(f"latents must have shape [..., N, d], d at least 1; got {list(latents.shape)}")
     dtype = _common.compute_dtype("latents", latents)
@@ -78,7 +84,7 @@ def _check(latents: Tensor, labels: Tensor) -> tuple[torch.dtype, torch.Size]:
 
 
 def _undefined(latents: Tensor, labels: Tensor) -> Tensor:
-    """[B, N]: the samples that are not finite, and those that have such a one among the other classes."""
+    """Marks, as [B, N], the samples that are not finite, and those that have such a one among the other classes."""
     finite = latents.isfinite().all(-1)
     if latents.shape[1] == 0:
         return ~finite
@@ -90,7 +96,7 @@ def _undefined(latents: Tensor, labels: Tensor) -> Tensor:
 
 
 def _index(latents: Tensor, labels: Tensor) -> Tensor:
-    """[B, N], -1 where none is at a finite squared distance; to be corrected where it is not defined."""
+    """Returns [B, N], -1 where none is at a finite squared distance; to be corrected where it is not defined."""
     latents = latents.detach()
     road = _common.road((latents, labels))
     if road == "reference":
@@ -101,7 +107,7 @@ def _index(latents: Tensor, labels: Tensor) -> Tensor:
 
 
 def _launch(latents: Tensor, labels: Tensor) -> Tensor:
-    """The raw call: latents [B, N, d] and labels [B, N] to index [B, N]."""
+    """Makes the raw call: from latents [B, N, d] and labels [B, N] to the index [B, N]."""
     _common.check_cuda("latents", latents)
     latents, labels = latents.contiguous(), labels.contiguous()
     index = torch.empty_like(labels)

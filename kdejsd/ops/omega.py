@@ -1,4 +1,4 @@
-"""The omega op: how much farther apart an encoder puts two samples than they were, over pairs of a batch."""
+"""Measures how much farther apart an encoder puts two samples than they were, over pairs of a batch: the omega op."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def omega(
     pairs: Literal["halves", "all"] = "halves",
     reduction: Literal["sum", "mean", "max", "none"] = "sum",
 ) -> Tensor | OmegaMax:
-    """Pairwise Lipschitz ratio of an encoder f, the regulariser of LC-VAE (Manoj).
+    """Returns the pairwise Lipschitz ratio of an encoder f, the regulariser of LC-VAE (Manoj).
 
         omega(I1, I2) = |f(I1) - f(I2)|^2 / |I1 - I2|^2
 
-    Every ratio is a lower bound of the squared Lipschitz constant of f, the largest one (reduction "max") the best of
-    them. A pair of equal inputs, whose squared distance is 0 in the dtype of the computation, counts as 0 and has no
-    gradient, whatever its codes.
+    Every ratio is a lower bound of the squared Lipschitz constant of f; the largest one (reduction "max") is the best
+    of these bounds. A pair of equal inputs, whose squared distance is 0 in the dtype of the computation, counts as 0
+    and has no gradient, whatever its codes.
 
     Distances and gradients come from differences, not from |a|^2 + |b|^2 - 2 a.b, so that samples far from the origin
     and close to each other keep their digits. Squares are of the dtype: in float32 distances under 1e-18 lose digits
-    and end as 0, those over 1e19 are infinite, so scale such inputs and codes. Sums come with the gradients in one pass
-    over the pairs, which takes each distance once, in memory of the size of the arguments; second derivatives, function
+    and end as 0, those over 1e19 are infinite, so scale such inputs and codes. One pass over the pairs takes each
+    distance once and gives sums and gradients, in memory of the size of the arguments. Second derivatives, function
     transforms and forward-mode AD run the plain reference, with all pairs' differences in memory.
 
     Args:
@@ -69,9 +69,18 @@ def omega(
         the device).
 
     Raises:
-        ValueError: shapes that do not match, an odd b with "halves", "max" without a pair, unknown pairs or reduction.
-        TypeError: an argument of another type, mixed or unsupported dtypes.
-        RuntimeError: mixed devices; a CUDA tensor where CUDA cannot be used; no compiled module.
+        ValueError: if shapes do not match, b is odd with "halves", there is no pair for "max", or pairs or reduction is
+            unknown.
+        TypeError: if an argument has another type, or dtypes are mixed or unsupported.
+        RuntimeError: if devices are mixed, CUDA is needed but cannot be used, or there is no compiled module.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> inputs = torch.tensor([[0.0], [1.0], [2.0], [4.0]])
+        >>> codes = inputs.square()  # an encoder that stretches more the farther it is from 0
+        >>> largest = kdejsd.omega(inputs, codes, pairs="all", reduction="max")
+        >>> largest.value, largest.indices
+        (tensor(36.), tensor([2, 3]))
     """
     inputs, codes = _checked(inputs, codes, pairs, reduction)
     b = inputs.shape[0]
@@ -90,7 +99,7 @@ def omega(
 
 
 def _checked(inputs: Tensor, codes: Tensor, pairs: str, reduction: str) -> tuple[Tensor, Tensor]:
-    """[b, d] and [b, l] in the dtype of the computation."""
+    """Returns [b, d] and [b, l] in the dtype of the computation."""
     if _common.check_tensor("inputs", inputs).ndim < 2:
         raise ValueError(f"inputs must have shape [b, ...] with at least 2 dimensions, got {list(inputs.shape)}")
     if _common.check_tensor("codes", codes).ndim != 2:
@@ -121,7 +130,7 @@ def _checked(inputs: Tensor, codes: Tensor, pairs: str, reduction: str) -> tuple
 
 
 def _sum(inputs: Tensor, codes: Tensor, all_pairs: bool, eager: bool) -> Tensor:
-    """[], in float64 from the kernels."""
+    """Returns the sum [], in float64 from the kernels."""
     if not eager:
         return _operator(inputs, codes, all_pairs)[0]  # type: ignore[no-any-return]
     if _common.needs_grad((inputs, codes)):
@@ -138,13 +147,13 @@ def _all_ratios(inputs: Tensor, codes: Tensor, eager: bool) -> Tensor:
 
 
 def _half_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
-    """[b/2], from torch's own operators: there is no more memory to save than that of the arguments."""
+    """Returns [b/2] by torch's own operators: there is no more memory to save than that of the arguments."""
     (x, other_x), (z, other_z) = inputs.chunk(2), codes.chunk(2)
     return pair_ratios(x - other_x, z - other_z)
 
 
 def _max(inputs: Tensor, codes: Tensor, pairs: str, eager: bool) -> OmegaMax:
-    """The search leaves no graph: the value is computed again from the pair that was found, and so has gradients."""
+    """Finds the pair of the largest ratio without a graph, and computes its value again, which then has gradients."""
     x, z = inputs.detach(), codes.detach()
     if pairs == "halves":
         largest = _half_ratios(x, z).argmax()
@@ -160,8 +169,10 @@ def _max(inputs: Tensor, codes: Tensor, pairs: str, eager: bool) -> OmegaMax:
 
 
 def _launch(all_pairs: bool, inputs: Tensor, codes: Tensor, *outputs: Tensor | None) -> None:
-    """Calls the kernel of all pairs with (upstream, sum, ratios, largest, dinputs, dcodes), or that of the halves with
-    (sum, dinputs, dcodes)."""
+    """Calls the kernel of all pairs or that of the halves, with the tensors that it takes beside inputs and codes.
+
+    These are (upstream, sum, ratios, largest, dinputs, dcodes) of all pairs, and (sum, dinputs, dcodes) of the halves.
+    """
     _common.check_cuda("inputs", inputs)
     inputs, codes = inputs.contiguous(), codes.contiguous()
     name, make = ("omega_all", native().OmegaAll) if all_pairs else ("omega_halves", native().OmegaHalves)
@@ -176,14 +187,14 @@ def _launch(all_pairs: bool, inputs: Tensor, codes: Tensor, *outputs: Tensor | N
 
 
 def _gradients_like(inputs: Tensor, codes: Tensor, want_dinputs: bool, want_dcodes: bool) -> tuple[Tensor, Tensor]:
-    """Where the gradients go; empty if not wanted, which is a null pointer."""
+    """Makes the tensors that gradients are written to; one that is not wanted is empty, which is a null pointer."""
     return inputs.new_empty(inputs.shape if want_dinputs else 0), codes.new_empty(codes.shape if want_dcodes else 0)
 
 
 def _launch_sum(
     inputs: Tensor, codes: Tensor, all_pairs: bool, want_dinputs: bool = False, want_dcodes: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum [] in float64, and its gradients [b, d] and [b, l], which are empty if not wanted."""
+    """Returns the sum [] in float64, and its gradients [b, d] and [b, l], which are empty if not wanted."""
     total = inputs.new_empty((), dtype=torch.float64)
     dinputs, dcodes = _gradients_like(inputs, codes, want_dinputs, want_dcodes)
     if all_pairs:
@@ -194,7 +205,7 @@ def _launch_sum(
 
 
 def _launch_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
-    """[b, b]"""
+    """Returns the ratios [b, b]."""
     ratios = inputs.new_empty(inputs.shape[0], inputs.shape[0])
     _launch(True, inputs, codes, None, None, ratios, None, None, None)
     return ratios
@@ -203,14 +214,14 @@ def _launch_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
 def _launch_ratios_backward(
     grad: Tensor, inputs: Tensor, codes: Tensor, want_dinputs: bool, want_dcodes: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients [b, d] and [b, l] of sum(grad * ratios), empty if not wanted."""
+    """Returns the gradients [b, d] and [b, l] of sum(grad * ratios), empty if not wanted."""
     dinputs, dcodes = _gradients_like(inputs, codes, want_dinputs, want_dcodes)
     _launch(True, inputs, codes, grad.to(inputs.dtype).contiguous(), None, None, None, dinputs, dcodes)
     return dinputs, dcodes
 
 
 def _launch_largest(inputs: Tensor, codes: Tensor) -> Tensor:
-    """[2], int64: the pair of the largest ratio"""
+    """Returns the pair of the largest ratio, [2] int64."""
     indices = inputs.new_empty(2, dtype=torch.int64)
     _launch(True, inputs, codes, None, None, None, indices, None, None)
     return indices
@@ -221,7 +232,7 @@ def _launch_largest(inputs: Tensor, codes: Tensor) -> Tensor:
 
 
 def _plain_gradients(ctx: Any, grad: Tensor, inputs: Tensor, codes: Tensor, pairs: str, reduction: str) -> Any:
-    """Gradients by the reference, with a graph of their own: derivatives that can be differentiated again."""
+    """Returns gradients by the reference, with a graph of their own, so that they can be differentiated again."""
     needed = ctx.needs_input_grad[:2]
     with torch.enable_grad():
         result = reference(inputs, codes, pairs=pairs, reduction=reduction)
@@ -353,7 +364,7 @@ class _TracedRatios(torch.autograd.Function):
 
 
 def _autograd(name: str, operator: Any, function: Any) -> Any:
-    """The operator's kernel above autograd: the Function where a gradient is wanted, the operator itself otherwise."""
+    """Makes the operator's kernel above autograd: the Function where a gradient is wanted, the operator otherwise."""
 
     def call(*arguments: Any) -> Any:
         _common.refuse_forward_mode(name, "omega")

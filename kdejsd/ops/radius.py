@@ -1,4 +1,4 @@
-"""The radius op: bounds on the mean class radius from the classes' masses, with their gradients in the same pass."""
+"""Bounds the mean class radius by the classes' masses, with the gradient in the same pass: the radius op."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from . import _common
 def class_radius_bound(
     p: Tensor | None = None, *, log_p: Tensor | None = None, log: bool = False, check: bool = False
 ) -> Tensor:
-    """The greatest mean class radius that classes of these Gaussian measures can have.
+    """Returns the greatest mean class radius that classes of these Gaussian measures can have.
 
     For z ~ N(0, I) in any dimension and classes of masses p_i, the mean distance of z to the nearest point of another
     class is at most
 
         sum_i F(p_i),    F(p) = p Phi^-1(p) + phi(Phi^-1(p)),    dF/dp = p / phi(Phi^-1(p)),
 
-    by the Gaussian isoperimetric inequality (half-spaces have the greatest distance at any mass; two of them with
-    p = 1/2 reach the bound, 0.797884560803). F is convex, F(0) = 0 and F(1) = inf.
+    by the Gaussian isoperimetric inequality: half-spaces have the greatest distance at any mass, and two of them with
+    p = 1/2 reach the bound, 0.797884560803. F is convex, F(0) = 0 and F(1) = inf.
 
     Args:
-        p: [..., K], the masses, each in [0, 1], K at least 1. The last dimension is summed; whether it sums to 1 is not
-            asked for, so that single values of F can be had from shape [..., 1].
+        p: [..., K], the masses, each in [0, 1], K at least 1. The last dimension is summed. Its masses need not sum to
+            1, so that shape [..., 1] gives single values of F.
         log_p: [..., K], their logarithms, for masses near 0 that no float holds or as log_softmax gives them; instead
             of p.
         log: return the logarithm of the sum, which exists where the sum itself underflows: F(e^-1000) = e^-1003.799....
-            In plain PyTorch, for a few copies of the input.
+            It is computed in plain PyTorch, for a few copies of the input.
         check: raise where an entry is no probability or a row does not sum to 1 (this waits for the device; nothing is
             checked while torch.compile traces).
 
@@ -45,9 +45,16 @@ def class_radius_bound(
         KDEJSD_CHECK=1 an error.
 
     Raises:
-        ValueError: both or neither of p and log_p, no class, or what `check` finds.
-        TypeError: an argument of another type, an unsupported dtype.
-        RuntimeError: a CUDA tensor where CUDA cannot be used; no compiled module.
+        ValueError: if both or neither of p and log_p are given, there is no class, or `check` finds a fault.
+        TypeError: if an argument has another type, or the dtype is unsupported.
+        RuntimeError: if CUDA is needed but cannot be used, or there is no compiled module.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> kdejsd.class_radius_bound(torch.tensor([[0.5, 0.5], [0.9, 0.1]]))
+        tensor([0.7979, 1.3762])
+        >>> kdejsd.class_radius_bound(torch.full((100,), 0.01))  # more classes are nearer to each other
+        tensor(0.3389)
     """
     if (p is None) == (log_p is None):
         raise ValueError(f"either p or log_p must be given, got {'neither' if p is None else 'both'}")
@@ -77,7 +84,7 @@ def _reference(masses: Tensor, is_log: bool, log: bool = False) -> Tensor:
 
 
 def _check_values(name: str, masses: Tensor, sums: bool) -> None:
-    """What only the data can tell, as errors."""
+    """Raises an error for values that only the data can show to be wrong."""
     wide = masses.double()
     p = wide if name == "p" else wide.exp()
     bad = ~((p >= 0) & (p <= 1)) if name == "p" else ~(wide <= 0)
@@ -100,7 +107,7 @@ def _check_values(name: str, masses: Tensor, sums: bool) -> None:
 
 
 def _launch(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[Tensor, Tensor]:
-    """The bounds [...], and their gradient [..., K], empty if not wanted."""
+    """Returns the bounds [...], and their gradient [..., K], empty if not wanted."""
     _common.check_cuda("log_p" if is_log else "p", masses)
     masses = masses.contiguous()
     value = masses.new_empty(masses.shape[:-1])

@@ -1,5 +1,4 @@
-"""The kde op over centers that lie in another dtype or another memory than the queries, a part of them at a time, or on
-other ranks."""
+"""Computes the kde op over centers of another dtype, in another memory or on other ranks, a part at a time."""
 
 from __future__ import annotations
 
@@ -23,15 +22,15 @@ PART_BYTES = 2**23  # of a part in the queries' dtype; on a CPU a pass is as fas
 def streamed_log_prob(
     query: Tensor, centers: Tensor, bandwidth: float | Tensor, exclude: Tensor | None = None, sharded: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """`kdejsd.kde_log_prob` with constant centers of any floating dtype, on the queries' device or on the host.
+    """Computes `kdejsd.kde_log_prob` with constant centers of any floating dtype, on the query's device or the host.
 
-    Parts of the centers are converted and moved one after the other, each into the place of an earlier one: beside the
-    centers there is room for one part, or on CUDA for three of host centers. These are copied while the part before is
-    computed, if they lie in pinned memory. The pass gives the gradient for the queries too; the backward is a scaling.
+    Parts of the centers are converted and moved one after the other, each into the place of an earlier one. Beside the
+    centers there is room for one part, or on CUDA for three of host centers. Host centers in pinned memory are copied
+    while the part before is computed. The pass gives the gradient for the queries too; the backward is a scaling.
 
     With centers that are sharded over R ranks each rank brings its own n queries and its own centers. The queries of
-    all ranks are gathered, each rank passes its centers for all of them, and two sums over the ranks merge what they
-    find: they are of R n and R n (l + 2) numbers, whatever the number of centers.
+    all ranks are gathered, each rank passes its centers for all of them, and two sums over the ranks merge the results.
+    These sums are of R n and R n (l + 2) numbers, whatever the number of centers.
 
     Function transforms and forward-mode AD run the plain reference, with all centers at once.
 
@@ -41,16 +40,16 @@ def streamed_log_prob(
         bandwidth: h, a number or a 0-dim tensor.
         exclude: [n] int64, the index of the center to leave out for each query, -1 for none; of sharded centers
             [R n], for the queries of all ranks in their order.
-        sharded: every rank of torch.distributed's default group calls this with as many queries.
+        sharded: whether every rank of torch.distributed's default group calls this with as many queries.
 
     Returns:
         The log-densities [n] float64 in nats, of the centers as they are after conversion, and how many centers they
         are of, [n] float64.
 
     Raises:
-        ValueError, TypeError: as `kde_log_prob`; ranks that have different numbers of queries.
-        RuntimeError: centers on another device than the query's that is not the host, second derivatives, function
-            transforms and forward-mode AD of sharded centers, and as `kde_log_prob`.
+        ValueError, TypeError: as `kde_log_prob`, and if ranks have different numbers of queries.
+        RuntimeError: if centers are neither on the query's device nor on the host; for second derivatives; for function
+            transforms and forward-mode AD of sharded centers; and as `kde_log_prob`.
     """
     if exclude is not None and len(centers) == 1 and not sharded:
         raise ValueError("exclude_self needs at least 2 centers, got 1")
@@ -78,7 +77,7 @@ def streamed_log_prob(
 
 
 def merged(log_sums: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """What all centers give, from what parts of them give.
+    """Merges the results of parts of the centers into that of all centers.
 
     With L_p = log sum of exp(a_i) over the centers of part p, and g_p its gradient for the query,
 
@@ -103,7 +102,7 @@ def _whole_pass(
     sharded: bool,
     want_gradient: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_pass` over the centers of all ranks, with the number of centers between its results; all in float64."""
+    """Makes `_pass` over the centers of all ranks, with the number of centers between its results; all in float64."""
     n = len(query)
     if sharded:
         query = gathered(query.detach(), "queries")
@@ -131,7 +130,7 @@ def _whole_pass(
 def _pass(
     query: Tensor, centers: Tensor, bandwidth: float | Tensor, exclude: Tensor | None, want_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """log sum_i N(query; z_i, h^2 I) [n] and its gradient [n, l], in float64; the latter 0 if it is not wanted."""
+    """Returns log sum_i N(query; z_i, h^2 I) [n] and its gradient [n, l], in float64; the latter 0 if not wanted."""
     n, dim = query.shape
     rows = max(1, PART_BYTES // (dim * query.element_size()))
     equal = query.new_zeros(min(rows, len(centers)))  # log-weights, of a sum that is not divided by its number of terms
@@ -158,7 +157,7 @@ def _among(index: Tensor, count: int) -> Tensor:
 
 
 def _converted(parts: Iterator[Tensor], like: Tensor) -> Iterator[Tensor]:
-    """The parts in the dtype of another tensor, in the same memory one after the other."""
+    """Yields the parts in the dtype of another tensor, in the same memory one after the other."""
     room = like.new_empty(0)
     for part in parts:
         if part.dtype == like.dtype:
@@ -170,8 +169,11 @@ def _converted(parts: Iterator[Tensor], like: Tensor) -> Iterator[Tensor]:
 
 
 def _brought(parts: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The parts on the device. From the host to CUDA two places take turns: a part is copied on a stream of its own
-    while the one before is computed."""
+    """Yields the parts on the device.
+
+    From the host to CUDA two places take turns: a part is copied on a stream of its own while the one before is
+    computed.
+    """
     if device.type != "cuda" or parts[0].device == device:
         for part in parts:
             yield part.to(device)

@@ -1,7 +1,4 @@
-"""The kde op and the divergences built on it in plain PyTorch: the truth, in float64, for the kernels' tests.
-
-Everything here runs on any device torch has and composes with every torch transform, for n x m x l memory.
-"""
+"""Implements the kde op and the divergences built on it in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +19,15 @@ def kde_log_prob(
     log_weights: Tensor | None = None,
     exclude_self: bool | Tensor = False,
 ) -> Tensor:
-    """Same contract as `kdejsd.kde_log_prob`, computed from all n x m x l differences."""
+    """Computes `kdejsd.kde_log_prob` from all n x m x l differences, under the same contract.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> query, centers = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0))
+        >>> truth = kdejsd.reference.kde_log_prob(query.double(), centers.double(), 0.5)
+        >>> torch.allclose(kdejsd.kde_log_prob(query, centers, 0.5).double(), truth, atol=1e-5)
+        True
+    """
     n, m, dim = query.shape[-2], centers.shape[-2], query.shape[-1]
     if query.dtype in (torch.float16, torch.bfloat16):
         query, centers = query.float(), centers.float()
@@ -43,20 +48,20 @@ def kde_log_prob(
 
 
 def center_count(log_prob: Tensor, m: int, exclude_self: bool | Tensor) -> Tensor:
-    """How many of m centers each query's density is of, in the dtype of log_prob: 0-dim, or one for each query."""
+    """Returns how many of m centers are in each query's density, 0-dim or [..., n], in the dtype of log_prob."""
     if isinstance(exclude_self, Tensor):
         return m - ((exclude_self >= 0) & (exclude_self < m)).to(log_prob.dtype)
     return log_prob.new_full((), m - int(exclude_self))
 
 
 def with_own_center(log_prob: Tensor, count: Tensor, query: Tensor, own: Tensor, bandwidth: float | Tensor) -> Tensor:
-    """log p_e where a query has a center of its own, which counts as one more of `count` equal ones:
+    """Returns log p_e where each query has a center of its own beside the `count` equal ones that all share.
 
         log [(count p_e + N(query; own, h^2 I)) / (count + 1)]
 
     Args:
-        log_prob: [..., n], log p_e of the others; everything is computed in its dtype.
-        count: [..., n] or 0-dim, how many the others are.
+        log_prob: [..., n], log p_e of the shared centers; everything is computed in its dtype.
+        count: [..., n] or 0-dim, the number of shared centers.
         query: [..., n, l].
         own: [..., n, l].
         bandwidth: h, a number, a 0-dim tensor or [..., 1].
@@ -75,7 +80,7 @@ def with_own_center(log_prob: Tensor, count: Tensor, query: Tensor, own: Tensor,
 def log_prob_with_own(
     query: Tensor, centers: Tensor, bandwidth: float | Tensor, own: Tensor | None, **kde: Any
 ) -> Tensor:
-    """`kde_log_prob`, where each query has a center of its own too unless `own` is None."""
+    """Returns `kde_log_prob`, where each query has a center of its own too unless `own` is None."""
     log_prob = kde_log_prob(query, centers, bandwidth, **kde)
     if own is None:
         return log_prob
@@ -84,7 +89,7 @@ def log_prob_with_own(
 
 
 def normal_log_prob(z: Tensor, variance: float) -> Tensor:
-    """Log-density of N(0, variance I) at z [..., l], as [...]."""
+    """Returns the log-density of N(0, variance I) at z [..., l], as [...]."""
     dim = float(z.shape[-1])  # torch.jit.trace has an integer tensor there, whose product with a number is float32
     return -0.5 * (z.square().sum(-1) / variance + dim * math.log(2 * math.pi * variance))
 
@@ -98,7 +103,7 @@ _TERMS: dict[str, Callable[[Tensor], Tensor]] = {
 def _log_ratio(
     query: Tensor, centers: Tensor, bandwidth: float | Tensor, own: Tensor | None, target: Any, **kde: Any
 ) -> Tensor:
-    """log p_e - log p_t at the queries, the subtraction in float64."""
+    """Returns log p_e - log p_t at the queries; the subtraction is in float64."""
     log_target = normal_log_prob(query.double(), 1.0) if target is None else target.log_prob(query).double()
     return log_prob_with_own(query, centers, bandwidth, own, **kde).double() - log_target
 
@@ -116,7 +121,15 @@ def jsd_loss(
     divergence: str = "js",
     reduction: str = "mean",
 ) -> Tensor:
-    """Same contract as `kdejsd.jsd_loss`."""
+    """Computes `kdejsd.jsd_loss` from all differences, under the same contract.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> codes, lagged = torch.randn(2, 100, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        >>> loss, truth = kdejsd.jsd_loss(codes, lagged, 0.5), kdejsd.reference.jsd_loss(codes, lagged, 0.5)
+        >>> torch.allclose(loss, truth)
+        True
+    """
     log_ratio = _log_ratio(codes, lagged, bandwidth, own, target, log_weights=log_weights, exclude_self=exclude_self)
     terms = _TERMS[divergence](log_ratio)
     if target_samples is not None:
@@ -130,5 +143,13 @@ def jsd_loss(
 def jsd(
     samples: Tensor, centers: Tensor, bandwidth: float | Tensor, target_samples: Tensor, *, target: Any = None
 ) -> Tensor:
-    """Same contract as `kdejsd.jsd`."""
+    """Computes `kdejsd.jsd` from all differences, under the same contract.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> samples, centers, target_samples = torch.randn(3, 100, 3, generator=torch.Generator().manual_seed(0))
+        >>> truth = kdejsd.reference.jsd(samples, centers, 0.5, target_samples)
+        >>> torch.allclose(kdejsd.jsd(samples, centers, 0.5, target_samples), truth, atol=1e-5)
+        True
+    """
     return 0.5 * jsd_loss(samples, centers, bandwidth, target=target, target_samples=target_samples)

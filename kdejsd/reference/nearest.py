@@ -1,4 +1,4 @@
-"""The nearest op in plain PyTorch: the truth, in float64, for the kernels' tests."""
+"""Implements the nearest op in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Nearest(NamedTuple):
-    """Each sample's nearest sample of another class.
+    """Holds the nearest sample of another class for each sample.
 
     Attributes:
         distance: [..., N], Euclidean; inf where there is none, NaN where it is not defined.
@@ -22,7 +22,14 @@ class Nearest(NamedTuple):
 
 
 def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
-    """Same contract as `kdejsd.nearest_other_class`, computed from all N x N x d differences."""
+    """Computes `kdejsd.nearest_other_class` from all N x N x d differences, under the same contract.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> latents, labels = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0, 0, 1])
+        >>> kdejsd.reference.nearest_other_class(latents, labels)
+        Nearest(distance=tensor([3., 2., 2.]), index=tensor([2, 2, 1]))
+    """
     if latents.dtype in (torch.float16, torch.bfloat16):
         latents = latents.float()
     known = torch.where(latents.isfinite(), latents, math.nan)

@@ -1,7 +1,4 @@
-"""The omega op in plain PyTorch: the truth, in float64, for the kernels' tests.
-
-Runs on any device torch has and composes with every torch transform, for memory of all pairs' differences.
-"""
+"""Implements the omega op in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,14 +9,21 @@ from torch import Tensor
 
 
 class OmegaMax(NamedTuple):
-    """The largest ratio of all pairs, and the two samples that have it."""
+    """Holds the largest ratio of all pairs, and the two samples that have it."""
 
     value: Tensor  # []
     indices: Tensor  # [2], int64
 
 
 def omega(inputs: Tensor, codes: Tensor, *, pairs: str = "halves", reduction: str = "sum") -> Tensor | OmegaMax:
-    """Same contract as `kdejsd.omega`."""
+    """Computes `kdejsd.omega` from all pairs' differences, under the same contract.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> inputs, codes = torch.tensor([[0.0], [1.0], [2.0], [4.0]]), torch.tensor([[0.0], [3.0], [2.0], [3.0]])
+        >>> kdejsd.reference.omega(inputs, codes, reduction="none")
+        tensor([1., 0.])
+    """
     inputs = inputs.flatten(1)
     if inputs.dtype in (torch.float16, torch.bfloat16):
         inputs, codes = inputs.float(), codes.float()
@@ -41,7 +45,7 @@ def omega(inputs: Tensor, codes: Tensor, *, pairs: str = "halves", reduction: st
 
 
 def pair_indices(b: int, pairs: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The pairs' two samples [pairs] each, in the order that decides between equal ratios."""
+    """Returns the two samples of each pair, [pairs] each, in the order that decides between equal ratios."""
     if pairs == "halves":
         samples = torch.arange(b, device=device)
         return samples[: b // 2], samples[b // 2 :]
@@ -50,7 +54,10 @@ def pair_indices(b: int, pairs: str, device: torch.device) -> tuple[Tensor, Tens
 
 
 def pair_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
-    """|codes|^2 / |inputs|^2 of differences [..., d] and [..., l]; 0 for equal inputs, unless the codes are NaN."""
+    """Returns |codes|^2 / |inputs|^2 of differences [..., d] and [..., l].
+
+    Equal inputs give 0, unless the codes are NaN.
+    """
     distance, code_distance = inputs.square().sum(-1), codes.square().sum(-1)
     nothing = (distance == 0) & ~code_distance.isnan()
     # Divided by 1 where nothing counts: the gradient of a quotient that is not taken would be NaN.

@@ -1,8 +1,8 @@
-"""The radius op in plain PyTorch: the truth, in float64, for the kernels' tests.
+"""Implements the radius op in plain PyTorch: in float64, the truth for the kernels' tests.
 
-With z = Phi^-1(p) the class radius bound of one class is F(p) = p z + phi(z). Written so it loses every digit as p goes
-to 0. Here p <= 1/2 has F = p G with the excess G = phi/Q - x of the hazard rate of the normal law over x = -z, a
-function of log p that has no cancellation in it; and F(p) = z + F(1 - p) serves p > 1/2.
+With z = Phi^-1(p) the class radius bound of one class is F(p) = p z + phi(z). In that form it loses every digit as p
+goes to 0. For p <= 1/2 we write F = p G with the excess G = phi/Q - x of the normal law's hazard rate over x = -z, a
+function of log p without cancellation; F(p) = z + F(1 - p) serves p > 1/2.
 """
 
 from __future__ import annotations
@@ -20,9 +20,14 @@ _FRACTION_TERMS = 60
 def class_radius_bound(
     p: Tensor | None = None, *, log_p: Tensor | None = None, log: bool = False, check: bool = False
 ) -> Tensor:
-    """Same contract as `kdejsd.class_radius_bound`, but for the checks; computed in float64 whatever the dtype.
+    """Computes `kdejsd.class_radius_bound` in float64 whatever the dtype, under the same contract but for the checks.
 
     Derivatives up to the third are right.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> kdejsd.reference.class_radius_bound(torch.tensor([0.5, 0.5], dtype=torch.float64))  # sqrt(2 / pi)
+        tensor(0.7979, dtype=torch.float64)
     """
     masses = log_p if p is None else p
     assert masses is not None
@@ -41,7 +46,7 @@ def class_radius_bound(
 
 
 def _over_mass(log_p: Tensor) -> Tensor:
-    """F(p) / p; infinite at log p = 0, NaN above it."""
+    """Returns F(p) / p; it is infinite at log p = 0 and NaN above."""
     end, lower = log_p == 0, log_p <= -math.log(2)
     upper = log_p.masked_fill(end | lower, -0.5)  # where the other half of the masses stays finite
     p, rest = upper.exp(), -upper.expm1()
@@ -53,7 +58,7 @@ def _over_mass(log_p: Tensor) -> Tensor:
 
 
 def _quantile(surprise: Tensor) -> Tensor:
-    """x >= 0 where the upper tail Q(x) is exp(-surprise), at most 1/2.
+    """Returns the x >= 0 at which the upper tail Q(x) is exp(-surprise), at most 1/2.
 
     log Q is concave and Q(x) <= exp(-x^2/2)/2, so Newton's method comes down on the root from the start below. Each
     step doubles the number of right derivatives, as it doubles that of right digits: two are left to autograd.
@@ -68,7 +73,7 @@ def _quantile(surprise: Tensor) -> Tensor:
 
 
 def excess(x: Tensor) -> Tensor:
-    """phi/Q - x, Q being the normal law's upper tail, for x >= 0; it is 1/(x + 2/(x + 3/(x + ...)))."""
+    """Returns phi/Q - x = 1/(x + 2/(x + 3/(x + ...))) for x >= 0, where Q is the normal law's upper tail."""
     near, far = x.clamp_max(_FRACTION_FROM), x.clamp_min(_FRACTION_FROM)
     fraction = 0.5 * ((far.square() + 4 * _FRACTION_TERMS).sqrt() - far)  # where numerators that stay the same lead
     for k in range(_FRACTION_TERMS, 0, -1):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+Map: TypeAlias = Callable[[Tensor], Tensor]  # a network, a function, or a method of either
 
 
 def models_of(*parts: object) -> list[nn.Module]:

@@ -226,8 +226,8 @@ class _Trial:
 
 def _draw(law: Law, num_centers: int, seed: int, trial: int) -> _Trial:
     state = np.random.SeedSequence((seed, trial)).generate_state(1, np.uint64)
-    generator = torch.Generator("cpu").manual_seed(int(state[0]))
-    centers, *queries = (law.sample(num_centers, generator) for _ in range(3))
+    rng = torch.Generator("cpu").manual_seed(int(state[0]))
+    centers, *queries = (law.sample(num_centers, rng) for _ in range(3))
     query = torch.cat(queries)
     log_target = law.log_prob(query).detach().double()
     if not bool(log_target.isfinite().all()):

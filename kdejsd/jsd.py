@@ -12,7 +12,7 @@ from .bandwidth import optimal_bandwidth
 from .ops._common import broadcast_batch
 from .ops.kde import JENSEN_SHANNON, LOG_RATIO, Divergence, named_log_prob, normal_divergence_terms, reduced
 from .reference.kde import normal_log_prob
-from .targets import IsotropicNormal, Law, Target, as_law, law_log_prob, smoothed_where_possible, wide
+from .targets import Law, Target, as_law, isotropic_variance, law_log_prob, smoothed_where_possible, wide
 
 _LOG2 = math.log(2)
 
@@ -166,7 +166,7 @@ def jsd(
 
 
 @torch.no_grad()
-def codes_jsd(codes: Tensor, bandwidth: float, law: Target, generator: torch.Generator) -> Tensor:
+def codes_jsd(codes: Tensor, bandwidth: float, law: Target, rng: torch.Generator) -> Tensor:
     """Measures how well codes follow a law: the Jensen-Shannon divergence of their KDE from it, in nats (GENs eq. 2).
 
     The samples of the KDE are the codes with the kernel's noise, so the value lies between 0 and log 2 but for the
@@ -177,17 +177,17 @@ def codes_jsd(codes: Tensor, bandwidth: float, law: Target, generator: torch.Gen
         codes: [n, l].
         bandwidth: h, of the kernel.
         law: the target, or the target smoothed by the kernel.
-        generator: draws the samples; on the device of the codes.
+        rng: draws the samples; on the device of the codes.
 
     Returns:
         The estimate, 0-dim.
     """
-    noise = torch.randn(codes.shape, generator=generator, device=codes.device, dtype=codes.dtype)
-    law_samples = as_law(law).sample(len(codes), generator).to(codes)
+    noise = torch.randn(codes.shape, generator=rng, device=codes.device, dtype=codes.dtype)
+    law_samples = as_law(law).sample(len(codes), rng).to(codes)
     return jsd(codes + bandwidth * noise, codes, bandwidth, law_samples, target=law)
 
 
-def target_jsd(codes: Tensor, target: Target, generator: torch.Generator) -> Tensor:
+def target_jsd(codes: Tensor, target: Target, rng: torch.Generator) -> Tensor:
     """Measures by `codes_jsd` how well codes follow the target, with a kernel that depends on the target alone.
 
     The bandwidth is optimal for as many samples of the target (`optimal_bandwidth`), and the codes are compared with
@@ -195,7 +195,7 @@ def target_jsd(codes: Tensor, target: Target, generator: torch.Generator) -> Ten
     """
     count, dim = codes.shape
     bandwidth = optimal_bandwidth(dim, count, target=target).value
-    return codes_jsd(codes, bandwidth, smoothed_where_possible(as_law(target), bandwidth), generator)
+    return codes_jsd(codes, bandwidth, smoothed_where_possible(as_law(target), bandwidth), rng)
 
 
 def _at_codes(
@@ -216,8 +216,8 @@ def _at_codes(
     With `narrow`, for a caller that adds nothing to it, it may be in the dtype of `kde_log_prob` already.
     """
     kde = (names, codes, centers, bandwidth, log_weights, exclude_self)
-    if target is None or isinstance(target, IsotropicNormal):
-        variance = 1.0 if target is None else target.variance
+    variance = isotropic_variance(target)
+    if variance is not None:
         fused = normal_divergence_terms(*kde, variance, DIVERGENCES[divergence], reduction, own, narrow)
         if fused is not None:
             _checked_law(target, names[0], codes)

@@ -64,7 +64,7 @@ def encode_set(model: Autoencoder, images: Any, *, seed: int = 0) -> Encoded:
         torch.Size([359, 2])
     """
     codes, labels, posterior, squared = [], [], [], 0.0
-    generator = torch.Generator(model.device).manual_seed(seed)
+    rng = torch.Generator(model.device).manual_seed(seed)
     with evaluating(model):
         for index in torch.arange(len(images)).split(CHUNK):
             batch, batch_labels, _ = images[index]
@@ -73,7 +73,7 @@ def encode_set(model: Autoencoder, images: Any, *, seed: int = 0) -> Encoded:
             labels.append(batch_labels)
             error = mean_squared_error(model.decode(codes[-1]).flatten(), batch.flatten())
             squared += float(error) * len(batch)
-            samples = model.posterior_samples(batch, generator)
+            samples = model.posterior_samples(batch, rng)
             if samples is not None:
                 posterior.append(samples)
     return Encoded(
@@ -119,9 +119,9 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
         >>> measures["jsd"] > measures["jsd_of_target"]  # nothing has been trained
         True
     """
-    generator = torch.Generator(encoded.codes.device).manual_seed(seed)
+    rng = torch.Generator(encoded.codes.device).manual_seed(seed)
     index = torch.arange(len(encoded.codes), device=encoded.codes.device) if training else None
-    ideal = as_law(model.target).sample(min(len(encoded.codes), JSD_SAMPLES), generator)
+    ideal = as_law(model.target).sample(min(len(encoded.codes), JSD_SAMPLES), rng)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         followed = encoded.codes if encoded.posterior is None else encoded.posterior
@@ -130,26 +130,26 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
         "count": len(encoded.codes),
         "reconstruction_error": encoded.reconstruction_error,
         **latent_measures,
-        **_law_measures(model, encoded.codes, ideal, generator),
+        **_law_measures(model, encoded.codes, ideal, rng),
     }
     if encoded.posterior is not None:
-        measures["posterior"] = _law_measures(model, encoded.posterior, ideal, generator)
+        measures["posterior"] = _law_measures(model, encoded.posterior, ideal, rng)
     return measures
 
 
-def _law_measures(model: Autoencoder, codes: Tensor, ideal: Tensor, generator: torch.Generator) -> dict[str, Any]:
+def _law_measures(model: Autoencoder, codes: Tensor, ideal: Tensor, rng: torch.Generator) -> dict[str, Any]:
     expected = model.expected_variance
     measures = {
-        "jsd": float(model.jsd(codes[:JSD_SAMPLES], generator)),
-        "jsd_of_target": float(model.jsd(ideal, generator)),
+        "jsd": float(model.jsd(codes[:JSD_SAMPLES], rng)),
+        "jsd_of_target": float(model.jsd(ideal, rng)),
         "entropy": _entropy(codes),
-        "entropy_of_normal": _entropy(torch.randn(codes.shape, generator=generator, device=codes.device)),
+        "entropy_of_normal": _entropy(torch.randn(codes.shape, generator=rng, device=codes.device)),
         "variance": codes.var(0).tolist(),
         "expected_variance": expected.tolist() if bool((expected >= 0).all() and expected.isfinite().all()) else None,
         "mean": codes.mean(0).tolist(),
         "covariance_eigenvalues": torch.linalg.eigvalsh(codes.T.double().cov().reshape(2 * codes.shape[1:])).tolist(),
-        "matched_jsd": float(target_jsd(codes[:JSD_SAMPLES], model.target, generator)),
-        "matched_jsd_of_target": float(target_jsd(ideal, model.target, generator)),
+        "matched_jsd": float(target_jsd(codes[:JSD_SAMPLES], model.target, rng)),
+        "matched_jsd_of_target": float(target_jsd(ideal, model.target, rng)),
     }
     return measures
 
@@ -183,12 +183,12 @@ def divergence_measures(model: GAN, images: Any, *, seed: int = 0) -> dict[str, 
         359
     """
     count = min(len(images), JSD_SAMPLES) // model.packing * model.packing
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     total = 0.0 if count else math.nan
     with evaluating(model):
         for index in torch.arange(count).split(max(1, CHUNK // model.packing) * model.packing):
             real = images[index][0].to(model.device, model.dtype)
-            generated = model.decode(model.target_samples(len(real), generator))
+            generated = model.decode(model.target_samples(len(real), rng))
             total += len(real) * float(model.divergence(real, generated))
     return {"count": count, "divergence": total / max(count, 1)}
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ._modes import evaluating
+from ._modes import Map, evaluating
 from ._numbers import integer, positive
 from .targets import StandardNormal
-
-Map = Callable[[Tensor], Tensor]
 
 # An angle between the Jacobian's columns of this many roundings is none: sums over a layer's inputs leave some tens.
 _ROUNDINGS = 100

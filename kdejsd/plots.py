@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ._extras import train_extra
-from ._modes import evaluating
+from ._modes import Map, evaluating
 from ._numbers import integer, positive
 from .diversity.bounds import uniform_radius_bound
-from .diversity.labels import Map, latent_labels, models_like
-from .targets import GaussianMixture, IsotropicNormal, Law, Target, as_law, checked_target
+from .diversity.labels import latent_labels, models_like
+from .targets import Law, Target, as_law, checked_target, law_outline
 
 with train_extra():
     from matplotlib import colormaps
@@ -348,23 +348,14 @@ def _legend(axes: Axes, classes: list[int], color: Callable[[int], tuple[float, 
 
 
 def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
-    for center, radius in _circles(law):
+    for center, radius in law_outline(law):
         x, y = ((center - shift) @ plane).tolist()
         axes.add_patch(Circle((x, y), radius, fill=False, color="0.3", lw=0.8, ls="--"))
 
 
-def _circles(law: Law) -> list[tuple[Tensor, float]]:
-    """Returns centers [l] and radii; an isotropic law keeps its standard deviation in every projection."""
-    if isinstance(law, IsotropicNormal):
-        return [(torch.zeros(law.dim).double(), k * math.sqrt(law.variance)) for k in (1, 2, 3)]
-    if isinstance(law, GaussianMixture):
-        return [(mean, 2 * float(scale)) for mean, scale in zip(law.means.cpu(), law.scales.cpu(), strict=True)]
-    return []
-
-
 def _extent(law: Law) -> float:
     """Returns an extent that holds the law's circles with some room, or 4 if there are none."""
-    return max((1.15 * (float(center.abs().max()) + radius) for center, radius in _circles(law)), default=4.0)
+    return max((1.15 * (float(center.abs().max()) + radius) for center, radius in law_outline(law)), default=4.0)
 
 
 def _histogram(axes: Axes, codes: Tensor, law: Law) -> None:

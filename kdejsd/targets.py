@@ -51,16 +51,20 @@ class IsotropicNormal(nn.Module):
         _check_dim(z, self.dim)
         return normal_log_prob(z, self.variance)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws n samples, [n, dim] float32, on the generator's device (the CPU if there is none)."""
+    def sample(self, n: int, rng: torch.Generator | None = None) -> Tensor:
+        """Draws n samples, [n, dim] float32, on the device of rng (the CPU if there is none)."""
         n = integer("n", n, 0)
-        device = None if generator is None else generator.device
-        return torch.randn(n, self.dim, generator=generator, device=device) * math.sqrt(self.variance)
+        device = None if rng is None else rng.device
+        return torch.randn(n, self.dim, generator=rng, device=device) * math.sqrt(self.variance)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Returns the mean and the variance of every dimension, each [dim]."""
         device = _device()
         return torch.zeros(self.dim, device=device), torch.full((self.dim,), self.variance, device=device)
+
+    def outline(self) -> list[tuple[Tensor, float]]:
+        """Returns the spheres of one, two and three standard deviations, as centers [dim] and radii."""
+        return [(torch.zeros(self.dim, dtype=torch.float64), k * math.sqrt(self.variance)) for k in (1, 2, 3)]
 
     def smoothed(self, bandwidth: float) -> IsotropicNormal:
         """Returns this law convolved with the kernel N(0, bandwidth^2 I), the limit of a KDE of its own samples."""
@@ -147,20 +151,20 @@ class GaussianMixture(nn.Module):
         standard = (z[..., None, :] - means) / scales[:, None]
         return log_weights - self.dim * scales.log() + normal_log_prob(standard, 1.0)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws n samples, [n, dim] float32, on the generator's device (the CPU if there is none)."""
-        return self.sample_with_component(n, generator)[0]
+    def sample(self, n: int, rng: torch.Generator | None = None) -> Tensor:
+        """Draws n samples, [n, dim] float32, on the device of rng (the CPU if there is none)."""
+        return self.sample_with_component(n, rng)[0]
 
-    def sample_with_component(self, n: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def sample_with_component(self, n: int, rng: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Draws n samples, [n, dim] float32, and returns with them the component [n] that each came from."""
         n = integer("n", n, 0)
-        device = torch.device("cpu") if generator is None else generator.device
+        device = torch.device("cpu") if rng is None else rng.device
         weights = self.log_weights.exp().to(device)
         if n == 0:  # which multinomial refuses
             component = torch.zeros(0, dtype=torch.int64, device=device)
         else:
-            component = torch.multinomial(weights, n, replacement=True, generator=generator)
-        noise = torch.randn(n, self.dim, generator=generator, device=device)
+            component = torch.multinomial(weights, n, replacement=True, generator=rng)
+        noise = torch.randn(n, self.dim, generator=rng, device=device)
         means, scales = self.means.float().to(device), self.scales.float().to(device)
         return means[component] + scales[component, None] * noise, component
 
@@ -170,6 +174,10 @@ class GaussianMixture(nn.Module):
         mean = (weights * self.means).sum(0)
         second = (weights * (self.means.square() + self.scales.square()[:, None])).sum(0)
         return mean, second - mean.square()
+
+    def outline(self) -> list[tuple[Tensor, float]]:
+        """Returns a sphere of two standard deviations for each component, as centers [dim] and radii."""
+        return [(mean, 2 * float(scale)) for mean, scale in zip(self.means.cpu(), self.scales.cpu(), strict=True)]
 
     def smoothed(self, bandwidth: float) -> GaussianMixture:
         """Returns this law convolved with the kernel N(0, bandwidth^2 I): every variance grows by bandwidth^2."""
@@ -209,7 +217,8 @@ class Law(Protocol):
 
     A law may also have `smoothed(bandwidth)`, which returns the law convolved with the kernel N(0, bandwidth^2 I), and
     `moments()`, which returns the mean and the variance of every dimension, each [dim]. Without `moments` these are
-    estimated from samples.
+    estimated from samples. With `outline()`, a list of spheres as pairs of a center [dim] and a radius, pictures of
+    codes show the law too.
 
     Example:
         >>> import kdejsd, torch
@@ -217,8 +226,8 @@ class Law(Protocol):
         ...     dim = 2
         ...     def log_prob(self, z):
         ...         return torch.where((z.abs() <= 1).all(-1), torch.tensor(0.25).log(), -torch.inf)
-        ...     def sample(self, n, generator=None):
-        ...         return 2 * torch.rand(n, self.dim, generator=generator) - 1
+        ...     def sample(self, n, rng=None):
+        ...         return 2 * torch.rand(n, self.dim, generator=rng) - 1
         >>> found = kdejsd.optimal_bandwidth(latent_dim=2, num_centers=100, target=Square(), trials=3)
         >>> round(found.value, 2)
         0.25
@@ -231,8 +240,8 @@ class Law(Protocol):
     def log_prob(self, z: Tensor, /) -> Tensor:
         """Returns the log-density in nats at z [..., dim], as [...]."""
 
-    def sample(self, n: int, generator: torch.Generator | None = None, /) -> Tensor:
-        """Draws n samples [n, dim], by the generator alone where there is one, on its device."""
+    def sample(self, n: int, rng: torch.Generator | None = None, /) -> Tensor:
+        """Draws n samples [n, dim], by rng alone where it is given, on its device."""
 
 
 class SmoothableLaw(Law, Protocol):
@@ -280,18 +289,18 @@ class DistributionLaw(nn.Module):
             return z.sum(-1)
         return _log_density(self.distribution, z)
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws n samples [n, dim], on the generator's device.
+    def sample(self, n: int, rng: torch.Generator | None = None) -> Tensor:
+        """Draws n samples [n, dim], on the device of rng.
 
-        A Distribution draws from the global random state, which is seeded from the generator for the draw and put back.
+        A Distribution draws from the global random state, which is seeded from rng for the draw and put back.
         """
         shape, distribution = torch.Size((integer("n", n, 0),)), self.distribution
-        if generator is None:
+        if rng is None:
             return distribution.sample(shape)
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        seed = int(torch.randint(2**62, (), generator=rng, device=rng.device))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return distribution.sample(shape).to(generator.device)
+            return distribution.sample(shape).to(rng.device)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Returns the mean and the variance of every dimension, each [dim], estimated from samples if need be."""
@@ -483,7 +492,7 @@ def as_law(target: Target) -> Law:
             described = f"the class {target.__name__}, not an instance of it"
         raise TypeError(
             "target must be None, StandardNormal, GaussianMixture, a torch.distributions.Distribution, or an object "
-            f"with dim, log_prob(z) and sample(n, generator); got {described}"
+            f"with dim, log_prob(z) and sample(n, rng); got {described}"
         )
     return target
 
@@ -518,6 +527,18 @@ def checked_smoothable(law: Law) -> SmoothableLaw:
 
 def smoothed_where_possible(law: Law, bandwidth: float) -> Law:
     return checked_smoothable(law).smoothed(bandwidth) if hasattr(law, "smoothed") else law
+
+
+def isotropic_variance(target: Target | None) -> float | None:
+    """Returns v for a target that is N(0, v I), and None for others; a target of None is the standard normal."""
+    if target is None:
+        return 1.0
+    return target.variance if isinstance(target, IsotropicNormal) else None
+
+
+def law_outline(law: Law) -> list[tuple[Tensor, float]]:
+    """Returns the spheres that a picture shows of the law, as centers [l] and radii; none where it tells of none."""
+    return list(law.outline()) if hasattr(law, "outline") else []
 
 
 def law_moments(law: Law) -> tuple[Tensor, Tensor]:

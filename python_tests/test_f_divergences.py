@@ -1,4 +1,4 @@
-"""The f-divergences: each generator against its conjugate, the bound against the divergences that SciPy integrates."""
+"""The f-divergences: each f against its conjugate, the bound against the divergences that SciPy integrates."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_copies_are_equal(name):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Generators and conjugates
+# f and its conjugate
 
-# The generators as the paper prints them.
+# The f as the paper prints them.
 PRINTED = {
     "kl": lambda u: u * np.log(u),
     "reverse-kl": lambda u: -np.log(u),
@@ -60,40 +60,40 @@ PRINTED = {
 
 
 @EVERY
-def test_generator(name):
+def test_f(name):
     divergence = by_name(name)
     u = RATIOS[(RATIOS > 1e-3) & (RATIOS < 1e3)]
-    np.testing.assert_allclose(divergence.generator(u), PRINTED[name](u.numpy()), rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(divergence.f(u), PRINTED[name](u.numpy()), rtol=1e-11, atol=1e-13)
     one = torch.tensor(1.0, dtype=torch.float64)
-    assert divergence.generator(one).item() == pytest.approx(-2 * LOG2 if name == "gan" else 0, abs=1e-15)
+    assert divergence.f(one).item() == pytest.approx(-2 * LOG2 if name == "gan" else 0, abs=1e-15)
     assert divergence.derivative(one).item() == pytest.approx(divergence.threshold, abs=1e-15)
 
 
 @EVERY
-def test_generator_is_convex_with_this_derivative(name):
+def test_f_is_convex_with_this_derivative(name):
     divergence = by_name(name)
     u = RATIOS.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(divergence.generator(u).sum(), u)
+    (slope,) = torch.autograd.grad(divergence.f(u).sum(), u)
     torch.testing.assert_close(slope, divergence.derivative(RATIOS), rtol=1e-9, atol=1e-13)
     assert (divergence.derivative(RATIOS).diff() > 0).all()
     for a, b in ((0.0, 0.5), (0.3, 2.0), (1.0, 1000.0)):
-        f = divergence.generator(torch.tensor([a, (a + b) / 2, b], dtype=torch.float64))
+        f = divergence.f(torch.tensor([a, (a + b) / 2, b], dtype=torch.float64))
         assert f[1] < (f[0] + f[2]) / 2
 
 
-def test_generators_at_zero():
+def test_f_at_zero():
     """f(0) is what mass of q costs where p has none."""
     zero = torch.zeros((), dtype=torch.float64)
     expected = {"kl": 0, "reverse-kl": INF, "pearson": 1, "squared-hellinger": 1, "jensen-shannon": LOG2, "gan": 0}
     for name, value in expected.items():
-        assert by_name(name).generator(zero).item() == pytest.approx(value, abs=1e-15), name
+        assert by_name(name).f(zero).item() == pytest.approx(value, abs=1e-15), name
 
 
 @pytest.mark.parametrize("name", ["jensen-shannon", "gan"])
 @pytest.mark.parametrize("u", [1e-30, 1e-8, 1.001, 1e4, 1e8, 1e30])
 def test_float32_keeps_its_digits_where_terms_cancel(name, u):
     u32 = torch.tensor(u)
-    got, slope = by_name(name).generator(u32), by_name(name).derivative(u32)
+    got, slope = by_name(name).f(u32), by_name(name).derivative(u32)
     u = u32.double().numpy()
     w = min(u, 1 / u)
     halves = name == "jensen-shannon"
@@ -114,7 +114,7 @@ def test_the_conjugate_of_the_conjugate(name, u):
         return float(divergence.conjugate(t) - u * t)
 
     found = minimize_scalar(gap, bracket=(-1.0, 0.5), options={"xtol": 1e-10})
-    f = divergence.generator(torch.tensor(u, dtype=torch.float64)).item()
+    f = divergence.f(torch.tensor(u, dtype=torch.float64)).item()
     assert -found.fun == pytest.approx(f, rel=1e-9, abs=1e-9)
 
 
@@ -123,7 +123,7 @@ def test_fenchel_young(name):
     """f(u) + f*(t) >= u t, with equality at t = f'(u)."""
     divergence = by_name(name)
     u = torch.logspace(-3, 3, 61, dtype=torch.float64)
-    f, best = divergence.generator(u), divergence.derivative(u)
+    f, best = divergence.f(u), divergence.derivative(u)
     torch.testing.assert_close(divergence.conjugate(best), u * best - f, rtol=1e-9, atol=1e-12)
     t = divergence.output(torch.linspace(-6, 6, 101, dtype=torch.float64))
     gap = f[:, None] + divergence.conjugate(t) - u[:, None] * t
@@ -231,7 +231,7 @@ def test_gradients(name):
     u = (0.5 * points(8, seed=2)).exp().requires_grad_()
     v = (2 * points(8, seed=3)).requires_grad_()
     t = divergence.output(v).detach().requires_grad_()
-    for function, x in (("generator", u), ("derivative", u), ("conjugate", t), ("output", v), ("fake_term", v)):
+    for function, x in (("f", u), ("derivative", u), ("conjugate", t), ("output", v), ("fake_term", v)):
         assert gradcheck(getattr(divergence, function), (x,)), function
     assert gradcheck(divergence.bound, (v, (2 * points(5, seed=4)).requires_grad_()))
 
@@ -249,12 +249,12 @@ def test_the_conjugate_of_gan_has_its_gradient_near_the_edge_and_far_from_it():
 def test_nan_in_gives_nan_out(name, dtype):
     divergence = by_name(name)
     x = torch.tensor([0.4, NAN], dtype=dtype)
-    for function in ("generator", "derivative", "conjugate", "output", "fake_term"):
+    for function in ("f", "derivative", "conjugate", "output", "fake_term"):
         got = getattr(divergence, function)(x)
         assert got.dtype == dtype and got.isnan().tolist() == [False, True], function
     assert divergence.bound(x, x[:1]).isnan() and divergence.bound(x[:1], x).isnan()
     if name != "pearson":
-        assert divergence.generator(torch.tensor(-0.1)).isnan()
+        assert divergence.f(torch.tensor(-0.1)).isnan()
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ MEAN, STD = 0.8, 0.75  # of P; Q is the standard normal, and (p / q)^2 q can be 
 
 def divergence_of(name: str) -> float:
     """D_f(P || Q) of the two normals, from closed forms where there are any and else by quadrature of its definition
-    (not of the generators)."""
+    (not of f)."""
 
     def p(x: float) -> float:
         return norm.pdf(x, MEAN, STD)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .._modes import evaluating, models_of
+from .._modes import Map, evaluating, models_of
 from .._numbers import integer
-
-Map = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()

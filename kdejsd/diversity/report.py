@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._modes import Map
 from .._numbers import between, integer
 from ..ops.radius import class_radius_bound
-from ..targets import IsotropicNormal, Target, checked_target
+from ..targets import Target, checked_target, isotropic_variance
 from .bounds import collision_radius_bound, max_collision_entropy, uniform_radius_bound
 from .class_entropy import collision_probability_from_counts
 from .holes import LatentHoles, latent_holes
-from .labels import Map, latent_labels, models_like
+from .labels import latent_labels, models_like
 from .radius import ClassRadius, SearchedRadius, class_radius, class_radius_search
 
 _SEARCH_FROM = 5  # dimensions: there the nearest sample of another class is too far away
@@ -231,7 +232,7 @@ def diversity_report(
     low, high = np.log(1 / np.quantile(draws, [1 - tail, tail]))
 
     radius = bound = of_collision = uniform = entropy = None
-    if isinstance(prior, IsotropicNormal) and prior.variance == 1:
+    if isotropic_variance(prior) == 1:
         if latent_dim < _SEARCH_FROM:
             radius = class_radius(latents, labels.to(latents.device))
         else:

@@ -11,9 +11,10 @@ from torch.nn.functional import softplus
 
 from .._extras import train_extra
 from .._numbers import integer, not_negative
+from ..data import Batch
 from ..targets import Target
 from .autoencoder import Autoencoder, reconstruction_error
-from .base import Batch, checked
+from .base import checked
 from .networks import linear_stack
 
 with train_extra():

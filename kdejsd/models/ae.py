@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ..data import Batch
 from ..targets import Target
 from .autoencoder import Autoencoder, reconstruction_error
-from .base import Batch, checked
+from .base import checked
 
 
 class AE(Autoencoder):

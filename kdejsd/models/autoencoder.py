@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, mse_loss
 
 from .._ranks import gathered, summed
+from ..data import Batch
 from ..jsd import target_jsd
 from ..targets import Law, Target, as_law, checked_target, finite_moments, law_moments
-from .base import Batch, GenerativeModel, checked, inputs
+from .base import GenerativeModel, checked, inputs
 from .networks import Network
 
 JSD_SAMPLES = 10_000  # a measured divergence is of at most this many codes: its cost grows with their square

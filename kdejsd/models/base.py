@@ -19,6 +19,7 @@ from .._numbers import integer, not_negative
 from .._plain import plain
 from .._ranks import rank_and_size
 from .._version import __version__
+from ..data import Batch
 from ..targets import Law, as_law
 from .networks import Network
 from .schedule import HalfCosine
@@ -29,8 +30,6 @@ with train_extra():
 CHUNK = 1000  # images encoded or decoded at a time where no gradient is wanted
 _FORMAT = 1  # of checkpoints, as they are written and read here
 LOSSES_KEPT = {"cpu": 1, "cuda": 50}  # before they are looked at: a GPU would have to be waited for
-
-Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class GenerativeModel(pl.LightningModule, ABC):

@@ -67,7 +67,7 @@ class FDivergence(ABC):
         >>> kl = by_name("kl")  # of P = (1/2, 1/2) from Q = (1/4, 3/4), whose optimal outputs are f'(p / q)
         >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
         >>> v = kl.derivative(p / q)
-        >>> (q * kl.generator(p / q)).sum(), (p * kl.output(v) - q * kl.fake_term(v)).sum()  # the bound is tight
+        >>> (q * kl.f(p / q)).sum(), (p * kl.output(v) - q * kl.fake_term(v)).sum()  # the bound is tight
         (tensor(0.1438), tensor(0.1438))
     """
 
@@ -76,7 +76,7 @@ class FDivergence(ABC):
     threshold: ClassVar[float]
 
     @abstractmethod
-    def generator(self, u: Tensor) -> Tensor:
+    def f(self, u: Tensor) -> Tensor:
         """Returns f(u) at u >= 0; below it is NaN, but for Pearson's parabola."""
 
     @abstractmethod
@@ -138,7 +138,7 @@ class _KL(FDivergence):
     domain = (-math.inf, math.inf)
     threshold = 1.0
 
-    def generator(self, u: Tensor) -> Tensor:
+    def f(self, u: Tensor) -> Tensor:
         return torch.xlogy(u, u)
 
     def derivative(self, u: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class _ReverseKL(FDivergence):
     domain = (-math.inf, 0.0)
     threshold = -1.0
 
-    def generator(self, u: Tensor) -> Tensor:
+    def f(self, u: Tensor) -> Tensor:
         return -u.log()
 
     def derivative(self, u: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class _Pearson(FDivergence):
     domain = (-math.inf, math.inf)
     threshold = 0.0
 
-    def generator(self, u: Tensor) -> Tensor:
+    def f(self, u: Tensor) -> Tensor:
         return (u - 1).square()
 
     def derivative(self, u: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class _SquaredHellinger(FDivergence):
     domain = (-math.inf, 1.0)
     threshold = 0.0
 
-    def generator(self, u: Tensor) -> Tensor:
+    def f(self, u: Tensor) -> Tensor:
         return (u.sqrt() - 1).square()
 
     def derivative(self, u: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ class _JensenShannon(FDivergence):
     domain = (-math.inf, _LOG2)
     threshold = 0.0
 
-    def generator(self, u: Tensor) -> Tensor:
+    def f(self, u: Tensor) -> Tensor:
         return _perspective(lambda w: torch.xlogy(w, w) - (1 + w) * ((w - 1) / 2).log1p(), u)
 
     def derivative(self, u: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class _GAN(FDivergence):
     domain = (-math.inf, 0.0)
     threshold = -_LOG2
 
-    def generator(self, u: Tensor) -> Tensor:
+    def f(self, u: Tensor) -> Tensor:
         return _perspective(lambda w: torch.xlogy(w, w) - (1 + w) * w.log1p(), u)
 
     def derivative(self, u: Tensor) -> Tensor:

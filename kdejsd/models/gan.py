@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .._extras import train_extra
 from .._numbers import integer, not_negative, positive
-from ..data import ImageData
+from ..data import Batch, ImageData
 from ..drawing import draw
 from ..targets import StandardNormal
-from .base import Batch, GenerativeModel, checked, inputs
+from .base import GenerativeModel, checked, inputs
 from .f_divergences import FDivergence, by_name
 from .networks import Network
 

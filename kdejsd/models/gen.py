@@ -14,10 +14,11 @@ from .._extras import train_extra
 from .._modes import evaluating
 from .._numbers import integer, not_negative, real
 from .._ranks import of_first
+from ..data import Batch
 from ..lagged import LaggedKDE
 from ..targets import Target
 from .autoencoder import Autoencoder, CodeNorm, reconstruction_error
-from .base import CHUNK, Batch, checked, noise_like
+from .base import CHUNK, checked, noise_like
 from .stopwatch import Stopwatch
 
 with train_extra():

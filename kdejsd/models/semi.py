@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
 from .._numbers import not_negative
+from ..data import Batch
 from ..targets import GaussianMixture
-from .base import Batch
 from .gen import GEN
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .._numbers import positive
+from ..data import Batch
 from ..targets import StandardNormal
 from .autoencoder import Autoencoder, reconstruction_error
-from .base import Batch, checked, noise_like
+from .base import checked, noise_like
 from .flows import Inverse, RealNVP
 from .networks import Network
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from .._numbers import not_negative
+from ..data import Batch
 from ..targets import Target, finite_moments
 from .autoencoder import Autoencoder, reconstruction_error
-from .base import Batch, checked
+from .base import checked
 
 SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernels, times the mean squared distance of target samples
 

@@ -15,9 +15,8 @@ import torch
 
 from .. import plots
 from .._extras import train_extra
-from .._modes import evaluating
+from .._modes import Map, evaluating
 from ..data import ImageData
-from ..diversity.labels import Map
 from ..diversity.report import diversity_report
 from ..drawing import draw, draw_reconstructions
 from ..metrics import Encoded, code_measures, divergence_measures, encode_set

@@ -175,7 +175,7 @@ def codes_jsd(codes: Tensor, bandwidth: float, law: Target, generator: torch.Gen
 
     Args:
         codes: [n, l].
-        bandwidth: h, of the kernel.
+        bandwidth: h, the kernel's bandwidth.
         law: the target, or the target smoothed by the kernel.
         generator: draws the samples; on the device of the codes.
 

@@ -109,7 +109,7 @@ def optimal_bandwidth(
         ValueError: if a number is out of range, the target has another dimension, the method is unknown, `smoothed` is
             asked of a target that has no `smoothed(h)` or with the method "fixed-point", the target's density is not
             finite at its own samples, or these coincide so that no bandwidth is best.
-        TypeError: if a number is no integer, or the target is none.
+        TypeError: if a number is no integer, or `target` is no target.
 
     Example:
         >>> import kdejsd

@@ -24,8 +24,8 @@ def kde_entropy(codes: Tensor, bandwidth: float | None = None, whiten: bool = Tr
 
     Args:
         codes: [n, l] floating point, n at least 2, on any device.
-        bandwidth: of the KDE, in the units of the whitened codes (of the codes themselves if `whiten` is False);
-            None for `entropy_bandwidth`, which makes the estimate as low as it can be.
+        bandwidth: the KDE's bandwidth, in the units of the whitened codes (of the codes themselves if `whiten` is
+            False); None for `entropy_bandwidth`, which makes the estimate as low as it can be.
         whiten: whether to whiten the codes first.
 
     Returns:

@@ -175,7 +175,7 @@ def codes_jsd(codes: Tensor, bandwidth: float, law: Target, rng: torch.Generator
 
     Args:
         codes: [n, l].
-        bandwidth: h, of the kernel.
+        bandwidth: h, the kernel's bandwidth.
         law: the target, or the target smoothed by the kernel.
         rng: draws the samples; on the device of the codes.
 

@@ -53,7 +53,7 @@ class Encoded:
 def encode_set(model: Autoencoder, images: Any, *, seed: int = 0) -> Encoded:
     """Encodes an image set (`kdejsd.data.ImageSet`) and returns its codes, labels and reconstruction error.
 
-    The seed is of the samples of the posterior.
+    The seed is that of the posterior's samples.
 
     Example:
         >>> from kdejsd.data import Digits
@@ -88,7 +88,7 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
         model: the trained model.
         encoded: the set.
         training: whether it is the set that the model was trained on.
-        seed: of the samples that the codes are compared with.
+        seed: seeds the samples that the codes are compared with.
 
     Returns:
         * count: number of images.
@@ -168,7 +168,7 @@ def divergence_measures(model: GAN, images: Any, *, seed: int = 0) -> dict[str, 
     Args:
         model: the trained model, in evaluation mode during the call.
         images: the set.
-        seed: of the latents of as many generated images.
+        seed: seeds the latents of as many generated images.
 
     Returns:
         * count: of images, at most 10 000, and a multiple of the model's packing.

@@ -84,7 +84,7 @@ def novelty_score(
         decoder: codes [n, l] -> examples [n, ...], of more than l values. It must treat each code by itself and consist
             of operations that `torch.func.vmap` and `torch.func.jvp` take.
         x: [n, ...], floating, on the models' device.
-        variance: of the residual in each of the D - l dimensions: `residual_variance` of training examples.
+        variance: the residual's variance in each of the D - l dimensions: `residual_variance` of training examples.
         target: the law of the codes, anything with log_prob: codes [n, l] -> nats [n]. None is the standard normal. A
             LaggedKDE counts an example's own lagged copy if it is among its codes.
         chunk: the number of decodings at a time, which bounds the memory: an example takes l + 1 of them, and l D

@@ -91,7 +91,7 @@ def latent_classes(
 
     Args:
         generator: [B, 2] -> what the classifier takes; None where the classifier acts on the latents.
-        classifier: to logits [B, K], K at least 2.
+        classifier: maps these to logits [B, K], K at least 2.
         codes: [n, 2], of examples; those outside the picture are left out.
         labels: [n] int64, the classes of the codes, -1 for none; None for no classes.
         target: law of the latents, for its circles; None is the standard normal.
@@ -266,7 +266,7 @@ def points(points: Tensor, modes: Tensor, radius: float, *, origins: Tensor | No
     Args:
         points: [n, 2]; those that are not finite are left out.
         modes: [K, 2].
-        radius: of the circles.
+        radius: radius of the circles.
         origins: [n, 2], from which lines are drawn to the points.
 
     Raises:

@@ -97,7 +97,7 @@ class GaussianMixture(nn.Module):
 
     Raises:
         ValueError: if shapes do not match, or scales or weights are not positive and finite.
-        TypeError: if an argument holds anything but real numbers; bools are none.
+        TypeError: if an argument holds anything but real numbers; bools do not count as such.
 
     Example:
         >>> import kdejsd, torch

@@ -23,10 +23,11 @@ class LatentHoles:
 
     Attributes:
         mass: share of the prior where the codes' density is below their own quantile of this level.
-        standard_error: of the mass, from the prior samples and the held-out codes; the density is taken as given.
-        level: the quantile's, and the mass that there is if the codes follow the prior.
-        bandwidth: of the codes' density.
-        num_codes: codes that were given.
+        standard_error: standard error of the mass, from the prior samples and the held-out codes; it takes the
+            density as given.
+        level: level of the quantile, which is the mass if the codes follow the prior.
+        bandwidth: bandwidth of the codes' density.
+        num_codes: number of codes that were given.
 
     Example:
         >>> import kdejsd, torch
@@ -65,14 +66,14 @@ def latent_holes(
     Args:
         codes: [n, d], of the training images, finite, floating point.
         target: the prior; None is the standard normal.
-        level: of the quantile, above 0 and below 1.
-        num_samples: of the prior.
-        rng: of the split and the samples; None for a CPU generator seeded with 0.
+        level: the quantile's level, above 0 and below 1.
+        num_samples: number of samples of the prior.
+        rng: draws the split and the samples; None for a CPU generator seeded with 0.
 
     Raises:
         ValueError: if the codes have another shape than [n, d] with d the target's dimension, are not finite, or too
             few for the level; if a number is out of range; and where `entropy_bandwidth` does.
-        TypeError: if the codes are not a floating-point tensor, or the target is none.
+        TypeError: if the codes are not a floating-point tensor, or `target` is no target.
 
     Example:
         >>> import kdejsd, torch

@@ -40,8 +40,9 @@ class ClassRadius:
     """Holds an estimate of the mean class radius, in the units of the latent space.
 
     Attributes:
-        mean: over the samples; inf if some of them have no other class, NaN if some are NaN.
-        standard_error: of the mean, from the spread of the samples; it knows nothing of a bias that they share.
+        mean: mean over the samples; inf if some of them have no other class, NaN if some are NaN.
+        standard_error: standard error of the mean, from the spread of the samples; it knows nothing of a bias that
+            they share.
         per_sample: [N], the distance from each latent sample.
         latent_dim: d.
         invertible: whether the bound on the class radius may be inverted at this mean. False where a distance is not
@@ -186,7 +187,7 @@ def class_radius_search(
         steps: gradient steps of each of the two phases, towards the boundary (for each class) and along it.
         num_targets: classes t that are tried for each sample: those of the highest logits.
         batch_size: points that the classifier is given at a time.
-        rng: of the samples, on any device; None for a CPU generator seeded with 0.
+        rng: draws the samples, on any device; None for a CPU generator seeded with 0.
         progress: called with the number of samples done, and num_samples, after each batch.
 
     Returns:

@@ -34,11 +34,11 @@ class DiversityReport:
     """Holds the measures of `diversity_report`; it prints as a table, and `as_dict` gives plain values.
 
     Attributes:
-        counts: samples of the prior that are of each class.
+        counts: number of samples of the prior in each class.
         prior: the law of the samples, in words.
         collision_entropy: -log of the probability that two samples are of one class, in nats; 0 to log K.
-        collision_entropy_interval: confidence interval of it, at `confidence`.
-        confidence: of the interval.
+        collision_entropy_interval: its confidence interval, at the level `confidence`.
+        confidence: level of the interval.
         class_radius: mean distance of a sample to the nearest latent of another class, with its standard error and the
             radius of every sample; None for a prior that is not N(0, I).
         radius_bound: the most that the class radius can be at the class probabilities (`class_radius_bound`).
@@ -46,7 +46,7 @@ class DiversityReport:
         uniform_bound: the most for classes of equal probability (`uniform_radius_bound`).
         max_collision_entropy: the most that the collision entropy can be at the class radius; None where the radius
             may not be inverted. The bounds are None for a prior that is not N(0, I).
-        holes: of the codes, None where none were given.
+        holes: the latent holes of the codes; None where no codes were given.
 
     Example:
         >>> import kdejsd, torch
@@ -189,20 +189,20 @@ def diversity_report(
         classifier: to logits or log-probabilities [B, K], K at least 2, by differentiable operations if latent_dim is 5
             or more.
         latent_dim: d.
-        num_samples: N, of the prior, at least 2.
-        radius_samples: from which the class radius is searched for.
-        codes: [n, d], the encoder's, of the training images.
-        hole_level: of the density's quantile below which there is a hole.
+        num_samples: N, the number of samples of the prior, at least 2.
+        radius_samples: number of samples from which the class radius is searched for.
+        codes: [n, d], the encoder's codes of the training images.
+        hole_level: level of the density's quantile below which there is a hole.
         target: the prior; None is the standard normal. The class radius and its bounds are for that one alone.
-        confidence: of the interval, above 0 and below 1.
+        confidence: level of the interval, above 0 and below 1.
         batch_size: latents at a time.
-        rng: of all samples; None for a CPU generator seeded with 0. The global random state is not used.
+        rng: draws all samples; None for a CPU generator seeded with 0. The global random state is not used.
         progress: as in `class_radius_search`, which takes nearly all of the time where it is used.
 
     Raises:
         ValueError: if a number is out of range, the target has another dimension, or logits have another shape or are
             NaN; and where `latent_holes` does.
-        TypeError: if logits are no floating-point tensor, or the target is none.
+        TypeError: if logits are no floating-point tensor, or `target` is no target.
 
     Example:
         >>> import kdejsd, torch
@@ -266,10 +266,10 @@ class DiversityComparison:
 
     Attributes:
         entropy_difference: collision entropy of a less that of b, in nats.
-        entropy_interval: confidence interval of it.
+        entropy_interval: its confidence interval.
         radius_difference: mean class radius of a less that of b; None where they cannot be compared.
-        radius_interval: confidence interval of it.
-        confidence: of the intervals.
+        radius_interval: its confidence interval.
+        confidence: level of the intervals.
 
     Example:
         >>> import kdejsd, torch
@@ -314,8 +314,8 @@ def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: flo
     dimensions. Its interval takes the samples for independent, and is somewhat too narrow (`class_radius`).
 
     Args:
-        a, b: by the same classifier.
-        confidence: of the intervals, above 0 and below 1.
+        a, b: reports by the same classifier.
+        confidence: level of the intervals, above 0 and below 1.
 
     Raises:
         ValueError: if the reports have different numbers of classes, or the confidence is out of range.

@@ -57,7 +57,7 @@ class FDivergence(ABC):
     in their dtype, and are differentiable; NaN in gives NaN out.
 
     Attributes:
-        name: by which `by_name` finds it.
+        name: the name by which `by_name` finds it.
         domain: the open interval on which f* is finite.
         threshold: f'(1), the value of T where p = q.
 

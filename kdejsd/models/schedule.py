@@ -18,7 +18,7 @@ class HalfCosine(LRScheduler):
     cosine from where it is.
 
     Args:
-        optimizer: whose rates are lowered.
+        optimizer: the optimizer whose rates are lowered.
         total: returns T, and is called at every step, since only the run knows T and tuners change it. The rates stay
             as they are while T is infinite or not positive, by which Lightning says that it does not know it.
     """

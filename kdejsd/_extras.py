@@ -1,4 +1,4 @@
-"""What to say when a package of an optional part is missing."""
+"""Explains how to install a package of an optional part that is missing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def train_extra() -> Iterator[None]:
-    """Around the imports of packages that come with the extra `train`: names the missing one and how to install all.
+    """Names the missing package of the extra `train`, and how to install all of them, for the imports inside.
 
     Raises:
         ModuleNotFoundError: in place of the one raised inside.

@@ -1,4 +1,4 @@
-"""Modules that have moved: their former names still import, with a DeprecationWarning, for one version."""
+"""Imports modules that have moved under their former names too, with a DeprecationWarning, for one version."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOVED = {
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Asked by Python for a module that no file of that name has."""
+    """Finds the new module when Python asks for a former name, which no file has."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(name, self) if name in _MOVED else None
@@ -36,5 +36,5 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Lets the former names be found, after all that files have."""
+    """Registers the former names, to be looked up after the names of files."""
     sys.meta_path.append(_Finder())

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Puts modules into evaluation mode for a while."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Map: TypeAlias = Callable[[Tensor], Tensor]  # a network, a function, or a metho
 
 
 def models_of(*parts: object) -> list[nn.Module]:
-    """The modules among the parts; a method of a module stands for the module."""
+    """Returns the modules among the parts; a method of a module stands for the module."""
     owners = (getattr(part, "__self__", part) for part in parts)
     return [owner for owner in owners if isinstance(owner, nn.Module)]
 
 
 class evaluating:
-    """The `models_of` the parts in evaluation mode; afterwards every submodule is in the mode it had."""
+    """Keeps the `models_of` the parts in evaluation mode; at the end every submodule returns to the mode it had."""
 
     def __init__(self, *parts: object) -> None:
         self.modes = [(part, part.training) for model in models_of(*parts) for part in model.modules()]

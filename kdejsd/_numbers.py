@@ -1,4 +1,4 @@
-"""What counts as a number where the public functions take one."""
+"""Checks the numbers that the public functions are given."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ Integer: TypeAlias = SupportsIndex
 
 
 def real(name: str, value: RealNumber) -> float:
-    """The value of an argument that is to be a real number: Python's and NumPy's, and arrays and tensors of one such.
+    """Returns the value of an argument that must be a real number.
+
+    Python's and NumPy's numbers are taken, and arrays and tensors of one number without dimensions.
 
     Raises:
-        TypeError: anything else, among it bools, strings, complex numbers and arrays with dimensions.
-        ValueError: one beyond the range of float64.
+        TypeError: if it is anything else, such as a bool, a string, a complex number or an array with dimensions.
+        ValueError: if it is beyond the range of float64.
     """
     if isinstance(value, float):
         return float(value)
@@ -36,12 +38,13 @@ def real(name: str, value: RealNumber) -> float:
 
 
 def reals(name: str, values: Any) -> Any:
-    """The values of an argument that is to be real numbers in any shape: an array or a tensor as a tensor, a number as
-    in `real`, and a list of what the items of a sequence are.
+    """Returns the values of an argument that must be real numbers, in any shape.
+
+    An array or a tensor comes back as a tensor, a number as in `real`, and a sequence as a list of its converted items.
 
     Raises:
-        TypeError: anything else, among it arrays and tensors of bools or complex numbers.
-        ValueError: as in `real`.
+        TypeError: if it is anything else, such as an array or a tensor of bools or complex numbers.
+        ValueError: if a number is beyond the range of float64.
     """
     if isinstance(values, np.ndarray) and values.ndim == 0:
         return real(name, values)
@@ -60,11 +63,11 @@ def reals(name: str, values: Any) -> Any:
 
 
 def positive(name: str, value: RealNumber) -> float:
-    """`real`, of one that is positive and finite.
+    """Returns the value of an argument that must be a positive, finite number.
 
     Raises:
-        TypeError: as in `real`.
-        ValueError: 0, a negative number, NaN or infinity.
+        TypeError: if it is no real number, as in `real`.
+        ValueError: if it is 0, negative, NaN or infinite.
     """
     number = real(name, value)
     if not 0 < number < math.inf:
@@ -73,11 +76,11 @@ def positive(name: str, value: RealNumber) -> float:
 
 
 def not_negative(name: str, value: RealNumber) -> float:
-    """`real`, of one that is at least 0 and finite.
+    """Returns the value of an argument that must be a finite number of at least 0.
 
     Raises:
-        TypeError: as in `real`.
-        ValueError: a negative number, NaN or infinity.
+        TypeError: if it is no real number, as in `real`.
+        ValueError: if it is negative, NaN or infinite.
     """
     number = real(name, value)
     if not 0 <= number < math.inf:
@@ -86,11 +89,11 @@ def not_negative(name: str, value: RealNumber) -> float:
 
 
 def between(name: str, value: RealNumber, low: float, high: float) -> float:
-    """`real`, of one that is above `low` and below `high`.
+    """Returns the value of an argument that must be above `low` and below `high`.
 
     Raises:
-        TypeError: as in `real`.
-        ValueError: another number.
+        TypeError: if it is no real number, as in `real`.
+        ValueError: if it is outside the range.
     """
     number = real(name, value)
     if not low < number < high:
@@ -99,12 +102,13 @@ def between(name: str, value: RealNumber, low: float, high: float) -> float:
 
 
 def integer(name: str, value: Integer, least: int) -> int:
-    """The value of an argument that is to be an integer of at least `least`: Python's and NumPy's, and arrays and
-    tensors of one such.
+    """Returns the value of an argument that must be an integer of at least `least`.
+
+    Python's and NumPy's integers are taken, and arrays and tensors of one integer without dimensions.
 
     Raises:
-        TypeError: anything else, among it bools and floats that are whole.
-        ValueError: a smaller one.
+        TypeError: if it is anything else, such as a bool or a float, even a whole one.
+        ValueError: if it is smaller than `least`.
     """
     number = _single(value)
     try:
@@ -119,7 +123,7 @@ def integer(name: str, value: Integer, least: int) -> int:
 
 
 def _single(value: Any) -> Any:
-    """What stands in an array or a tensor without dimensions; anything else as it is."""
+    """Returns the item of an array or a tensor without dimensions, and anything else unchanged."""
     return value.item() if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 0 else value
 
 

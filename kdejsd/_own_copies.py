@@ -1,4 +1,4 @@
-"""An index of lagged codes by the training examples they belong to."""
+"""Indexes lagged codes by the training examples they belong to."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class OwnCopies:
 
     Attributes:
         places: [e + 1] int64, the place for each of the examples 0 to e - 1, -1 for none. The last entry takes the
-            places of codes whose example is not known, and is not read.
+            places of codes whose example is not known, and is never read.
     """
 
     def __init__(self) -> None:
@@ -33,8 +33,12 @@ class OwnCopies:
         self._reserved = num_examples
 
     def read(self, indices: Tensor | None, oldest: Tensor) -> None:
-        """Indexes the codes anew: indices [m] int64 are the examples of the codes, -1 where they are not known, or None
-        where there are no codes; `oldest` is the place of the oldest code."""
+        """Indexes the codes anew.
+
+        Args:
+            indices: [m] int64, the examples of the codes, -1 where they are not known; None where there are no codes.
+            oldest: the place of the oldest code.
+        """
         room = self._reserved
         if room is None:
             room = 0 if indices is None else _room(indices)
@@ -46,21 +50,23 @@ class OwnCopies:
             self.places = ((newest + oldest) % len(indices)).where(newest >= 0, -1)
 
     def note(self, indices: Tensor, places: Tensor) -> None:
-        """Notes at which places [k] the codes of examples [k] stand that have just been put there."""
+        """Notes the places [k] of codes of examples [k] that have just been put there."""
         self.places[indices.where(indices >= 0, len(self.places) - 1)] = places
 
     def find(self, index: Tensor, examples: Tensor) -> Tensor:
-        """Returns where the newest code of each example [n] int64 stands, -1 for none. `examples` [m] are those of all
-        codes now: a code may have gone from its place since it was noted."""
+        """Returns the place of the newest code of each example [n] int64, or -1 where it has none.
+
+        `examples` [m] are those of all codes now: a code may have gone from its place since it was noted.
+        """
         place = self.places[index.clamp(-1, len(self.places) - 1)]
         return place.where((index >= 0) & (place >= 0) & (examples[place].round() == index), -1)
 
     def check(self, indices: Tensor, count: int) -> None:
-        """Checks that these are so many indices of examples, and makes room for them, unless room is reserved.
+        """Checks the number and dtype of the indices of examples, and makes room for them unless room is reserved.
 
         Raises:
-            ValueError: another number of them, or an index for which there is no room.
-            TypeError: no int64 tensor.
+            ValueError: if there are more or fewer than `count`, or an index for which there is no room.
+            TypeError: if they are no int64 tensor.
         """
         if list(check_int64("indices", indices).shape) != [count]:
             raise ValueError(f"indices must have shape [{count}], got {list(indices.shape)}")
@@ -77,7 +83,7 @@ class OwnCopies:
 
 
 def _room(indices: Tensor) -> int:
-    """How many examples there are room for when these have it."""
+    """Returns how many examples there must be room for, so that these have it."""
     highest = int(indices.max())
     if highest >= _MOST_EXAMPLES:
         raise ValueError(f"indices must be below {_MOST_EXAMPLES} unless there is a `reserve` for more, got {highest}")
@@ -91,5 +97,5 @@ def check_int64(name: str, value: Tensor) -> Tensor:
 
 
 def looks_at(values: Tensor) -> bool:
-    """Tells whether to look at the values: that would make a GPU wait, and break a compiled graph."""
+    """Tells whether to look at the values, which would make a GPU wait and break a compiled graph."""
     return checks_values() or (values.device.type == "cpu" and not torch.compiler.is_compiling())

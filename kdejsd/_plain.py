@@ -1,4 +1,4 @@
-"""Values of Python's own types, of which checkpoints are made: a file of them loads with `weights_only=True`."""
+"""Reduces values to Python's own types, so that a checkpoint made of them loads with `weights_only=True`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 
 def plain(value: Any, name: str) -> Any:
-    """The value as an int, float, bool, str or None, or as a tuple, list or dict of these.
+    """Returns the value as an int, float, bool, str or None, or as a tuple, list or dict of these.
 
     NumPy's numbers, 0-dim arrays and 0-dim tensors become Python's numbers, and paths become text.
 
     Args:
-        value: what was given.
-        name: of the argument that it was given for.
+        value: the value that was given.
+        name: the name of the argument that it was given for.
 
     Raises:
-        TypeError: a value of another kind.
+        TypeError: if the value is of another kind.
     """
     if value is None or isinstance(value, bool):
         return value

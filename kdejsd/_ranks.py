@@ -1,4 +1,4 @@
-"""What the processes of torch.distributed's default group tell each other. One process alone is a group of one."""
+"""Lets the processes of torch.distributed's default group exchange tensors; one process alone is a group of one."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .ops._common import checks_values
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's number in the group, and how many there are."""
+    """Returns this process's number in the group, and the number of processes."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def gathered(t: Tensor, name: str) -> Tensor:
-    """[R n, ...] in the order of the ranks, from [n, ...] of each; no gradient passes.
+    """Gathers the tensors [n, ...] of all ranks into one [R n, ...], in the order of the ranks; no gradient passes.
 
     Raises:
-        ValueError: a rank has another n (on a GPU finding out would wait for the device: there KDEJSD_CHECK=1 in the
-            environment makes it an error).
+        ValueError: if n differs between ranks. On a GPU the check would wait for the device; there it is made only with
+            KDEJSD_CHECK=1 in the environment.
     """
     size = dist.get_world_size()
     if t.device.type == "cpu" or checks_values():
@@ -41,7 +41,10 @@ def _gathered(t: Tensor, size: int) -> Tensor:
 
 
 def of_first(t: Tensor) -> Tensor:
-    """The first rank's tensor, of the same shape and dtype as the others'; moved through the group's own device."""
+    """Returns the first rank's tensor on every rank; all ranks give tensors of one shape and dtype.
+
+    It is moved through the group's own device.
+    """
     if rank_and_size()[1] > 1:
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         sent = t.to(device)
@@ -51,8 +54,7 @@ def of_first(t: Tensor) -> Tensor:
 
 
 def summed(t: Tensor) -> Tensor:
-    """The sum of all ranks' tensors of the same shape, differentiable: the gradient is that of the sum of all ranks'
-    losses."""
+    """Returns the sum of all ranks' tensors of the same shape; the gradient is that of the sum of all ranks' losses."""
     result: Tensor = _Sum.apply(t)  # type: ignore[no-untyped-call]
     return result
 

@@ -1,4 +1,4 @@
-"""The private names of torch that the ops need, all in one place; test_torch.py checks what each one does."""
+"""Gathers the private names of torch that the ops need; test_torch.py checks what each one does."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ _OTHER_KEYS = ~_bits(
 
 
 def is_plain(arguments: Iterable[object]) -> bool:
-    """Whether a call with these arguments, tensors, numbers and None, may take their addresses: they are ordinary dense
-    tensors of a CPU or of CUDA, and no mode of torch is to see, change or record the call.
+    """Tells whether a call with these arguments, tensors, numbers and None, may take their addresses.
 
-    Asked for is what is known to be harmless. Whatever else there is (tracing, function transforms, fake tensors,
-    subclasses, other layouts, values that are negated or zero by a flag, modes to come) is not.
+    It may if they are ordinary dense tensors of a CPU or of CUDA, and no mode of torch is to see, change or record the
+    call. Only what is known to be harmless passes. Everything else (tracing, function transforms, fake tensors,
+    subclasses, other layouts, values that are negated or zero by a flag, modes to come) does not.
     """
     if torch.compiler.is_dynamo_compiling() or forward_ad._current_level >= 0:
         return False
@@ -67,34 +67,36 @@ def is_plain(arguments: Iterable[object]) -> bool:
 
 
 def _function_modes_matter() -> bool:
-    """Whether there are others than `torch.set_default_device`'s, which is of functions that make tensors alone."""
+    """Tells whether a mode other than `torch.set_default_device`'s is active; that one affects only new tensors."""
     return any(type(_function_mode(level)) is not DeviceContext for level in range(_function_modes()))
 
 
 def forward_mode_active() -> bool:
-    """True inside a `forward_ad.dual_level`."""
+    """Tells whether the call is inside a `forward_ad.dual_level`."""
     return forward_ad._current_level >= 0
 
 
 def on_device(device: int) -> AbstractContextManager[None]:
     """Makes a CUDA device the current one for a while.
 
-    The caller's device is made current again as torch's own operators do it: only where it has a context already. The
-    CUDA runtime's cudaSetDevice would make one, of some 500 MB, on a device that is not used.
+    Afterwards the caller's device becomes current again, as with torch's own operators: only where it already has a
+    context. The CUDA runtime's cudaSetDevice would create one, of some 500 MB, on a device that is not used.
     """
     guard: AbstractContextManager[None] = torch.cuda.device(device)
     return guard
 
 
 def cuda_stream(device: int) -> int:
-    """The handle of the device's current stream."""
+    """Returns the handle of the device's current stream."""
     handle: int = torch._C._cuda_getCurrentRawStream(device)
     return handle
 
 
 def reduced_precision_allowed(device_type: str) -> bool:
-    """Whether float32 products may be taken in TF32, or as sums of two bfloat16 numbers, on a CUDA device or the CPU:
-    `torch.set_float32_matmul_precision` and its kin."""
+    """Tells whether float32 products may be taken in TF32 or as sums of two bfloat16 numbers on a type of device.
+
+    The type is "cuda" or "cpu"; `torch.set_float32_matmul_precision` and its kin decide.
+    """
     if _float32_precision is None:
         return torch.get_float32_matmul_precision() != "highest"
     return _float32_precision("cuda" if device_type == "cuda" else "mkldnn", "matmul") in ("tf32", "bf16")

@@ -1,4 +1,4 @@
-"""The command `kdejsd`."""
+"""Defines the command `kdejsd`."""
 
 from __future__ import annotations
 
@@ -56,8 +56,10 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextmanager
 def _no_display() -> Iterator[None]:
-    """Around the first import of matplotlib: the command draws into files, and needs no window or notebook, for which
-    the environment may name a backend that this process does not have."""
+    """Selects a matplotlib backend that draws into files, around the first import of matplotlib.
+
+    The command needs no window or notebook. The environment may name a backend for one that this process does not have.
+    """
     named = os.environ.get("MPLBACKEND")
     os.environ["MPLBACKEND"] = "agg"
     try:
@@ -70,8 +72,11 @@ def _no_display() -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Silences what tells a user nothing: Lightning's tips and device list, advice on workers, its use of old torch
-    names, torch.export's traceback."""
+    """Silences messages that tell a user nothing.
+
+    These are Lightning's tips, its device list, its advice on workers and its use of old torch names, and
+    torch.export's traceback.
+    """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.export").setLevel(logging.ERROR)  # it logs a traceback beside the error that it raises
@@ -80,7 +85,7 @@ def _quiet() -> None:
 
 
 def _sentence(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """Returns one line that says what went wrong."""
     text = str(error)
     if re.search('^Parser key "|Given value type: ', text):
         return _innermost(text)
@@ -95,7 +100,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _innermost(message: str) -> str:
-    """The cause in jsonargparse's nested messages, with the name of the setting."""
+    """Returns the cause in jsonargparse's nested messages, with the name of the setting."""
     keys: list[tuple[int, str]] = []
     causes: list[tuple[str, str]] = []
     for line in filter(str.strip, message.splitlines()):

@@ -1,4 +1,4 @@
-"""The lagged kernel density of the codes: what Generative Encoding Networks compare with their target."""
+"""Keeps the lagged kernel density of the codes, which Generative Encoding Networks compare with their target."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ _MIXED = "averages over the codes of different examples, which are no codes"
 
 
 class LaggedKDE(nn.Module):
-    """The kernel density p_e of m codes that were computed some steps ago, and its divergence from a target p_t.
+    """Keeps the kernel density p_e of m codes from some steps ago, and measures its divergence from a target p_t.
 
-    GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283), section 3 and Algorithm 1: the codes of m training examples serve
-    as the centers of a kernel density estimate and are constants of the loss; every few minibatches the caller computes
-    them anew and hands them to `refresh`, or a part of them to `update`; or `push` lets the codes of the minibatches
-    themselves take the place of the oldest.
+    This is section 3 and Algorithm 1 of GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283). The codes of m training
+    examples are the centers of a kernel density estimate and are constants of the loss. Every few minibatches the
+    caller computes them anew and hands all of them to `refresh`, or a part of them to `update`. With `push` the codes
+    of the minibatches themselves take the place of the oldest ones.
 
-    The state_dict carries the lagged codes, the examples they belong to and the bandwidth, as tensors: a module that is
-    loaded goes on where the saved one stood. The first two are buffers, so that averages of models have them too
-    (`torch.optim.swa_utils.AveragedModel`). An average of codes of the same examples is taken for their codes; where
-    the examples differ, as those of a queue do from step to step, nothing is left until the next `refresh`. What is
-    written through a buffer's `.data`, of which torch keeps no count, is noticed when the state is next loaded.
+    The state_dict holds the lagged codes, the examples they belong to and the bandwidth, as tensors: a module that
+    loads it goes on where the saved one stood. The codes and examples are buffers, so averages of models have them too
+    (`torch.optim.swa_utils.AveragedModel`). An average of codes of the same examples is taken for their codes. Where
+    the examples differ, as those of a queue do from step to step, no codes are left until the next `refresh`. Values
+    written through a buffer's `.data`, of which torch keeps no count, are noticed when the state is next loaded.
 
-    On several ranks of torch.distributed every rank may keep a share of the codes (`shard`): the densities and their
-    gradients are those of all codes together. A share is no buffer: DistributedDataParallel would make it the first
-    rank's.
+    On several ranks of torch.distributed every rank may keep a share of the codes (`shard`); the densities and their
+    gradients are those of all codes together. A share is no buffer, since DistributedDataParallel would replace it by
+    the first rank's.
 
-    For millions of codes they may be kept in bfloat16, on the host, or both. They are then streamed: parts of them are
-    converted and moved into a few MiB while the loss is computed, and the loss has no second derivatives. What is
-    computed is the loss, in float32, of the codes as they were rounded. A coordinate in bfloat16 has 8 bits: it moves
-    by at most 2^-8 of itself, a code by d <= 2^-8 |z_i|, and log p_e at z' by at most the largest
-    d (2 |z' - z_i| + d) / (2 h^2). It moves far less, since the errors have both signs.
+    Millions of codes may be kept in bfloat16, on the host, or both. They are then streamed: while the loss is computed,
+    parts of them are converted and moved into a few MiB. A streamed loss has no second derivatives. It is computed in
+    float32 from the codes as they were rounded. A coordinate in bfloat16 has 8 bits: it moves by at most 2^-8 of
+    itself, a code by d <= 2^-8 |z_i|, and log p_e at z' by at most the largest d (2 |z' - z_i| + d) / (2 h^2). In
+    practice it moves far less, since the errors have both signs.
 
     Args:
         num_centers: m, the number of lagged codes.
@@ -63,26 +63,37 @@ class LaggedKDE(nn.Module):
             variance, and there is none from h = 1 on.
         divergence: "js", the paper's loss, or "kl", the log-ratio, whose gradient does not vanish where p_e >> p_t.
         storage_dtype: torch.float32 or torch.bfloat16, in which the codes are kept.
-        storage_device: "cpu" keeps the codes on the host wherever the module goes: pinned, once it is on a CUDA device,
-            for which they are copied once; `push` and `update` of codes from there then wait for the device. None: the
-            module's device.
+        storage_device: "cpu" keeps the codes on the host wherever the module goes. Once the module is on a CUDA device
+            they are copied into pinned memory, and `push` and `update` of codes from there wait for the device. None
+            keeps them on the module's device.
 
     Attributes:
         num_centers: m.
-        codes: [m, l], the lagged codes, of storage_dtype unless the module was cast to another one; this rank's alone
-            where they are sharded.
-        examples: [m] float64, the training example of each code; -1 where it is not known. In floating point equal
-            numbers have themselves as their average.
+        codes: [m, l], the lagged codes, of storage_dtype unless the module was cast to another one; only this rank's
+            share where they are sharded.
+        examples: [m] float64, the training example of each code, -1 where it is not known. They are floating-point
+            numbers, of which equal ones have themselves as their average.
         oldest: 0-dim float64, the place of the oldest code.
-        stamp: [2] float64, a number s in [0, 1), another one whenever the examples change, and s^2. Of an average over
-            different ones the second is greater than the square of the first; so it is before the first refresh.
+        stamp: [2] float64, a number s in [0, 1), which changes whenever the examples do, and s^2. In an average over
+            different examples the second exceeds the square of the first; so it does before the first refresh.
         bandwidth: h as a float.
-        law: what p_e is compared with: the target, or the smoothed target.
+        law: the target or the smoothed target, with which p_e is compared.
 
     Raises:
-        ValueError: sizes below 1, a target of another dimension, a bandwidth that is not positive and finite, an
-            unknown divergence or storage_device, or `smoothed` with a target that has no `smoothed(h)`.
-        TypeError: sizes that are no integers, or another storage_dtype.
+        ValueError: if a size is below 1, the target has another dimension, the bandwidth is not positive and finite,
+            the divergence or storage_device is unknown, or `smoothed` meets a target that has no `smoothed(h)`.
+        TypeError: if a size is no integer, or storage_dtype is another dtype.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import LaggedKDE
+        >>> rng = torch.Generator().manual_seed(0)
+        >>> lagged = LaggedKDE(num_centers=500, latent_dim=2)
+        >>> lagged.refresh(torch.randn(500, 2, generator=rng))  # codes that follow the target
+        >>> z, noise = torch.randn(2, 1000, 2, generator=rng)
+        >>> good, shifted = lagged.loss(z, noise=noise), lagged.loss(z + 2, noise=noise)
+        >>> print(f"{good.abs():.1f} for codes that follow it, {shifted:.1f} for shifted ones")
+        0.0 for codes that follow it, 0.2 for shifted ones
     """
 
     codes: Tensor
@@ -142,18 +153,20 @@ class LaggedKDE(nn.Module):
 
     @property
     def indices(self) -> Tensor:
-        """A copy of `examples` as [m] int64."""
+        """Returns a copy of `examples` as [m] int64."""
         return self.examples.round().long()
 
     @property
     def refreshed(self) -> bool:
-        """Whether there are codes. To find out waits for a GPU."""
+        """Tells whether there are codes; to find out waits for a GPU."""
         self._read()
         return self._fault is None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LaggedKDE:
-        """What `to`, `cuda` and their kin do to every tensor of a module: not to codes that are to stay on the host;
-        and the examples' numbers keep their dtype."""
+        """Moves or casts the tensors, for `to`, `cuda` and their kin.
+
+        Codes that are to stay on the host stay there, and the examples' numbers keep their dtype.
+        """
         codes, numbers = self.codes, {id(getattr(self, name)) for name in _BUFFERS[1:]}
 
         def applied(t: Tensor) -> Tensor:
@@ -175,8 +188,11 @@ class LaggedKDE(nn.Module):
         self.codes = codes.pin_memory() if self.storage_device == "cpu" and self.examples.is_cuda else codes
 
     def _look(self) -> None:
-        """Reads the buffers again if they are others than those that were read: optimisers that average models, and
-        whoever loads a state, write into them. Nothing waits for a GPU to find out."""
+        """Reads the buffers again if they have changed since they were read.
+
+        Optimisers that average models write into them, and so does whoever loads a state. Nothing waits for a GPU to
+        find out.
+        """
         if torch.compiler.is_compiling():
             return
         examples, version = self._now()
@@ -201,16 +217,16 @@ class LaggedKDE(nn.Module):
         """Replaces the lagged codes.
 
         Args:
-            codes: [m, l], any floating dtype, or parts [k, l] of them in their order, which need not exist at once; no
-                gradient is kept.
-            indices: [m] int64, the training example that each code belongs to, all different; None when not known, in
-                which case no query's own copy can be left out.
+            codes: [m, l] in any floating dtype, or an iterable of parts [k, l] in their order, which need not exist at
+                once; no gradient is kept.
+            indices: [m] int64, the training example that each code belongs to, all different. With None they are not
+                known, and no query's own copy can be left out.
 
         Raises:
-            ValueError: wrong shapes, or NaN or infinity among the codes (on a GPU this would wait for the device: there
-                NaN codes give a NaN loss, and KDEJSD_CHECK=1 in the environment makes it an error); an index from 2^28
-                on for which there is no `reserve`.
-            TypeError: codes that are no floating-point tensor, indices that are no int64 tensor.
+            ValueError: if a shape is wrong, if the codes contain NaN or infinity (on a GPU the check would wait for the
+                device: there NaN codes give a NaN loss unless KDEJSD_CHECK=1 is in the environment), or if an index is
+                2^28 or more without a `reserve` for it.
+            TypeError: if the codes are no floating-point tensor, or the indices no int64 tensor.
         """
         m = len(self.codes)
         self._look()
@@ -246,15 +262,15 @@ class LaggedKDE(nn.Module):
 
     @torch.no_grad()
     def update(self, codes: Tensor, start: int) -> None:
-        """Replaces the lagged codes from place `start` on by newer ones of the same examples.
+        """Replaces the lagged codes from place `start` on with newer ones of the same examples.
 
         Args:
-            codes: [k, l], start + k at most m; otherwise as in `refresh`.
-            start: at least 0.
+            codes: [k, l] with start + k at most m; otherwise as in `refresh`.
+            start: the first place, at least 0.
 
         Raises:
-            ValueError, TypeError: as in `refresh`, and for places that do not exist or a start that is no integer.
-            RuntimeError: before the first refresh.
+            ValueError, TypeError: as in `refresh`, and if a place does not exist or `start` is no integer.
+            RuntimeError: if there was no refresh yet.
         """
         self._check(codes)
         start, last = integer("start", start, 0), len(self.codes) - len(codes)
@@ -267,8 +283,8 @@ class LaggedKDE(nn.Module):
     def push(self, codes: Tensor, indices: Tensor) -> None:
         """Puts codes in the places of the oldest ones.
 
-        An example may come again while its last code is still there; the newest is its own copy. That leaves a code
-        without an older copy of itself as long as each epoch goes through the training set once and m is at most its
+        An example may come again while its last code is still there; its newest code counts as its own copy. No code
+        meets an older copy of itself as long as each epoch goes through the training set once and m is at most its
         size.
 
         Args:
@@ -276,9 +292,9 @@ class LaggedKDE(nn.Module):
             indices: [k] int64, the training examples.
 
         Raises:
-            ValueError, TypeError: as in `refresh`; values are not looked at while torch.compile traces, which takes a
+            ValueError, TypeError: as in `refresh`. Values are not checked while torch.compile traces, which needs a
                 `reserve` before.
-            RuntimeError: before the first refresh.
+            RuntimeError: if there was no refresh yet.
         """
         self._check(codes)
         self._check_refreshed("push")
@@ -303,19 +319,20 @@ class LaggedKDE(nn.Module):
 
     @torch.no_grad()
     def shard(self) -> None:
-        """Lets every rank of torch.distributed's default group keep a share of the codes alone: of R ranks, rank r the
-        places r, r + R, r + 2 R and so on. On one process nothing changes.
+        """Lets every rank of torch.distributed's default group keep only a share of the codes.
 
-        From here on `refresh` and `update` are for this rank's share, `push` for the codes of its minibatch, and
-        `log_prob` and `loss` for its queries. These two are called by all ranks together, with as many queries on each.
-        `state_dict` has this rank's share and asks no other rank; what can be loaded on any number of ranks is
-        `gathered_state`. In a step each rank does 1 / R of the work for the queries of all ranks, and what it sends
-        does not depend on m. There are no second derivatives, and the loss of a rank is the mean over its own queries:
-        DistributedDataParallel averages the gradients.
+        Of R ranks, rank r keeps the places r, r + R, r + 2 R and so on. On one process nothing changes.
+
+        Afterwards `refresh` and `update` take this rank's share, `push` the codes of its minibatch, and `log_prob` and
+        `loss` its queries. All ranks call the last two together, with the same number of queries on each. `state_dict`
+        has this rank's share and asks no other rank; `gathered_state` can be loaded on any number of ranks. In a step
+        each rank does 1 / R of the work for the queries of all ranks, and the amount it sends does not depend on m.
+        There are no second derivatives. The loss of a rank is the mean over its own queries: DistributedDataParallel
+        averages the gradients.
 
         Raises:
-            ValueError: fewer codes than ranks.
-            RuntimeError: a module that is sharded already.
+            ValueError: if there are fewer codes than ranks.
+            RuntimeError: if the module is sharded already.
         """
         if self.ranks > 1:
             raise RuntimeError("the codes are sharded already")
@@ -328,7 +345,7 @@ class LaggedKDE(nn.Module):
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Gives all codes back to every rank; called by all of them. On one process nothing changes."""
+        """Gives all codes back to every rank; all ranks call it together. On one process nothing changes."""
         if self.ranks > 1:
             state = self.gathered_state()
             self.rank, self.ranks = 0, 1
@@ -336,11 +353,12 @@ class LaggedKDE(nn.Module):
 
     @torch.no_grad()
     def gathered_state(self, prefix: str = "") -> dict[str, Tensor]:
-        """The part of `state_dict` that a share takes, with the codes of all ranks, which call this together. It can be
-        loaded on any number of ranks.
+        """Returns the sharded part of `state_dict` with the codes of all ranks; all ranks call it together.
+
+        It can be loaded on any number of ranks.
 
         Args:
-            prefix: put before the names: `model.state_dict() | model.lagged.gathered_state("lagged.")`.
+            prefix: text put before the names: `model.state_dict() | model.lagged.gathered_state("lagged.")`.
 
         Returns:
             The tensors by their names; those that were gathered are on the host.
@@ -354,18 +372,18 @@ class LaggedKDE(nn.Module):
         return {prefix + name: t for name, t in (state | self._numbers(0, 1)).items()}
 
     def _numbers(self, rank: int, ranks: int) -> dict[str, Tensor]:
-        """What the state has beside the buffers."""
+        """Returns the entries of the state that are no buffers."""
         return {
             "bandwidth": torch.tensor(self.bandwidth, dtype=torch.float64, device="cpu"),
             "shard": torch.tensor([rank, ranks], device="cpu"),
         }
 
     def share(self, whole: Tensor) -> Tensor:
-        """Of a tensor with an entry for each of the m places the entries of this rank's."""
+        """Returns this rank's entries of a tensor with an entry for each of the m places."""
         return whole[self.rank :: self.ranks]
 
     def _take_share(self, codes: Tensor, examples: Tensor, oldest: Tensor, stamp: Tensor) -> None:
-        """Keeps this rank's share of all codes, the oldest of which stands at a place."""
+        """Keeps this rank's share of all codes; `oldest` is the place of the oldest of all."""
         start = int(oldest)
         if start % self.ranks:  # the oldest codes of all ranks have to stand at the same place
             codes, examples, start = codes.roll(-start, 0), examples.roll(-start), 0
@@ -383,7 +401,10 @@ class LaggedKDE(nn.Module):
         self._read()
 
     def _whole(self, own: Tensor) -> Tensor:
-        """All ranks' entries at their places, on the host; of this rank's, in parts that fit the device."""
+        """Returns all ranks' entries at their places, on the host; they are gathered in parts that fit the device.
+
+        On one process it returns this rank's own.
+        """
         if self.ranks == 1:
             return own
         whole = torch.empty(self.num_centers, *own.shape[1:], dtype=own.dtype)
@@ -400,34 +421,35 @@ class LaggedKDE(nn.Module):
         return whole
 
     def reserve(self, num_examples: int) -> None:
-        """Makes room to remember the places of examples 0 to num_examples - 1. Without it room is made as indices come,
-        which makes a GPU wait for them; after it an index beyond is out of bounds.
+        """Makes room to remember the places of examples 0 to num_examples - 1.
+
+        Without it room is made as indices come, and a GPU waits for them; after it, a larger index is out of bounds.
 
         Raises:
-            ValueError: less than 0.
-            TypeError: no integer.
+            ValueError: if num_examples is below 0.
+            TypeError: if num_examples is no integer.
         """
         self.own_copies.reserve(integer("num_examples", num_examples, 0))
         self._read()  # now: a compiled `push` or `loss` does not look
 
     def own_copy(self, index: Tensor) -> Tensor:
-        """Where the newest lagged code of each example stands: index [n] int64 -> places [n] int64, -1 for none.
+        """Returns the places [n] int64 of the newest lagged codes of examples [n] int64, -1 where there is none.
 
         Raises:
-            TypeError: an index that is no int64 tensor.
+            TypeError: if the index is no int64 tensor.
         """
         check_int64("index", index)
         self._look()
         return self.own_copies.find(index, self.examples)
 
     def _remember(self, indices: Tensor, places: Tensor) -> None:
-        """Notes where the codes of examples stand that have just been put there."""
+        """Notes the places of codes that have just been put there."""
         self.own_copies.note(indices, places)
         if not torch.compiler.is_compiling():
             self._seen = self._now()
 
     def _check(self, codes: Tensor, count: int | None = None) -> None:
-        """That these are codes, this many of them."""
+        """Checks the shape, the dtype and, if `looks_at` them, the values of codes."""
         if count is None:
             count = len(codes) if check_tensor("codes", codes).ndim else 1
         expected = [count, self.codes.shape[1]]
@@ -445,10 +467,10 @@ class LaggedKDE(nn.Module):
             raise RuntimeError(f"LaggedKDE holds {self._fault}: call refresh(codes) before {name}")
 
     def log_prob(self, z: Tensor, index: Tensor | None = None) -> Tensor:
-        """log p_e in nats at z [n, l], as [n]; `index` as in `loss`.
+        """Returns log p_e in nats at z [n, l], as [n]; `index` as in `loss`.
 
         Raises:
-            RuntimeError: before the first refresh.
+            RuntimeError: if there was no refresh yet.
         """
         query = self._query(z)
         if self._is_streamed():
@@ -457,7 +479,7 @@ class LaggedKDE(nn.Module):
         return kde_log_prob(query, self.codes, self.bandwidth, exclude_self=exclude_self)
 
     def _streamed(self, query: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """log p_e [n] without each query's own lagged copy, and of how many codes it is, [n]; both in float64."""
+        """Returns log p_e [n] without each query's own lagged copy, and how many codes it is of, [n], in float64."""
         copy = None
         if index is not None:
             copy = self.own_copy(index if self.ranks == 1 else gathered(index, "indices"))
@@ -465,7 +487,7 @@ class LaggedKDE(nn.Module):
         return log_prob, count
 
     def _is_streamed(self) -> bool:
-        """Whether the codes lie in another dtype or memory than they are computed with, or on other ranks."""
+        """Tells whether the codes lie in another dtype or memory than they are computed with, or on other ranks."""
         return self.ranks > 1 or self.codes.dtype != self._dtype or self.codes.device != self.examples.device
 
     def loss(
@@ -476,27 +498,29 @@ class LaggedKDE(nn.Module):
         noise: Tensor | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
-        """The latent term of the training loss at the codes of a minibatch: GENs eq. 3 for "js", the mean of
-        log p_e - log p_t for "kl".
+        """Returns the latent term of the training loss at the codes of a minibatch.
 
-        Eq. 3 is a mean over p_e. Codes as they are (no noise) stand for it in the paper; they lie where p_e of the
-        other codes is low by chance, more so the fewer there are, and are pushed apart without bound. Codes with the
-        kernel's noise, each with its own kernel among those of p_e, are samples of p_e: the term is then at least 0 in
-        the mean, and its gradient is that of the divergence between p_e and what it is compared with.
+        For "js" it is GENs eq. 3, for "kl" the mean of log p_e - log p_t.
+
+        Eq. 3 is a mean over p_e. In the paper the codes as they are (no noise) stand for samples of p_e. They lie where
+        p_e of the other codes is low by chance, the more so the fewer there are, and are pushed apart without bound.
+        With the kernel's noise the codes, each with its own kernel among those of p_e, are samples of p_e. The term is
+        then at least 0 in the mean, and its gradient is that of the divergence between p_e and the law it is compared
+        with.
 
         Args:
             z: codes [n, l].
             index: [n] int64, the training example of each code, -1 where there is none. The lagged copy of the same
-                example is left out: it would be at distance almost zero. None leaves nothing out.
-            noise: [n, l], samples of the standard normal: the term is taken at z + bandwidth noise, and p_e has for
-                each code a kernel at z as it is now, in place of its lagged copy. None takes the codes as they are.
+                example is left out, since its distance would be almost zero. None leaves nothing out.
+            noise: [n, l], samples of the standard normal. The term is taken at z + bandwidth noise, and for each code
+                p_e has a kernel at its present place z instead of its lagged copy. None takes the codes as they are.
             reduction: "mean", "sum" or "none".
 
         Returns:
             The term in nats, differentiable in z: 0-dim, or [n] for "none".
 
         Raises:
-            RuntimeError: before the first refresh.
+            RuntimeError: if there was no refresh yet.
         """
         query, own = self._query(z), None
         if noise is not None:
@@ -518,9 +542,11 @@ class LaggedKDE(nn.Module):
         )
 
     def jsd(self, z: Tensor, rng: torch.Generator) -> Tensor:
-        """`codes_jsd` of codes z [n, l] by this kernel, from what the loss compares p_e with, the target or the
-        smoothed target; in nats, 0-dim. It does not look at the lagged codes. The random number
-        generator is on the device of z."""
+        """Returns `codes_jsd` of codes z [n, l] by this kernel, from the law that the loss compares p_e with.
+
+        It is in nats, 0-dim, and does not look at the lagged codes. The random number generator must be on the device
+        of z.
+        """
         return codes_jsd(z.to(self._dtype), self.bandwidth, self.law, rng)
 
     def _query(self, z: Tensor) -> Tensor:
@@ -529,7 +555,7 @@ class LaggedKDE(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        """In which everything is computed."""
+        """Returns the dtype in which everything is computed."""
         return torch.promote_types(self.codes.dtype, torch.float32)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -593,7 +619,7 @@ class LaggedKDE(nn.Module):
 
 
 def _popped(state_dict: dict[str, Any], key: str, missing_keys: list[str]) -> Tensor | None:
-    """What is under a key, which is taken away, or noted as missing."""
+    """Removes a key and returns its value; notes the key as missing if it is not there."""
     value: Tensor | None = state_dict.pop(key, None)
     if value is None:
         missing_keys.append(key)

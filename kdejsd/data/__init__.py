@@ -1,8 +1,8 @@
-"""Images to train on, as LightningDataModules that hold the whole set in memory.
+"""Provides images to train on, as LightningDataModules that hold the whole set in memory.
 
-A batch is (images [n, C, H, W] float32 in [0, 1], labels [n] int64, indices [n] int64): labels are -1 where there are
+A batch is (images [n, C, H, W] float32 in [0, 1], labels [n] int64, indices [n] int64). Labels are -1 where there are
 none, and an index is the example's place in its set, training or held-out. The points of `Grid2D` are images of one
-pixel, anywhere.
+pixel, whose values may lie outside [0, 1].
 """
 
 from .base import Batch, BatchLoader, BatchOrder, ImageData, ImageSet

@@ -1,4 +1,4 @@
-"""What all sets of images share: the set in memory, the order of its batches, the data module."""
+"""Defines the parts that all sets of images share: the set in memory, the order of its batches, the data module."""
 
 from __future__ import annotations
 
@@ -20,11 +20,19 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class ImageSet(Dataset[Batch]):
-    """Images and labels in memory; a batch is one index operation.
+    """Holds images and labels in memory, and returns a batch by one index operation.
 
     Args:
         images: [N, C, H, W], uint8 (0 to 255) or float32 (0 to 1).
         labels: [N] int64.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.data import ImageSet
+        >>> images = ImageSet(torch.full((5, 1, 2, 2), 255, dtype=torch.uint8), torch.arange(5))
+        >>> batch, labels, indices = images[torch.tensor([3, 0])]
+        >>> batch.shape, float(batch.max()), labels
+        (torch.Size([2, 1, 2, 2]), 1.0, tensor([3, 0]))
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -35,7 +43,7 @@ class ImageSet(Dataset[Batch]):
         return len(self.images)
 
     def __getitem__(self, index: int | Tensor) -> Batch:
-        """The example or, for a tensor of indices, the batch."""
+        """Returns the example of an index, or the batch of a tensor of indices."""
         index = torch.as_tensor(index)
         images = self.images[index]
         if images.dtype == torch.uint8:
@@ -43,37 +51,53 @@ class ImageSet(Dataset[Batch]):
         return images, self.labels[index], index
 
     def subset(self, indices: Tensor) -> ImageSet:
-        """The set of the given examples, which are numbered anew."""
+        """Returns the set of the given examples, which are numbered anew."""
         return ImageSet(self.images[indices], self.labels[indices])
 
     def read(self) -> ImageSet:
-        """Itself: it has been read."""
+        """Returns the set itself, which has been read."""
         return self
 
 
 class ImageSource(Protocol):
-    """Images that may still be in their files, so that only those that are used need to be read."""
+    """Describes images that may still be in their files, so that only those that are used need to be read."""
 
     def __len__(self) -> int: ...
 
     def subset(self: Source, indices: Tensor) -> Source:
-        """The given ones."""
+        """Returns the images of the given indices."""
 
     def read(self) -> ImageSet:
-        """All of them, in memory."""
+        """Returns all of the images in memory."""
 
 
 Source = TypeVar("Source", bound=ImageSource)
 
 
 class BatchOrder(DistributedSampler[Tensor]):
-    """Batches of indices; shuffled anew every epoch, by the seed and the epoch's number alone.
+    """Yields batches of indices, shuffled anew every epoch by the seed and the epoch's number alone.
 
-    Of several ranks each gets its own `batch_size` indices of batches that are `ranks` times as large. Being a
-    DistributedSampler tells Lightning that it has to put none in place of this.
+    On several ranks each gets its own `batch_size` indices of batches that are `ranks` times as large. It is a
+    DistributedSampler so that Lightning puts none in its place.
 
     Lightning tells the epoch through `set_epoch`. `position` is the number of batches given out in this epoch. A run
-    resumed within an epoch goes on with the batches that were left: `start` is that epoch and how many it skips.
+    resumed within an epoch goes on with the batches that were left: `start` is that epoch and the number of its batches
+    that are skipped.
+
+    Args:
+        count: the number of examples.
+        batch_size: indices per batch, on each rank.
+        seed: the seed of the order; None keeps the examples in order, and their last batch though it may be smaller.
+        rank: this rank's number.
+        ranks: the number of ranks.
+
+    Example:
+        >>> from kdejsd.data import BatchOrder
+        >>> order = BatchOrder(count=10, batch_size=4, seed=0)
+        >>> [len(batch) for batch in order]  # of a last, smaller batch training sees nothing
+        [4, 4]
+        >>> [batch.tolist() for batch in BatchOrder(count=5, batch_size=3, seed=None)]
+        [[0, 1, 2], [3, 4]]
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None, rank: int = 0, ranks: int = 1) -> None:
@@ -103,9 +127,22 @@ class BatchOrder(DistributedSampler[Tensor]):
 
 
 class BatchLoader(DataLoader[Batch]):
-    """Whole batches by index, in this process; its place in the epoch goes into checkpoints.
+    """Loads whole batches by index in this process, and keeps its place in the epoch for checkpoints.
 
-    There are no workers: an index operation takes less time than handing a batch over.
+    There are no workers, since an index operation takes less time than handing a batch over.
+
+    Args:
+        dataset: the images.
+        order: the order of the batches.
+        sampler: the sampler that Lightning puts in when it makes the loader anew. A SequentialSampler leads to batches
+            in the order of the images; any other leaves `order` as it is.
+
+    Example:
+        >>> from kdejsd.data import Digits
+        >>> loader = Digits(batch_size=50).train_dataloader()
+        >>> images, labels, indices = next(iter(loader))
+        >>> images.shape, len(loader), loader.state_dict()["position"]
+        (torch.Size([50, 1, 8, 8]), 28, 1)
     """
 
     def __init__(self, dataset: ImageSet, order: BatchOrder, sampler: object = None, **_: object) -> None:
@@ -130,7 +167,7 @@ class BatchLoader(DataLoader[Batch]):
         """Goes on where the state was taken.
 
         Raises:
-            ValueError: other batches, of a state from within an epoch.
+            ValueError: if the state is from within an epoch and the batches are others now.
         """
         now = self.state_dict()
         changed = [
@@ -147,22 +184,28 @@ class BatchLoader(DataLoader[Batch]):
 
 
 class ImageData(pl.LightningDataModule):
-    """Images to train on: a training set, a held-out set, and batches of them.
+    """Provides images to train on: a training set, a held-out set, and batches of them.
 
-    Its settings go into checkpoints, as Python's own numbers and text. What else the constructor of a subclass takes,
-    an object, say, is left out there.
+    A subclass defines `image_shape` and `load`. Its settings go into checkpoints, as Python's own numbers and text; any
+    other argument of its constructor, such as an object, is left out there.
 
     Args:
         batch_size: images per training step, on each device.
         train_size: train on this many images, drawn by the seed; None takes all.
-        labelled_size: keep the labels of this many training images, drawn by the seed, and hide those of the others
-            (-1); None keeps all. Held-out images keep theirs.
-        seed: of the draws and of the order of the batches.
+        labelled_size: keep the labels of this many training images, drawn by the seed, and hide the others (-1); None
+            keeps all. Held-out images keep theirs.
+        seed: the seed of the draws and of the order of the batches.
 
     Raises:
-        ValueError: batch_size or train_size below 1 or larger than the training set, labelled_size below 0 or larger
-            than the number of images trained on.
-        TypeError: a number that is no integer.
+        ValueError: if batch_size or train_size is below 1 or larger than the training set, or labelled_size is below 0
+            or larger than the number of images trained on.
+        TypeError: if a number is no integer.
+
+    Example:
+        >>> from kdejsd.data import Digits
+        >>> data = Digits(train_size=1000, labelled_size=10)
+        >>> len(data.training), int((data.training.labels >= 0).sum()), int((data.held_out.labels >= 0).sum())
+        (1000, 10, 359)
     """
 
     image_shape: tuple[int, int, int]
@@ -197,11 +240,11 @@ class ImageData(pl.LightningDataModule):
                 del self.hparams[name]
 
     def load(self) -> tuple[ImageSource, ImageSource]:
-        """All training images and the held-out images."""
+        """Returns all training images and the held-out images."""
         raise NotImplementedError(f"{type(self).__name__} must define load()")
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the images, once."""
+        """Reads the images once; later calls do nothing."""
         if self._sets is not None:
             return
         training, held_out = self.load()
@@ -218,14 +261,14 @@ class ImageData(pl.LightningDataModule):
 
     @property
     def training(self) -> ImageSet:
-        """The images trained on."""
+        """Returns the images trained on."""
         self.setup()
         assert self._sets is not None
         return self._sets[0]
 
     @property
     def held_out(self) -> ImageSet:
-        """The images kept out of training."""
+        """Returns the images kept out of training."""
         self.setup()
         assert self._sets is not None
         return self._sets[1]
@@ -241,28 +284,28 @@ class ImageData(pl.LightningDataModule):
         return BatchLoader(self.training, BatchOrder(count, self.batch_size, self.seed, rank, ranks))
 
     def val_dataloader(self) -> BatchLoader:
-        """All of the held-out images on every rank: what is measured is the same on any number of them."""
+        """Returns batches of all held-out images, on every rank: so measures do not depend on the number of ranks."""
         return BatchLoader(self.held_out, BatchOrder(len(self.held_out), max(self.batch_size, 1000), None))
 
     def predict_dataloader(self) -> BatchLoader:
-        """The held-out images."""
+        """Returns batches of the held-out images."""
         return self.val_dataloader()
 
     # What a set knows of images that a model makes like its own
 
     def sample_measures(self, images: Tensor) -> dict[str, float]:
-        """How good generated images [n, C, H, W] are, by what is known of the law of the set; mostly nothing is."""
+        """Measures generated images [n, C, H, W] by the known law of the set; most sets know none and return {}."""
         return {}
 
     def classifier(self) -> Callable[[Tensor], Tensor] | None:
-        """A classifier that the set comes with, images [n, C, H, W] -> logits [n, K]; mostly there is none."""
+        """Returns the set's own classifier, images [n, C, H, W] -> logits [n, K], or None: most sets have none."""
         return None
 
     def _shuffled(self, count: int) -> Tensor:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
 
     def _hidden(self, labels: Tensor, kept: int) -> Tensor:
-        """The labels with all but so many of them replaced by -1."""
+        """Returns the labels with all but `kept` of them replaced by -1."""
         known = torch.nonzero(labels >= 0)[:, 0]
         if kept > len(known):
             raise ValueError(f"labelled_size must be at most {len(known)}, the number of labels trained on, got {kept}")
@@ -270,14 +313,14 @@ class ImageData(pl.LightningDataModule):
         return torch.full_like(labels, -1).index_copy(0, chosen, labels[chosen])
 
     def _split(self, images: Source, held_out: float) -> tuple[Source, Source]:
-        """Two parts, drawn by the seed; the second one is a share of the images, one at least."""
+        """Splits images into two parts drawn by the seed; the second has the share `held_out` of them, at least one."""
         order = self._shuffled(len(images))
         count = max(1, round(held_out * len(images)))
         return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
 
 
 def _finite(data: ImageData, part: str, images: ImageSet) -> ImageSet:
-    """The images, if all their values are finite."""
+    """Returns the images if all their values are finite."""
     if images.images.is_floating_point():
         bad = (~images.images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:

@@ -1,4 +1,4 @@
-"""The digits that come with scikit-learn."""
+"""Provides the digits that come with scikit-learn."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ with train_extra():
 
 
 class Digits(ImageData):
-    """scikit-learn's 1797 handwritten digits, 8x8; one in five is held out, drawn by the seed.
+    """Loads scikit-learn's 1797 handwritten digits, 8x8; one in five is held out, drawn by the seed.
 
     Args and errors: as in `ImageData`.
+
+    Example:
+        >>> from kdejsd.data import Digits
+        >>> data = Digits(batch_size=100, train_size=1000)
+        >>> data.image_shape, len(data.training), len(data.held_out)
+        ((1, 8, 8), 1000, 359)
     """
 
     image_shape = (1, 8, 8)

@@ -1,4 +1,4 @@
-"""The files of data sets: where they are looked for, and what an error says of one that is missing or damaged."""
+"""Finds the files of data sets, and makes the errors for files that are missing or damaged."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ with train_extra():
 
 
 def folder_of(root: str | os.PathLike[str]) -> Path:
-    """The folder that a root names, with `~` and environment variables put in.
+    """Returns the folder that a root names, with `~` and environment variables put in.
 
     Raises:
-        ValueError: it names none.
-        TypeError: neither text nor a path.
+        ValueError: if it names no folder.
+        TypeError: if it is neither text nor a path.
     """
     name = plain(root, "root")
     if not isinstance(name, str):
@@ -38,14 +38,14 @@ def find(
     advice: str,
     is_there: Callable[[Path], bool] = Path.is_file,
 ) -> Path:
-    """The file of one of these names in the root or in one of its folders; what stands first goes first.
+    """Returns the file of one of these names in the root or in one of its folders; the first one found counts.
 
     Args:
-        folders: by their paths from the root, which is "".
-        is_there: Path.is_dir for a folder in place of a file.
+        folders: the folders by their paths from the root, which is "".
+        is_there: Path.is_dir finds a folder in place of a file.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: if there is none.
     """
     places = [root / folder for folder in folders]
     for place in places:
@@ -67,16 +67,16 @@ def how_to_get(url: str) -> str:
 
 
 def damaged(path: Path, expected: str, found: str, url: str) -> ValueError:
-    """Returns the error for a file that does not hold what it should; a whole one can be had from the URL."""
+    """Returns the error for a file that does not hold what it should; it says where to get a whole one."""
     return ValueError(f"{path} is damaged: expected {expected}, found {found}; {how_to_get(url)}")
 
 
 def unreadable(data: ImageData, path: Path, error: OSError, url: str) -> OSError:
-    """Returns the error for a file that was there when it was looked for."""
+    """Returns the error for a file that was found but cannot be read."""
     return type(error)(f"{type(data).__name__} cannot read {path}: {error.strerror}; {how_to_get(url)}")
 
 
 @rank_zero_only
 def note(data: ImageData, text: str) -> None:
-    """Tells the user, once for all ranks, what was found."""
+    """Tells the user, once for all ranks, which files were found."""
     print(f"{type(data).__name__}: {text}", file=sys.stderr)

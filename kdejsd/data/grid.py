@@ -1,4 +1,4 @@
-"""Points of the plane around the places of a grid."""
+"""Provides points of the plane around the places of a grid."""
 
 from __future__ import annotations
 
@@ -14,26 +14,37 @@ from .base import ImageData, ImageSet
 
 
 class Grid2D(ImageData):
-    """2D-Grid: points of a mixture of (2n + 1)^2 normals of equal weight, with variance 0.0025 in each direction and
-    means at the places of a square grid of spacing 2 around 0. A model's collapse onto some of the modes can be seen
-    and counted.
+    """Draws points of a mixture of (2n + 1)^2 normals on a square grid, to count the modes that a model reaches.
+
+    The normals of 2D-Grid have equal weights, a variance of 0.0025 in each direction, and means at the places of a
+    square grid of spacing 2 around 0. A model's collapse onto some of the modes can be seen and counted.
 
     For the data modules, networks and models a point is an image of one pixel with two channels, (2, 1, 1), not kept in
     [0, 1]. Its label is its mode: 0 to (2n + 1)^2 - 1, y before x.
 
     Args:
-        n: places on either side of the middle; 2 makes 25 modes.
-        num_samples: points, of which a share is held out.
-        held_out: that share.
+        n: the number of places on either side of the middle; 2 makes 25 modes.
+        num_samples: the number of points, held-out ones included.
+        held_out: the share of the points held out.
         batch_size: points per training step.
-        kwargs: as in `ImageData`; the seed is of the points too.
+        kwargs: as in `ImageData`; the seed draws the points too.
 
     Attributes:
         modes: [(2n + 1)^2, 2] float32, the means.
 
     Raises:
-        ValueError: n negative, num_samples below 2, a share that is not between 0 and 1 or leaves no point on either
-            side, and what `ImageData` refuses.
+        ValueError: if n is negative, num_samples is below 2, the share is not between 0 and 1 or leaves no point on
+            either side, and in the cases of `ImageData`.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.data import Grid2D
+        >>> data = Grid2D(n=2, num_samples=1000)
+        >>> data.modes.shape, len(data.training), len(data.held_out)
+        (torch.Size([25, 2]), 900, 100)
+        >>> collapsed = torch.zeros(500, 2)  # a model that makes the middle alone
+        >>> data.sample_measures(collapsed)["modes_captured"]
+        1
     """
 
     image_shape = (2, 1, 1)
@@ -61,11 +72,12 @@ class Grid2D(ImageData):
         return self._split(ImageSet(points[:, :, None, None], labels), self.share_held_out)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits [n, K] of the modes for points [n, 2, 1, 1] or [n, 2]: their softmax is a mode's exact probability,
-        and the largest one is the nearest mode's.
+        """Returns the logits [n, K] of the modes for points [n, 2, 1, 1] or [n, 2].
+
+        Their softmax is a mode's exact probability, and the largest logit is the nearest mode's.
 
         Raises:
-            ValueError: another shape.
+            ValueError: if the points have another shape.
         """
         if images.shape[1:] not in ((2,), (2, 1, 1)):
             raise ValueError(f"images must have shape [n, 2, 1, 1] or [n, 2], got {list(images.shape)}")
@@ -75,26 +87,26 @@ class Grid2D(ImageData):
         return -squared / (2 * self.std**2)
 
     def classify(self, images: Tensor) -> Tensor:
-        """The nearest mode of points [n, 2, 1, 1] or [n, 2], as [n] int64."""
+        """Returns the nearest mode of points [n, 2, 1, 1] or [n, 2], as [n] int64."""
         return self.logits(images).argmax(1)
 
     def classifier(self) -> Callable[[Tensor], Tensor]:
-        """`logits`."""
+        """Returns `logits`, which classifies points exactly."""
         return self.logits
 
     def sample_measures(self, images: Tensor) -> dict[str, float]:
-        """How well generated points [n, 2, 1, 1] or [n, 2] cover the modes, as measured in VEEGAN (Srivastava et al.,
-        arXiv 1705.07761) and PacGAN (Lin et al., arXiv 1712.04086).
+        """Measures how well generated points [n, 2, 1, 1] or [n, 2] cover the modes.
 
-        A point is of high quality if it is within three standard deviations of its nearest mode; for the law itself
-        that are 1 - exp(-4.5) = 98.9 % of the points. NaN all of them if a point is.
+        The measures are those of VEEGAN (Srivastava et al., arXiv 1705.07761) and PacGAN (Lin et al., arXiv
+        1712.04086). A point is of high quality if it is within three standard deviations of its nearest mode; of the
+        law's own points 1 - exp(-4.5) = 98.9 % are. If any point is NaN, so are all measures.
 
         Returns:
-            * modes_captured: how many modes have a point of high quality.
-            * high_quality_share: of the points.
-            * reverse_kl: KL(Q || P) in nats, Q the shares of the points in the modes, each point counted for its
-              nearest one, and P the equal shares of the law: 0 to log((2n + 1)^2). For n points of the law itself about
-              (K - 1) / (2 n).
+            * modes_captured: the number of modes that have a point of high quality.
+            * high_quality_share: the share of the points that are of high quality.
+            * reverse_kl: KL(Q || P) in nats, where Q are the shares of the points in the modes, each point counted for
+              its nearest one, and P the equal shares of the law. It is between 0 and log((2n + 1)^2). For N points of
+              the law itself it is about (K - 1) / (2 N), K being the number of modes.
         """
         best, nearest = self.logits(images).max(1)
         if bool(best.isnan().any()):

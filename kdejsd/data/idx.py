@@ -1,4 +1,4 @@
-"""MNIST and what comes in its file format, idx."""
+"""Reads MNIST and other sets in its file format, idx."""
 
 from __future__ import annotations
 
@@ -18,17 +18,23 @@ from .files import damaged, find, folder_of, how_to_get, unreadable
 
 
 class MNIST(ImageData):
-    """Handwritten digits, 28x28: 60 000 for training, the 10 000 of the test set held out.
+    """Reads the handwritten digits of MNIST, 28x28: 60 000 to train on, and the test set's 10 000 held out.
 
     Args:
-        root: folder that holds the four idx files, as they are or gzipped (train-images-idx3-ubyte or
-            train-images.idx3-ubyte and so on), or that holds a folder mnist/ or MNIST/raw/ with them. `~` and
-            environment variables are put in.
+        root: a folder with the four idx files, as they are or gzipped (train-images-idx3-ubyte or
+            train-images.idx3-ubyte and so on), or with a folder mnist/ or MNIST/raw/ that has them. `~` and environment
+            variables are put in.
         kwargs: as in `ImageData`.
 
     Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: a damaged file, and what `ImageData` refuses.
+        FileNotFoundError: if a file is not there.
+        ValueError: if a file is damaged, and in the cases of `ImageData`.
+
+    Example:
+        >>> from kdejsd.data import MNIST
+        >>> data = MNIST("~/data", train_size=5000)
+        >>> len(data.training), len(data.held_out)  # doctest: +SKIP
+        (5000, 10000)
     """
 
     image_shape = (1, 28, 28)
@@ -59,7 +65,7 @@ class MNIST(ImageData):
         return find(self, self.root, self.folders, names, how_to_get(self._url(name)))
 
     def _read(self, path: Path, dimensions: int) -> Tensor:
-        """One idx file: big-endian magic number 2048 + dimensions, the sizes, then a byte per value."""
+        """Reads one idx file: a big-endian magic number 2048 + dimensions, the sizes, then a byte per value."""
         try:
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         except (gzip.BadGzipFile, zlib.error, EOFError) as error:
@@ -85,15 +91,21 @@ class MNIST(ImageData):
 
 
 class FashionMNIST(MNIST):
-    """Pictures of clothing, 28x28, in ten classes: 60 000 for training, the 10 000 of the test set held out.
+    """Reads pictures of clothing in ten classes, 28x28: 60 000 to train on, and the test set's 10 000 held out.
 
     Args:
-        root: as in `MNIST`, and the folders are fashion-mnist/ and FashionMNIST/raw/.
+        root: as in `MNIST`, but the folders are fashion-mnist/ and FashionMNIST/raw/.
         kwargs: as in `ImageData`.
 
     Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: a damaged file, and what `ImageData` refuses.
+        FileNotFoundError: if a file is not there.
+        ValueError: if a file is damaged, and in the cases of `ImageData`.
+
+    Example:
+        >>> from kdejsd.data import FashionMNIST
+        >>> data = FashionMNIST("~/data")
+        >>> len(data.training), len(data.held_out)  # doctest: +SKIP
+        (60000, 10000)
     """
 
     folders = ("", "fashion-mnist", "FashionMNIST/raw", "raw")

@@ -1,4 +1,4 @@
-"""Folders of pictures."""
+"""Reads folders of pictures."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ _BITS, _WHITE_IS, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF: per sample; 0 
 
 
 def in_bytes(picture: Image.Image) -> Image.Image:
-    """The picture as it is to be seen, in bytes (mode L or RGB): turned upright as its EXIF data say, the first one of
-    several frames, over white where it is transparent; 0 to 255 is the range of its own kind of numbers.
+    """Returns the picture as it is to be seen, in bytes (mode L or RGB).
+
+    It is turned upright by its EXIF data and put over white where it is transparent. Of several frames the first one is
+    taken. The range of its own kind of numbers becomes 0 to 255.
 
     Raises:
-        ValueError: numbers without a range: floating-point ones that are not all from 0 to 1, signed ones, integers of
-            32 bits.
-        OSError, ValueError, SyntaxError and others, by format: a damaged picture.
+        ValueError: if its numbers have no known range: floating-point numbers that are not all from 0 to 1, signed
+            integers, or integers of 32 bits.
+        OSError, ValueError, SyntaxError and others, by format: if the picture is damaged.
     """
     ImageOps.exif_transpose(picture, in_place=True)
     tags = getattr(picture, "tag_v2", {})  # of a TIFF
@@ -62,13 +64,13 @@ def in_bytes(picture: Image.Image) -> Image.Image:
 
 
 class Pictures:
-    """Pictures in their files, and their labels.
+    """Holds the paths of pictures and their labels, and reads the pictures that are used.
 
     Args:
-        paths: of the files.
+        paths: the paths of the files.
         labels: [N] int64.
-        prepare: makes every picture the size and the colours that it is to have.
-        hint: what an error about a picture ends with.
+        prepare: gives every picture its final size and colours.
+        hint: the end of an error about a picture.
     """
 
     def __init__(
@@ -86,10 +88,10 @@ class Pictures:
         return Pictures([self.paths[i] for i in indices.tolist()], self.labels[indices], self.prepare, self.hint)
 
     def read(self) -> ImageSet:
-        """All of them as bytes.
+        """Reads all of the pictures as bytes.
 
         Raises:
-            FileNotFoundError, ValueError: a picture that is not there, or cannot be read.
+            FileNotFoundError, ValueError: if a picture is not there, or cannot be read.
         """
         images = torch.empty(0)
         for place, path in enumerate(self.paths):
@@ -120,12 +122,12 @@ class Pictures:
 
 
 class ImageFolder(ImageData):
-    """A folder of pictures; those in its subfolders too, and then the first subfolder is the class.
+    """Reads a folder of pictures; if they are in subfolders, the first subfolder is the class.
 
-    Classes are numbered in the order of their names as text: 10 comes before 2. A root with a folder train (or
-    training) and a folder val, valid, validation, test or testing, and with pictures in no folder of another name,
-    holds a split: what is in the first is trained on, what is in the other (the first of these that is there) is held
-    out, and the folders in them are the classes. What was found, and what was left out, is said on one line.
+    Classes are numbered in the order of their names as text: 10 comes before 2. A root may hold a split: a folder train
+    (or training) and a folder val, valid, validation, test or testing, and pictures in no folder of another name. The
+    pictures in the first are then trained on, those in the other (the first of these that is there) are held out, and
+    the folders in them are the classes. One line says which pictures were found and which were left out.
 
     Hidden files and folders, and those of the system (__MACOSX), are left out; links are followed.
 
@@ -135,16 +137,30 @@ class ImageFolder(ImageData):
 
     Args:
         root: the folder. `~` and environment variables are put in.
-        size: side in pixels; a picture is cut to a square around its centre and resized.
+        size: the side in pixels; a picture is cut to a square around its centre and resized.
         channels: 3 for colour, 1 for grey.
-        held_out: share of the pictures held out, drawn by the seed, where the root holds no split.
+        held_out: the share of the pictures held out, drawn by the seed, where the root holds no split.
         kwargs: as in `ImageData`.
 
     Raises:
-        FileNotFoundError: no such folder, or no picture in it; a link to nothing.
-        OSError: a file or folder that cannot be read.
-        ValueError: a picture that cannot be read, a split that is in part or elsewhere, one whose classes differ, a
-            link to a folder that it is in, or a setting out of range.
+        FileNotFoundError: if there is no such folder, no picture in it, or a link to nothing.
+        OSError: if a file or folder cannot be read.
+        ValueError: if a picture cannot be read, a split is incomplete, in another folder or of different classes, a
+            link leads to a folder that it is in, or a setting is out of range.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from kdejsd.data import ImageFolder
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for color in ("red", "blue"):
+        ...         Path(root, color).mkdir()
+        ...         Image.new("RGB", (40, 30), color).save(Path(root, color, "one.png"))
+        ...     data = ImageFolder(root, size=8, batch_size=1)
+        ...     images, labels, indices = data.training[0]
+        >>> images.shape, len(data.training), len(data.held_out)
+        (torch.Size([3, 8, 8]), 1, 1)
     """
 
     suffixes: ClassVar[tuple[str, ...]] = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -193,7 +209,7 @@ class ImageFolder(ImageData):
         return (found[0], found[1]) if parts else self._split(found[0], self.held_out_share)
 
     def _labelled(self, tree: Tree, classes: list[str]) -> Pictures:
-        """All pictures of a folder, in the order of their paths."""
+        """Returns all pictures of a folder with their labels, in the order of their paths."""
         number = {name: label for label, name in enumerate(classes)}
         paths = tree.all_pictures()
         places = [path.relative_to(tree.path).parts for path in paths]
@@ -206,23 +222,29 @@ class ImageFolder(ImageData):
 
 
 class CelebA(ImageData):
-    """Aligned and cropped faces of celebrities in colour, 64x64: the 162 770 training images; the 19 962 of the test
-    set held out.
+    """Reads CelebA's faces in colour, 64x64: the 162 770 training images, and the test set's 19 962 held out.
 
-    Liu et al., Deep Learning Face Attributes in the Wild, 2015. Of the 178 x 218 pixels the central 140 x 140 are taken
-    and resized, as in Wasserstein Auto-Encoders (arXiv 1711.01558). There are no labels. Memory: 12 288 bytes an image,
-    2.0 GB for training and 245 MB held out; with train_size only those images are read.
+    The pictures are aligned and cropped faces of celebrities (Liu et al., Deep Learning Face Attributes in the Wild,
+    2015). Of the 178 x 218 pixels the central 140 x 140 are taken and resized, as in Wasserstein Auto-Encoders (arXiv
+    1711.01558). There are no labels. An image takes 12 288 bytes of memory: 2.0 GB for training and 245 MB held out.
+    With train_size only those images are read.
 
     Args:
-        root: folder that holds the folder img_align_celeba and the file list_eval_partition.txt or .csv (beside the
-            folder, in it, or in Eval/), or that holds a folder celeba/ or Img/ with them. Without the file one in ten
-            images is held out, drawn by the seed. `~` and environment variables are put in.
+        root: a folder with the folder img_align_celeba and the file list_eval_partition.txt or .csv (beside the folder,
+            in it, or in Eval/), or with a folder celeba/ or Img/ that has them. Without the file one in ten images is
+            held out, drawn by the seed. `~` and environment variables are put in.
         kwargs: as in `ImageData`.
 
     Raises:
-        FileNotFoundError: no such folder, or a picture that is not there.
-        ValueError: a picture or a line of the file that cannot be read, a picture of another size, and what `ImageData`
-            refuses.
+        FileNotFoundError: if there is no such folder, or a picture is not there.
+        ValueError: if a picture or a line of the file cannot be read, a picture has another size, and in the cases of
+            `ImageData`.
+
+    Example:
+        >>> from kdejsd.data import CelebA
+        >>> data = CelebA("~/data", train_size=10_000)
+        >>> len(data.training), len(data.held_out)  # doctest: +SKIP
+        (10000, 19962)
     """
 
     image_shape = (3, 64, 64)
@@ -262,7 +284,7 @@ class CelebA(ImageData):
         return self._pictures(folder, names["0"]), self._pictures(folder, names["2"])
 
     def _partition(self, path: Path) -> dict[str, list[str]]:
-        """The names of the pictures for training, validation and test: 0, 1, 2."""
+        """Returns the names of the pictures for training ("0"), validation ("1") and test ("2")."""
         names: dict[str, list[str]] = {"0": [], "1": [], "2": []}
         for number, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
             fields = line.replace(",", " ").split()

@@ -1,4 +1,4 @@
-"""House numbers, from the files of cropped digits."""
+"""Reads house numbers from the files of cropped digits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ from .files import damaged, find, folder_of, how_to_get, unreadable
 
 
 class SVHN(ImageData):
-    """Digits of house numbers in colour, 32x32: 73 257 for training, the 26 032 of the test set held out.
+    """Reads the digits of house numbers in colour, 32x32: 73 257 to train on, and the test set's 26 032 held out.
 
-    Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, 2011. Labels are the digits; the
-    files' label 10 stands for 0. Memory: 225 MB for training and 80 MB held out, as bytes; twice that while a file is
-    read.
+    The set is by Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, 2011. Labels are
+    the digits; the files' label 10 stands for 0. As bytes the images take 225 MB of memory for training and 80 MB held
+    out, and twice that while a file is read.
 
     Args:
-        root: folder that holds train_32x32.mat and test_32x32.mat, or that holds a folder svhn/ with them. `~` and
+        root: a folder with train_32x32.mat and test_32x32.mat, or with a folder svhn/ that has them. `~` and
             environment variables are put in.
         kwargs: as in `ImageData`.
 
     Raises:
-        FileNotFoundError: a file that is not there.
-        ValueError: a damaged file, and what `ImageData` refuses.
+        FileNotFoundError: if a file is not there.
+        ValueError: if a file is damaged, and in the cases of `ImageData`.
+
+    Example:
+        >>> from kdejsd.data import SVHN
+        >>> data = SVHN("~/data")
+        >>> len(data.training), len(data.held_out)  # doctest: +SKIP
+        (73257, 26032)
     """
 
     image_shape = (3, 32, 32)

@@ -1,4 +1,4 @@
-"""What is in a folder of pictures, and how it is to be understood: classes, and parts to train on and to hold out."""
+"""Lists a folder of pictures, and finds its classes and its parts to train on and to hold out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMED = 10  # of many, in a note
 
 @dataclass(eq=False)
 class Tree:
-    """A folder: the pictures and folders in it by name, and what is left out."""
+    """Lists the pictures and folders of a folder by name, and what is left out."""
 
     path: Path
     pictures: list[Path] = field(default_factory=list)
@@ -29,35 +29,35 @@ class Tree:
         return self.path.name
 
     def everything(self) -> Iterator[Tree]:
-        """Itself and all folders below it."""
+        """Yields the folder itself and all folders below it."""
         yield self
         for folder in self.folders:
             yield from folder.everything()
 
     @property
     def count(self) -> int:
-        """Of the pictures in it and below it."""
+        """Returns the number of pictures in it and below it."""
         return sum(len(tree.pictures) for tree in self.everything())
 
     def all_pictures(self) -> list[Path]:
-        """In it and below it, sorted by path."""
+        """Returns the pictures in it and below it, sorted by path."""
         return sorted(path for tree in self.everything() for path in tree.pictures)
 
     def holding(self) -> dict[str, Tree]:
-        """Its folders with pictures, by name."""
+        """Returns its folders that hold pictures, by name."""
         return {folder.name: folder for folder in self.folders if folder.count}
 
 
 def read_tree(path: Path, suffixes: tuple[str, ...], above: tuple[tuple[int, int], ...] = ()) -> Tree:
-    """The folder with all below it; links are followed.
+    """Lists a folder with all below it; links are followed.
 
     Args:
-        suffixes: of pictures, in small letters.
+        suffixes: the suffixes of pictures, in small letters.
         above: the folders that it is in.
 
     Raises:
-        OSError: a folder that cannot be read, a link to nothing.
-        ValueError: a link to a folder that it is in.
+        OSError: if a folder cannot be read, or a link leads to nothing.
+        ValueError: if a link leads to a folder that it is in.
     """
     tree = Tree(path)
     try:
@@ -85,24 +85,27 @@ def read_tree(path: Path, suffixes: tuple[str, ...], above: tuple[tuple[int, int
 
 
 def parts_of(tree: Tree) -> tuple[Tree, Tree] | None:
-    """The folders with the pictures to train on and with those to hold out, if the folder has both and no other folder
-    with pictures but those of a split: beside others, train and test are classes like them."""
+    """Returns the folder with the pictures to train on and the one with those to hold out, or None.
+
+    A folder has these parts if it has both, and no other folder with pictures but those of a split: beside others,
+    train and test are classes like them.
+    """
     holding = {name.lower(): folder for name, folder in tree.holding().items()}
     found = [[holding[name] for name in names if name in holding] for names in (TRAINING, HELD_OUT)]
     return (found[0][0], found[1][0]) if all(found) and _named_as_parts(tree) else None
 
 
 def _named_as_parts(tree: Tree) -> bool:
-    """Whether all its folders with pictures, one at least, have names of parts of a split."""
+    """Tells whether all its folders with pictures, at least one, have names of parts of a split."""
     holding = tree.holding()
     return bool(holding) and all(name.lower() in TRAINING + HELD_OUT for name in holding)
 
 
 def check_whole(tree: Tree) -> None:
-    """Refuses a folder that has no parts as `parts_of` finds them, and is yet more than folders of classes.
+    """Refuses a folder that has no parts as `parts_of` finds them, and yet is more than folders of classes.
 
     Raises:
-        ValueError: parts elsewhere than right in it, or one part without the other.
+        ValueError: if the parts are in one of its folders, or one part is without the other.
     """
     holding = tree.holding()
     for folder in holding.values():
@@ -120,10 +123,10 @@ def check_whole(tree: Tree) -> None:
 
 
 def classes_of(training: Tree, held_out: Tree) -> list[str]:
-    """The names of the classes, sorted, which both parts must have.
+    """Returns the sorted names of the classes, which both parts must have.
 
     Raises:
-        ValueError: a class that one of them lacks.
+        ValueError: if one of them lacks a class.
     """
     names = [set(part.holding()) for part in (training, held_out)]
     for one, other, part in ((0, 1, held_out), (1, 0, training)):
@@ -142,7 +145,7 @@ def shortened(names: list[str]) -> str:
 
 
 def left_out(tree: Tree, used: list[Tree]) -> str:
-    """What is in a folder beside the pictures of the used ones; "" for nothing."""
+    """Describes the content of a folder beside the pictures of the used ones; "" stands for nothing."""
     found = []
     pictures = tree.count - sum(part.count for part in used)
     if pictures:

@@ -1,4 +1,4 @@
-"""Adversarial autoencoder: the encoder learns to fool a discriminator that tells codes from samples of the target."""
+"""Defines the adversarial autoencoder, whose encoder learns to make codes that look like samples of the target."""
 
 from __future__ import annotations
 
@@ -22,28 +22,40 @@ with train_extra():
 
 
 class AAE(Autoencoder):
-    """The adversarial autoencoder (Makhzani, Shlens, Jaitly, Goodfellow, Frey, arXiv 1511.05644).
+    """Trains an adversarial autoencoder (Makhzani, Shlens, Jaitly, Goodfellow, Frey, arXiv 1511.05644).
 
-    Every minibatch trains in turn, with D the discriminator's probability that a code is a sample of the target:
+    Its discriminator D gives the probability that a code is a sample of the target. Every minibatch trains two parts in
+    turn, each of which lowers its loss:
 
         the discriminator:        -mean log D(samples of the target) - mean log(1 - D(codes))
         encoder and decoder:      mean squared error per pixel + weight * -mean log D(codes)
 
-    (the encoder's adversarial loss is the one that does not saturate).
+    The encoder's adversarial loss is the one that does not saturate.
 
-    Logged per step: `rec` (error per pixel), `latent` (-log D(codes), nats: log 2 = 0.69 where the discriminator cannot
-    tell) and `discriminator` (its loss, nats: 2 log 2 = 1.39 there). Per epoch what `Autoencoder` logs.
+    It logs per step `rec` (error per pixel), `latent` (-log D(codes), nats: log 2 = 0.69 where the discriminator cannot
+    tell codes from samples) and `discriminator` (its loss, nats: 2 log 2 = 1.39 there), and per epoch the measures of
+    `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim: as in `Autoencoder`.
-        weight: of the encoder's adversarial loss beside the error per pixel.
+        weight: the weight of the encoder's adversarial loss beside the error per pixel.
         target: law of the codes; None is the standard normal.
         discriminator_hidden: widths of the discriminator's hidden layers.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
-        learning_rate, decay, betas: of the two Adams, one for encoder and decoder, one for the discriminator.
+        learning_rate, decay, betas: as in `GenerativeModel`, for both Adams: one trains encoder and decoder, one the
+            discriminator.
 
     Raises:
-        ValueError: a negative weight, a target of another dimension, or a width below 1.
+        ValueError: if the weight is negative, the target has another dimension, or a width is below 1.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import AAE, FC
+        >>> networks = FC((1, 8, 8), latent_dim=2)
+        >>> model = AAE(networks.encoder, networks.decoder, latent_dim=2)
+        >>> codes = model.encode(torch.rand(100, 1, 8, 8))
+        >>> print(f"{model.adversarial_loss(codes):.1f}")  # log 2: the untrained discriminator cannot tell
+        0.7
     """
 
     def __init__(
@@ -94,11 +106,11 @@ class AAE(Autoencoder):
         self.step_schedulers()
 
     def discriminator_loss(self, codes: Tensor, samples: Tensor) -> Tensor:
-        """-mean log D(samples) - mean log(1 - D(codes)) in nats, 0-dim; samples [n, l] are the target's."""
+        """Returns -mean log D(samples) - mean log(1 - D(codes)) in nats, 0-dim; the samples [n, l] are the target's."""
         return softplus(-self.discriminator(samples)).mean() + softplus(self.discriminator(codes)).mean()
 
     def adversarial_loss(self, codes: Tensor) -> Tensor:
-        """-mean log D(codes) in nats, 0-dim."""
+        """Returns -mean log D(codes) in nats, 0-dim."""
         return softplus(-self.discriminator(codes)).mean()
 
     def settings(self) -> dict[str, object]:

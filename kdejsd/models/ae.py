@@ -1,4 +1,4 @@
-"""The plain autoencoder: what the other models are without their latent term."""
+"""Defines the plain autoencoder, which lacks the latent term of the other models."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ from .base import checked
 
 
 class AE(Autoencoder):
-    """The plain autoencoder: its loss is the error per pixel, and nothing makes its codes follow the target.
+    """Trains a plain autoencoder: its loss is the error per pixel, and nothing makes its codes follow the target.
 
-    Logged: `rec`, and per epoch what `Autoencoder` logs.
+    It logs `rec` per step, and per epoch the measures of `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
-        target: what the codes are measured against and `sample` decodes samples of; None is the standard normal.
+        target: the law that the codes are measured against and whose samples `sample` decodes; None is the standard
+            normal.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
 
     Raises:
-        ValueError: a target of another dimension.
+        ValueError: if the target has another dimension.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import AE, FC
+        >>> networks = FC((1, 8, 8), latent_dim=2)
+        >>> model = AE(networks.encoder, networks.decoder, latent_dim=2)
+        >>> model.encode(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(

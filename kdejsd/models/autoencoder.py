@@ -1,4 +1,4 @@
-"""What the autoencoders share: encoder and decoder, codes that are to follow a target, validation."""
+"""Defines what the autoencoders share: encoder and decoder, codes that are to follow a target, validation."""
 
 from __future__ import annotations
 
@@ -20,22 +20,32 @@ JSD_SAMPLES = 10_000  # a measured divergence is of at most this many codes: its
 
 
 class Autoencoder(GenerativeModel):
-    """The base of the autoencoders. One adds its constructor, which sets the target, and its `training_step`.
+    """Encodes images to codes that are to follow a target, and decodes them; it is the base of the autoencoders.
 
-    The reconstruction error of every model is the mean squared error per pixel; what a model adds to it is logged as
-    `latent`. Per epoch, on the validation set: `val_rec`, and `val_jsd`, the divergence of the codes from the target
-    (`jsd`), or of samples of the posterior where the encoder has one.
+    A model adds its constructor, which sets the target, and its `training_step`. Every model's reconstruction error is
+    the mean squared error per pixel; the term that a model adds to it is logged as `latent`. Per epoch it logs on the
+    validation set `val_rec`, and `val_jsd`, the divergence of the codes from the target (`jsd`), or of samples of the
+    posterior where the encoder has one.
 
     Args:
         encoder: images [n, C, H, W] -> codes [n, l].
         decoder: codes [n, l] -> images [n, C, H, W].
         latent_dim: l, the dimension of the codes.
-        learning_rate, decay, betas: as in `GenerativeModel`. The noise of the last steps, which the decay takes away,
-            is otherwise a part of what separates the codes from the target.
+        learning_rate, decay, betas: as in `GenerativeModel`. Without the decay, the noise of the last steps is a part
+            of the distance between the codes and the target.
 
     Attributes:
         target: the law that the codes are to follow; `sample` decodes its samples.
-        norm: what follows the encoder: a `CodeNorm` or nothing.
+        norm: the module after the encoder: a `CodeNorm`, or one that changes nothing.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import AE, FC, Autoencoder
+        >>> networks = FC((1, 8, 8), latent_dim=2)
+        >>> model = AE(networks.encoder, networks.decoder, latent_dim=2)
+        >>> images = torch.rand(5, 1, 8, 8)
+        >>> isinstance(model, Autoencoder), model.encode(images).shape, model.reconstruct(images).shape
+        (True, torch.Size([5, 2]), torch.Size([5, 1, 8, 8]))
     """
 
     def __init__(
@@ -67,16 +77,16 @@ class Autoencoder(GenerativeModel):
     # Use
 
     def encode(self, images: Tensor) -> Tensor:
-        """Codes [n, l] of images [n, C, H, W].
+        """Returns codes [n, l] of images [n, C, H, W].
 
         Raises:
-            ValueError: an encoder whose output has another shape.
+            ValueError: if the encoder's output has another shape.
         """
         codes: Tensor = self.norm(self._encoded(images, self.latent_dim))
         return codes
 
     def forward(self, images: Tensor) -> Tensor:
-        """`encode`."""
+        """Returns codes [n, l] of images [n, C, H, W], by `encode`."""
         return self.encode(images)
 
     def _encoded(self, images: Tensor, width: int) -> Tensor:
@@ -90,24 +100,24 @@ class Autoencoder(GenerativeModel):
 
     @property
     def generator(self) -> nn.Module:  # type: ignore[override]
-        """The decoder, after what stands before it."""
+        """Returns the decoder, after the modules that stand before it."""
         return self.decoder
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """The images after encoding and decoding."""
+        """Returns the images after encoding and decoding."""
         return self.decode(self.encode(images))
 
     def posterior_samples(self, images: Tensor, rng: torch.Generator) -> Tensor | None:
-        """Codes [n, l] drawn from the posterior of each image, where the encoder gives a law rather than a code; None
-        where it gives a code."""
+        """Returns codes [n, l] drawn from each image's posterior, or None where the encoder gives a code and no law."""
         return None
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """The "codes" [n, l] and "reconstructions" [n, C, H, W] of images [n, C, H, W], which are the batch or stand
-        first in it.
+        """Returns the "codes" [n, l] and "reconstructions" [n, C, H, W] of images [n, C, H, W].
+
+        The images are the batch or stand first in it.
 
         Raises:
-            TypeError: no tensor is there.
+            TypeError: if there is no tensor.
         """
         codes = self.encode(inputs(batch))
         return {"codes": codes, "reconstructions": self.decode(codes)}
@@ -129,16 +139,22 @@ class Autoencoder(GenerativeModel):
     # Evaluation
 
     def jsd(self, codes: Tensor, rng: torch.Generator) -> Tensor:
-        """How far codes [n, l] are from the target, in nats, 0-dim; the random number generator is on their device."""
+        """Returns the divergence of codes [n, l] from the target, in nats, 0-dim.
+
+        The random number generator must be on the device of the codes.
+        """
         return target_jsd(codes, self.target, rng)
 
     def latent_measures(self, codes: Tensor, index: Tensor | None) -> dict[str, float]:
-        """What else the model measures of codes [n, l]; `index` [n] of the training examples, None for others."""
+        """Returns further measures that the model takes of codes [n, l].
+
+        `index` [n] are their training examples, None for other images.
+        """
         return {}
 
     @property
     def expected_variance(self) -> Tensor:
-        """Variance of every dimension of the codes that the loss aims at, [l]."""
+        """Returns the variance of every dimension of the codes that the loss aims at, [l]."""
         return law_moments(as_law(self.target))[1]
 
     def on_validation_epoch_start(self) -> None:
@@ -160,13 +176,14 @@ class Autoencoder(GenerativeModel):
 
 
 class CodeNorm(nn.Module):
-    """Batch normalisation of codes [n, l] to the target's mean and variance, with nothing to learn.
+    """Normalises batches of codes [n, l] to the target's mean and variance, with nothing to learn.
 
-    No nn.BatchNorm1d, for which nn.SyncBatchNorm.convert_sync_batchnorm would put a normalisation to mean 0 and
-    variance 1: this one knows several ranks itself.
+    It is no nn.BatchNorm1d, since nn.SyncBatchNorm.convert_sync_batchnorm would put a normalisation to mean 0 and
+    variance 1 in its place; this one handles several ranks itself.
 
     Attributes:
-        synchronized: the batch is that of all ranks of torch.distributed's default group, which call this together.
+        synchronized: normalise over the batches of all ranks of torch.distributed's default group, which call it
+            together.
     """
 
     shift: Tensor
@@ -186,7 +203,7 @@ class CodeNorm(nn.Module):
         self.synchronized = False
 
     def calibrate(self, parts: Iterable[Tensor]) -> None:
-        """Makes the mean and variance of the codes in all parts [k, l] together the running statistics."""
+        """Sets the running statistics to the mean and variance of the codes in all parts [k, l] together."""
         moments = [(len(part), part.mean(0), part.var(0, correction=min(1, len(part) - 1))) for part in parts]
         counts, means, variances = (
             torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*moments, strict=True)
@@ -210,7 +227,7 @@ class CodeNorm(nn.Module):
         return self.shift + self.scale * normalized
 
     def _over_ranks(self, codes: Tensor) -> Tensor:
-        """`batch_norm` in training with the statistics of all ranks' codes."""
+        """Applies `batch_norm` in training with the statistics of all ranks' codes."""
         ones = torch.ones_like(codes[:, :1])
         sums = summed(torch.cat([codes, ones], 1).sum(0))
         count = sums[-1].detach()
@@ -223,7 +240,7 @@ class CodeNorm(nn.Module):
 
 
 def _merged_moments(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Number [1], mean and variance [l] of all codes from those of their parts, [k, 1] and [k, l] twice."""
+    """Returns number [1], mean and variance [l] of all codes from those of their parts, [k, 1] and [k, l] twice."""
     count = counts.sum(0)
     mean = (counts / count * means).sum(0)
     spread = (counts - 1) / (count - 1) * variances + counts / (count - 1) * (means - mean).square()
@@ -231,10 +248,10 @@ def _merged_moments(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[T
 
 
 def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error per pixel, 0-dim.
+    """Returns the mean squared error per pixel, 0-dim.
 
     Raises:
-        ValueError: a decoder whose output has another shape than the images.
+        ValueError: if the decoder's output has another shape than the images.
     """
     if reconstruction.shape != images.shape:
         raise ValueError(

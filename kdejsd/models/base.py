@@ -1,5 +1,4 @@
-"""What every model shares: images decoded from latents that follow a target, the learning rate's course,
-checkpoints."""
+"""Defines what every model shares: decoding of latents that follow a target, learning rates, checkpoints."""
 
 from __future__ import annotations
 
@@ -33,25 +32,35 @@ LOSSES_KEPT = {"cpu": 1, "cuda": 50}  # before they are looked at: a GPU would h
 
 
 class GenerativeModel(pl.LightningModule, ABC):
-    """The base of the models: images are decoded from latents that are to follow the target.
+    """Decodes images from latents that are to follow a target; it is the base of all models.
 
     A batch is (images [n, C, H, W], labels [n], indices [n] int64 in the training set), as the data modules of
     `kdejsd.data` give it. A model sets `target` and `generator`, and adds its `training_step`.
 
     Args:
         latent_dim: l, the dimension of the latents.
-        learning_rate: of Adam.
+        learning_rate: the learning rate of Adam.
         decay: lower the learning rate to 0 along a half cosine over the run, if its end is given in steps or epochs.
-        betas: of Adam.
+        betas: Adam's decay rates of the mean gradient and of the mean squared gradient.
 
     Raises:
-        ValueError: latent_dim below 1, a negative learning_rate.
-        TypeError: numbers of another kind; an argument of a model that a checkpoint cannot hold: it is no number, text,
-            list or the like, and no network, class or target, which are left out.
+        ValueError: if latent_dim is below 1, or learning_rate is negative.
+        TypeError: if a number is of another kind, or an argument of a model cannot be held by a checkpoint: it is no
+            number, text, list or the like, and no network, class or target, which are left out.
 
     Attributes:
         target: the law of the latents; `sample` decodes its samples.
-        generator: latents [n, l] -> images [n, C, H, W].
+        generator: the module latents [n, l] -> images [n, C, H, W].
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import AE, FC, GenerativeModel
+        >>> networks = FC((1, 8, 8), latent_dim=2)
+        >>> model = AE(networks.encoder, networks.decoder, latent_dim=2)
+        >>> isinstance(model, GenerativeModel)
+        True
+        >>> model.sample(10, torch.Generator().manual_seed(0)).shape
+        torch.Size([10, 1, 8, 8])
     """
 
     target: Law
@@ -84,26 +93,33 @@ class GenerativeModel(pl.LightningModule, ABC):
     def build_networks(
         network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
-        """The two networks as the model's constructor takes them, for images of a shape (C, H, W); `settings` are those
-        of its other arguments that are given."""
+        """Returns the two networks that the model's constructor takes, for images of a shape (C, H, W).
+
+        `settings` are those of the constructor's other arguments that are given.
+        """
 
     # Use
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images [n, C, H, W] of codes [n, l]."""
+        """Returns images [n, C, H, W] decoded from codes [n, l]."""
         images: Tensor = self.generator(codes)
         return images
 
     def target_samples(self, n: int, rng: torch.Generator | None = None) -> Tensor:
-        """n samples [n, l] of the target in the model's dtype and on its device, drawn by the random number generator
-        (default: from the global seed, others on each rank)."""
+        """Draws n samples [n, l] of the target, in the model's dtype and on its device.
+
+        Args:
+            n: the number of samples.
+            rng: the random number generator; by default one seeded from the global one, with other samples on each
+                rank.
+        """
         if rng is None:
             rng = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + rank_and_size()[0])
         return as_law(self.target).sample(n, rng).to(self.device, self.dtype)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator | None = None) -> Tensor:
-        """Images [n, C, H, W] decoded from n samples of the target, drawn as in `target_samples`."""
+        """Returns images [n, C, H, W] decoded from n samples of the target, drawn as in `target_samples`."""
         codes = self.target_samples(n, rng)
         with evaluating(self):
             return torch.cat([self.decode(chunk) for chunk in codes.split(CHUNK)])
@@ -118,16 +134,21 @@ class GenerativeModel(pl.LightningModule, ABC):
             )
 
     def rng(self) -> torch.Generator | None:
-        """What draws noise in training, on the model's device: None, the global generator, on one process. On several,
-        whose global generators are alike, one of this rank's own; every rank asks as often."""
+        """Returns the random number generator of the noise in training, on the model's device.
+
+        On one process it is None, the global generator. On several processes, whose global generators are alike, it is
+        one of this rank's own; every rank must ask equally often.
+        """
         rank, size = rank_and_size()
         if size == 1:
             return None
         return torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())) + rank)
 
     def adam(self, *parts: Iterable[nn.Parameter]) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
-        """An Adam for each part of the weights, and the schedulers of their rates: what `configure_optimizers`
-        returns."""
+        """Returns an Adam for each part of the weights and the schedulers of their rates.
+
+        They have the form that `configure_optimizers` returns.
+        """
         optimizers: list[torch.optim.Optimizer] = [
             torch.optim.Adam(part, lr=self.learning_rate, betas=self.betas, fused=True) for part in parts
         ]
@@ -139,14 +160,16 @@ class GenerativeModel(pl.LightningModule, ABC):
         return optimizers, [{"scheduler": scheduler, "interval": "step"} for scheduler in schedulers]
 
     def step_schedulers(self) -> None:
-        """To the next step of the learning rates, at the end of the training step of a model that takes its optimisers'
-        steps itself."""
+        """Moves the learning rates to their next step.
+
+        A model that takes its optimisers' steps itself calls it at the end of its training step.
+        """
         for config in self.trainer.lr_scheduler_configs:
             config.scheduler.step()  # type: ignore[call-arg]
 
     @abstractmethod
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """The loss of a minibatch, after logging its parts."""
+        """Returns the loss of a minibatch after logging its parts; a model that takes its own steps returns None."""
 
     def on_train_start(self) -> None:
         planned = self.trainer.estimated_stepping_batches
@@ -177,18 +200,20 @@ class GenerativeModel(pl.LightningModule, ABC):
     # A loss that is no number
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's; what a training step logs before its loss is used are the terms that an error names."""
+        """Logs a value as Lightning does; values logged before the loss is used are the terms that an error names."""
         if isinstance(value, (Tensor, float)):
             self._terms[name] = torch.as_tensor(value).detach()
         super().log(name, value, *args, **kwargs)
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Keeps in mind every loss, and stops the training at one that is not finite: at once on the CPU, before it has
-        a part in a gradient; on a GPU at the latest after 50 losses or before the next checkpoint, when the weights may
-        be spoiled, and the last checkpoint is not.
+        """Remembers every loss, and stops the training at one that is not finite.
+
+        On the CPU it stops at once, before the loss has a part in a gradient. On a GPU it stops at the latest after 50
+        losses or before the next checkpoint: the weights may be spoiled then, but the last checkpoint is not.
 
         Raises:
-            FloatingPointError: names the batch, the terms, and images or weights that are not finite.
+            FloatingPointError: if a loss is not finite. The error names the batch, the terms, and images or weights
+                that are not finite.
         """
         self._losses.append(_Loss(loss.detach(), dict(self._terms), self._place))
         if len(self._losses) >= LOSSES_KEPT.get(loss.device.type, 1):
@@ -196,10 +221,14 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     @contextmanager
     def explaining(self, what: str, examples: Tensor | None) -> Iterator[None]:
-        """Around what refuses values that are not finite, of the examples [n] of the training set or of all weights.
+        """Explains a ValueError inside, which refuses values that are not finite.
+
+        Args:
+            what: the name of the values.
+            examples: [n], the training examples that the values come from; None if they come from all weights.
 
         Raises:
-            FloatingPointError: names the images or weights that are to blame, in place of a ValueError.
+            FloatingPointError: in place of the ValueError, if images or weights are to blame. It names them.
         """
         try:
             yield
@@ -226,7 +255,10 @@ class GenerativeModel(pl.LightningModule, ABC):
         )
 
     def _cause(self, examples: Tensor | None) -> str | None:
-        """What is not finite: examples of the training set among those given [n], or weights; None if all are."""
+        """Names the training examples among those given [n] that are not finite, or else weights that are not.
+
+        It returns None if all are finite.
+        """
         loader = self.trainer.train_dataloader
         bad: list[str] = []
         if examples is not None and loader is not None:
@@ -237,7 +269,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         return f"weights that are not finite: {', '.join(weights)}" if weights else None
 
     def _strange_weights(self) -> list[str]:
-        """The names of weights with NaN or infinity and of buffers with NaN."""
+        """Returns the names of weights with NaN or infinity and of buffers with NaN."""
         return [
             *(name for name, value in self.named_parameters() if not bool(value.isfinite().all())),
             *(name for name, value in self.named_buffers() if bool(value.isnan().any())),
@@ -246,11 +278,11 @@ class GenerativeModel(pl.LightningModule, ABC):
     # Reports
 
     def settings(self) -> dict[str, Any]:
-        """The model and its main settings, as plain values for a report."""
+        """Returns the model's name and main settings, as plain values for a report."""
         return {"name": type(self).__name__, "latent_dim": self.latent_dim, "target": str(self.target)}
 
     def run_measures(self) -> dict[str, float]:
-        """What the model measured of the run that trained it."""
+        """Returns measures that the model took of the run that trained it."""
         return {}
 
     # Checkpoints
@@ -259,7 +291,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         """Adds the random state and the length of the run that `decay` follows.
 
         Raises:
-            FloatingPointError: a loss or a weight that is not finite.
+            FloatingPointError: if a loss or a weight is not finite.
         """
         self._check_losses()
         strange = self._strange_weights()
@@ -276,10 +308,10 @@ class GenerativeModel(pl.LightningModule, ABC):
         checkpoint["planned_steps"] = self._planned_steps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the random state and the length of the run.
+        """Takes over the random state and the length of the run.
 
         Raises:
-            ValueError: a checkpoint of another format.
+            ValueError: if the checkpoint has another format.
         """
         if checkpoint.get("kdejsd_format") != _FORMAT:
             raise ValueError(
@@ -291,7 +323,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         self._keep_settings(checkpoint)
 
     def _keep_settings(self, checkpoint: dict[str, Any]) -> None:
-        """Lets the checkpoint's optimisers go on with this model's settings, where those of the run were others."""
+        """Lets the checkpoint's optimisers go on with this model's settings, where the run had others."""
         optimizers = checkpoint.get("optimizer_states", [])
         first = checkpoint.get("hyper_parameters", {}).get("learning_rate", self.learning_rate)
         scale = self.learning_rate / first if first else 1.0
@@ -306,7 +338,7 @@ class GenerativeModel(pl.LightningModule, ABC):
 
 
 class _Place(NamedTuple):
-    """Of a training step: steps and epochs before it, its number in the epoch, the examples [n] of its batch."""
+    """Locates a training step: steps and epochs before it, its number in the epoch, the examples [n] of its batch."""
 
     step: int
     epoch: int
@@ -315,7 +347,7 @@ class _Place(NamedTuple):
 
 
 class _Loss(NamedTuple):
-    """A loss and the terms logged before it, each 0-dim."""
+    """Holds a loss and the terms logged before it, each 0-dim, and its place in the run."""
 
     value: Tensor
     terms: dict[str, Tensor]
@@ -323,15 +355,15 @@ class _Loss(NamedTuple):
 
 
 def noise_like(t: Tensor, rng: torch.Generator | None) -> Tensor:
-    """Samples of the standard normal of the shape, dtype and device of t."""
+    """Returns samples of the standard normal in the shape, dtype and device of t."""
     return torch.randn(t.shape, generator=rng, dtype=t.dtype, device=t.device)
 
 
 def checked(batch: Any) -> Batch:
-    """The batch, if it is one.
+    """Returns the batch if it has three parts.
 
     Raises:
-        TypeError: something else.
+        TypeError: if it is anything else.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 3:
         got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
@@ -341,10 +373,10 @@ def checked(batch: Any) -> Batch:
 
 
 def inputs(batch: Any) -> Tensor:
-    """What a model predicts from: the batch, or what stands first in it.
+    """Returns the tensor that a model predicts from: the batch itself, or the first of its parts.
 
     Raises:
-        TypeError: something else.
+        TypeError: if there is no tensor.
     """
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, Tensor):

@@ -1,4 +1,4 @@
-"""Generative adversarial networks: a generator learns from a discriminator how its images differ from real ones."""
+"""Defines generative adversarial networks: a discriminator teaches a generator to make images like real ones."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 class GAN(GenerativeModel):
-    """Generative adversarial networks: the discriminator V gives each image a number, and learns to tell real images x
-    from generated ones G(z), z standard normal, by raising a lower bound on a divergence between them; the generator
-    learns to lower it.
+    """Trains a generative adversarial network; the objective selects the divergence that it minimises.
 
-    The objective says which divergence. With softplus(v) = log(1 + exp v), and sigmoid(V) the probability that an image
-    is real:
+    The discriminator V gives each image a number. It learns to tell real images x from generated ones G(z), z standard
+    normal, by raising a lower bound on a divergence between them; the generator learns to lower it.
+
+    With softplus(v) = log(1 + exp v), and sigmoid(V) the probability that an image is real, the objectives are:
 
         objective        the discriminator lowers                              the generator lowers
         minimax          mean softplus(-V(x)) + mean softplus(V(G(z)))         -mean softplus(V(G(z)))
@@ -53,49 +53,58 @@ class GAN(GenerativeModel):
         wgan-gp          the same + gradient_penalty * penalty, no clipping    the same
         f-...            mean f*(g_f(V(G(z)))) - mean g_f(V(x))                -mean f*(g_f(V(G(z))))
 
-    "minimax" and "non-saturating" are by Goodfellow et al. (arXiv 1406.2661), "wgan" by Arjovsky, Chintala, Bottou
-    (arXiv 1701.07875), "wgan-gp" by Gulrajani et al. (arXiv 1704.00028; `gradient_penalty`), the others by Nowozin,
+    "minimax" and "non-saturating" are by Goodfellow et al. (arXiv 1406.2661), "wgan" is by Arjovsky, Chintala, Bottou
+    (arXiv 1701.07875), "wgan-gp" by Gulrajani et al. (arXiv 1704.00028; `gradient_penalty`). The others are by Nowozin,
     Cseke, Tomioka (f-GAN, arXiv 1606.00709), with f one of `kdejsd.models.f_divergences`. The f-GAN's generator lowers
-    the bound itself (the paper's Algorithm 1), so that the divergence that is named is the one that is minimised; it
-    has the heuristic of its section 3.2 for f = "gan" alone, where that is "non-saturating" ("f-gan" itself is
-    "minimax").
+    the bound itself (the paper's Algorithm 1), so that the named divergence is the one that is minimised. The heuristic
+    of its section 3.2 is there for f = "gan" alone, where it is "non-saturating" ("f-gan" itself is "minimax").
 
-    With packing p the discriminator sees p images at a time, side by side as channels: a generator that makes few
-    different images is told more easily (PacGAN, Lin, Khetan, Fanti, Oh, arXiv 1712.04086).
+    With packing p the discriminator sees p images at a time, side by side as channels: it recognises more easily a
+    generator that makes few different images (PacGAN, Lin, Khetan, Fanti, Oh, arXiv 1712.04086).
 
-    A step is a minibatch, in which the discriminator trains; in every `discriminator_steps`-th one the generator trains
-    too, with latents of its own. Both trainings are by Adam.
+    A step is a minibatch, in which the discriminator trains. In every `discriminator_steps`-th one the generator trains
+    too, with latents of its own. Both are trained by Adam.
 
-    Logged per step: `discriminator` and, where it trains, `generator` (the losses above), and `divergence`, the
-    minibatch's estimate of what is minimised, by the discriminator as it is: the JSD in nats ("minimax" and
-    "non-saturating"; 0 to log 2), mean V(x) - mean V(G(z)) of the WGANs (the Wasserstein distance times V's unknown
-    Lipschitz constant, which is about 1 for "wgan-gp"), or the bound of the f-divergence. Per epoch `val_divergence`,
-    the same of held-out images (of a discriminator with batch normalisation a looser bound: its running statistics are
-    those of real and generated images together); after the epochs 1, 2, 4, 8, ... a picture of samples
-    (`kdejsd.drawing.draw`), where the logger is TensorBoard's.
+    It logs per step `discriminator` and, where it trains, `generator` (the losses above), and `divergence`, the
+    minibatch's estimate of the divergence by the discriminator as it is. That is the JSD in nats for "minimax" and
+    "non-saturating" (0 to log 2), mean V(x) - mean V(G(z)) for the WGANs (the Wasserstein distance times V's unknown
+    Lipschitz constant, which is about 1 for "wgan-gp"), and else the bound of the f-divergence. Per epoch it logs
+    `val_divergence`, the estimate on held-out images. With batch normalisation in the discriminator that is a looser
+    bound, since its running statistics are those of real and generated images together. After the epochs 1, 2, 4, 8,
+    ... it logs a picture of samples (`kdejsd.drawing.draw`), where the logger is TensorBoard's.
 
     Args:
         generator: latents [n, l] -> images [n, C, H, W].
         discriminator: images [n, p C, H, W] -> V, [n] or [n, 1], any real number.
         latent_dim: l, the dimension of the latents.
-        objective: as above.
-        packing: p; the minibatch must be a multiple of it.
-        discriminator_steps: in how many steps the discriminator trains for one of the generator's; None is 5 for the
-            WGANs, as in their papers, and else 1.
-        clip: c of "wgan".
-        gradient_penalty: weight of the penalty of "wgan-gp"; the paper's is for images, and points of the plane
-            (`kdejsd.data.Grid2D`) are learnt much faster by 0.1.
-        learning_rate: of Adam. The default is for small fully connected networks; convolutions are usually trained by
-            2e-4. "f-kl" and "f-pearson", whose f* grows faster than V, can diverge by either.
+        objective: the divergence and its losses, as in the table above.
+        packing: p, the number of images that the discriminator sees at a time; the minibatch must be a multiple of it.
+        discriminator_steps: the number of steps of the discriminator for one of the generator; None is 5 for the WGANs,
+            as in their papers, and else 1.
+        clip: c, the largest absolute value of the discriminator's weights for "wgan".
+        gradient_penalty: the weight of the penalty of "wgan-gp". The default is the paper's, for images; points of the
+            plane (`kdejsd.data.Grid2D`) are learnt much faster by 0.1.
+        learning_rate: the learning rate of Adam. The default is for small fully connected networks; convolutions are
+            usually trained by 2e-4. "f-kl" and "f-pearson", whose f* grows faster than V, can diverge by either.
         decay: as in `GenerativeModel`.
-        betas: of Adam; None is (0, 0.9) for the WGANs and else (0.5, 0.999). A critic with clipped weights was found
-            unstable with momentum and trained by RMSProp, which is Adam with a first beta of 0 but for the bias
-            correction.
+        betas: Adam's betas; None is (0, 0.9) for the WGANs and else (0.5, 0.999). The critic of "wgan", with clipped
+            weights, was found unstable with momentum and trained by RMSProp, which is Adam with a first beta of 0 but
+            for the bias correction.
 
     Raises:
-        ValueError: an unknown objective, packing or discriminator_steps below 1, a clip that is not positive, a
-            negative gradient_penalty, or a discriminator with batch normalisation for "wgan-gp": the gradient of an
+        ValueError: if the objective is unknown, packing or discriminator_steps is below 1, clip is not positive,
+            gradient_penalty is negative, or a discriminator for "wgan-gp" has batch normalisation: the gradient of an
             image's output would depend on the other images.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import FC, GAN
+        >>> generator, discriminator = FC((1, 8, 8), latent_dim=2).decoder, FC((1, 8, 8), latent_dim=1).encoder
+        >>> model = GAN(generator, discriminator, latent_dim=2, objective="wgan-gp")
+        >>> model.sample(10).shape, model.discriminate(model.sample(10)).shape
+        (torch.Size([10, 1, 8, 8]), torch.Size([10]))
+        >>> model.divergence_name
+        "critic's mean difference"
     """
 
     def __init__(
@@ -144,7 +153,7 @@ class GAN(GenerativeModel):
     def build_networks(
         network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
-        """The decoder of one pair, and the encoder of another one: of packed images, to one number."""
+        """Returns the decoder of one pair, and the encoder of another one, from packed images to one number."""
         packing = integer("packing", settings.get("packing", 1), 1)
         channels, *size = image_shape
         return network(image_shape, latent_dim).decoder, network((packing * channels, *size), 1).encoder
@@ -152,16 +161,15 @@ class GAN(GenerativeModel):
     # Use
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Images [n, C, H, W] of latents [n, l]."""
+        """Returns images [n, C, H, W] decoded from latents [n, l]."""
         return self.decode(latents)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """The "samples" [n, C, H, W] that are made of a batch of latents [n, l], which are the batch or stand first in
-        it.
+        """Returns the "samples" [n, C, H, W] decoded from latents [n, l], which are the batch or stand first in it.
 
         Raises:
-            TypeError: no tensor is there.
-            ValueError: latents of another shape.
+            TypeError: if there is no tensor.
+            ValueError: if the latents have another shape.
         """
         latents = inputs(batch)
         if latents.ndim != 2 or latents.shape[1] != self.latent_dim:
@@ -169,10 +177,10 @@ class GAN(GenerativeModel):
         return {"samples": self.decode(latents)}
 
     def discriminate(self, images: Tensor) -> Tensor:
-        """V of images [n, C, H, W], p at a time, as [n / p].
+        """Returns V of images [n, C, H, W], p at a time, as [n / p].
 
         Raises:
-            ValueError: n is no multiple of p, or a discriminator whose output has another shape.
+            ValueError: if n is no multiple of p, or the discriminator's output has another shape.
         """
         packed = pack(images, self.packing)
         output: Tensor = self.discriminator(packed)
@@ -183,13 +191,16 @@ class GAN(GenerativeModel):
         return output.reshape(-1)
 
     def divergence(self, images: Tensor, generated: Tensor) -> Tensor:
-        """The objective's estimate of the divergence between real and generated images, each [n, C, H, W], by the
-        discriminator as it is; 0-dim. `divergence_name` says which divergence and its unit."""
+        """Returns the objective's estimate of the divergence between real and generated images, each [n, C, H, W].
+
+        It is 0-dim, and taken by the discriminator as it is. `divergence_name` says which divergence it estimates, and
+        in which unit.
+        """
         return self.losses.divergence(self.discriminate(images), self.discriminate(generated))
 
     @property
     def divergence_name(self) -> str:
-        """What `divergence` estimates, with its unit."""
+        """Returns the name of the divergence that `divergence` estimates, with its unit."""
         return self.losses.name
 
     # Training
@@ -267,30 +278,30 @@ class GAN(GenerativeModel):
 
 @dataclass(frozen=True)
 class Wasserstein:
-    """The losses of a critic with outputs [n], each 0-dim; without the penalty."""
+    """Computes the losses of a critic with outputs [n], each 0-dim, without the penalty."""
 
     name: ClassVar[str] = "critic's mean difference"
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
-        """What the discriminator lowers."""
+        """Returns the loss that the discriminator lowers."""
         return fake.mean() - real.mean()
 
     def generator(self, fake: Tensor) -> Tensor:
-        """What the generator lowers."""
+        """Returns the loss that the generator lowers."""
         return -fake.mean()
 
     def divergence(self, real: Tensor, fake: Tensor) -> Tensor:
-        """The estimate that both losses belong to."""
+        """Returns the estimate that both losses belong to."""
         return real.mean() - fake.mean()
 
 
 @dataclass(frozen=True)
 class Variational:
-    """The same with the lower bound of an f-divergence.
+    """Computes the losses of the lower bound of an f-divergence, for outputs [n], each 0-dim.
 
     Args:
         f: the divergence.
-        heuristic: the generator raises g_f(V) instead of lowering the bound (f-GAN, section 3.2).
+        heuristic: let the generator raise g_f(V) instead of lowering the bound (f-GAN, section 3.2).
     """
 
     f: FDivergence
@@ -312,7 +323,7 @@ class Variational:
 
 @dataclass(frozen=True)
 class CrossEntropy(Variational):
-    """The same for f = "gan", whose bound is 2 JSD - 2 log 2: the first GANs' losses are cross-entropies."""
+    """Computes the losses of f = "gan", whose bound is 2 JSD - 2 log 2: the first GANs' losses are cross-entropies."""
 
     name: ClassVar[str] = "JSD, nats"
 
@@ -321,7 +332,7 @@ class CrossEntropy(Variational):
 
 
 def losses(objective: Objective) -> Wasserstein | Variational:
-    """The losses of an objective."""
+    """Returns the losses of an objective."""
     if objective in ("wgan", "wgan-gp"):
         return Wasserstein()
     if objective in ("minimax", "non-saturating"):
@@ -330,10 +341,10 @@ def losses(objective: Objective) -> Wasserstein | Variational:
 
 
 def pack(images: Tensor, packing: int) -> Tensor:
-    """Images [n, C, H, W] as [n / p, p C, H, W]: p in a row side by side as channels.
+    """Reshapes images [n, C, H, W] to [n / p, p C, H, W]: p in a row stand side by side as channels.
 
     Raises:
-        ValueError: n is no multiple of p.
+        ValueError: if n is no multiple of p.
     """
     if len(images) % packing:
         raise ValueError(f"a batch must be a multiple of packing = {packing} images, got {len(images)}")
@@ -341,12 +352,13 @@ def pack(images: Tensor, packing: int) -> Tensor:
 
 
 def gradient_penalty(discriminator: nn.Module, images: Tensor, generated: Tensor) -> Tensor:
-    """Mean of (|grad V| - 1)^2 over points on the straight lines from real to generated images, one for each pair,
-    evenly distributed on its line; 0-dim, differentiable in the discriminator's weights (Gulrajani et al., arXiv
-    1704.00028, Algorithm 1).
+    """Returns the mean of (|grad V| - 1)^2 between real and generated images (Gulrajani et al., arXiv 1704.00028).
+
+    As in their Algorithm 1 each pair has one point, evenly distributed on the straight line between its images. The
+    result is 0-dim and differentiable in the discriminator's weights.
 
     Args:
-        discriminator: images [n, C, H, W] -> V, [n] or [n, 1], an image's by itself.
+        discriminator: images [n, C, H, W] -> V, [n] or [n, 1]; an image's output must depend on that image alone.
         images, generated: [n, C, H, W] each.
     """
     share = torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)

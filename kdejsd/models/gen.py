@@ -1,4 +1,4 @@
-"""Generative Encoding Networks: an autoencoder whose codes are matched to a known law by a lagged kernel density."""
+"""Defines Generative Encoding Networks, autoencoders whose codes a lagged kernel density matches to a known law."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ with train_extra():
 
 
 class GEN(Autoencoder):
-    """Algorithm 1 of GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283).
+    """Trains a Generative Encoding Network by Algorithm 1 of GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283).
 
     The loss is the mean squared error per pixel + weight * `LaggedKDE.loss` (eq. 3). The m lagged examples are drawn
-    once from the training set; every k_b minibatches the encoder as it then is encodes them anew, in evaluation mode
-    and without gradient. Two other ways to keep the lagged codes young are a choice (`refresh`): a part of them is
-    encoded anew in every minibatch, or the codes of the minibatches themselves take the place of the oldest, for which
-    nothing is encoded twice.
+    once from the training set. Every k_b minibatches the encoder as it then is encodes them anew, in evaluation mode
+    and without gradient. `refresh` chooses between this and two other ways to keep the lagged codes young: a part of
+    them is encoded anew in every minibatch, or the codes of the minibatches themselves take the place of the oldest
+    ones, so that nothing is encoded twice.
 
-    Millions of lagged codes take `refresh="queue"` or "rolling", and what memory there is decides on `keep_images`,
+    For millions of lagged codes take `refresh="queue"` or "rolling"; the memory decides about `keep_images`,
     `lagged_dtype` and `lagged_device`. All m codes are encoded by one encoder at the start and before each validation
-    ("queue": at the start only), bfloat16 ones twice: first for their mean and variance.
+    ("queue": at the start only). With bfloat16 they are encoded twice: first for their mean and variance.
 
-    The indices of a batch let a code leave out its own lagged copy.
+    By the indices of a batch a code leaves out its own lagged copy.
 
-    On several devices (Lightning's "ddp") each keeps and encodes its share of the lagged codes (`LaggedKDE.shard`), the
+    On several devices (Lightning's "ddp") each keeps and encodes its share of the lagged codes (`LaggedKDE.shard`). The
     codes are normalised over the minibatches of all, and the steps are those of one device with the whole minibatch.
 
-    Logged per step: `rec` (error per pixel), `latent` (the latent term, nats), `1-r` (mean of p_t / (p_e + p_t), the
-    weight of the JSD's gradient: 0.5 at p_e = p_t; near 0 the codes are in the dead zone, where nothing pulls them).
-    Per epoch, on the validation set: `val_rec` and `val_jsd` (`LaggedKDE.jsd`), and `time` (share of the step that the
-    latent term takes: refresh, value and gradient).
+    It logs per step `rec` (error per pixel), `latent` (the latent term, nats) and `1-r`. The last is the mean of p_t /
+    (p_e + p_t), the weight of the JSD's gradient: 0.5 at p_e = p_t; near 0 the codes are in the dead zone, where
+    nothing pulls them. Per epoch it logs `val_rec` and `val_jsd` (`LaggedKDE.jsd`) of the validation set, and `time`,
+    the share of the step that the latent term takes: refresh, value and gradient.
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
@@ -54,30 +54,43 @@ class GEN(Autoencoder):
         refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
             k_b steps. "queue": the codes of the last m training examples, each as it was in its minibatch.
-        refresh_every: k_b; "queue" has no use for it.
+        refresh_every: k_b, the number of minibatches between refreshes; "queue" has no use for it.
         weight: lambda, the weight of the latent term beside the error per pixel.
         target: law of the codes; None is the standard normal.
-        bandwidth: h, of the kernel; None is the optimal one for (l, m, target).
+        bandwidth: h, the kernel's standard deviation; None is the optimal one for (l, m, target).
         smoothed: compare the kernel density with the target smoothed by the same kernel; False is the paper's loss.
         divergence: "js" (the paper's) or "kl", whose gradient does not fade where p_e >> p_t.
-        kernel_noise: compare the codes with the kernel's noise, which are samples of p_e (`LaggedKDE.loss`). Without it
-            (False, as in the paper) the codes of a small training set are pushed apart without bound, and those of
-            held-out images do not follow. From some 16 dimensions on it shrinks the codes instead: False there, with
-            twice `optimal_bandwidth(l, m, smoothed=True)` as the bandwidth.
+        kernel_noise: add the kernel's noise to the codes, so that they are samples of p_e (`LaggedKDE.loss`). Without
+            it (False, as in the paper) the codes of a small training set are pushed apart without bound, and those of
+            held-out images do not follow. From some 16 dimensions on the noise shrinks the codes instead; use False
+            there, with twice `optimal_bandwidth(l, m, smoothed=True)` as the bandwidth.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
             Without it the codes soon leave the region where the loss has a gradient. At evaluation its running
             statistics are used.
         lagged_dtype: "float32" or "bfloat16", in which the lagged codes are kept (`LaggedKDE`).
         lagged_device: "cpu" keeps the lagged codes on the host, None on the module's device.
         keep_images: keep the m lagged images on the module's device. False reads them from the training set whenever
-            they are encoded: for the image sets of `kdejsd.data`, which are in memory, that costs a tenth of the
+            they are encoded; for the image sets of `kdejsd.data`, which are in memory, that costs a tenth of the
             encoding. "queue" never keeps them.
-        input_dropout: share of the pixels that the encoder does not see of a minibatch's images, drawn anew each time.
-            For a few thousand training images and fewer, whose codes it keeps from being placed one by one: they
-            become more even than samples of the target.
+        input_dropout: share of the pixels of a minibatch's images that the encoder does not see, drawn anew each time.
+            It is for training sets of a few thousand images or fewer: it keeps their codes from being placed one by
+            one, more even than samples of the target.
 
     Raises:
-        ValueError: sizes below 1, a negative weight, an input_dropout outside [0, 1), and what `LaggedKDE` refuses.
+        ValueError: if a size is below 1, the weight is negative, input_dropout is outside [0, 1), and in the cases of
+            `LaggedKDE`.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import FC, GEN
+        >>> networks = FC((1, 8, 8), latent_dim=2)
+        >>> model = GEN(networks.encoder, networks.decoder, latent_dim=2, num_lagged=200)
+        >>> model.lagged.refresh(model.target_samples(200))
+        >>> model.encode(torch.rand(5, 1, 8, 8)).shape, model.sample(5).shape
+        (torch.Size([5, 2]), torch.Size([5, 1, 8, 8]))
+        >>> far = model.latent_terms(model.target_samples(100) + 3, None).mean()
+        >>> bool(far > model.latent_terms(model.target_samples(100), None).mean())  # far codes cost more
+        True
     """
 
     def __init__(
@@ -188,20 +201,26 @@ class GEN(Autoencoder):
         super().on_train_start()
 
     def _drawn_examples(self, count: int) -> Tensor:
-        """The training examples [m] int64 for this rank's lagged codes, drawn from a training set of a size."""
+        """Draws the training examples [m] int64 of this rank's lagged codes from a training set of `count` examples."""
         drawn = of_first(torch.randperm(count)[: self.lagged.num_centers])
         return self.lagged.share(drawn.sort().values).to(self.device)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Encodes the lagged examples by the encoder as it is, in evaluation mode. Their mean and variance become the
-        running statistics of the normalisation, which otherwise trail behind an encoder that changes quickly."""
+        """Encodes the lagged examples by the encoder as it is, in evaluation mode.
+
+        Their mean and variance become the running statistics of the normalisation, which otherwise trail behind an
+        encoder that changes quickly.
+        """
         with evaluating(self.encoder, self.norm), self.explaining("lagged codes", self._lagged_examples):
             self.lagged.refresh(self._lagged_codes(), self._lagged_examples)
 
     def _lagged_codes(self) -> Iterator[Tensor]:
-        """The codes of all lagged examples, in parts. The normalisation waits for the mean of them all: until then they
-        stand in the place of the normalised ones, or, where they would be rounded there, they are encoded twice."""
+        """Yields the codes of all lagged examples, in parts.
+
+        The normalisation waits for the mean of them all. Until then the codes stand in the place of the normalised
+        ones; where they would be rounded there, they are encoded twice.
+        """
         codes = self.lagged.codes
         rounds = codes.dtype == torch.bfloat16
         if not rounds:
@@ -215,13 +234,13 @@ class GEN(Autoencoder):
             yield self.norm(part.to(self.device, self.dtype))  # type: ignore[arg-type]
 
     def _encoded_parts(self) -> Iterator[Tensor]:
-        """The codes of all lagged examples before their normalisation, in parts."""
+        """Yields the codes of all lagged examples before their normalisation, in parts."""
         for images in self._lagged_images(0, len(self.lagged.codes)):
             yield self._encoded(images, self.latent_dim)
 
     @torch.no_grad()
     def _refresh_part(self, part: int) -> None:
-        """The same for one of k_b parts, with the running statistics as they are."""
+        """Encodes one of k_b parts of the lagged examples, with the running statistics as they are."""
         m = len(self.lagged.codes)
         start, end = m * part // self.refresh_every, m * (part + 1) // self.refresh_every
         with evaluating(self.encoder, self.norm), self.explaining("lagged codes", self._lagged_examples):
@@ -230,14 +249,14 @@ class GEN(Autoencoder):
                 start += len(images)
 
     def _lagged_images(self, start: int, end: int) -> Iterator[Tensor]:
-        """The images of the lagged examples from place `start` to before `end`, on the module's device, in parts."""
+        """Yields images of the lagged examples from place `start` to before `end`, in parts, on the model's device."""
         if self._kept_images is not None:
             yield from self._kept_images[start:end].split(CHUNK)
         else:
             yield from self._read_images(start, end)
 
     def _read_images(self, start: int, end: int) -> Iterator[Tensor]:
-        """The same from the training set."""
+        """Yields the images of `_lagged_images`, read from the training set."""
         assert self._training_set is not None and self._lagged_examples is not None
         for chosen in self._lagged_examples[start:end].cpu().split(CHUNK):
             if self._takes_index_tensors:
@@ -277,11 +296,11 @@ class GEN(Autoencoder):
         return loss
 
     def penalty(self, codes: Tensor, labels: Tensor) -> Tensor | float:
-        """What a kind of GEN adds to the loss for the codes [n, l] of a minibatch with labels [n]: nothing here."""
+        """Returns an addition to the loss for codes [n, l] of a minibatch with labels [n]; a GEN's own is 0."""
         return 0.0
 
     def training_codes(self, images: Tensor) -> Tensor:
-        """The codes [n, l] of images [n, C, H, W] that the latent term is of."""
+        """Returns the codes [n, l] of images [n, C, H, W] that the latent term compares with the target."""
         return self.encode(images)
 
     def on_after_backward(self) -> None:
@@ -309,13 +328,15 @@ class GEN(Autoencoder):
         self.log("time", self.stopwatch.share("latent", "step"), prog_bar=True, sync_dist=True)
 
     def latent_terms(self, codes: Tensor, index: Tensor | None) -> Tensor:
-        """The latent term of each code [n, l] in nats, as [n]; `index` [n] of the training examples, None for
-        others."""
+        """Returns the latent term of each code [n, l] in nats, as [n].
+
+        `index` [n] are the training examples of the codes, None for other images.
+        """
         noise = noise_like(codes, self.rng()) if self.kernel_noise else None
         return self.lagged.loss(codes, index, noise=noise, reduction="none")
 
     def gradient_weight(self, terms: Tensor) -> Tensor:
-        """Mean of 1 - r = p_t / (p_e + p_t) from the terms [n] of `LaggedKDE.loss`, 0-dim."""
+        """Returns the mean of 1 - r = p_t / (p_e + p_t) from the terms [n] of `LaggedKDE.loss`, 0-dim."""
         terms = terms.detach()
         if self.lagged.divergence == "kl":  # a term is log p_e - log p_t
             return torch.sigmoid(-terms).mean()
@@ -324,17 +345,20 @@ class GEN(Autoencoder):
     # Evaluation
 
     def jsd(self, codes: Tensor, rng: torch.Generator) -> Tensor:
-        """`LaggedKDE.jsd`: by the kernel of the lagged codes, from what the loss compares them with."""
+        """Returns the divergence from the law that the loss compares with, by the lagged codes' kernel.
+
+        It is `LaggedKDE.jsd`.
+        """
         return self.lagged.jsd(codes, rng)
 
     def latent_measures(self, codes: Tensor, index: Tensor | None) -> dict[str, float]:
-        """The training loss's latent term in nats, and the weight 1 - r of its gradient."""
+        """Returns the training loss's latent term in nats, and the weight 1 - r of its gradient."""
         terms = self.latent_terms(codes, index)
         return {"latent_term": float(terms.mean()), "gradient_weight": float(self.gradient_weight(terms))}
 
     @property
     def expected_variance(self) -> Tensor:
-        """The target's with the smoothed target, less by h^2 with the target itself."""
+        """Returns the target's variance with the smoothed target, and h^2 less with the target itself."""
         variance = super().expected_variance
         return variance if self.lagged.smoothed else variance - self.lagged.bandwidth**2
 
@@ -363,7 +387,7 @@ class GEN(Autoencoder):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As `GenerativeModel`; with the lagged codes of all ranks, which call this together."""
+        """Adds what `GenerativeModel` adds, and the lagged codes of all ranks, which call it together."""
         super().on_save_checkpoint(checkpoint)
         if self.lagged.ranks > 1 or self.refresh_policy == "queue":  # also in place of an average's, see on_train_end
             checkpoint["state_dict"] |= self.lagged.gathered_state("lagged.")

@@ -1,4 +1,4 @@
-"""A classifier of images whose last hidden layer serves as features."""
+"""Defines a classifier of images whose last hidden layer serves as features."""
 
 from __future__ import annotations
 
@@ -21,21 +21,30 @@ with train_extra():
 
 
 class ImageClassifier(pl.LightningModule):
-    """Two convolutions that halve the side, with batch normalisation, and a hidden layer; images of any size.
+    """Classifies images of any size by two convolutions and a hidden layer, whose outputs serve as features.
 
-    A checkpoint of it says on which images it was trained and how many of the held-out ones it gets right; it is read
-    by `ImageClassifier.load_from_checkpoint(path, weights_only=True)`.
+    Each convolution halves the side and is followed by batch normalisation. A checkpoint says on which images it was
+    trained and how many of the held-out ones it gets right; `ImageClassifier.load_from_checkpoint(path,
+    weights_only=True)` reads it.
 
     Args:
         image_shape: (C, H, W).
-        num_classes: K.
-        data: name of the set of images.
-        num_features: width of the hidden layer.
-        learning_rate: of Adam.
+        num_classes: K, the number of classes.
+        data: the name of the set of images.
+        num_features: the width of the hidden layer.
+        learning_rate: the learning rate of Adam.
 
     Attributes:
-        features: images [n, C, H, W] -> [n, num_features], a module.
-        accuracy: share of the held-out images that it gets right, 0-dim; NaN before it is trained.
+        features: the module images [n, C, H, W] -> [n, num_features].
+        accuracy: the share of the held-out images that it gets right, 0-dim; NaN before it is trained.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import ImageClassifier
+        >>> classifier = ImageClassifier((1, 8, 8), num_classes=10, data="Digits").eval()
+        >>> images = torch.rand(5, 1, 8, 8)
+        >>> classifier(images).shape, classifier.features(images).shape
+        (torch.Size([5, 10]), torch.Size([5, 128]))
     """
 
     accuracy: Tensor
@@ -64,7 +73,7 @@ class ImageClassifier(pl.LightningModule):
         self._counted = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [n, K] of images [n, C, H, W]."""
+        """Returns logits [n, K] of images [n, C, H, W]."""
         logits: Tensor = self.head(self.features(images))
         return logits
 
@@ -89,16 +98,16 @@ class ImageClassifier(pl.LightningModule):
 
 
 def classifier_for(data: ImageData, path: Path, epochs: int = 5, seed: int = 0) -> ImageClassifier:
-    """The classifier in a file, in evaluation mode; trained on the images and stored there if there is no such file.
+    """Returns the classifier in a file, in evaluation mode; if there is no such file, trains one and stores it there.
 
     Args:
         data: labelled images.
-        path: of the file.
-        epochs: passes through the training images, in the order of `data`; each is told on stderr.
-        seed: of the initial weights.
+        path: the path of the file.
+        epochs: passes through the training images, in the order of `data`; each is reported on stderr.
+        seed: the seed of the initial weights.
 
     Raises:
-        ValueError: images without labels, or a file with the classifier of other images.
+        ValueError: if images have no labels, or the file has the classifier of other images.
     """
     name = type(data).__name__
     if path.exists():

@@ -1,4 +1,4 @@
-"""The models in the form that the command trains: their networks are built for images of a given shape."""
+"""Gives the models the form that the command trains: their networks are built for images of a given shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .networks import FC, Network
 
 
 class ImageModel(GenerativeModel):
-    """A model whose networks are built for images of a given shape.
+    """Builds the networks of a model for images of a given shape.
 
     Args:
         image_shape: (C, H, W).
@@ -19,6 +19,13 @@ class ImageModel(GenerativeModel):
         network: builds encoder and decoder from (image_shape, latent_dim): `FC`, `Conv` or another class. A GAN's
             generator is a decoder, its discriminator an encoder to one number.
         kwargs: as in the model.
+
+    Example:
+        >>> from kdejsd.models import Conv, ImageModel
+        >>> from kdejsd.models.images import VAE
+        >>> model = VAE((1, 28, 28), latent_dim=8, network=Conv)
+        >>> isinstance(model, ImageModel), model.sample(3).shape
+        (True, torch.Size([3, 1, 28, 28]))
     """
 
     def __init__(self, image_shape: Sequence[int], latent_dim: int = 2, network: Network = FC, **kwargs: Any) -> None:
@@ -27,7 +34,14 @@ class ImageModel(GenerativeModel):
 
 
 def for_images(model: type[GenerativeModel]) -> type[ImageModel]:
-    """The model, under the same name, with the arguments of `ImageModel` in place of the networks."""
+    """Returns the model under its own name, with the arguments of `ImageModel` in place of the networks.
+
+    Example:
+        >>> from kdejsd.models import AE, for_images
+        >>> model = for_images(AE)(image_shape=(3, 8, 8), latent_dim=4)
+        >>> isinstance(model, AE), model.sample(2).shape
+        (True, torch.Size([2, 3, 8, 8]))
+    """
     attributes = {"__module__": __name__, "__doc__": model.__doc__}
     return cast("type[ImageModel]", type(model.__name__, (ImageModel, model), attributes))
 

@@ -1,4 +1,4 @@
-"""LC-VAE: a variational autoencoder that pays for codes farther apart than their images are."""
+"""Defines LC-VAE, a variational autoencoder that pays for codes farther apart than their images are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .vae import VAE
 
 
 class LCVAE(VAE):
-    """The LC-VAE of Manoj: a VAE with a Lipschitz penalty on its encoder f and a constraint on the encoder's weights.
+    """Trains Manoj's LC-VAE: a VAE with a Lipschitz penalty on its encoder f and a constraint on the encoder's weights.
 
     The loss is the VAE's with lambda omega beside the KL, everything in nats of one image, times 2 s^2 / D:
 
@@ -23,44 +23,54 @@ class LCVAE(VAE):
         omega = mean over the minibatch's pairs (i, i + b/2) of |f(x_i) - f(x_j)|^2 / |x_i - x_j|^2
 
     With the default s^2 = 1/2 that is the sum of squared errors + KL + lambda omega, divided by D. The paper's text was
-    not at hand: that its squared errors are summed over the pixels and its omega averaged over the pairs is taken from
-    what lambda = 30 then comes to, about a nat on MNIST. f(x) is the code of `encode`, the posterior's mean: omega is
-    a bound on a map, and samples would add their variance to it. The last image of an odd minibatch is in no pair.
-    Equal images in a pair count as 0.
+    not at hand. That it sums squared errors over the pixels and averages omega over the pairs is taken from the size
+    that lambda = 30 then has, about a nat on MNIST. f(x) is the code of `encode`, the posterior's mean: omega bounds a
+    map, and samples would add their variance to it. The last image of an odd minibatch is in no pair. Equal images in a
+    pair count as 0.
 
     omega is at most the square of f's Lipschitz constant, and it falls with the square of the codes' scale, whatever
-    their arrangement. On MNIST that is all that happens (bench/results/papers): images are about equally far apart, so
-    that omega is little else than the variance of the codes, the encoder shrinks them, and the prior is left with
-    holes. `scale_free` divides omega by the mean over the dimensions of the variance of the minibatch's codes, which is
-    omega of codes divided by their standard deviation. (One scale for all dimensions: one of its own would blow up
-    those that the posterior leaves to the prior.) Codes then keep their scale, but there is little left to win: made
-    heavier, it is met by a few far codes of images that are far from all others.
+    their arrangement. On MNIST nothing else happens (bench/results/papers): images are about equally far apart, so
+    omega is little else than the variance of the codes, the encoder shrinks them, and the prior is left with holes.
+    `scale_free` divides omega by the variance of the minibatch's codes (the mean over the dimensions), which gives
+    omega of codes divided by their standard deviation. (One scale serves all dimensions: one for each would blow up
+    those that the posterior leaves to the prior.) Codes then keep their scale, but there is little left to win: a
+    heavier omega is met by a few far codes of images that are far from all others.
 
-    What the constraints bound, and what not:
+    The constraints bound the following:
 
     * "clip", the paper's: after each step the weights of the encoder's convolution and linear layers are clamped to
-      [-clip, clip]; biases, which have no part in a Lipschitz constant, and batch normalisation are left alone. It
+      [-clip, clip]. Biases, which have no part in a Lipschitz constant, and batch normalisation are left alone. It
       bounds each weight and so, very loosely, the norms; layers of many inputs begin and mostly stay far inside it.
     * "spectral", the better one that the paper asks for: these layers are divided by their largest singular value
       (`torch.nn.utils.parametrizations.spectral_norm`, one power iteration per step; of a convolution that of its
-      kernel as a matrix [out, in x height x width]). The encoder that is given is changed in place. For
-      fully connected networks f's Lipschitz constant is then at most 1; a convolution of kernel 4 and stride 2 has at
-      most twice its kernel's norm.
-    * Batch normalisation undoes either: it divides by the deviation of what it gets, and has a scale of its own.
+      kernel as a matrix [out, in x height x width]). The encoder that is given is changed in place. For fully connected
+      networks f's Lipschitz constant is then at most 1; a convolution of kernel 4 and stride 2 has at most twice its
+      kernel's norm.
+    * Batch normalisation undoes either: it divides by the deviation of its input, and has a scale of its own.
 
-    Logged beside what a VAE logs: per step `omega`, as it is in the loss, before lambda.
+    Beside a VAE's measures it logs per step `omega`, as it is in the loss, before lambda.
 
     Args:
         encoder, decoder, latent_dim: as in `VAE`.
-        omega_weight: lambda.
+        omega_weight: lambda, the weight of omega beside the KL.
         constraint: "clip", "spectral" or "none".
         clip: c, the largest absolute value of a weight with "clip".
         scale_free: divide omega by the variance of the codes; NaN for codes that are all equal.
         kwargs: as in `VAE`.
 
     Raises:
-        ValueError: a negative omega_weight, an unknown constraint, a clip that is not positive and finite, a minibatch
-            of a single image, and what `VAE` refuses.
+        ValueError: if omega_weight is negative, the constraint is unknown, clip is not positive and finite, a minibatch
+            has a single image, and in the cases of `VAE`.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import FC, LCVAE
+        >>> encoder, decoder = FC((1, 8, 8), latent_dim=4).encoder, FC((1, 8, 8), latent_dim=2).decoder
+        >>> model = LCVAE(encoder, decoder, latent_dim=2, omega_weight=10)
+        >>> model.encode(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 2])
+        >>> model.settings()["omega_weight"], model.settings()["constraint"]
+        (10.0, 'clip at 0.3')
     """
 
     def __init__(
@@ -89,7 +99,7 @@ class LCVAE(VAE):
                 spectral_norm(layer)
 
     def penalty(self, images: Tensor, mean: Tensor) -> Tensor:
-        """lambda omega, 0-dim, after logging omega."""
+        """Returns lambda omega, 0-dim, after logging omega."""
         even = len(images) - len(images) % 2
         if even == 0:
             raise ValueError(f"a minibatch of LCVAE must have at least 2 images, got {len(images)}")

@@ -1,4 +1,4 @@
-"""A GEN whose modes are classes, some of whose examples are known."""
+"""Defines a GEN whose modes are classes, some of whose examples are known."""
 
 from __future__ import annotations
 
@@ -15,34 +15,44 @@ from .gen import GEN
 
 
 class SemiSupervisedGEN(GEN):
-    """A GEN whose target has one component for each class, into which the labels pull the codes (GENs, section 5.4).
+    """Trains a GEN whose target has a component for each class, into which labels pull the codes (GENs, section 5.4).
 
     The joint law of code and class is to be that of the target, p_t(z, y) = w_y N(z; mu_y, sigma_y^2 I). By the chain
     rule
 
         KL(p_e(z, y) | p_t(z, y)) = KL(p_e(z) | p_t(z)) + E log p_e(y | z) - E log p_t(y | z).
 
-    The first term is the latent term of a GEN, for which no labels are needed: all images take part. The second is at
-    most 0, and 0 where a code has one class alone; it is left out, which leaves an upper bound. The third is a cross
-    entropy, estimated by the labelled images:
+    The first term is the latent term of a GEN, which needs no labels: all images take part. The second is at most 0,
+    and 0 where a code has one class alone; leaving it out gives an upper bound. The third is a cross entropy, estimated
+    by the labelled images:
 
         loss = error per pixel + weight * latent term + label_weight * mean of -log p_t(y | z).
 
-    The density of a code within its mode, -log p(z | y), is not what is minimised: it differs from the third term by
-    log w_y - log p_t(z), which the latent term holds already, and by itself would draw every code to its mode's mean.
+    The density of a code within its mode, -log p(z | y), is not minimised. It differs from the third term by log w_y -
+    log p_t(z), which the latent term holds already, and by itself would draw every code to its mode's mean.
 
-    Logged beside what a GEN logs: per step `label`, the third term in nats over the minibatch's labelled images, and
+    Beside a GEN's measures it logs per step `label`, the third term in nats over the minibatch's labelled images, and
     per epoch, if the validation set has labels, `val_acc`, the share of them that `classify` gets right.
 
     Args:
         encoder, decoder, latent_dim: as in `GEN`.
         target: one component for each class, in the order of the labels 0 to K - 1.
-        label_weight: of the third term; None is `weight`, as the chain rule has it.
+        label_weight: the weight of the third term; None is `weight`, as the chain rule has it.
         kwargs: as in `GEN`.
 
     Raises:
-        TypeError: a target that is no GaussianMixture.
-        ValueError: a negative label_weight, a label that has no component, and what `GEN` refuses.
+        TypeError: if the target is no GaussianMixture.
+        ValueError: if label_weight is negative, a label has no component, and in the cases of `GEN`.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import GaussianMixture
+        >>> from kdejsd.models import FC, SemiSupervisedGEN
+        >>> target = GaussianMixture(torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), 0.5)
+        >>> networks = FC((1, 8, 8), latent_dim=2)
+        >>> model = SemiSupervisedGEN(networks.encoder, networks.decoder, 2, target, num_lagged=200)
+        >>> model.classify(torch.tensor([[-1.5, 1.0], [0.5, 0.0]]))
+        tensor([0, 1])
     """
 
     def __init__(
@@ -63,18 +73,23 @@ class SemiSupervisedGEN(GEN):
 
     @property
     def classes(self) -> GaussianMixture:
-        """The target."""
+        """Returns the target, whose components are the classes."""
         assert isinstance(self.lagged.target, GaussianMixture)
         return self.lagged.target
 
     @torch.no_grad()
     def classify(self, codes: Tensor) -> Tensor:
-        """The most probable class [n] int64 of codes [n, l] under the target: with components of equal scale and weight
-        the one whose mean is nearest."""
+        """Returns the most probable class [n] int64 of codes [n, l] under the target.
+
+        With components of equal scale and weight it is the one whose mean is nearest.
+        """
         return self.classes.component_log_prob(codes).argmax(-1)
 
     def label_term(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Mean of -log p_t(y | z) in nats over the codes [n, l] that have a label [n] int64, 0 if none has; 0-dim."""
+        """Returns the mean of -log p_t(y | z) in nats over the codes [n, l] with a label [n] int64, 0-dim.
+
+        It is 0 if no code has a label.
+        """
         count = self.classes.means.shape[0]
         if codes.device.type == "cpu" and len(labels) and int(labels.max()) >= count:
             raise ValueError(f"labels must be below {count}, one component per class, got {int(labels.max())}")
@@ -83,7 +98,7 @@ class SemiSupervisedGEN(GEN):
         return total / (labels >= 0).sum().clamp_min(1)
 
     def penalty(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """label_weight times the label term, 0-dim, after logging the term."""
+        """Returns label_weight times the label term, 0-dim, after logging the term."""
         term = self.label_term(codes, labels)
         self.log("label", term, prog_bar=True)
         return self.label_weight * term

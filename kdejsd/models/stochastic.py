@@ -1,4 +1,4 @@
-"""A GEN whose encoder is random: what of a latent space the images do not need is filled with noise."""
+"""Defines a GEN with a random encoder, which fills with noise the part of a latent space that images do not need."""
 
 from __future__ import annotations
 
@@ -20,35 +20,46 @@ BANDWIDTH_FACTOR = 1.5
 
 
 class StochasticGEN(GEN):
-    """A GEN with a random encoder, for latent spaces of more dimensions than the images have.
+    """Trains a GEN with a random encoder, for latent spaces of more dimensions than the images have.
 
     Images that vary in a few ways cannot fill many dimensions by a map: the codes of a GEN lie on a surface, which a
-    kernel density can hide and a classifier finds. Here the encoder gives for each dimension a signal u, normalised
-    over the training images to mean 0 and variance 1, and a share s between 0 and 1 of noise in the variance:
+    kernel density can hide and a classifier finds. Here the encoder gives two numbers for each dimension: a signal u,
+    normalised over the training images to mean 0 and variance 1, and a share s between 0 and 1 of noise in the
+    variance:
 
         code = target's mean + target's standard deviation * (sqrt(1 - s) u + sqrt(s) noise),    noise standard normal
 
-    so that every dimension has the target's mean and variance whatever the shares are, if they do not depend on the
-    signal. The latent term, that of a GEN, is of such codes, and its lagged codes are such codes too; the error per
-    pixel lowers the shares where the decoder has use for the signal. As for a VAE, `encode` gives the means of the
-    codes, and what is to follow the target are samples of the codes' laws (`posterior_samples`; `val_jsd` is theirs).
+    So every dimension has the target's mean and variance whatever the shares are, if they do not depend on the signal.
+    The latent term is that of a GEN at such codes, and its lagged codes are such codes too. The error per pixel lowers
+    the shares where the decoder has use for the signal. As for a VAE, `encode` gives the means of the codes, and
+    samples of the codes' laws are to follow the target (`posterior_samples`; `val_jsd` is theirs).
 
-    The kernel density is compared with the smoothed target at the codes as they are (no kernel noise): see
-    `optimal_bandwidth(..., smoothed=True)` for what a bandwidth must reach there, and bench/results/papers for what
-    larger ones do.
+    The kernel density is compared with the smoothed target at the codes as they are (no kernel noise).
+    `optimal_bandwidth(..., smoothed=True)` explains how large the bandwidth must be there, and bench/results/papers
+    shows the effect of larger ones.
 
     Args:
         encoder: images [n, C, H, W] -> [n, 2 l], the signals and the logits of the shares.
         decoder: codes [n, l] -> images [n, C, H, W].
-        latent_dim: l.
-        num_lagged: m.
-        bandwidth: h, of the kernel; None is 1.5 times `optimal_bandwidth(l, m, target, smoothed=True)`.
-        target: a StandardNormal or GaussianMixture; None is the standard normal. A mixture's modes are not known to
-            the noise, which is of the mixture's whole variance.
+        latent_dim: l, the dimension of the codes.
+        num_lagged: m, the number of lagged codes.
+        bandwidth: h, the kernel's standard deviation; None is 1.5 times `optimal_bandwidth(l, m, target,
+            smoothed=True)`.
+        target: a StandardNormal or GaussianMixture; None is the standard normal. The noise does not know a mixture's
+            modes: it has the mixture's whole variance.
         kwargs: as in `GEN`.
 
     Raises:
-        ValueError: what `GEN` and `optimal_bandwidth` refuse.
+        ValueError: in the cases of `GEN` and `optimal_bandwidth`.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import FC, StochasticGEN
+        >>> encoder, decoder = FC((1, 8, 8), latent_dim=8).encoder, FC((1, 8, 8), latent_dim=4).decoder
+        >>> model = StochasticGEN(encoder, decoder, latent_dim=4, num_lagged=100)
+        >>> mean, scale = model.posterior(torch.rand(5, 1, 8, 8))
+        >>> mean.shape, bool((scale < 1).all())
+        (torch.Size([5, 4]), True)
     """
 
     norm: CodeNorm
@@ -82,10 +93,10 @@ class StochasticGEN(GEN):
     build_networks = staticmethod(VAE.build_networks)  # an encoder to twice the latent dimension
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and standard deviations, each [n, l], of the normal laws of the codes of images [n, C, H, W].
+        """Returns means and standard deviations, each [n, l], of the normal laws of the codes of images [n, C, H, W].
 
         Raises:
-            ValueError: an encoder whose output has another shape.
+            ValueError: if the encoder's output has another shape.
         """
         return self._law(self._encoded(images, 2 * self.latent_dim))
 
@@ -97,7 +108,7 @@ class StochasticGEN(GEN):
         return shift + kept * (self.norm(signal) - shift), self.norm.scale * added
 
     def encode(self, images: Tensor) -> Tensor:
-        """Means [n, l] of the codes of images [n, C, H, W]."""
+        """Returns the means [n, l] of the codes of images [n, C, H, W]."""
         return self.posterior(images)[0]
 
     def posterior_samples(self, images: Tensor, rng: torch.Generator) -> Tensor:
@@ -116,6 +127,6 @@ class StochasticGEN(GEN):
 
 
 def _drawn(law: tuple[Tensor, Tensor], rng: torch.Generator | None) -> Tensor:
-    """A code of each normal law, whose means and standard deviations are [n, l] each."""
+    """Draws a code of each normal law, whose means and standard deviations are [n, l] each."""
     mean, scale = law
     return mean + scale * noise_like(mean, rng)

@@ -1,4 +1,4 @@
-"""Variational autoencoder, with the standard normal or a flow as its prior."""
+"""Defines the variational autoencoder, with the standard normal or a flow as its prior."""
 
 from __future__ import annotations
 
@@ -19,40 +19,49 @@ from .networks import Network
 
 
 class VAE(Autoencoder):
-    """The variational autoencoder (Kingma, Welling, arXiv 1312.6114), with a diagonal normal posterior.
+    """Trains a variational autoencoder (Kingma, Welling, arXiv 1312.6114) with a diagonal normal posterior.
 
-    With pixels that are normal around the decoder's with a variance s^2, the negative evidence lower bound of an image
-    of D pixels, times 2 s^2 / D and but for constants, is
+    Let the pixels be normal around the decoder's, with a variance s^2. The loss is the negative evidence lower bound of
+    an image of D pixels, times 2 s^2 / D and without constants:
 
         mean squared error per pixel + (2 s^2 / D) KL(posterior | prior)
 
-    and that is the loss; the KL is a sum over the latent dimensions and a mean over the images, in nats. With the
-    standard normal prior it is in closed form. With a flow f the prior is the law of f^-1(u), u standard normal, and
-    the KL is the negative entropy of the posterior, in closed form, less log p(z) = log N(f(z); 0, I) + log|det J_f(z)|
-    of one sample of the posterior.
+    The KL is a sum over the latent dimensions and a mean over the images, in nats. With the standard normal prior it
+    has a closed form. With a flow f the prior is the law of f^-1(u), u standard normal. The KL is then the negative
+    entropy of the posterior, in closed form, less log p(z) = log N(f(z); 0, I) + log|det J_f(z)| of one sample of the
+    posterior.
 
-    The codes of images are f(posterior mean), and a code u is decoded as decoder(f^-1(u)): codes are always to follow
-    the standard normal, and every measure, picture and sample is made from them as from other models' codes (the
-    Jensen-Shannon divergence of two laws does not change under f). What matches the prior in a good VAE is not the law
-    of the means but that of samples of the posterior (`posterior_samples`): `val_jsd` is theirs.
+    The codes of images are f(posterior mean), and a code u is decoded as decoder(f^-1(u)). So codes are always to
+    follow the standard normal, and every measure, picture and sample is made from them as from other models' codes (the
+    Jensen-Shannon divergence of two laws does not change under f). In a good VAE not the law of the means matches the
+    prior but that of samples of the posterior (`posterior_samples`): `val_jsd` is theirs.
 
-    Logged per step: `rec` (error per pixel, of a sample of the posterior) and `latent` (the KL, nats). Per epoch what
-    `Autoencoder` logs; `val_rec` is of the means.
+    It logs per step `rec` (error per pixel, of a sample of the posterior) and `latent` (the KL, nats), and per epoch
+    the measures of `Autoencoder`; `val_rec` is of the means.
 
     Args:
         encoder: images [n, C, H, W] -> [n, 2 l], the posterior's means and the logarithms of its variances.
         decoder: z [n, l] -> images [n, C, H, W].
         latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
-        observation_variance: s^2. The default, 1/2, is the common loss sum of squared errors + KL. The images are most
-            likely with what the error per pixel comes to, but so little weight of the prior leaves the codes far from
-            it for thousands of steps.
+        observation_variance: s^2, the variance of the pixels. The default, 1/2, gives the common loss: sum of squared
+            errors + KL. The most likely value is the error per pixel itself, but so little weight of the prior leaves
+            the codes far from it for thousands of steps.
         prior: "normal", or "flow" for a `RealNVP` that is learned along.
-        flow_layers: of the flow.
-        flow_hidden: width of the flow's networks.
+        flow_layers: the number of layers of the flow.
+        flow_hidden: the width of the flow's networks.
 
     Raises:
-        ValueError: an observation_variance that is not positive and finite, an unknown prior, and what `RealNVP`
-            refuses.
+        ValueError: if observation_variance is not positive and finite, the prior is unknown, and in the cases of
+            `RealNVP`.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import FC, VAE
+        >>> encoder, decoder = FC((1, 8, 8), latent_dim=4).encoder, FC((1, 8, 8), latent_dim=2).decoder
+        >>> model = VAE(encoder, decoder, latent_dim=2)
+        >>> mean, log_variance = model.posterior(torch.rand(5, 1, 8, 8))
+        >>> mean.shape, log_variance.shape, model.sample(3).shape
+        (torch.Size([5, 2]), torch.Size([5, 2]), torch.Size([3, 1, 8, 8]))
     """
 
     def __init__(
@@ -80,14 +89,14 @@ class VAE(Autoencoder):
     def build_networks(
         network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
-        """Encoder and decoder of two pairs: the encoder's is one of twice the latent dimension."""
+        """Returns the encoder of a pair of twice the latent dimension, and the decoder of another pair."""
         return network(image_shape, 2 * latent_dim).encoder, network(image_shape, latent_dim).decoder
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and log-variances, each [n, l], of the posterior of z for images [n, C, H, W].
+        """Returns means and log-variances, each [n, l], of the posterior of z for images [n, C, H, W].
 
         Raises:
-            ValueError: an encoder whose output has another shape.
+            ValueError: if the encoder's output has another shape.
         """
         mean, log_variance = self._encoded(images, 2 * self.latent_dim).chunk(2, 1)
         return mean, log_variance
@@ -99,7 +108,7 @@ class VAE(Autoencoder):
         return codes
 
     def encode(self, images: Tensor) -> Tensor:
-        """Codes [n, l] of images [n, C, H, W]: the posterior's means, or what the flow makes of them."""
+        """Returns codes [n, l] of images [n, C, H, W]: the posterior's means, after the flow where there is one."""
         return self._code(self.posterior(images)[0])
 
     def posterior_samples(self, images: Tensor, rng: torch.Generator) -> Tensor:
@@ -108,7 +117,7 @@ class VAE(Autoencoder):
 
     @property
     def generator(self) -> nn.Module:  # type: ignore[override]
-        """The decoder, after the flow's inverse where there is a flow."""
+        """Returns the decoder, after the flow's inverse where there is a flow."""
         return self.decoder if self.flow is None else nn.Sequential(Inverse(self.flow), self.decoder)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -125,7 +134,10 @@ class VAE(Autoencoder):
         return error + 2 * self.observation_variance / images[0].numel() * latent
 
     def penalty(self, images: Tensor, mean: Tensor) -> Tensor | float:
-        """What a kind of VAE adds to the KL, in nats: nothing here. `mean` [n, l] of the posterior of the images."""
+        """Returns an addition to the KL, in nats; a VAE's own is 0.
+
+        `mean` [n, l] is that of the posterior of the images.
+        """
         return 0.0
 
     def settings(self) -> dict[str, object]:
@@ -134,11 +146,13 @@ class VAE(Autoencoder):
 
 
 def kl_to_normal(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL divergence in nats of the normals with these means and log-variances, each [n, l], from the standard normal;
-    summed over the dimensions, [n]."""
+    """Returns the KL divergence of normals from the standard normal in nats, summed over the dimensions, [n].
+
+    Their means and log-variances are [n, l] each.
+    """
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
 
 
 def normal_entropy(log_variance: Tensor) -> Tensor:
-    """Entropy in nats of the normals with these log-variances [n, l], summed over the dimensions, [n]."""
+    """Returns the entropy of normals with log-variances [n, l] in nats, summed over the dimensions, [n]."""
     return 0.5 * (log_variance + 1 + math.log(2 * math.pi)).sum(1)

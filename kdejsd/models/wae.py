@@ -1,4 +1,4 @@
-"""WAE-MMD: an autoencoder whose codes are matched to the target by the maximum mean discrepancy of minibatches."""
+"""Defines WAE-MMD, an autoencoder that matches minibatches of codes to the target by maximum mean discrepancy."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernels, times the mean 
 
 
 class WAE(Autoencoder):
-    """The Wasserstein autoencoder of Tolstikhin, Bousquet, Gelly, Schoelkopf (arXiv 1711.01558), Algorithm 2.
+    """Trains the Wasserstein autoencoder of Tolstikhin, Bousquet, Gelly, Schoelkopf (arXiv 1711.01558), Algorithm 2.
 
     The loss is the mean squared error per pixel + weight * `imq_mmd` of the minibatch's codes and as many samples of
-    the target. (The authors' code takes the sum over pixels, times 0.05, and the weight 10: for 28 x 28 images that is
-    a weight of 0.26 beside the mean. The default here has it stronger, where the error is about that of an AAE or GEN.)
+    the target. (The authors' code takes the sum over pixels, times 0.05, and the weight 10; for 28 x 28 images that is
+    a weight of 0.26 beside the mean. The default here is larger; with it the error is about that of an AAE or GEN.)
 
-    Logged per step: `rec` (error per pixel) and `latent` (the MMD; 0 in the mean for codes that follow the target).
-    Per epoch what `Autoencoder` logs.
+    It logs per step `rec` (error per pixel) and `latent` (the MMD; 0 in the mean for codes that follow the target), and
+    per epoch the measures of `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
@@ -31,7 +31,17 @@ class WAE(Autoencoder):
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
 
     Raises:
-        ValueError: a negative weight, or a target of another dimension.
+        ValueError: if the weight is negative, or the target has another dimension.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.models import FC, WAE
+        >>> from kdejsd.models.wae import imq_mmd
+        >>> networks = FC((1, 8, 8), latent_dim=2)
+        >>> model = WAE(networks.encoder, networks.decoder, latent_dim=2)
+        >>> codes, samples = model.encode(torch.rand(100, 1, 8, 8)), model.target_samples(100)
+        >>> bool(imq_mmd(codes, samples, model.mean_square) > 1)  # untrained, the codes are all at one place
+        True
     """
 
     def __init__(
@@ -65,8 +75,10 @@ class WAE(Autoencoder):
 
 
 def imq_mmd(codes: Tensor, samples: Tensor, mean_square: float) -> Tensor:
-    """The unbiased estimate of the squared maximum mean discrepancy between two laws, by the sum of the inverse
-    multiquadratic kernels C / (C + |x - y|^2) with C = mean_square times each of `SCALES`.
+    """Estimates the squared maximum mean discrepancy between two laws without bias, from samples of them.
+
+    The kernel is the sum of the inverse multiquadratic kernels C / (C + |x - y|^2) with C = mean_square times each of
+    `SCALES`.
 
     Args:
         codes: [n, l], from the one law, n at least 2.
@@ -74,10 +86,10 @@ def imq_mmd(codes: Tensor, samples: Tensor, mean_square: float) -> Tensor:
         mean_square: the mean squared distance between two samples of the target: 2 l for the standard normal.
 
     Returns:
-        0-dim, differentiable; for equal laws 0 in the mean, so often negative.
+        A 0-dim tensor, differentiable. For equal laws it is 0 in the mean, so often negative.
 
     Raises:
-        ValueError: fewer than 2 codes or samples.
+        ValueError: if there are fewer than 2 codes or samples.
     """
     n, k = len(codes), len(samples)
     if min(n, k) < 2:

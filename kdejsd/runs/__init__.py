@@ -1,1 +1,1 @@
-"""A run of the command: its settings, folder, checkpoints, report and scores."""
+"""Runs the command's work on a model: settings, folder, checkpoints, report and scores."""

@@ -1,4 +1,4 @@
-"""Checkpoints that no kill, full disk or diverging loss can spoil, and from which a run goes on bit for bit."""
+"""Writes checkpoints that survive kills, full disks and diverging losses, and from which a run goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -28,12 +28,21 @@ ASKED = 10  # steps after which several ranks ask each other whether one is due
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """What is in a checkpoint, which holds tensors and plain values only (`weights_only`).
+    """Returns the content of a checkpoint, which holds tensors and plain values only (`weights_only`).
 
     Raises:
-        FileNotFoundError: no such file.
-        OSError: a file that cannot be read.
-        ValueError: a damaged file, or one of another kind.
+        FileNotFoundError: if there is no such file.
+        OSError: if the file cannot be read.
+        ValueError: if the file is damaged or of another kind.
+
+    Example:
+        >>> import os, tempfile, torch
+        >>> from kdejsd.runs.checkpoints import load_checkpoint
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "last.ckpt")
+        ...     torch.save({"global_step": 7}, path)
+        ...     load_checkpoint(path)
+        {'global_step': 7}
     """
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
@@ -53,25 +62,35 @@ _NOTHING, _SAVE, _STOP = range(3)  # what a rank wishes
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, to the disk, and renames it: at any moment the file is the old one or the
-    new one, whole. What a killed process leaves, FILE.part, is written over by the next checkpoint.
+    """Writes a checkpoint so that at any moment its file is the old one or the new one, whole.
 
-    (Lightning's own writes into the system's folder of temporary files and moves the file from there, which is a copy
-    where that is another file system; a full disk or a kill meanwhile takes the old checkpoint along.)
+    It is written to the disk beside its place, and then renamed. A killed process leaves FILE.part, which the next
+    checkpoint overwrites. (Lightning's own class writes into the system's folder of temporary files and moves the file
+    from there, which is a copy where that is another file system; a full disk or a kill meanwhile destroys the old
+    checkpoint too.)
+
+    Example:
+        >>> import os, tempfile
+        >>> from kdejsd.runs.checkpoints import WholeCheckpointIO
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "last.ckpt")
+        ...     WholeCheckpointIO().save_checkpoint({"global_step": 7}, path)
+        ...     os.listdir(folder), WholeCheckpointIO().load_checkpoint(path)
+        (['last.ckpt'], {'global_step': 7})
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes it to a path of this machine.
+        """Writes a checkpoint to a path of this machine.
 
         Raises:
-            OSError: it cannot be written; what was there before is untouched.
+            OSError: if it cannot be written; the file that was there before stays untouched.
         """
         content = io.BytesIO()
         torch.save(checkpoint, content)
         _write(Path(path), content.getbuffer())
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """`load_checkpoint`, whatever `weights_only` says."""
+        """Returns the content of a checkpoint by `load_checkpoint`, whatever `weights_only` says."""
         return load_checkpoint(path, map_location)
 
 
@@ -97,19 +116,33 @@ def _write(path: Path, content: bytes | memoryview) -> None:
 
 
 class RunCheckpoint(Checkpoint):
-    """Keeps a run's newest state in one file: after its first step, then every minute or, where writing takes more than
-    3 seconds, as seldom as keeps that to a twentieth of the time, and at the end of the run. On Ctrl-C or SIGTERM it
-    lets the step end, saves and stops the run; a second Ctrl-C stops it at once. Several ranks agree on all that after
-    every tenth step.
+    """Keeps a run's newest state in one file, and saves it before a signal stops the run.
+
+    It saves after the run's first step, then every minute, and at the end of the run. Where writing takes more than 3
+    seconds it saves less often, so that writing takes a twentieth of the time. On Ctrl-C or SIGTERM it lets the step
+    end, saves and stops the run; a second Ctrl-C stops it at once. Several ranks agree on all that after every tenth
+    step.
 
     A run that goes on from the file equals one that was never stopped. For that a checkpoint is made where Lightning's
-    loops can take up the thread: at the end of a batch without a validation after it, or at the end of a validation;
-    not at the end of an epoch, from where a run with `max_steps` goes on in another order.
+    loops can go on: at the end of a batch without a validation after it, or at the end of a validation. It is not made
+    at the end of an epoch, from where a run with `max_steps` goes on in another order.
 
-    A resumed run has the checkpoint that it began with as its first one.
+    The first checkpoint of a resumed run is the one that it began with.
 
     Args:
-        path: of the file.
+        path: the path of the file.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import lightning.pytorch as pl
+        >>> from kdejsd.data import Digits
+        >>> from kdejsd.models.images import AE
+        >>> from kdejsd.runs.checkpoints import RunCheckpoint, WholeCheckpointIO
+        >>> checkpoint = RunCheckpoint(Path("run", "last.ckpt"))
+        >>> trainer = pl.Trainer(callbacks=[checkpoint], plugins=[WholeCheckpointIO()])  # doctest: +SKIP
+        >>> trainer.fit(AE((1, 8, 8)), Digits())  # doctest: +SKIP
+        >>> checkpoint.how_to_go_on()  # doctest: +SKIP
+        'the last checkpoint is of step 14000; to go on: kdejsd fit --ckpt_path run/last.ckpt'
     """
 
     def __init__(self, path: Path) -> None:
@@ -186,7 +219,7 @@ class RunCheckpoint(Checkpoint):
 
     @staticmethod
     def _agreed(trainer: pl.Trainer, wish: int) -> int:
-        """The strongest wish of all ranks."""
+        """Returns the strongest wish of all ranks."""
         if trainer.world_size == 1:
             return wish
         if trainer.global_step % ASKED:
@@ -207,7 +240,7 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _is_old(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Whether the file has other weights than the model."""
+        """Tells whether the file has other weights than the model."""
         old = False
         if trainer.is_global_zero:
             saved = load_checkpoint(self.path)["state_dict"]
@@ -215,7 +248,7 @@ class RunCheckpoint(Checkpoint):
         return trainer.strategy.broadcast(old)
 
     def how_to_go_on(self) -> str:
-        """What to tell a user whose run has stopped after a checkpoint."""
+        """Returns the advice for a user whose run has stopped after a checkpoint."""
         return f"the last checkpoint is of step {self.step}; to go on: kdejsd fit --ckpt_path {self.path}"
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -225,8 +258,10 @@ class RunCheckpoint(Checkpoint):
 
 
 def _is_validated_next(trainer: pl.Trainer) -> bool:
-    """Whether the plan has a validation after the batch that has just ended. One that comes only because the run stops
-    is not in it."""
+    """Tells whether the plan has a validation after the batch that has just ended.
+
+    A validation that comes only because the run stops is not in the plan.
+    """
     every = trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (every is not None and (trainer.current_epoch + 1) % every):
         return False

@@ -1,4 +1,4 @@
-"""`kdejsd evaluate`: writes the report of a checkpoint anew."""
+"""Defines `kdejsd evaluate`, which writes the report of a checkpoint anew."""
 
 from __future__ import annotations
 

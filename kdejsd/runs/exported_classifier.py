@@ -1,4 +1,4 @@
-"""A classifier of images from a file, for the command."""
+"""Loads a classifier of images from a file, for the command."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _HOW = (
 
 
 def load_classifier(path: str, image_shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """A classifier of images that `torch.export.save` has written: images [n, C, H, W] float32 in [0, 1], n any, ->
-    logits [n, K].
+    """Loads a classifier written by `torch.export.save`, images [n, C, H, W] -> logits [n, K], for any n.
 
-    It runs on the device it was exported on, with the images brought there and the logits back. The file may contain
-    pickles, which run code when they are loaded: load none that you do not trust.
+    The images are float32 in [0, 1]. It runs on the device it was exported on; the images are brought there and the
+    logits back. The file may contain pickles, which run code when they are loaded: load none that you do not trust.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file of another kind or damaged, or a classifier of images of another shape, of batches of a
-            fixed size, of one class, or exported in training mode, whose logits depend on chance or on the batch.
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged or of another kind, or the classifier takes images of another shape or
+            batches of a fixed size, has one class, or was exported in training mode, where its logits depend on chance
+            or on the batch.
     """
     try:
         # Programs have no eval mode to be put into: what they do was decided when they were exported.

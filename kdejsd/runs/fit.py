@@ -1,4 +1,4 @@
-"""`kdejsd fit`: trains a model by LightningCLI and writes its report."""
+"""Defines `kdejsd fit`, which trains a model by LightningCLI and writes its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run, and folders beside it."""
+"""Makes the folder of a run, and folders beside it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def fresh_folder(out: str | None, stem: Path) -> Path:
-    """The folder that was asked for, or the first of STEM-1, STEM-2, ... that is not there yet; made here."""
+    """Makes and returns the folder that was asked for, or the first of STEM-1, STEM-2, ... that does not exist yet."""
     if out is not None:
         folder = Path(out)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

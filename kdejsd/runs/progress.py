@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line now and then in a file."""
+"""Shows the progress of a run: by a bar on a terminal, by a line now and then in a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LINE_INTERVAL = 30.0  # seconds between two lines of progress, where it is writ
 
 
 class RunProgressBar(TQDMProgressBar):
-    """One bar for the whole run: an epoch of a small set is over before a bar of its own could be read."""
+    """Shows one bar for the whole run, since an epoch of a small set ends before a bar of its own could be read."""
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         super().on_train_start(trainer)
@@ -47,8 +47,10 @@ class RunProgressBar(TQDMProgressBar):
 
 
 class RunProgressLines(ProgressBar):
-    """A line of progress now and then and one at the end of the run: for a file, in which a bar that is drawn again and
-    again would leave a line of thousands of pieces."""
+    """Prints a line of progress every half minute, and one at the end of the run.
+
+    It is for a file, in which a bar that is drawn again and again would leave a line of thousands of pieces.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +91,7 @@ class RunProgressLines(ProgressBar):
 
 
 def batches(images: ImageSet, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels in order, with a progress bar."""
+    """Yields images and labels in order, with a progress bar."""
     interval = 0.1 if sys.stderr.isatty() else _LINE_INTERVAL
     for index in Tqdm(torch.arange(len(images)).split(_CHUNK), desc=name, unit="batch", mininterval=interval):
         yield images[index][:2]

@@ -1,4 +1,4 @@
-"""The report of a trained model: a folder with its measures and pictures."""
+"""Writes the report of a trained model: a folder with its measures and pictures."""
 
 from __future__ import annotations
 
@@ -34,19 +34,34 @@ def write_report(
 ) -> str:
     """Measures the model on the held-out images and on those it was trained on, and draws its pictures.
 
-    Writes metrics.json, in which numbers that are not finite are null, and samples.png into the folder; for
-    autoencoders latent.png and reconstructions.png too, with a classifier and 2-D latents classes.png.
+    It writes metrics.json, in which numbers that are not finite are null, and samples.png into the folder; for
+    autoencoders also latent.png and reconstructions.png, and with a classifier and 2-D latents classes.png.
 
     Args:
-        folder: exists.
-        model: trained.
+        folder: an existing folder.
+        model: the trained model.
         data: its images.
-        run: what else to write down about the run.
-        classifier: images [n, C, H, W] -> logits [n, K], for the diversity of what the model makes; None is the one
-            that the images come with, if there is one.
+        run: further facts about the run, which are written down with the measures.
+        classifier: images [n, C, H, W] -> logits [n, K], for the diversity of the images that the model makes; None
+            takes the images' own classifier, if there is one.
 
     Returns:
         The main numbers as a table.
+
+    Example:
+        >>> import os, tempfile
+        >>> from pathlib import Path
+        >>> from kdejsd.data import Digits
+        >>> from kdejsd.models import FC
+        >>> from kdejsd.models.images import GAN
+        >>> from kdejsd.runs.report import write_report
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = GAN((1, 8, 8), network=lambda shape, dim: FC(shape, dim, hidden=[16]))
+        ...     table = write_report(Path(folder), model, Digits(train_size=200), run={"epochs": 0})
+        ...     sorted(os.listdir(folder))
+        ['metrics.json', 'samples.png']
+        >>> print(table.splitlines()[1])
+        images                                                           359                     200
     """
     report: Report[Any]
     if isinstance(model, Autoencoder):
@@ -83,12 +98,13 @@ def write_report(
 
 
 class Report(Generic[Model]):
-    """What is measured and drawn of every model: its samples.
+    """Measures and draws the samples of a model, of any kind.
 
     Attributes:
         samples: [n, C, H, W], generated.
-        measures: by part: "held_out" and "training" images, "samples", those that there are.
-        training: the training images as a model with an encoder sees them, None for one without.
+        measures: the measures by part: of the "held_out" and "training" images, and of the "samples", where there are
+            any.
+        training: the training images with their codes, None for a model without an encoder.
     """
 
     training: Encoded | None = None
@@ -103,15 +119,15 @@ class Report(Generic[Model]):
             self.measures["samples"] = {"count": len(self.samples), **of_samples}
 
     def image_measures(self) -> dict[str, Measures]:
-        """What is measured of the "held_out" and the "training" images."""
+        """Returns the measures of the "held_out" and the "training" images."""
         return {}
 
     def rows(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Of the table: what a row is called, and which measures of the images it shows."""
+        """Returns for each row of the table its name and the measures of the images that it shows."""
         return []
 
     def table(self) -> str:
-        """The main numbers of held-out and training images, and those of the samples."""
+        """Returns the main numbers of held-out and training images, and those of the samples."""
         columns = [self.measures[part] for part in ("held_out", "training") if part in self.measures]
         lines = []
         if columns:
@@ -127,16 +143,16 @@ class Report(Generic[Model]):
         return "\n".join(lines)
 
     def pictures(self) -> dict[str, Figure]:
-        """By the names of their files."""
+        """Returns the pictures by the names of their files."""
         return {"samples": draw(self.data, self.samples)}
 
     def classes(self, classifier: Map) -> Figure:
-        """The regions of a 2-D latent space from which each class is made."""
+        """Draws the regions of a 2-D latent space from which each class is made."""
         return plots.latent_classes(self.model.generator, classifier, target=self.model.target)
 
 
 class AutoencoderReport(Report[Autoencoder]):
-    """Adds the reconstructions, and how well the codes follow the target."""
+    """Adds the reconstructions, and measures of how well the codes follow the target."""
 
     def image_measures(self) -> dict[str, Measures]:
         self.held_out = encode_set(self.model, self.data.held_out)
@@ -179,8 +195,10 @@ class AutoencoderReport(Report[Autoencoder]):
 
 
 class GANReport(Report[GAN]):
-    """Adds the divergence as the discriminator sees it. That of training images exceeds that of held-out ones by what
-    the discriminator has learnt by heart."""
+    """Adds the divergence as the discriminator sees it.
+
+    That of training images exceeds that of held-out ones by as much as the discriminator has learnt by heart.
+    """
 
     def image_measures(self) -> dict[str, Measures]:
         return {
@@ -219,7 +237,7 @@ def _versions() -> dict[str, str]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON does not have."""
+    """Returns the value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

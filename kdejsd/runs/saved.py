@@ -1,4 +1,4 @@
-"""A run that was saved, opened again: its settings, model and images."""
+"""Opens a saved run again: its settings, model and images."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ with train_extra():
 
 
 def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[str, Any], ImageModel, ImageData]:
-    """Opens the checkpoint that the arguments name: returns the settings, the checkpoint, its model and the images.
+    """Opens the checkpoint that the arguments name; returns the settings, the checkpoint, its model and the images.
 
-    The parser gets the arguments CKPT and --data, whose default are the images of the checkpoint's run.
+    The parser gets the arguments CKPT and --data; by default these are the images of the checkpoint's run.
     """
     parser.add_argument("checkpoint", type=str, metavar="CKPT", help="A checkpoint that kdejsd fit has written.")
     parser.add_subclass_arguments(ImageData, "data", help="Other images than the run's own.", required=False)

@@ -1,4 +1,4 @@
-"""`kdejsd score`: writes how novel each image of a set is."""
+"""Defines `kdejsd score`, which writes how novel each image of a set is."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ with train_extra():
 
 
 def score(args: list[str]) -> int:
-    """Writes the novelty of each image of a set, prints which are most and least likely; returns the exit code."""
+    """Writes the novelty of each image of a set and prints the most and least likely ones; returns the exit code."""
     parser = ArgumentParser(
         prog="kdejsd score",
         description="Writes how novel each image is to a checkpoint's model: a CSV of kdejsd.novelty_score (nats, "
@@ -89,7 +89,7 @@ def _training_variance(model: Autoencoder, data: ImageData) -> float:
 
 
 def _write_scores(path: Path, model: Autoencoder, images: ImageSet, variance: float) -> Tensor:
-    """One line for each image; the scores [n]."""
+    """Writes one line for each image, and returns the scores [n]."""
     scores: list[Tensor] = []
     count = itertools.count()
     with path.open("w", newline="") as file:

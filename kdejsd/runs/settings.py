@@ -1,4 +1,4 @@
-"""The settings of `kdejsd fit`: those of trainer, model and data, read by LightningCLI."""
+"""Reads the settings of `kdejsd fit`, those of trainer, model and data, by LightningCLI."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DEFAULT_STEPS = 5000  # when neither steps, epochs nor a time are given
 
 
 class FitCLI(LightningCLI):
-    """`kdejsd fit`: every setting of trainer, model and data, a fresh folder per run."""
+    """Reads every setting of trainer, model and data for `kdejsd fit`, and makes a fresh folder for the run."""
 
     config: Any
     model: ImageModel
@@ -121,7 +121,7 @@ class FitCLI(LightningCLI):
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes config.yaml into the run's folder, wherever the logger writes."""
+    """Writes config.yaml into the run's folder, whatever folder the logger writes into."""
 
     def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -132,8 +132,10 @@ class RunConfig(SaveConfigCallback):
 
 
 def _first_look(args: list[str]) -> argparse.Namespace:
-    """Finds what decides how the other arguments are read: model, data, config, ckpt_path and help, None or False where
-    not given."""
+    """Finds the arguments that decide how the others are read: model, data, config, ckpt_path and help.
+
+    Those that are not given are None, and help is False.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--model", "--data", "--ckpt_path"):
         parser.add_argument(option)
@@ -143,10 +145,10 @@ def _first_look(args: list[str]) -> argparse.Namespace:
 
 
 def _class_named(option: str, name: str | None, base: type) -> type | None:
-    """Returns the class with a short name; None where there is no name, or the import path of a class.
+    """Returns the class with a short name; None if the name is missing or is the import path of a class.
 
     Raises:
-        ValueError: a short name of no class.
+        ValueError: if no class has the short name.
     """
     if name is None or not name.isidentifier():
         return None
@@ -165,7 +167,7 @@ def _subclasses(base: type) -> list[type]:
 
 
 def _config_of_run(checkpoint: str) -> list[str]:
-    """The argument that reads the configuration of a checkpoint's run, if that is there."""
+    """Returns the argument that reads the configuration of a checkpoint's run, if that is there."""
     config = Path(checkpoint).parent.parent / "config.yaml"
     if config.is_file():
         return [f"--config={config}"]

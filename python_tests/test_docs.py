@@ -148,18 +148,6 @@ def test_links_lead_somewhere(name):
 NOT_PYTHON, RUNS_WHEN_IMPORTED = "kdejsd._C", "kdejsd.__main__"
 FOUND = [module.name for module in pkgutil.walk_packages(kdejsd.__path__[:1], "kdejsd.")]  # not an installed copy's
 MODULES = ["kdejsd", *(name for name in FOUND if name not in (NOT_PYTHON, RUNS_WHEN_IMPORTED))]
-# Whose docstrings are still to be brought to this form.
-EXEMPT = {
-    *("kdejsd._extras", "kdejsd._modes", "kdejsd._numbers", "kdejsd._plain", "kdejsd._ranks", "kdejsd._torch"),
-    *("kdejsd._own_copies", "kdejsd._former_names", "kdejsd.cli", "kdejsd.drawing", "kdejsd.lagged"),
-    *(name for name in MODULES if name.startswith(("kdejsd.data", "kdejsd.models", "kdejsd.runs"))),
-} - {
-    "kdejsd.models.f_divergences",
-    "kdejsd.models.flows",
-    "kdejsd.models.networks",
-    "kdejsd.models.schedule",
-    "kdejsd.models.stopwatch",
-}
 
 
 @dataclass
@@ -201,7 +189,7 @@ def test_examples_of_docstrings(name):
     assert not failed, out.getvalue()
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in EXEMPT])
+@pytest.mark.parametrize("name", MODULES)
 def test_docstrings_begin_with_a_sentence(name):
     found = docstrings(imported(name))
     for docstring in found:
@@ -213,11 +201,7 @@ def test_docstrings_begin_with_a_sentence(name):
 
 
 def test_public_names_have_an_example():
-    names = {
-        name: value
-        for name, value in entries().items()
-        if (inspect.isroutine(value) or inspect.isclass(value)) and value.__module__ not in EXEMPT
-    }
+    names = {name: value for name, value in entries().items() if inspect.isroutine(value) or inspect.isclass(value)}
     assert len(names) > 50
     without = [name for name, value in names.items() if not re.search(r"\n *Example:\n *>>> ", value.__doc__ or "")]
     assert not without, f"no example: {', '.join(without)}"
@@ -252,7 +236,7 @@ def entries() -> dict[str, object]:
 def test_every_public_name_has_an_entry():
     documented = entries()
     for module in map(pkgutil.resolve_name, MODULES):
-        if hasattr(module, "__all__") or module.__name__ in ("kdejsd.metrics", "kdejsd.plots", "kdejsd.runs.report"):
+        if hasattr(module, "__all__") or module.__name__ in ("kdejsd.metrics", "kdejsd.plots"):
             for name, value in public(module).items():
                 full = f"{module.__name__}.{name}"
                 found = full in documented or any(value is entry for entry in documented.values())

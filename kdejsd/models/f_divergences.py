@@ -63,7 +63,7 @@ class FDivergence(ABC):
 
     Example:
         >>> import torch
-        >>> from kdejsd.divergences import by_name
+        >>> from kdejsd.models.f_divergences import by_name
         >>> kl = by_name("kl")  # of P = (1/2, 1/2) from Q = (1/4, 3/4), whose optimal outputs are f'(p / q)
         >>> p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
         >>> v = kl.derivative(p / q)
@@ -282,7 +282,7 @@ def by_name(name: str) -> FDivergence:
 
     Example:
         >>> import torch
-        >>> from kdejsd.divergences import by_name
+        >>> from kdejsd.models.f_divergences import by_name
         >>> by_name("jensen-shannon").bound(real_outputs=torch.zeros(100), fake_outputs=torch.zeros(100))
         tensor(0.)
     """

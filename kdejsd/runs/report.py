@@ -25,6 +25,8 @@ from ..models import GAN, Autoencoder, GenerativeModel
 with train_extra():
     from matplotlib.figure import Figure
 
+__all__ = ["write_report"]
+
 Model = TypeVar("Model", bound=GenerativeModel)
 Measures = dict[str, Any]
 

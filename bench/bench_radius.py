@@ -54,13 +54,13 @@ class Result(harness.Result):
 
 
 def plain(p: Tensor) -> Tensor:
-    """As one writes it first."""
+    """Is written as one writes it first."""
     z = torch.special.ndtri(p)
     return (p * z + torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)).sum(-1)
 
 
 class _SciPy(torch.autograd.Function):
-    """The same from SciPy's inverse, its gradient by the closed form beside the value."""
+    """Computes it from SciPy's inverse, its gradient by the closed form beside the value."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def repeats(m: int, dim: int) -> int:
 
 
 def kernel(n: int, m: int, dim: int) -> Callable[[], object]:
-    """What a rank computes between the collectives: its part of the density of n queries, from m codes."""
+    """Computes what a rank does between the collectives: its part of the density of n queries, from m codes."""
     generator = torch.Generator().manual_seed(0)
     codes, z = (torch.randn(count, dim, generator=generator) for count in (m, n))
     z.requires_grad_()

@@ -1,4 +1,4 @@
-"""What busy neighbours cost the calls of several threads, as ratios to the quiet ones.
+"""Measures what busy neighbours cost the calls of several threads, as ratios to the quiet ones.
 
     python bench/bench_threads.py                       # one neighbour, under a minute
     python bench/bench_threads.py --neighbours 2 --threads 1 2 4

@@ -1,4 +1,4 @@
-"""What gpu_suite.sh asks in Python: what is here, whether a module that was brought along fits, which files are tested.
+"""Answers what gpu_suite.sh asks: what is here, whether a module that was brought along fits, which files are tested.
 
     gpu_suite_tools.py environment              the machine, its tools and its Python packages
     gpu_suite_tools.py lacking build|run|tests  packages that are missing or too old for it, a line each
@@ -44,7 +44,7 @@ PACKAGES = (
 
 
 def said(*command: str) -> str:
-    """What a command prints; empty if it is not there or fails."""
+    """Returns what a command prints; empty if it is not there or fails."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     return ""

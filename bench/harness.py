@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, header, limits around each size, interleaved rounds, table columns, CSV.
+"""Shared by the benchmarks: arguments, header, limits around each size, interleaved rounds, table columns, CSV.
 
 README.md beside this says how times are taken and what the columns mean.
 """
@@ -125,7 +125,7 @@ def chosen(candidates: dict[str, Any], names: list[str] | None) -> dict[str, Any
 
 @dataclass
 class Result:
-    """What was found out about one provider at one size."""
+    """Holds what was found out about one provider at one size."""
 
     provider: str
     note: str = ""  # why there are no times
@@ -149,11 +149,11 @@ class Problem(ABC):
     @property
     @abstractmethod
     def work(self) -> float:
-        """What the time of a call is about proportional to."""
+        """Returns a number that the time of a call is about proportional to."""
 
     @abstractmethod
     def call(self, provider: Any, mode: str) -> object:
-        """What is timed."""
+        """Makes the call that is timed."""
 
     @abstractmethod
     def check(self, provider: Any, result: Any) -> None:
@@ -471,7 +471,7 @@ class Session:
     def measure(
         self, problem: Problem, candidates: Mapping[str, Any], seconds: float, most_memory: float = math.inf
     ) -> tuple[list[Any], Peaks]:
-        """As run_size, with limits by the higher peaks of before and after; and those peaks, at kdejsd's level."""
+        """Works like run_size, with limits by the higher peaks of before and after, which it returns too."""
         results = run_size(problem, candidates, self.device, seconds, self._pace, most_memory, self._uncaptured)
         before, self._peaks = self._peaks, self._measure_peaks()
         peaks = {level: after.or_higher(before[level]) for level, after in self._peaks.items()}

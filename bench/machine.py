@@ -1,4 +1,4 @@
-"""What a benchmark ran on: facts for its header, the machine's own limits, and the peak of extra memory."""
+"""The machine that a benchmark ran on: facts for its header, the machine's own limits, and the peak of extra memory."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def commit() -> str:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What the machine does at most in a second, all cores together, and where that is from."""
+    """Holds what the machine does at most in a second, all cores together, and where that is from."""
 
     multiply_adds: float
     exponentials: float
@@ -118,7 +118,7 @@ class Peaks:
         return 1e3 * max(work, transfers)
 
     def on_tensor_cores(self, products: int) -> Peaks:
-        """The same where a multiply-add is so many products in float16: 3 where numbers are split into two, 1 else."""
+        """Returns the rates where a multiply-add is so many products in float16: 3 of numbers in two parts, or 1."""
         return dataclasses.replace(self, multiply_adds=self.float16 / products)
 
     def or_higher(self, other: Peaks) -> Peaks:

@@ -1,4 +1,4 @@
-"""What kdejsd's jsd_loss is compared with. README.md says of each what it is and where its memory goes.
+"""The functions that kdejsd's jsd_loss is compared with. README.md says of each what it is and where its memory goes.
 
 A provider is a function with jsd_loss's contract: (codes [n, l], lagged [m, l], bandwidth, reduction) -> loss, with the
 gradient for the codes through autograd. Peers differ in how they get log p_e; what follows it is the same for all.

@@ -25,7 +25,7 @@ Rates = dict[str, dict[Size, float]]  # GFLOP/s by provider and size
 
 
 def read(path: Path) -> tuple[Rates, dict[Size, float]]:
-    """What each provider reached, and the roof, over the sizes of a record."""
+    """Draws what each provider reached, and the roof, over the sizes of a record."""
     times: Rates = defaultdict(dict)
     shares: dict[Size, float] = {}
     with path.open(newline="") as file:

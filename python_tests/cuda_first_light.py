@@ -46,7 +46,7 @@ NAN_BITS = (0x7FC00000, 0x7FFFFFFF, -0x400000, 0x7FC00001)
 
 
 class Wrong(Exception):
-    """What was found is not what it should be."""
+    """A value is not what it should be."""
 
 
 class Skipped(Exception):
@@ -65,7 +65,7 @@ class Check:
 
 
 def cast(call: Call, device: str, dtype: torch.dtype | None = None) -> Call:
-    """The same call from other leaves. Without a dtype each tensor keeps its own."""
+    """Copies the call, with other leaves. Without a dtype each tensor keeps its own."""
 
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -130,7 +130,7 @@ def compared(
 
 
 def rounding(name: str, got: Tensor, call: Call, dtype: torch.dtype) -> float:
-    """What an error may be where plain PyTorch happens to have none."""
+    """Returns the error that is allowed where plain PyTorch happens to have none."""
     numbers = [v for v in call.values() if isinstance(v, Tensor) and v.ndim > 1]
     if dtype == torch.float64:
         return 1e-13 * math.sqrt(max((v.shape[-1] for v in numbers), default=1))

@@ -1,4 +1,4 @@
-"""What the tests share: devices, dtypes, makers of inputs, and how errors are judged."""
+"""Shared by the tests: devices, dtypes, makers of inputs, and how errors are judged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call costs beside its kernel, counted and not timed: torch operators, calls in kdejsd's files, graph nodes.
+"""A call's cost beside its kernel, counted and not timed: torch operators, calls in kdejsd's files, graph nodes.
 
 With few points the kernel takes 2 microseconds; a torch operator takes 1 to 4, a call in Python a tenth of one.
 """

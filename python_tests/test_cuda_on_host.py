@@ -74,7 +74,7 @@ def test_kde_gradients(size, kind, host):
 
 
 def query_gradients(call: dict) -> dict:
-    """The same call without the gradients that take the transposed pass, and so no tensor cores."""
+    """Copies the call, without the gradients that take the transposed pass, and so no tensor cores."""
     bandwidth = call["bandwidth"]
     keep = ["query"] if isinstance(bandwidth, torch.Tensor) and bandwidth.ndim else ["query", "bandwidth"]
     return {
@@ -354,7 +354,7 @@ def test_plan_fills_the_device_and_keeps_most_warps_at_work(host):
 
 
 def test_tuning(host):
-    """What a benchmark may set, and what it leaves as it was."""
+    """A benchmark may set these, and leaves the rest as it was."""
 
     def plan(dim=40):
         return host.forward_plan(forward_arguments(512, 100_000, dim, SPLIT), 132, SHARED_BYTES)
@@ -383,7 +383,7 @@ def test_tuning(host):
 @pytest.mark.parametrize("warps", [4, 8])
 @pytest.mark.parametrize("dim", [9, 40])
 def test_blocks_of_either_size(dim, warps, reduced, host):
-    """What is chosen for speed gives the same numbers up to the rounding of either."""
+    """Each choice that is made for speed gives the same numbers up to the rounding of either."""
     host.reduced = reduced
     call = query_gradients(test_kde.arguments("excluded, weights", 70, 130, dim, torch.float32, "cpu"))
     usual = test_kde.value_and_gradients(kdejsd.kde_log_prob, call)

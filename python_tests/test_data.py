@@ -372,7 +372,7 @@ def of(mode: str, *pixels, palette=()) -> Image.Image:
 
 
 def as_read(folder, content: bytes, channels: int, size: int = 2) -> torch.Tensor:
-    """What ImageFolder makes of a file: [channels, size, size]."""
+    """Returns what ImageFolder makes of a file: [channels, size, size]."""
     for name in ("a.png", "b.png"):
         (folder / name).write_bytes(content)
     return ImageFolder(folder, size=size, channels=channels, batch_size=1).training.images[0]

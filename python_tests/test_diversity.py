@@ -397,7 +397,7 @@ def test_diversity_needs_nothing_of_the_extra():
 
 
 def test_a_report_is_shown_as_its_table():
-    """As the last line of a notebook's cell, too."""
+    """The last line of a notebook's cell shows it, too."""
     report = diversity_report(None, sectors(4), 2, num_samples=500)
     assert repr(report) == str(report) and "tensor" not in repr(report) and "class radius" in repr(report)
     assert "tensor" not in repr(report.class_radius) and "mean=" in repr(report.class_radius)

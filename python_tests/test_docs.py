@@ -212,7 +212,7 @@ def test_public_names_have_an_example():
 
 
 def public(module: Any) -> dict[str, object]:
-    """What a module's `__all__` lists, or what it defines without an underscore."""
+    """Returns what a module's `__all__` lists, or what it defines without an underscore."""
     if hasattr(module, "__all__"):
         return {name: getattr(module, name) for name in module.__all__}
     return {

@@ -187,7 +187,7 @@ def test_nan_images_give_nan():
 
 
 class Steps(pl.Callback):
-    """What each minibatch changed: "discriminator", "generator" or both, and the discriminator's largest weight."""
+    """Notes what each minibatch changed, "discriminator", "generator" or both, and the former's largest weight."""
 
     def __init__(self) -> None:
         self.changed: list[set[str]] = []

@@ -73,7 +73,7 @@ def arguments(exclusion: str = "none", device: str = "cpu", n: int = 23, m: int 
 
 
 def fresh(call: dict, dtype: torch.dtype, leaves: tuple[str, ...]) -> dict:
-    """The same call from new leaves of a dtype, of which those named require their gradient."""
+    """Copies the call, with new leaves of a dtype, of which those named require their gradient."""
     return {
         k: v.detach().to(dtype).requires_grad_(k in leaves)
         if isinstance(v, torch.Tensor) and v.is_floating_point()
@@ -525,7 +525,7 @@ def test_own_transforms(name, device):
 )
 @pytest.mark.parametrize("target_name", ["none", "mixture"])
 def test_errors_of_own(error, text, keywords, target_name):
-    """The same with the pass fused and with it composed."""
+    """The pass gives the same numbers fused and composed."""
     call = {"codes": torch.zeros(4, DIM), "lagged": torch.zeros(5, DIM), "bandwidth": 0.5}
     with pytest.raises(error, match=text):
         kdejsd.jsd_loss(**call | {"target": target_and_truth(target_name)[0]} | keywords)
@@ -962,7 +962,7 @@ def test_no_unknown_divergence_is_taken_for_another(name):
 )
 @pytest.mark.parametrize("target_name", ["none", "mixture"])
 def test_errors(error, text, arguments, keywords, target_name):
-    """The same with the pass fused and with it composed."""
+    """The pass gives the same numbers fused and composed."""
     with pytest.raises(error, match=text):
         kdejsd.jsd_loss(*arguments, **{"target": target_and_truth(target_name)[0]} | keywords)
 

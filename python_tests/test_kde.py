@@ -62,7 +62,7 @@ def arguments(kind: str, n: int, m: int, dim: int, dtype: torch.dtype, device: s
 
 
 def in_dtype(call: dict, dtype: torch.dtype) -> dict:
-    """The same call from leaves of another dtype."""
+    """Copies the call, with leaves of another dtype."""
     return {
         k: v.detach().to(dtype).requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
         for k, v in call.items()
@@ -70,7 +70,7 @@ def in_dtype(call: dict, dtype: torch.dtype) -> dict:
 
 
 def in_float64(call: dict) -> dict:
-    """The same call from leaves in float64, of which those require a gradient that did."""
+    """Copies the call, with leaves in float64, of which those require a gradient that did."""
     return {
         k: v.detach().double().requires_grad_(v.requires_grad)
         if isinstance(v, torch.Tensor) and v.is_floating_point()
@@ -208,7 +208,7 @@ def test_far_queries_and_large_dimension(dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["number", "excluded"])
 def test_near_centers_come_last(kind, dtype, device):
-    """What was added up relative to far centers is rescaled, more than once, when nearer ones come."""
+    """Sums relative to far centers are rescaled, more than once, when nearer ones come."""
     call = arguments(kind, 150, 400, 3, dtype, device)
     with torch.no_grad():
         call["centers"] += torch.linspace(60, 0, 400, device=device)[:, None].to(dtype)

@@ -101,7 +101,7 @@ def test_jit_trace_of_a_module_that_trains(tmp_path):
 
 
 def test_add_graph(tmp_path):
-    """What TensorBoardLogger(log_graph=True) does."""
+    """TensorBoardLogger(log_graph=True) does this."""
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
 
     class Term(torch.nn.Module):
@@ -195,7 +195,7 @@ def test_kinds_of_tensors(op, kind):
 
 
 def test_zero_tensor(op):
-    """What forward-mode AD has for a tangent that is zero: it has no memory."""
+    """A tangent that is zero has no memory in forward-mode AD."""
     found, expected = op.call(torch._efficientzerotensor((6, 3), dtype=torch.float64)), op.call(points(6, 3) * 0)
     torch.testing.assert_close(found, expected, equal_nan=True)
 
@@ -279,7 +279,7 @@ HALF, SINGLE = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("name", MIXED)
 @pytest.mark.parametrize("dtypes", [(HALF, SINGLE, SINGLE), (SINGLE, HALF, HALF), (SINGLE, HALF, SINGLE)], ids=str)
 def test_autocast(name, dtypes):
-    """As torch.cdist does: all in float32, value and gradient; float64 is not autocast's to change."""
+    """All is in float32, as in torch.cdist, value and gradient; float64 is not autocast's to change."""
     call = MIXED[name]
     x, y, h = (points(6, 3, seed=seed).to(HALF) for seed in (0, 1, 2))
     h = h.flatten().abs() + 0.5

@@ -50,7 +50,7 @@ layouts = st.sampled_from(["contiguous", "transposed", "every second", "offset",
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """The same numbers in another place; "expanded" repeats the first point with stride 0."""
+    """Lays the same numbers out in another place; "expanded" repeats the first point with stride 0."""
     if layout == "transposed":
         return t.mT.contiguous().mT
     if layout == "every second":

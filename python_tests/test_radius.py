@@ -258,7 +258,7 @@ def test_half_types_are_computed_in_float32(dtype, device):
 
 @pytest.mark.parametrize("shape", [(300, 101), (2, 70_000), (1, 200_000)], ids=str)
 def test_threads(shape):
-    """The same bits for any number of threads."""
+    """Any number of threads gives the same bits."""
     p = softmax_rows(*shape, dtype=torch.float32).requires_grad_()
     before = torch.get_num_threads()
     try:
@@ -473,7 +473,7 @@ def test_sharp_bound_is_continuous_and_rises():
 
 
 def test_printed_bound():
-    """What is known of it: its peak, that equal classes reach a third to a fifth of it, and where it fails."""
+    """Its known properties: its peak, that equal classes reach a third to a fifth of it, and where it fails."""
     p = torch.linspace(0.5, 0.9, 4001, dtype=torch.float64)
     p = torch.stack([p, 1 - p], -1)
     bound = kdejsd.collision_radius_bound(p, form="printed")

@@ -44,7 +44,7 @@ def started(rank, ranks, port, folder, work):
 
 
 def results(ranks, folder, work):
-    """What `work(rank, ranks)` returns in each process of a group, in the order of the ranks."""
+    """Returns what `work(rank, ranks)` gives in each process of a group, in the order of the ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -247,7 +247,7 @@ def everything(rank, ranks, folder):
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
 def group(request, tmp_path_factory):
-    """What each rank of a group found, and the folder of its checkpoints; to start processes takes longest."""
+    """Finds everything on each rank of one group, as starting processes takes longest; returns it and the folder."""
     folder = tmp_path_factory.mktemp("ranks")
     return results(request.param, folder, functools.partial(everything, folder=folder)), folder
 

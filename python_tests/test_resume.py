@@ -59,7 +59,7 @@ STATE = ("epoch", "global_step", "state_dict", "optimizer_states", "lr_scheduler
 
 
 def state(path: Path) -> dict:
-    """What a checkpoint has of the run, but for the counters of Lightning's loops and the files' names."""
+    """Returns what a checkpoint has of the run, but for the counters of Lightning's loops and the files' names."""
     checkpoint = torch.load(path, weights_only=True)
     order = checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     return {name: checkpoint[name] for name in STATE} | {"order": order}

@@ -77,7 +77,7 @@ def regions_of(op) -> tuple[int, int]:
 
 
 def lose(nanoseconds: int) -> None:
-    """As if teams had cost this thread so much; once might be a hiccup of the system."""
+    """Pretends that teams have cost this thread so much; once might be a hiccup of the system."""
     for _ in range(2):
         native().lose_by_waiting(nanoseconds)
 
@@ -131,7 +131,7 @@ def test_teams_come_back_after_a_pause(threads_again):
 
 
 def test_each_thread_learns_for_itself(threads_again):
-    """What one thread of Python waits for says nothing about the others' teams: its calls alone are counted as such."""
+    """The waiting of one Python thread says nothing about the others' teams: its calls alone are counted as such."""
     torch.set_num_threads(1)
     counted = regions_of(lambda: kdejsd.kde_log_prob(torch.zeros(4, 2), torch.zeros(5, 2), 1.0))
     assert counted == (1, 0)

@@ -142,7 +142,7 @@ def test_tensors_of_cuda_are_plain():
 
 
 def _called(run, *arguments):
-    """What `is_plain` says inside a function that something else calls."""
+    """Asks `is_plain` inside a function that something else calls."""
     seen = []
 
     def function(x):

@@ -1,4 +1,4 @@
-"""What divergences say of laws that hardly overlap, and where the training loss of GENs has no gradient.
+"""Shows what divergences say of laws that hardly overlap, and where the training loss of GENs has no gradient.
 
     python bench/papers/divergences.py                      # all of it, 3 minutes of one idle core
     python bench/papers/divergences.py --quick              # a quarter of a minute: l up to 2, few samples

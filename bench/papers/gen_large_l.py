@@ -1,4 +1,4 @@
-"""What a GEN's latent term does in many dimensions, where the answer is known: bandwidths and forms of the loss.
+"""Shows what a GEN's latent term does in many dimensions, where the answer is known: bandwidths and forms of the loss.
 
     python bench/papers/gen_large_l.py --csv gen_large_l.csv       # 10 minutes of one idle core
     python bench/papers/gen_large_l.py --quick                     # a few seconds: eight dimensions, few steps

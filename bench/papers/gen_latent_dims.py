@@ -156,7 +156,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def rounded(value: Any) -> Any:
-    """As the record has it: a row that is read from there shall not print another last digit."""
+    """Rounds a row as the record has it: a row that is read from there shall not print another last digit."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

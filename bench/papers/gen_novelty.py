@@ -43,7 +43,7 @@ SCORES = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """What counts as normal, and held-out images of both kinds."""
+    """Returns what counts as normal, and held-out images of both kinds."""
 
     name: str
     training: ImageSet

@@ -71,7 +71,7 @@ def by_name(name: str, **changes: Any) -> Maker:
 
 
 def recipe(data: ImageData) -> dict[str, Any]:
-    """What of a GEN's settings goes by the training set: all its codes are lagged codes."""
+    """Returns the settings of a GEN that go by the training set: all its codes are lagged codes."""
     count = len(data.training)
     return {"num_lagged": count, "input_dropout": INPUT_DROPOUT.get(count, 0.0)}
 

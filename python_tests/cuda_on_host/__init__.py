@@ -39,7 +39,7 @@ KdeBackward = _struct("KdeBackward", "PPPPP", KdeMixture)
 
 
 def missing() -> str:
-    """What keeps the sources from being compiled here, or ""."""
+    """Says why the sources cannot be compiled here; "" if they can."""
     if shutil.which("g++") is None:
         return "there is no g++ to compile the CUDA sources with"
     if not SOURCES.is_dir():

@@ -21,6 +21,7 @@ from .targets import Law, SmoothableLaw, Target, checked_smoothable, checked_tar
 Answer = TypeVar("Answer")
 
 _SETTLED = 1.01  # times the target's scale: as far as codes may settle from it
+_WIDEST = 10.0  # of the bandwidths with which codes may settle, in units of the spread; beyond, the slope is all noise
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ def optimal_bandwidth(
 
     Raises:
         ValueError: if a number is out of range, the target has another dimension, the method is unknown, `smoothed` is
-            asked of a target that has no `smoothed(h)` or with the method "fixed-point", the target's density is not
-            finite at its own samples, or these coincide so that no bandwidth is best.
+            asked of a target that has no `smoothed(h)`, with the method "fixed-point" or for so few centers that no
+            bandwidth keeps codes at the target's scale, the target's density is not finite at its own samples, or these
+            coincide so that no bandwidth is best.
         TypeError: if a number is no integer, or `target` is no target.
 
     Example:
@@ -281,7 +283,14 @@ def _settled(trials: list[_Trial], law: SmoothableLaw, best: tuple[float, ...]) 
         return best
     # The root of a single trial may lie far away, where its slope is all but level. Each trial's value is therefore its
     # root if its slope ran parallel to the mean of all, in log h; scaled to have the root of the mean as their mean.
-    root = _root(lambda h: -float(slopes(h).mean()), start, 1e-3)
+    try:
+        root = _root(lambda h: -float(slopes(h).mean()), start, 1e-3, _WIDEST)
+    except ValueError as error:
+        count, dim = trials[0].centers.shape
+        raise ValueError(
+            f"num_centers must be larger for a smoothed target of {dim} dimensions, got {count}: with so few no "
+            f"bandwidth up to {_WIDEST:g} times the target's spread keeps codes at its scale"
+        ) from error
     rise = float((slopes(1.05 * root) - slopes(root / 1.05)).mean()) / (2 * math.log(1.05))
     values = np.exp(-slopes(root) / rise)
     return tuple((scale * root * values / values.mean()).tolist())
@@ -325,8 +334,12 @@ def _first_guess(count: int, dim: int) -> float:
     return 1.25 * float((4 / ((dim + 2) * count)) ** (1 / (dim + 4)))
 
 
-def _root(slope: Callable[[float], float], start: float, tolerance: float = 1e-6) -> float:
-    """Finds the h > 0 at which a slope changes from positive to negative, to this share of its value."""
+def _root(slope: Callable[[float], float], start: float, tolerance: float = 1e-6, most: float = 1e10) -> float:
+    """Finds the h at which a slope changes from positive to negative, to this share of its value.
+
+    Raises:
+        ValueError: if there is none from 1 / most to most.
+    """
     from scipy.optimize import brentq  # its import takes longer than that of kdejsd
 
     @cache
@@ -338,8 +351,10 @@ def _root(slope: Callable[[float], float], start: float, tolerance: float = 1e-6
     step = 0.1 if below else -0.1
     while (at(near + step) > 0) == below:
         near, step = near + step, 2 * step
-        if abs(near) > 25:
-            raise ValueError("samples must have a best bandwidth, found none from 1e-10 to 1e10 times their spread")
+        if abs(near) > math.log(most):
+            raise ValueError(
+                f"samples must have a best bandwidth, found none from {1 / most:g} to {most:g} times their spread"
+            )
     return math.exp(brentq(at, near, near + step, xtol=tolerance))
 
 

@@ -408,3 +408,9 @@ def test_table_1_says_which_cells_agree_and_which_are_unknown(gen_table1, tmp_pa
     printed.write_text("latent_dim,num_centers,printed\n20,250,about one\n")
     with pytest.raises(ValueError, match=r"printed\.csv: expected"):
         gen_table1.main(options)
+
+
+@pytest.mark.parametrize(("dim", "m"), [(2, 50), (8, 50), (8, 100)])
+def test_so_few_centers_that_codes_settle_with_no_bandwidth(dim, m):
+    with pytest.raises(ValueError, match=f"^num_centers must be larger for a smoothed .*{dim} dimensions, got {m}: "):
+        optimal_bandwidth(dim, m, smoothed=True, trials=3)

@@ -17,6 +17,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "cpu/subnormals.h"
+#include "cpu/tile_sizes.h"
 #include "cpu/tiles.h"
 #include "kernels.h"
 #include "math/log_sum_exp.h"
@@ -28,8 +29,9 @@ using kdejsd::KdeForward;
 using kdejsd::KdeMixture;
 
 constexpr int64_t kStateBytes = 1 << 18;  // packed lanes of one chunk, and again its sums: half a second-level cache
+constexpr int64_t kMostBlocks = 16;       // of a chunk
 constexpr int64_t kSerialWork = 1 << 14;  // n m (l + 8) below which a second thread costs more than it brings
-constexpr int64_t kSkipDims = 96;         // dimensions from which looking for rows to skip pays
+constexpr int64_t kSkipFrom = 96;         // dimensions from which looking for rows to skip pays
 
 // An excluded pair is this far apart: the weight is 0.
 template <class T>
@@ -163,7 +165,7 @@ struct Plan {
     threads = lanes * streamed * (l + 8) < kSerialWork ? 1 : requested_threads;
     vectors = ceil_div(lanes, width);
     tiles = ceil_div(streamed, kTile);
-    const int64_t fitting = smaller(16, larger(1, kStateBytes / (l * item_bytes * width * kQV))) * kQV;
+    const int64_t fitting = smaller(kMostBlocks, larger(1, kStateBytes / (l * item_bytes * width * kQV))) * kQV;
     chunks = ceil_div(vectors, fitting);
     // Whole chunks for each thread where they divide well; otherwise each thread streams its own share of the points
     // past every chunk, and the shares are merged.
@@ -310,7 +312,7 @@ struct ForwardBlock {
 #endif
     WeightedRows<T, QV> rows{tile, tile.all, count, item.l, lanes, mass, sums};
     int kept[kTile];
-    if (item.l >= kSkipDims) {
+    if (item.l >= kSkipFrom) {
       rows.count = rows_that_matter<T, QV, M>(tile, count, std::sqrt(2 * norms), item.m, weight, moment, kept, mass);
       rows.rows = kept;
     }
@@ -345,7 +347,7 @@ struct Forward {
   void stream(int64_t chunk, int64_t split, const ChunkLanes<T>& lanes, const State<T>& state, Tile<T>& tile) const {
     const int64_t begin = plan.chunk_begin(chunk), vectors = plan.chunk_begin(chunk + 1) - begin;
     const bool same_terms = !item.per_center && !item.log_weights;  // then they are written once
-    const bool may_use_products = item.l >= kProductDims && args.products != kdejsd::KdeProducts::kNone;
+    const bool may_use_products = item.l >= kProductsFrom && args.products != kdejsd::KdeProducts::kNone;
 #if defined(__AMX_BF16__)
     const MatrixRegisters registers;
 #endif
@@ -683,6 +685,36 @@ void backward_item(const KdeBackward& args, int64_t b, int requested_threads) {
 // Entry points of this instruction set
 
 namespace kdejsd::cpu::KDEJSD_LEVEL {
+
+extern const TileSize kde_sizes[] = {
+#if defined(__AMX_BF16__)
+    {"kde_points", "matrix tile", kTile},
+    {"kde_points", "matrix side", kSide},
+    {"kde_points", "matrix inner", kInner},
+    {"kde_dims", "matrices from", kMatrixDims},
+    {"kde_dims", "matrix side", kSide},
+    {"kde_dims", "matrix inner", kInner},
+    {"kde_dims", "rest in one matrix", kInner + kInner / kProducts},
+    {"kde_dims", "rest in two matrices", kInner + 2 * kInner / kProducts},
+#else
+    {"kde_points", "rows", kRows},
+    {"kde_points", "tile", kTile},
+    {"kde_points", "shift sample", kShiftSample},
+    {"kde_points", "float32 lanes", kLanes<float>},
+    {"kde_points", "float64 lanes", kLanes<double>},
+    {"kde_points", "float32 block", kQV * kLanes<float>},
+    {"kde_points", "float64 block", kQV * kLanes<double>},
+    {"kde_points", "float32 chunk", kMostBlocks * kQV * kLanes<float>},
+    {"kde_points", "float64 chunk", kMostBlocks * kQV * kLanes<double>},
+    {"kde_dims", "columns", kColumns},
+    {"kde_dims", "differences", kDifferenceDims},
+    {"kde_dims", "products", kProductDims},
+    {"kde_dims", "products from", kProductsFrom},
+    {"kde_dims", "skip from", kSkipFrom},
+    {"kde_dims", "float32 lanes", kLanes<float>},
+    {"kde_dims", "float64 lanes", kLanes<double>},
+#endif
+    {nullptr, nullptr, 0}};
 
 void kde_forward(const KdeForward& args, int threads) {
   if (args.mixture.n == 0) return;

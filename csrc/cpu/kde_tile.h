@@ -32,9 +32,12 @@ constexpr int kTile = 8 * kRows;  // tile points; pairs and tile stay in the fir
 #endif
 constexpr int kShiftSample = 15;  // centers whose median is the shift
 
+// Dimensions that a distance sums in registers: of squared differences, and of products.
+constexpr int64_t kDifferenceDims = 32, kProductDims = 64;
+
 // Dimensions from which distances are taken from products. Below, the subtractions cost little beside the exponential,
 // and the roundings of the three parts are not small beside those of a distance.
-constexpr int64_t kProductDims = 16;
+constexpr int64_t kProductsFrom = 16;
 
 // The parts of an exponent, in log2 units, are slope (|x|^2 + |c|^2). A product's error is about 2^-25 of them, and
 // that of l squared differences grows with l likewise: up to 12 l, 2.4 times what typical points have at the bandwidths
@@ -291,7 +294,7 @@ enum class Terms { kSquaredDifferences, kProducts };
 // They do most where all terms have one sign.
 template <Terms terms, class T, int QV>
 void sum_over_dims(const T* rows, int count, int64_t l, const Vec<T>* lanes, Vec<T>* pairs) {
-  constexpr int64_t kDims = terms == Terms::kProducts ? 64 : 32;
+  constexpr int64_t kDims = terms == Terms::kProducts ? kProductDims : kDifferenceDims;
   for (int j = 0; j < count; j += kRows) {
     for (int64_t begin = 0; begin < l; begin += kDims) {
       Vec<T> sums[kRows][QV] = {};

@@ -63,6 +63,14 @@ struct Frame {
   const T* shift;  // [l + kLanes<T>], repeated so that rows of any length are packed by whole vectors
   bool is_moved;   // whether the shift is not 0
 
+  static int64_t bytes(int64_t l) { return Arena::bytes<T>(l + kLanes<T>); }
+  Frame(Arena arena, const T* centers, int64_t m, int64_t l, T scale) : l(l), scale(scale) {
+    T* found = arena.take<T>(l + kLanes<T>);
+    is_moved = find_shift(centers, m, l, found);
+    shift = found;
+  }
+
+ private:
   // The shift is the median, coordinate by coordinate, of some centers: it is amid most of them wherever a few of them
   // are. It is 0 where that is amid them too, so that points need not be packed twice; and where it is not finite.
   static bool find_shift(const T* centers, int64_t m, int64_t l, T* shift /* [l + kLanes<T>] */) {
@@ -186,12 +194,8 @@ struct Tile {
   Packed<T, T> rows;    // [kTile, l]
   T* norms;             // [kTile], squared, of the moved rows; only for products
   double largest_norm;  // of the moved rows, or more; NaN counts for nothing, and comes through in any case
-  T* offset;            // [kTile], see Item; in the transposed pass the queries' log p_e
-  T* slope;             // [kTile]; in the transposed pass the queries' gradients
-  T* precision;         // [kTile]
-  double largest_slope;
-  int* all;       // [kTile], the numbers of all rows, for weighted sums that leave none out
-  Vec<T>* pairs;  // [kTile, kQV]
+  int* all;             // [kTile], the numbers of all rows, for weighted sums that leave none out
+  Vec<T>* pairs;        // [kTile, kQV]
 #if defined(__AMX_BF16__)
   char *row_parts, *column_parts;  // of the moved rows, for distances and for sums; see kde_amx.h
   char* weight_parts;              // [kTile / kInner, kQV, kParts]
@@ -199,7 +203,7 @@ struct Tile {
 #endif
 
   static int64_t bytes(int64_t l) {
-    int64_t total = 2 * Arena::bytes<T>(kTile * l) + 4 * Arena::bytes<T>(kTile) + Arena::bytes<int>(kTile) +
+    int64_t total = 2 * Arena::bytes<T>(kTile * l) + Arena::bytes<T>(kTile) + Arena::bytes<int>(kTile) +
                     Arena::bytes<Vec<T>>(kTile * kQV);
 #if defined(__AMX_BF16__)
     const Layout layout(l);
@@ -212,10 +216,6 @@ struct Tile {
       : rows{arena.take<T>(kTile * frame.l), arena.take<T>(kTile * frame.l)},
         norms(arena.take<T>(kTile)),
         largest_norm(0),
-        offset(arena.take<T>(kTile)),
-        slope(arena.take<T>(kTile)),
-        precision(arena.take<T>(kTile)),
-        largest_slope(0),
         all(arena.take<int>(kTile)),
         pairs(arena.take<Vec<T>>(kTile * kQV)) {
     if (!frame.is_moved) rows.moved = rows.as_is;

@@ -130,12 +130,12 @@ struct Group {
   static_assert(kLeaf % kQueries == 0 && kLeaf % kLeafRows == 0, "no group has queries of two leaves");
 
   const Tree<T>& tree;
-  Vec<T>* lanes;  // [d][kGroup]
-  T* box;         // [2, d]
-  int32_t pure;   // the class of all queries, or kMixed
-  T furthest;     // the largest of `best`
-  Vec<T> best[kGroup];
-  Mask<T> best_index[kGroup], query_class[kGroup];
+  Vec<T>* lanes;     // [d][kGroup]
+  T* box;            // [2, d]
+  int32_t pure = 0;  // the class of all queries, or kMixed
+  T furthest = 0;    // the largest of `best`
+  Vec<T> best[kGroup] = {};
+  Mask<T> best_index[kGroup] = {}, query_class[kGroup] = {};
 
   void start(int64_t first) {
     const int64_t d = tree.d, last = smaller(first + kQueries, tree.n) - 1;
@@ -303,7 +303,7 @@ void search_item(const NearestSearch& args, int64_t b, int threads) {
   Team::run(threads, [&](Team::Part& part) {
     Arena own{arena.next + part.thread * group_bytes};
     Vec<T>* lanes = own.take<Vec<T>>(kGroup * d);
-    Group<T> group{tree, lanes, own.take<T>(2 * d), 0, 0, {}, {}, {}};
+    Group<T> group{tree, lanes, own.take<T>(2 * d)};
     part.each(ceil_div(n, kSome), [&](int64_t some) {
       for (int64_t first = some * kSome; first < smaller(n, (some + 1) * kSome); first += kQueries) {
         group.start(first);

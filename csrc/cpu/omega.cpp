@@ -215,11 +215,11 @@ template <class T>
 struct AllPairs {
   const OmegaAll& args;
   Tournament tournament;
-  T* inputs;      // [panels][d][kPanel]
-  T* codes;       // [panels][l][kPanel]
-  T* input_sums;  // [panels][d][kPanel] or null
-  T* code_sums;   // [panels][l][kPanel] or null
-  Found* found;   // [blocks]
+  T* inputs = nullptr;      // [panels][d][kPanel]
+  T* codes = nullptr;       // [panels][l][kPanel]
+  T* input_sums = nullptr;  // [panels][d][kPanel] or null
+  T* code_sums = nullptr;   // [panels][l][kPanel] or null
+  Found* found = nullptr;   // [blocks]
 
   bool wants_gradient() const { return input_sums || code_sums; }
 
@@ -351,9 +351,8 @@ struct AllPairs {
     add_weighted_differences(panels + a, panels + b, dims, transposed, sums + b);
   }
 
-  void meet_within(int64_t block, const Tile<T>& tile) const { meet_blocks(block, block, tile); }
-
-  // Some panels of the one block stay in the cache while the other's pass by, each for all of them.
+  // Some panels of the one block stay in the cache while the other's pass by, each for all of them. A block meets
+  // itself too.
   void meet_blocks(int64_t one, int64_t other, const Tile<T>& tile) const {
     const int64_t end = tournament.panel_begin(one + 1), other_end = tournament.panel_begin(other + 1);
     const int64_t panel_bytes = 2 * kPanel * (args.d + args.l) * static_cast<int64_t>(sizeof(T));
@@ -373,7 +372,9 @@ void all_pairs(const OmegaAll& args, int requested_threads) {
                 (args.dcodes ? 2 : 1) * Arena::bytes<T>(code_size) + Arena::bytes<Found>(tournament.blocks) +
                 tournament.threads * Tile<T>::bytes());
   Arena arena{memory.base};
-  AllPairs<T> pass{args, tournament, arena.take<T>(input_size), arena.take<T>(code_size), nullptr, nullptr, nullptr};
+  AllPairs<T> pass{args, tournament};
+  pass.inputs = arena.take<T>(input_size);
+  pass.codes = arena.take<T>(code_size);
   if (args.dinputs) pass.input_sums = arena.take<T>(input_size);
   if (args.dcodes) pass.code_sums = arena.take<T>(code_size);
   pass.found = arena.take<Found>(tournament.blocks);
@@ -382,7 +383,7 @@ void all_pairs(const OmegaAll& args, int requested_threads) {
   Team::run(tournament.threads, [&](Team::Part& part) {
     const Tile<T> tile(Arena{arena.next + part.thread * Tile<T>::bytes()});
     part.each(tournament.panels, [&](int64_t panel) { pass.pack(panel); });
-    part.each(tournament.blocks, [&](int64_t block) { pass.meet_within(block, tile); });
+    part.each(tournament.blocks, [&](int64_t block) { pass.meet_blocks(block, block, tile); });
     for (int64_t round = 0; round < tournament.rounds; round++) {
       part.each(tournament.meetings(), [&](int64_t index) {
         int64_t low, high;

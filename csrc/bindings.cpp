@@ -159,6 +159,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<NearestSearch>(m, "NearestSearch").def(py::init(&nearest_search));
   m.def("nearest_cpu", &kdejsd::cpu::nearest, py::call_guard<py::gil_scoped_release>());
   m.def("level", &kdejsd::cpu::level);
+  m.def("tile_sizes", &kdejsd::cpu::tile_sizes);
   m.def("set_level", &kdejsd::cpu::set_level);
   m.def("built_levels", &kdejsd::cpu::built_levels);
   m.def("has_openmp", &kdejsd::cpu::has_openmp);

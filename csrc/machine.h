@@ -1,6 +1,7 @@
 // What bindings.cpp can ask of the build and the machine, and choose.
 #pragma once
 
+#include <cstdint>
 #include <map>
 #include <string>
 #include <utility>
@@ -14,6 +15,8 @@ const char* level();
 std::string built_levels();
 bool set_level(const std::string& name);  // false: this processor lacks it, or it was not built; nothing changes
 bool has_openmp();
+// Where the kernels of the level in use cut their work: the sizes by name, of each thing that an op counts.
+std::map<std::string, std::map<std::string, int64_t>> tile_sizes();
 
 }  // namespace cpu
 

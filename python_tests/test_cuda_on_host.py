@@ -6,6 +6,7 @@ so the ops' own tests serve here too. What only a device can show (that it compi
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import pytest
@@ -17,6 +18,7 @@ import test_properties
 import test_radius
 import torch
 from cuda_on_host import NONE, OPS, REDUCED, SHARED_BYTES, SPLIT, CudaOnHost, KdeForward, build, missing
+from edges import around
 from helpers import DTYPES, worst
 
 import kdejsd
@@ -556,3 +558,65 @@ def test_radius_op(is_log, dtype, host):
 def test_nearest_op(dtype, host):
     for size in [(1, 1), (70, 2), (130, 70)]:
         test_nearest.test_distance_and_index(size, dtype, "cpu")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The edges of what the kernels take at a time, as their sources tell them
+
+
+@pytest.fixture
+def edges(library):
+    """One below, at and one above each size of what an op counts."""
+    library.tile_sizes.restype = ctypes.c_char_p
+    sizes = [line.split() for line in library.tile_sizes().decode().splitlines()]
+    return lambda counted: around(int(size) for name, size in sizes if name == counted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_edges_of_queries_and_centers(dtype, edges, host):
+    bound = 5e-6 if dtype == torch.float32 else 1e-13
+    for size in edges("kde_points"):
+        for n, m in ((size, 9), (9, size)):
+            assert_close_to_float64(test_kde.arguments("excluded, weights", n, m, 3, dtype, "cpu"), bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_edges_of_dimensions(dtype, edges, host):
+    for size in edges("kde_dims"):
+        bound = 5e-6 if dtype == torch.float32 else 1e-13 * size**0.5
+        assert_close_to_float64(test_kde.arguments("per center, weights", 5, 9, size, dtype, "cpu"), bound)
+
+
+def assert_close_to_float64(call: dict, bound: float) -> None:
+    """With every gradient, and with those of the queries alone, for which tensor cores may serve."""
+    assert max(test_kde.errors_beside_float64("kde_log_prob", call)) < bound
+    assert max(test_kde.errors_beside_float64("kde_log_prob", test_kde.with_gradients_for(call, "query"))) < bound
+    assert max(test_kde.errors_beside_float64("jsd_loss", test_kde.loss_call(call))) < bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_edges_of_omega(dtype, edges, host):
+    """All pairs are cut into tiles, and a pair of the halves into coordinates alone."""
+    bound = 3e-6 if dtype == torch.float32 else 1e-13
+    for size in edges("omega_samples"):
+        for reduction in ("sum", "max", "none"):
+            samples = test_omega.samples(size, 3, 2, dtype, "cpu")
+            assert test_omega.error_beside_float64(*samples, ("all", reduction)) < bound
+    for size in edges("omega_dims"):
+        for pairs in ("all", "halves"):
+            samples = test_omega.samples(10, size, size + 1, dtype, "cpu")
+            assert test_omega.error_beside_float64(*samples, (pairs, "sum")) < bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_edges_of_nearest(dtype, edges, host):
+    for size in [(n, 3) for n in edges("nearest_samples")] + [(40, dim) for dim in edges("nearest_dims")]:
+        test_nearest.test_distance_and_index(size, dtype, "cpu")
+        test_nearest.assert_gradient(size, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_log", [False, True], ids=["p", "log_p"])
+def test_edges_of_radius(is_log, dtype, edges, host):
+    for size in edges("radius_classes"):
+        test_radius.test_rows((2, size), dtype, is_log, "cpu")

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from edges import LEVELS, at_edges, at_level
 from helpers import DEVICES, DTYPES, generator, points, worst
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
@@ -25,16 +27,15 @@ from kdejsd._native import native
 from kdejsd.ops.kde import _operator
 
 KDES = ["number", "scalar tensor", "per center", "per center, weights", "weights", "excluded", "excluded, weights"]
+# Of every kind; those at the edges of what the kernels take at a time are below, as the build tells them.
 SIZES = [
     (1, 1, 1),
     (1, 2, 1),
-    (2, 61, 3),
     (7, 5, 2),
-    (17, 97, 4),
-    (64, 60, 8),
-    (65, 121, 7),
-    (130, 59, 17),
-    (100, 1025, 8),
+    (17, 90, 4),
+    (70, 130, 7),
+    (130, 40, 18),
+    (100, 1100, 8),
     (1000, 33, 5),
     (33, 300, 40),
     (9, 70, 111),
@@ -108,7 +109,7 @@ def test_float64_is_the_reference(size, kind, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KDES)
-@pytest.mark.parametrize("size", [(100, 1025, 8), (65, 121, 7), (33, 300, 40), (200, 400, 2), (40, 70, 256)], ids=str)
+@pytest.mark.parametrize("size", [(100, 1100, 8), (70, 130, 7), (33, 300, 40), (200, 400, 2), (40, 70, 256)], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 def test_float32_error_is_at_most_that_of_plain_torch(size, kind, offset, device):
     """Twice plain PyTorch's own error for values and three times for gradients, plus a few units in the last place."""
@@ -641,13 +642,10 @@ def test_a_number_passes_the_checks_of_values(dtype, monkeypatch):
 # The machine: instruction sets, threads, memory
 
 
-@pytest.fixture(params=native().built_levels().split(","))
+@pytest.fixture(params=LEVELS)
 def level(request):
-    before = native().level()
-    if not native().set_level(request.param):
-        pytest.skip(f"this processor does not run {request.param}")
-    yield request.param
-    native().set_level(before)
+    with at_level(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -661,6 +659,87 @@ def test_every_instruction_set(level, dtype):
     query[0, 0], query[1, 0] = math.nan, math.inf
     value = kdejsd.kde_log_prob(query, points(100, 2, dtype=dtype), 0.5)
     assert value[0].isnan() and value[1].isneginf() and value[2].isfinite()
+
+
+def errors_beside_float64(name: str, call: dict) -> list[float]:
+    """Those of a function's value and gradients."""
+    ours = value_and_gradients(getattr(kdejsd, name), call)
+    truth = value_and_gradients(getattr(reference, name), in_float64(call))
+    return [worst(got, expected) for got, expected in zip(ours, truth, strict=True)]
+
+
+def with_gradients_for(call: dict, *names: str) -> dict:
+    """The same call with the gradients of these arguments alone: none for centers, and no transposed pass is taken."""
+    return {
+        k: v.detach().requires_grad_(k in names) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
+    }
+
+
+def loss_call(call: dict) -> dict:
+    """jsd_loss with the arguments of kde_log_prob, and with centers of the codes' own where it takes such."""
+    call = {{"query": "codes", "centers": "lagged"}.get(k, k): v for k, v in call.items()}
+    if isinstance(call["bandwidth"], float) and "log_weights" not in call:
+        call["own"] = call["codes"].detach() + 0.1
+    return with_gradients_for(call, "codes") | {"reduction": "none"}
+
+
+@pytest.fixture(params=["highest", "high"])
+def float32_precision(request):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+EDGE_KINDS = ["excluded", "scalar tensor", "per center, weights"]
+
+
+def edge_calls(size: int, dim: int, dtype: torch.dtype) -> Iterator[dict]:
+    """As many queries, as many centers, and both where they are few."""
+    for n, m in ((size, 9), (9, size), (size, size))[: 3 if size < 100 else 2]:
+        for kind in EDGE_KINDS[m == 1 :]:
+            yield arguments(kind, n, m, dim, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@at_edges("kde_points")
+def test_edges_of_queries_and_centers(size, level, dtype):
+    bound = 5e-6 if dtype == torch.float32 else 1e-13
+    with at_level(level):
+        for call in edge_calls(size, 3, dtype):
+            assert max(errors_beside_float64("kde_log_prob", call)) < bound
+            assert max(errors_beside_float64("jsd_loss", loss_call(call))) < bound
+
+
+# Distances from products: of matrices where the processor multiplies them, since the precision allows their error.
+HIGH = pytest.mark.parametrize("float32_precision", ["high"], indirect=True)
+
+
+@HIGH
+@at_edges("kde_points")
+def test_edges_of_queries_and_centers_in_products(size, level, float32_precision):
+    bound = 3e-4 if level == "amx" else 5e-6
+    with at_level(level):
+        for call in edge_calls(size, 33, torch.float32):
+            call = with_gradients_for(call, "query")
+            assert max(errors_beside_float64("kde_log_prob", call)) < bound
+            assert max(errors_beside_float64("jsd_loss", loss_call(call))) < bound
+
+
+@HIGH
+@pytest.mark.parametrize("dtype", DTYPES)
+@at_edges("kde_dims")
+def test_edges_of_dimensions(size, level, dtype, float32_precision):
+    bound = 5e-6 if dtype == torch.float32 else 1e-13 * size**0.5
+    of_products = 3e-4 if level == "amx" and dtype == torch.float32 else bound
+    with at_level(level):
+        for kind in EDGE_KINDS:
+            call = arguments(kind, 70, 60, size, dtype, "cpu")
+            assert max(errors_beside_float64("kde_log_prob", call)) < bound
+            call = with_gradients_for(call, "query")
+            assert max(errors_beside_float64("kde_log_prob", call)) < of_products
+            assert max(errors_beside_float64("jsd_loss", loss_call(call))) < of_products
 
 
 def assert_at_most_twice_the_error_of_plain_pytorch(call: dict) -> None:
@@ -723,14 +802,6 @@ def test_a_narrow_center_hides_no_wide_one(dim, bandwidths, level):
             assert (row - exact).abs().max() <= 1e-5 * exact.abs().max()
         query = query.detach()
         query[::2] = centers[:16:2] + bandwidths[0] * query[::2]
-
-
-@pytest.fixture(params=["highest", "high"])
-def float32_precision(request):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dim", [31, 32, 57, 64, 71, 256])

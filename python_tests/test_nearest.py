@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from edges import LEVELS, at_edges, at_level, edges
 from helpers import DEVICES, DTYPES, generator, points
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -16,15 +17,13 @@ from kdejsd import reference
 from kdejsd._native import native
 from kdejsd.ops.nearest import _operator
 
+# Of every kind; those at the edges of what the kernels take at a time are below, as the build tells them.
 SIZES = [
     (2, 1),
     (3, 2),
-    (31, 3),
-    (32, 1),
-    (33, 2),
-    (64, 5),
-    (65, 10),
-    (257, 2),
+    (36, 3),
+    (70, 10),
+    (250, 2),
     (700, 4),
     (1000, 17),
     (90, 111),
@@ -208,8 +207,12 @@ def test_against_scikit_learn():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(2, 1), (33, 2), (150, 7)], ids=str)
+@pytest.mark.parametrize("size", [(2, 1), (36, 2), (150, 7)], ids=str)
 def test_gradient(size, dtype, device):
+    assert_gradient(size, dtype, device)
+
+
+def assert_gradient(size: tuple[int, int], dtype: torch.dtype, device: str) -> None:
     latents, classes = points(*size, dtype=dtype, device=device).requires_grad_(), labels(size[0], device=device)
     upstream = points(size[0], dtype=dtype, device=device, seed=3)
     distance = kdejsd.nearest_other_class(latents, classes).distance
@@ -356,21 +359,37 @@ def test_inference_mode():
 # The machine: instruction sets, threads, memory
 
 
-@pytest.mark.parametrize("level", native().built_levels().split(","))
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(level, dtype):
-    before = native().level()
-    if not native().set_level(level):
-        pytest.skip(f"this processor does not run {level}")
-    try:
+    with at_level(level):
         for size in SIZES:
-            assert_nearest(points(*size, dtype=dtype), labels(size[0]))
-            exact = lattice(*size, dtype)
-            assert torch.equal(
-                kdejsd.nearest_other_class(exact, labels(size[0])).index, all_pairs(exact, labels(size[0]))[1]
-            )
-    finally:
-        native().set_level(before)
+            test_distance_and_index(size, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@at_edges("nearest_samples")
+def test_edges_of_samples(size, level, dtype):
+    with at_level(level):
+        test_distance_and_index((size, 3), dtype, "cpu")
+        assert_gradient((size, 3), dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@at_edges("nearest_dims")
+def test_edges_of_dimensions(size, level, dtype):
+    """As many, and the samples far apart in the last one alone."""
+    latents, classes = points(300, size, dtype=dtype), labels(300)
+    latents[:, :-1] /= 100
+    with at_level(level):
+        assert_nearest(latents, classes)
+        assert_gradient((300, size), dtype, "cpu")
+
+
+@pytest.mark.parametrize("size", edges("nearest_ordered_samples"))
+def test_edges_of_samples_that_are_put_in_order(size):
+    exact, classes = lattice(size, 2, torch.float32), labels(size)
+    assert torch.equal(kdejsd.nearest_other_class(exact, classes).index, all_pairs(exact, classes)[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,24 +11,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from edges import LEVELS, at_edges, at_level, edges
 from helpers import DEVICES, DTYPES, generator, points, worst
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import kdejsd
 from kdejsd import reference
-from kdejsd._native import native
 
 # pairs and reduction of every way to call it
 CALLS = [(pairs, reduction) for pairs in ("halves", "all") for reduction in ("sum", "mean", "max", "none")]
 DISTINCT = [call for call in CALLS if call[1] != "mean"]  # a mean is a sum that is divided
+# Of every kind; those at the edges of what the kernels take at a time are below, as the build tells them.
 SIZES = [
     (2, 1, 1),
     (4, 3, 2),
-    (6, 65, 1),
-    (48, 7, 10),
+    (6, 70, 1),
     (50, 130, 3),
-    (96, 1, 5),
-    (98, 64, 49),
+    (90, 1, 5),
+    (100, 60, 45),
     (150, 33, 8),
     (150, 784, 10),
     (10, 3 * 64 * 64, 4),
@@ -72,7 +72,7 @@ def test_float64_is_the_reference(size, call, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("call", [c for c in DISTINCT if c[1] != "max"], ids="-".join)
-@pytest.mark.parametrize("size", [(150, 33, 8), (98, 200, 49), (64, 1, 2), (60, 784, 10)], ids=str)
+@pytest.mark.parametrize("size", [(150, 33, 8), (100, 200, 45), (70, 1, 2), (60, 784, 10)], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 100.0])
 @pytest.mark.parametrize("spread", [1.0, 1e-3])
 def test_float32_error_is_at_most_that_of_plain_torch(size, call, offset, spread, device):
@@ -428,23 +428,59 @@ def test_inference_mode():
 # The machine: instruction sets, threads, memory
 
 
-@pytest.mark.parametrize("level", native().built_levels().split(","))
+def error_beside_float64(inputs: torch.Tensor, codes: torch.Tensor, call: tuple[str, str]) -> float:
+    """The largest of value and gradients."""
+    ours = value_and_gradients(kdejsd.omega, inputs, codes, *call)
+    truth = value_and_gradients(reference.omega, inputs.double(), codes.double(), *call)
+    return max(relative(got, expected) for got, expected in zip(ours, truth, strict=True))
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_instruction_set(level, dtype):
-    before = native().level()
-    if not native().set_level(level):
-        pytest.skip(f"this processor does not run {level}")
-    try:
+    with at_level(level):
         for call in CALLS:
             inputs, codes = samples(150, 71, 5, dtype, "cpu")
             inputs[149] = inputs[3]
-            truth = value_and_gradients(reference.omega, inputs.double(), codes.double(), *call)
-            for got, expected in zip(value_and_gradients(kdejsd.omega, inputs, codes, *call), truth, strict=True):
-                assert relative(got, expected) < (3e-6 if dtype == torch.float32 else 1e-13)
+            assert error_beside_float64(inputs, codes, call) < (3e-6 if dtype == torch.float32 else 1e-13)
             inputs[40, 3] = math.nan
             assert omega_value(kdejsd.omega, inputs, codes, *call).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@at_edges("omega_samples")
+def test_edges_of_samples(size, level, dtype):
+    with at_level(level):
+        for call in DISTINCT:
+            b = 2 * size if call[0] == "halves" else max(2, size)
+            assert error_beside_float64(*samples(b, 7, 3, dtype, "cpu"), call) < (
+                3e-6 if dtype == torch.float32 else 1e-13
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@at_edges("omega_dims")
+def test_edges_of_dimensions(size, level, dtype):
+    """Of the inputs, and of the codes."""
+    with at_level(level):
+        for call in DISTINCT:
+            for dims in ((size, 2), (2, size)):
+                assert error_beside_float64(*samples(52, *dims, dtype, "cpu"), call) < (
+                    3e-6 if dtype == torch.float32 else 1e-13
+                )
+
+
+@at_edges("omega_all_dims")
+def test_edges_of_groups(size, level):
+    """One panel more than is a group in so many dimensions, by one thread, whose block has them all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with at_level(level):
+            inputs, codes = samples(edges("omega_samples")[-1], size - 4, 4, torch.float32, "cpu")
+            assert error_beside_float64(inputs, codes, ("all", "sum")) < 3e-6
     finally:
-        native().set_level(before)
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("size", [(400, 30, 5), (1000, 3, 2), (120, 500, 3), (2000, 40, 4)], ids=str)

@@ -7,28 +7,34 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/tile_sizes.h"
 #include "kernels.h"
 #include "machine.h"
 
 namespace kdejsd::cpu {
 
 #define KDEJSD_DECLARE_OP(name, Args) void name(const Args&, int);
+#define KDEJSD_DECLARE_LEVEL        \
+  KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP) \
+  extern const TileSize kde_sizes[], omega_sizes[], radius_sizes[], nearest_sizes[];
 namespace base {
-KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+KDEJSD_DECLARE_LEVEL
 }
 #ifdef KDEJSD_X86_LEVELS
 namespace v3 {
-KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+KDEJSD_DECLARE_LEVEL
 }
 namespace v4 {
-KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+KDEJSD_DECLARE_LEVEL
 }
 #endif
 #ifdef KDEJSD_AMX
 namespace amx {
 KDEJSD_DECLARE_OP(kde_forward, KdeForward)
-}
+extern const TileSize kde_sizes[];
+}  // namespace amx
 #endif
+#undef KDEJSD_DECLARE_LEVEL
 #undef KDEJSD_DECLARE_OP
 
 namespace {
@@ -38,28 +44,37 @@ struct Level {
 #define KDEJSD_OP_POINTER(name, Args) void (*name)(const Args&, int);
   KDEJSD_CPU_OPS(KDEJSD_OP_POINTER)
 #undef KDEJSD_OP_POINTER
+  const TileSize* sizes[5];  // null behind the last list
 };
 
 #ifdef KDEJSD_AMX
 // The matrix instructions serve where the caller allows their error, and where they gain something.
 void kde_forward_amx(const KdeForward& args, int threads) {
   const bool by_matrices =
-      args.mixture.dtype == DType::kFloat32 && args.products == KdeProducts::kReduced && args.mixture.l >= 32;
+      args.mixture.dtype == DType::kFloat32 && args.products == KdeProducts::kReduced && args.mixture.l >= kMatrixDims;
   (by_matrices ? amx::kde_forward : v4::kde_forward)(args, threads);
 }
 #endif
 
+#define KDEJSD_SIZES(level) level::kde_sizes, level::omega_sizes, level::radius_sizes, level::nearest_sizes
 constexpr Level kLevels[] = {
 #define KDEJSD_BASE_OP(name, Args) base::name,
-    {"base", KDEJSD_CPU_OPS(KDEJSD_BASE_OP)},
+    {"base", KDEJSD_CPU_OPS(KDEJSD_BASE_OP){KDEJSD_SIZES(base)}},
 #ifdef KDEJSD_X86_LEVELS
 #define KDEJSD_V3_OP(name, Args) v3::name,
 #define KDEJSD_V4_OP(name, Args) v4::name,
-    {"v3", KDEJSD_CPU_OPS(KDEJSD_V3_OP)},
-    {"v4", KDEJSD_CPU_OPS(KDEJSD_V4_OP)},
+    {"v3", KDEJSD_CPU_OPS(KDEJSD_V3_OP){KDEJSD_SIZES(v3)}},
+    {"v4", KDEJSD_CPU_OPS(KDEJSD_V4_OP){KDEJSD_SIZES(v4)}},
 #endif
 #ifdef KDEJSD_AMX
-    {"amx", kde_forward_amx, v4::kde_backward, v4::omega_all, v4::omega_halves, v4::radius, v4::nearest},
+    {"amx",
+     kde_forward_amx,
+     v4::kde_backward,
+     v4::omega_all,
+     v4::omega_halves,
+     v4::radius,
+     v4::nearest,
+     {amx::kde_sizes, KDEJSD_SIZES(v4)}},
 #endif
 };
 
@@ -135,6 +150,14 @@ bool set_level(const std::string& name) {
   const Level* chosen = find(name);
   if (chosen) current = chosen;
   return chosen != nullptr;
+}
+
+std::map<std::string, std::map<std::string, int64_t>> tile_sizes() {
+  std::map<std::string, std::map<std::string, int64_t>> found;
+  for (const TileSize* list : current->sizes) {
+    for (; list && list->counted; list++) found[list->counted][list->name] = list->size;
+  }
+  return found;
 }
 
 bool has_openmp() {

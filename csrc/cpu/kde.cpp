@@ -17,6 +17,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "cpu/subnormals.h"
+#include "cpu/tile_sizes.h"
 #include "cpu/tiles.h"
 #include "kernels.h"
 #include "math/log_sum_exp.h"
@@ -28,8 +29,9 @@ using kdejsd::KdeForward;
 using kdejsd::KdeMixture;
 
 constexpr int64_t kStateBytes = 1 << 18;  // packed lanes of one chunk, and again its sums: half a second-level cache
+constexpr int64_t kMostBlocks = 16;       // of a chunk
 constexpr int64_t kSerialWork = 1 << 14;  // n m (l + 8) below which a second thread costs more than it brings
-constexpr int64_t kSkipDims = 96;         // dimensions from which looking for rows to skip pays
+constexpr int64_t kSkipFrom = 96;         // dimensions from which looking for rows to skip pays
 
 // An excluded pair is this far apart: the weight is 0.
 template <class T>
@@ -112,6 +114,38 @@ struct Item {
   }
 };
 
+// What the centers of a tile have beside their coordinates, in the forward pass.
+template <class T>
+struct CenterTerms {
+  T *offset, *slope, *precision;  // [kTile], see Item
+  double largest_slope = 0;
+
+  static int64_t bytes() { return 3 * Arena::bytes<T>(kTile); }
+  explicit CenterTerms(Arena arena)
+      : offset(arena.take<T>(kTile)), slope(arena.take<T>(kTile)), precision(arena.take<T>(kTile)) {}
+
+  void take(const Item<T>& item, int64_t first, int count) {
+    largest_slope = 0;
+    for (int j = 0; j < count; j++) {
+      const double exact = item.slope(first + j);
+      offset[j] = static_cast<T>(item.offset(first + j));
+      slope[j] = static_cast<T>(exact);
+      precision[j] = static_cast<T>(item.precision(first + j));
+      largest_slope = exact > largest_slope ? exact : largest_slope;
+    }
+  }
+};
+
+// What the queries of a tile have beside theirs, in the transposed pass.
+template <class T>
+struct QueryTerms {
+  T* log_prob;  // [kTile], log p_e in log2 units, without Item's constant
+  T* grad;      // [kTile], the upstream gradient
+
+  static int64_t bytes() { return 2 * Arena::bytes<T>(kTile); }
+  explicit QueryTerms(Arena arena) : log_prob(arena.take<T>(kTile)), grad(arena.take<T>(kTile)) {}
+};
+
 // The pairs of a tile [first, first + count) with lanes that one index array (per lane: a tile point, or none)
 // excludes.
 template <class T, int QV>
@@ -129,15 +163,17 @@ void mark_excluded(const int64_t* exclude, int64_t first_lane, int64_t lanes_end
 template <class T>
 struct State {
   Vec<T>* reference;  // [vectors], log2 units; not used by the transposed pass
+  Vec<T>* factor;     // [vectors], of this share where several are merged; not used by the transposed pass
   Vec<T>* weight;     // [vectors], sum of the weights
   Vec<T>* moment;     // [vectors], sum of weight * squared distance, or of weight * precision
   Vec<T>* sums;       // [vectors * l], sum of weight * (point - lane)
 
   static int64_t bytes(int64_t vectors, int64_t l) {
-    return 3 * Arena::bytes<Vec<T>>(vectors) + Arena::bytes<Vec<T>>(vectors * l);
+    return 4 * Arena::bytes<Vec<T>>(vectors) + Arena::bytes<Vec<T>>(vectors * l);
   }
   State(Arena arena, int64_t vectors, int64_t l)
       : reference(arena.take<Vec<T>>(vectors)),
+        factor(arena.take<Vec<T>>(vectors)),
         weight(arena.take<Vec<T>>(vectors)),
         moment(arena.take<Vec<T>>(vectors)),
         sums(arena.take<Vec<T>>(vectors * l)) {}
@@ -163,7 +199,7 @@ struct Plan {
     threads = lanes * streamed * (l + 8) < kSerialWork ? 1 : requested_threads;
     vectors = ceil_div(lanes, width);
     tiles = ceil_div(streamed, kTile);
-    const int64_t fitting = smaller(16, larger(1, kStateBytes / (l * item_bytes * width * kQV))) * kQV;
+    const int64_t fitting = smaller(kMostBlocks, larger(1, kStateBytes / (l * item_bytes * width * kQV))) * kQV;
     chunks = ceil_div(vectors, fitting);
     // Whole chunks for each thread where they divide well; otherwise each thread streams its own share of the points
     // past every chunk, and the shares are merged.
@@ -183,6 +219,7 @@ struct Plan {
   }
 
   int64_t chunk_begin(int64_t chunk) const { return vectors * chunk / chunks; }
+  int64_t vectors_of(int64_t chunk) const { return chunk_begin(chunk + 1) - chunk_begin(chunk); }
   int64_t tile_begin(int64_t split) const { return tiles * split / splits; }
 };
 
@@ -194,15 +231,15 @@ enum class Moment { kNone, kDistance, kPrecision };
 
 // Step 2 for a tile whose weights may sum to more than kLargestSum: raises the references to the exponents' maxima.
 template <class T, int QV>
-void raise_references(const Tile<T>& tile, int count, int64_t sum_vectors, Vec<T>* reference, Vec<T>* weight,
-                      Vec<T>* moment, Vec<T>* sums) {
+void raise_references(const CenterTerms<T>& terms, const Vec<T>* pairs, int count, int64_t sum_vectors,
+                      Vec<T>* reference, Vec<T>* weight, Vec<T>* moment, Vec<T>* sums) {
   Vec<T> top[QV];
   for (int v = 0; v < QV; v++) top[v] = reference[v];
   for (int j = 0; j < count; j++) {
-    const Vec<T> offset = broadcast(tile.offset[j]), slope = broadcast(tile.slope[j]);
+    const Vec<T> offset = broadcast(terms.offset[j]), slope = broadcast(terms.slope[j]);
 #pragma GCC unroll 4
     for (int v = 0; v < QV; v++) {
-      const Vec<T> x = offset - slope * tile.pairs[j * QV + v];
+      const Vec<T> x = offset - slope * pairs[j * QV + v];
       top[v] = x > top[v] ? x : top[v];
     }
   }
@@ -218,14 +255,13 @@ void raise_references(const Tile<T>& tile, int count, int64_t sum_vectors, Vec<T
 // Step 2: the weights in place of the squared distances, added up, in `mass` for this tile alone; false, and nothing
 // added, where the tile's sum passes kLargestSum.
 template <class T, int QV, Moment M>
-bool forward_weights(const Tile<T>& tile, int count, const Vec<T>* reference, Vec<T>* weight, Vec<T>* moment,
-                     Vec<T>* mass) {
-  Vec<T>* pairs = tile.pairs;
+bool forward_weights(const CenterTerms<T>& terms, Vec<T>* pairs, int count, const Vec<T>* reference, Vec<T>* weight,
+                     Vec<T>* moment, Vec<T>* mass) {
   Vec<T> base[QV], tile_weight[QV] = {}, tile_moment[QV] = {};
   for (int v = 0; v < QV; v++) base[v] = reference[v];
   for (int j = 0; j < count; j++) {
-    const Vec<T> offset = broadcast(tile.offset[j]), slope = broadcast(tile.slope[j]);
-    const Vec<T> precision = broadcast(tile.precision[j]);
+    const Vec<T> offset = broadcast(terms.offset[j]), slope = broadcast(terms.slope[j]);
+    const Vec<T> precision = broadcast(terms.precision[j]);
 #pragma GCC unroll 4
     for (int v = 0; v < QV; v++) {
       const Vec<T> distance = pairs[j * QV + v];
@@ -279,30 +315,34 @@ int rows_that_matter(const Tile<T>& tile, int count, double reach, int64_t m, co
   return n;
 }
 
+// A tile of centers, with a block of a chunk of queries.
 template <class T, Moment M>
 struct ForwardBlock {
   const Item<T>& item;
   const Tile<T>& tile;
-  int64_t tile_first, first_lane, first_vector;
-  int count;
-  bool first_tile, want_sums, may_use_products;
-  Lanes<T> lanes;
+  const CenterTerms<T>& terms;
   const State<T>& state;
+  int64_t first_center = 0;  // of the tile
+  int count = 0;             // of its centers
+  int64_t first_query = 0, first_vector = 0;
+  Lanes<T> lanes = {};
+  bool is_first_tile = false, want_sums = false, may_use_products = false;
 
   template <int QV>
   void run() {
     Vec<T>* sums = state.sums + first_vector * item.l;
     Vec<T>*reference = state.reference + first_vector, *weight = state.weight + first_vector;
     Vec<T>*moment = state.moment + first_vector, mass[QV];
-    const double norms = tile.largest_norm + lanes.largest_norm, parts = tile.largest_slope * norms;
+    const double norms = tile.largest_norm + lanes.largest_norm, parts = terms.largest_slope * norms;
     const bool use_products = may_use_products && parts <= most_parts_of_products(item.l);
     distances<QV>(use_products);
     // The first tile finds the references; it is rare that one has to be raised after it.
-    if (first_tile) raise_references<T, QV>(tile, count, 0, reference, weight, moment, sums);
-    if (!forward_weights<T, QV, M>(tile, count, reference, weight, moment, mass)) {
+    if (is_first_tile) raise_references<T, QV>(terms, tile.pairs, count, 0, reference, weight, moment, sums);
+    if (!forward_weights<T, QV, M>(terms, tile.pairs, count, reference, weight, moment, mass)) {
       distances<QV>(use_products);
-      raise_references<T, QV>(tile, count, want_sums ? item.l : 0, reference, weight, moment, sums);
-      forward_weights<T, QV, M>(tile, count, reference, weight, moment, mass);
+      const int64_t sum_vectors = want_sums ? item.l : 0;
+      raise_references<T, QV>(terms, tile.pairs, count, sum_vectors, reference, weight, moment, sums);
+      forward_weights<T, QV, M>(terms, tile.pairs, count, reference, weight, moment, mass);
     }
     if (!want_sums) return;
 #if defined(__AMX_BF16__)
@@ -310,7 +350,7 @@ struct ForwardBlock {
 #endif
     WeightedRows<T, QV> rows{tile, tile.all, count, item.l, lanes, mass, sums};
     int kept[kTile];
-    if (item.l >= kSkipDims) {
+    if (item.l >= kSkipFrom) {
       rows.count = rows_that_matter<T, QV, M>(tile, count, std::sqrt(2 * norms), item.m, weight, moment, kept, mass);
       rows.rows = kept;
     }
@@ -325,7 +365,7 @@ struct ForwardBlock {
     } else {
       distances_from_differences<T, QV>(tile, count, item.l, lanes);
     }
-    if (item.exclude) mark_excluded<T, QV>(item.exclude, first_lane, item.n, tile_first, count, tile.pairs);
+    if (item.exclude) mark_excluded<T, QV>(item.exclude, first_query, item.n, first_center, count, tile.pairs);
   }
 };
 
@@ -335,57 +375,55 @@ struct Forward {
   Item<T> item;
   Frame<T> frame;
   Plan plan;
-  const T* own;        // [n, l] or null
-  double* value;       // [n]
-  T* dquery;           // [n, l] or null
-  double* dbandwidth;  // [n] or null
+  double* value;                 // [n]
+  const T* own = nullptr;        // [n, l] or null
+  T* dquery = nullptr;           // [n, l] or null
+  double* dbandwidth = nullptr;  // [n] or null
 
   // Streams split `split` of the centers past chunk `chunk` of the queries.
   template <Moment M>
-  void stream(int64_t chunk, int64_t split, const ChunkLanes<T>& lanes, const State<T>& state, Tile<T>& tile) const {
-    const int64_t begin = plan.chunk_begin(chunk), vectors = plan.chunk_begin(chunk + 1) - begin;
+  void stream(int64_t chunk, int64_t split, const ChunkLanes<T>& lanes, const State<T>& state, Tile<T>& tile,
+              CenterTerms<T>& terms) const {
+    const int64_t begin = plan.chunk_begin(chunk);
     const bool same_terms = !item.per_center && !item.log_weights;  // then they are written once
-    const bool may_use_products = item.l >= kProductDims && args.products != kdejsd::KdeProducts::kNone;
+    const bool may_use_products = item.l >= kProductsFrom && args.products != kdejsd::KdeProducts::kNone;
 #if defined(__AMX_BF16__)
     const MatrixRegisters registers;
 #endif
+    ForwardBlock<T, M> block{item, tile, terms, state};
+    block.want_sums = dquery != nullptr;
+    block.may_use_products = may_use_products;
     for (int64_t t = plan.tile_begin(split); t < plan.tile_begin(split + 1); t++) {
-      const int64_t first = t * kTile;
-      const int count = static_cast<int>(smaller(kTile, item.m - first));
-      tile.pack(item.centers, first, count, frame, may_use_products);
-      if (t == plan.tile_begin(split) || !same_terms) {
-        tile.largest_slope = 0;
-        for (int j = 0; j < (same_terms ? kTile : count); j++) {
-          const double slope = item.slope(first + j);
-          tile.offset[j] = static_cast<T>(item.offset(first + j));
-          tile.slope[j] = static_cast<T>(slope);
-          tile.precision[j] = static_cast<T>(item.precision(first + j));
-          tile.largest_slope = slope > tile.largest_slope ? slope : tile.largest_slope;
-        }
+      block.is_first_tile = t == plan.tile_begin(split);
+      block.first_center = t * kTile;
+      block.count = static_cast<int>(smaller(kTile, item.m - block.first_center));
+      tile.pack(item.centers, block.first_center, block.count, frame, may_use_products);
+      if (same_terms) {
+        if (block.is_first_tile) terms.take(item, block.first_center, kTile);
+      } else {
+        terms.take(item, block.first_center, block.count);
       }
       const FlushSubnormals flush;
-      for_blocks(vectors, [&](int width, int64_t vector) {
-        with_width(width, ForwardBlock<T, M>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
-                                             t == plan.tile_begin(split), dquery != nullptr, may_use_products,
-                                             lanes.block(vector, item.l), state});
+      for_blocks(plan.vectors_of(chunk), [&](int width, int64_t vector) {
+        block.first_query = (begin + vector) * kLanes<T>;
+        block.first_vector = vector;
+        block.lanes = lanes.block(vector, item.l);
+        with_width(width, block);
       });
     }
   }
 
-  void stream(int64_t chunk, int64_t split, const ChunkLanes<T>& lanes, const State<T>& state, Tile<T>& tile) const {
-    state_clear(chunk, state);
-    if (item.per_center) return stream<Moment::kPrecision>(chunk, split, lanes, state, tile);
-    if (dbandwidth) return stream<Moment::kDistance>(chunk, split, lanes, state, tile);
-    stream<Moment::kNone>(chunk, split, lanes, state, tile);
-  }
-
-  void state_clear(int64_t chunk, State<T> state) const {
-    state.clear(plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk), item.l);
+  void stream(int64_t chunk, int64_t split, const ChunkLanes<T>& lanes, State<T>& state, Tile<T>& tile,
+              CenterTerms<T>& terms) const {
+    state.clear(plan.vectors_of(chunk), item.l);
+    if (item.per_center) return stream<Moment::kPrecision>(chunk, split, lanes, state, tile, terms);
+    if (dbandwidth) return stream<Moment::kDistance>(chunk, split, lanes, state, tile, terms);
+    stream<Moment::kNone>(chunk, split, lanes, state, tile, terms);
   }
 
   void pack(int64_t chunk, const ChunkLanes<T>& lanes) const {
     const int64_t begin = plan.chunk_begin(chunk);
-    for_blocks(plan.chunk_begin(chunk + 1) - begin, [&](int width, int64_t vector) {
+    for_blocks(plan.vectors_of(chunk), [&](int width, int64_t vector) {
       lanes.pack(item.query, (begin + vector) * kLanes<T>, item.n, frame, width, vector);
     });
   }
@@ -402,9 +440,9 @@ struct Forward {
         total = kdejsd::merge<double>(total, {at(splits[s].reference), at(splits[s].weight)});
       double moment = 0;
       for (int64_t s = 0; s < plan.splits; s++) {
-        T& share = at(splits[s].reference);  // has done its work, and now holds the factor of this split's sums
-        share = static_cast<T>(kdejsd::rescale_factor(static_cast<double>(share), total.max));
-        moment += static_cast<double>(at(splits[s].moment)) * share;
+        const double reference = static_cast<double>(at(splits[s].reference));
+        at(splits[s].factor) = static_cast<T>(kdejsd::rescale_factor(reference, total.max));
+        moment += static_cast<double>(at(splits[s].moment)) * at(splits[s].factor);
       }
 
       const T* query = item.query + i * item.l;
@@ -432,7 +470,7 @@ struct Forward {
         double sum = 0;
         for (int64_t s = 0; s < plan.splits; s++) {
           const T* sums = reinterpret_cast<const T*>(splits[s].sums + vector * item.l);
-          sum += static_cast<double>(sums[k * lanes + lane]) * at(splits[s].reference);
+          sum += static_cast<double>(sums[k * lanes + lane]) * at(splits[s].factor);
         }
         double direction = sum / (total.sum * item.unit) / item.h0;  // the score of p_e, less the target's
         if (own) direction = kdejsd::merged_score(shares, own_step(k) / item.h0, direction);
@@ -449,19 +487,18 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
   const Item<T> item(mix, b);
   const Plan plan(mix.n, kLanes<T>, mix.m, mix.l, sizeof(T), requested_threads);
   const int64_t lane_bytes = ChunkLanes<T>::bytes(plan.chunk_vectors, mix.l);
-  const int64_t state_bytes = State<T>::bytes(plan.chunk_vectors, mix.l), tile_bytes = Tile<T>::bytes(mix.l);
+  const int64_t state_bytes = State<T>::bytes(plan.chunk_vectors, mix.l);
+  const int64_t tile_bytes = Tile<T>::bytes(mix.l) + CenterTerms<T>::bytes();
   const int64_t copies = plan.splits == 1 ? plan.threads : 1;  // of the packed lanes; splits share them
-  Memory memory(Arena::bytes<T>(mix.l + kLanes<T>) + copies * lane_bytes + plan.threads * (state_bytes + tile_bytes) +
+  Memory memory(Frame<T>::bytes(mix.l) + copies * lane_bytes + plan.threads * (state_bytes + tile_bytes) +
                 Arena::bytes<State<T>>(plan.threads));
   Arena arena{memory.base};
-  T* shift = arena.take<T>(mix.l + kLanes<T>);
+  const Frame<T> frame(arena.cut(Frame<T>::bytes(mix.l)), item.centers, mix.m, mix.l, item.scale);
   char* lanes = arena.take<char>(copies * lane_bytes);
   char* states = arena.take<char>(plan.threads * state_bytes);
   char* tiles = arena.take<char>(plan.threads * tile_bytes);
 
-  const bool is_moved = Frame<T>::find_shift(item.centers, mix.m, mix.l, shift);
-  Forward<T> pass{args,    item,   {mix.l, item.scale, shift, is_moved}, plan, nullptr, args.value + b * mix.n,
-                  nullptr, nullptr};
+  Forward<T> pass{args, item, frame, plan, args.value + b * mix.n};
   if (args.own) pass.own = static_cast<const T*>(args.own) + b * mix.n * mix.l;
   if (args.dquery) pass.dquery = static_cast<T*>(args.dquery) + b * mix.n * mix.l;
   if (args.dbandwidth) pass.dbandwidth = args.dbandwidth + b * mix.n;
@@ -471,25 +508,25 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
 
   Team::run(plan.threads, [&](Team::Part& part) {
     const int thread = part.thread;
-    Tile<T> tile(Arena{tiles + thread * tile_bytes}, pass.frame);
-    const ChunkLanes<T> own_lanes(Arena{lanes + (copies > 1 ? thread : 0) * lane_bytes}, plan.chunk_vectors,
-                                  pass.frame);
+    Arena own{tiles + thread * tile_bytes};
+    Tile<T> tile(own.cut(Tile<T>::bytes(mix.l)), frame);
+    CenterTerms<T> terms(own);
+    const ChunkLanes<T> own_lanes(Arena{lanes + (copies > 1 ? thread : 0) * lane_bytes}, plan.chunk_vectors, frame);
     if (plan.splits == 1) {
       part.each(plan.chunks, [&](int64_t chunk) {
         pass.pack(chunk, own_lanes);
-        pass.stream(chunk, 0, own_lanes, splits[thread], tile);
-        for_blocks(plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk),
+        pass.stream(chunk, 0, own_lanes, splits[thread], tile, terms);
+        for_blocks(plan.vectors_of(chunk),
                    [&](int width, int64_t vector) { pass.finish(chunk, width, vector, splits + thread); });
       });
     } else {
       for (int64_t chunk = 0; chunk < plan.chunks; chunk++) {
+        const int64_t vectors = plan.vectors_of(chunk);
         part.each(1, [&](int64_t) { pass.pack(chunk, own_lanes); });
-        part.each(plan.splits, [&](int64_t split) { pass.stream(chunk, split, own_lanes, splits[split], tile); });
-        const int64_t vectors = plan.chunk_begin(chunk + 1) - plan.chunk_begin(chunk);
-        const int64_t blocks = ceil_div(vectors, kQV);
-        part.each(blocks, [&](int64_t block) {
-          const int64_t first = vectors * block / blocks;
-          pass.finish(chunk, static_cast<int>(vectors * (block + 1) / blocks - first), first, splits);
+        part.each(plan.splits,
+                  [&](int64_t split) { pass.stream(chunk, split, own_lanes, splits[split], tile, terms); });
+        part.each(block_count(vectors), [&](int64_t block) {
+          at_block(vectors, block, [&](int width, int64_t vector) { pass.finish(chunk, width, vector, splits); });
         });
       }
     }
@@ -501,12 +538,11 @@ void forward_item(const KdeForward& args, int64_t b, int requested_threads) {
 
 // Step 2: grad * 2^(exponent - log p_e), in place of the squared distances.
 template <class T, int QV>
-void backward_weights(const Tile<T>& tile, int count, const Vec<T>* offset, const Vec<T>* slope, Vec<T>* weight,
-                      Vec<T>* moment, Vec<T>* mass) {
-  Vec<T>* pairs = tile.pairs;
+void backward_weights(const QueryTerms<T>& terms, Vec<T>* pairs, int count, const Vec<T>* offset, const Vec<T>* slope,
+                      Vec<T>* weight, Vec<T>* moment, Vec<T>* mass) {
   Vec<T> tile_weight[QV] = {}, tile_moment[QV] = {};
   for (int j = 0; j < count; j++) {
-    const Vec<T> log_prob = broadcast(tile.offset[j]), grad = broadcast(tile.slope[j]);
+    const Vec<T> log_prob = broadcast(terms.log_prob[j]), grad = broadcast(terms.grad[j]);
 #pragma GCC unroll 4
     for (int v = 0; v < QV; v++) {
       const Vec<T> distance = pairs[j * QV + v];
@@ -524,18 +560,20 @@ void backward_weights(const Tile<T>& tile, int count, const Vec<T>* offset, cons
   }
 }
 
+// A tile of queries, with a block of a chunk of centers.
 template <class T>
 struct BackwardBlock {
   const Item<T>& item;
   const Tile<T>& tile;
-  int64_t tile_first, first_lane, first_vector;
-  int count;
-  bool want_sums;
-  Lanes<T> lanes;
-  const Vec<T>* offset;
-  const Vec<T>* slope;
-  double largest_slope;
+  const QueryTerms<T>& terms;
   const State<T>& state;
+  int64_t first_query = 0;  // of the tile
+  int count = 0;            // of its queries
+  int64_t first_center = 0, first_vector = 0;
+  Lanes<T> lanes = {};
+  const Vec<T>*offset = nullptr, *slope = nullptr;  // of the chunk's centers
+  double largest_slope = 0;
+  bool want_sums = false;
 
   template <int QV>
   void run() {
@@ -544,12 +582,13 @@ struct BackwardBlock {
     distances_from_differences<T, QV>(tile, count, item.l, lanes);
     if (item.exclude) {
       for (int j = 0; j < count; j++) {
-        const int64_t lane = item.exclude[tile_first + j] - first_lane;
+        const int64_t lane = item.exclude[first_query + j] - first_center;
         if (lane >= 0 && lane < QV * kLanes<T>)
           reinterpret_cast<T*>(tile.pairs)[j * QV * kLanes<T> + lane] = kExcluded<T>;
       }
     }
-    backward_weights<T, QV>(tile, count, offset, slope, state.weight + first_vector, state.moment + first_vector, mass);
+    backward_weights<T, QV>(terms, tile.pairs, count, offset + first_vector, slope + first_vector,
+                            state.weight + first_vector, state.moment + first_vector, mass);
     if (!want_sums) return;
     const double parts = largest_slope * (tile.largest_norm + lanes.largest_norm);
     const bool by_mass = parts <= most_parts_of_sums(item.l);
@@ -567,13 +606,13 @@ struct Backward {
   const T* grad;           // [n]
   int grad_exponent;       // of the largest: gradients are divided by 2 to it, so that no product with one is flushed
   const double* log_prob;  // [n]
-  T* dcenters;             // [m, l] or null
-  T* dlog_weights;         // [m] or null
-  T* dbandwidth;           // [m] or null
+  T* dcenters = nullptr;   // [m, l] or null
+  T* dlog_weights = nullptr;  // [m] or null
+  T* dbandwidth = nullptr;    // [m] or null
 
-  void stream(int64_t chunk, const ChunkLanes<T>& lanes, Vec<T>* offset, Vec<T>* slope, State<T>& state,
-              Tile<T>& tile) const {
-    const int64_t begin = plan.chunk_begin(chunk), vectors = plan.chunk_begin(chunk + 1) - begin;
+  void stream(int64_t chunk, const ChunkLanes<T>& lanes, Vec<T>* offset, Vec<T>* slope, State<T>& state, Tile<T>& tile,
+              const QueryTerms<T>& terms) const {
+    const int64_t begin = plan.chunk_begin(chunk), vectors = plan.vectors_of(chunk);
     state.clear(vectors, item.l);
     double largest_slope = 0;
     for (int64_t lane = 0; lane < vectors * kLanes<T>; lane++) {
@@ -585,26 +624,36 @@ struct Backward {
     for_blocks(vectors, [&](int width, int64_t vector) {
       lanes.pack(item.centers, (begin + vector) * kLanes<T>, item.m, frame, width, vector);
     });
+    BackwardBlock<T> block{item, tile, terms, state};
+    block.offset = offset;
+    block.slope = slope;
+    block.largest_slope = largest_slope;
+    block.want_sums = dcenters != nullptr;
     for (int64_t t = 0; t < plan.tiles; t++) {
-      const int64_t first = t * kTile;
-      const int count = static_cast<int>(smaller(kTile, item.n - first));
-      tile.pack(item.query, first, count, frame, false);
-      for (int j = 0; j < count; j++) {
-        const int64_t i = first + j;
-        // What rounding takes from the exponent is given back to the factor.
-        const double exponent = kdejsd::kLog2E * (log_prob[i] - item.constant(i));
-        tile.offset[j] = static_cast<T>(exponent);
-        const double correction = std::exp2(static_cast<double>(tile.offset[j]) - exponent);
-        tile.slope[j] = static_cast<T>(std::ldexp(static_cast<double>(grad[i]) * correction, -grad_exponent));
-      }
+      block.first_query = t * kTile;
+      block.count = static_cast<int>(smaller(kTile, item.n - block.first_query));
+      tile.pack(item.query, block.first_query, block.count, frame, false);
+      take_queries(block.first_query, block.count, terms);
       const FlushSubnormals flush;
       for_blocks(vectors, [&](int width, int64_t vector) {
-        with_width(width, BackwardBlock<T>{item, tile, first, (begin + vector) * kLanes<T>, vector, count,
-                                           dcenters != nullptr, lanes.block(vector, item.l), offset + vector,
-                                           slope + vector, largest_slope, state});
+        block.first_center = (begin + vector) * kLanes<T>;
+        block.first_vector = vector;
+        block.lanes = lanes.block(vector, item.l);
+        with_width(width, block);
       });
     }
     for_blocks(vectors, [&](int width, int64_t vector) { finish(begin + vector, width, vector, state); });
+  }
+
+  // What rounding takes from an exponent is given back to the gradient, its factor.
+  void take_queries(int64_t first, int count, const QueryTerms<T>& terms) const {
+    for (int j = 0; j < count; j++) {
+      const int64_t i = first + j;
+      const double exponent = kdejsd::kLog2E * (log_prob[i] - item.constant(i));
+      terms.log_prob[j] = static_cast<T>(exponent);
+      const double correction = std::exp2(static_cast<double>(terms.log_prob[j]) - exponent);
+      terms.grad[j] = static_cast<T>(std::ldexp(static_cast<double>(grad[i]) * correction, -grad_exponent));
+    }
   }
 
   void finish(int64_t first_vector, int width, int64_t vector, const State<T>& state) const {
@@ -646,34 +695,26 @@ void backward_item(const KdeBackward& args, int64_t b, int requested_threads) {
   const int64_t lane_bytes = ChunkLanes<T>::bytes(plan.chunk_vectors, mix.l);
   const int64_t row_bytes = Arena::bytes<Vec<T>>(plan.chunk_vectors);
   const int64_t state_bytes = State<T>::bytes(plan.chunk_vectors, mix.l), tile_bytes = Tile<T>::bytes(mix.l);
-  const int64_t thread_bytes = lane_bytes + 2 * row_bytes + state_bytes + tile_bytes;
-  Memory memory(Arena::bytes<T>(mix.l + kLanes<T>) + plan.threads * thread_bytes);
+  const int64_t thread_bytes = lane_bytes + 2 * row_bytes + state_bytes + tile_bytes + QueryTerms<T>::bytes();
+  Memory memory(Frame<T>::bytes(mix.l) + plan.threads * thread_bytes);
   Arena arena{memory.base};
-  T* shift = arena.take<T>(mix.l + kLanes<T>);
+  const Frame<T> frame(arena.cut(Frame<T>::bytes(mix.l)), item.centers, mix.m, mix.l, item.scale);
 
-  const bool is_moved = Frame<T>::find_shift(item.centers, mix.m, mix.l, shift);
   const T* grad = static_cast<const T*>(args.grad) + b * mix.n;
-  Backward<T> pass{item,
-                   {mix.l, item.scale, shift, is_moved},
-                   plan,
-                   grad,
-                   largest_exponent(grad, mix.n),
-                   args.log_prob + b * mix.n,
-                   nullptr,
-                   nullptr,
-                   nullptr};
+  Backward<T> pass{item, frame, plan, grad, largest_exponent(grad, mix.n), args.log_prob + b * mix.n};
   if (args.dcenters) pass.dcenters = static_cast<T*>(args.dcenters) + b * mix.m * mix.l;
   if (args.dlog_weights) pass.dlog_weights = static_cast<T*>(args.dlog_weights) + b * mix.m;
   if (args.dbandwidth) pass.dbandwidth = static_cast<T*>(args.dbandwidth) + b * mix.m;
 
   Team::run(plan.threads, [&](Team::Part& part) {
     Arena own{arena.next + part.thread * thread_bytes};
-    const ChunkLanes<T> lanes(Arena{own.take<char>(lane_bytes)}, plan.chunk_vectors, pass.frame);
+    const ChunkLanes<T> lanes(own.cut(lane_bytes), plan.chunk_vectors, frame);
     Vec<T>* offset = own.take<Vec<T>>(plan.chunk_vectors);
     Vec<T>* slope = own.take<Vec<T>>(plan.chunk_vectors);
-    State<T> state(Arena{own.take<char>(state_bytes)}, plan.chunk_vectors, mix.l);
-    Tile<T> tile(Arena{own.take<char>(tile_bytes)}, pass.frame);
-    part.each(plan.chunks, [&](int64_t chunk) { pass.stream(chunk, lanes, offset, slope, state, tile); });
+    State<T> state(own.cut(state_bytes), plan.chunk_vectors, mix.l);
+    Tile<T> tile(own.cut(tile_bytes), frame);
+    const QueryTerms<T> terms(own);
+    part.each(plan.chunks, [&](int64_t chunk) { pass.stream(chunk, lanes, offset, slope, state, tile, terms); });
   });
 }
 
@@ -683,6 +724,36 @@ void backward_item(const KdeBackward& args, int64_t b, int requested_threads) {
 // Entry points of this instruction set
 
 namespace kdejsd::cpu::KDEJSD_LEVEL {
+
+extern const TileSize kde_sizes[] = {
+#if defined(__AMX_BF16__)
+    {"kde_points", "matrix tile", kTile},
+    {"kde_points", "matrix side", kSide},
+    {"kde_points", "matrix inner", kInner},
+    {"kde_dims", "matrices from", kMatrixDims},
+    {"kde_dims", "matrix side", kSide},
+    {"kde_dims", "matrix inner", kInner},
+    {"kde_dims", "rest in one matrix", kInner + kInner / kProducts},
+    {"kde_dims", "rest in two matrices", kInner + 2 * kInner / kProducts},
+#else
+    {"kde_points", "rows", kRows},
+    {"kde_points", "tile", kTile},
+    {"kde_points", "shift sample", kShiftSample},
+    {"kde_points", "float32 lanes", kLanes<float>},
+    {"kde_points", "float64 lanes", kLanes<double>},
+    {"kde_points", "float32 block", kQV * kLanes<float>},
+    {"kde_points", "float64 block", kQV * kLanes<double>},
+    {"kde_points", "float32 chunk", kMostBlocks * kQV * kLanes<float>},
+    {"kde_points", "float64 chunk", kMostBlocks * kQV * kLanes<double>},
+    {"kde_dims", "columns", kColumns},
+    {"kde_dims", "differences", kDifferenceDims},
+    {"kde_dims", "products", kProductDims},
+    {"kde_dims", "products from", kProductsFrom},
+    {"kde_dims", "skip from", kSkipFrom},
+    {"kde_dims", "float32 lanes", kLanes<float>},
+    {"kde_dims", "float64 lanes", kLanes<double>},
+#endif
+    {nullptr, nullptr, 0}};
 
 void kde_forward(const KdeForward& args, int threads) {
   if (args.mixture.n == 0) return;

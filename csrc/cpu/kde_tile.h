@@ -32,9 +32,12 @@ constexpr int kTile = 8 * kRows;  // tile points; pairs and tile stay in the fir
 #endif
 constexpr int kShiftSample = 15;  // centers whose median is the shift
 
+// Dimensions that a distance sums in registers: of squared differences, and of products.
+constexpr int64_t kDifferenceDims = 32, kProductDims = 64;
+
 // Dimensions from which distances are taken from products. Below, the subtractions cost little beside the exponential,
 // and the roundings of the three parts are not small beside those of a distance.
-constexpr int64_t kProductDims = 16;
+constexpr int64_t kProductsFrom = 16;
 
 // The parts of an exponent, in log2 units, are slope (|x|^2 + |c|^2). A product's error is about 2^-25 of them, and
 // that of l squared differences grows with l likewise: up to 12 l, 2.4 times what typical points have at the bandwidths
@@ -60,6 +63,14 @@ struct Frame {
   const T* shift;  // [l + kLanes<T>], repeated so that rows of any length are packed by whole vectors
   bool is_moved;   // whether the shift is not 0
 
+  static int64_t bytes(int64_t l) { return Arena::bytes<T>(l + kLanes<T>); }
+  Frame(Arena arena, const T* centers, int64_t m, int64_t l, T scale) : l(l), scale(scale) {
+    T* found = arena.take<T>(l + kLanes<T>);
+    is_moved = find_shift(centers, m, l, found);
+    shift = found;
+  }
+
+ private:
   // The shift is the median, coordinate by coordinate, of some centers: it is amid most of them wherever a few of them
   // are. It is 0 where that is amid them too, so that points need not be packed twice; and where it is not finite.
   static bool find_shift(const T* centers, int64_t m, int64_t l, T* shift /* [l + kLanes<T>] */) {
@@ -183,12 +194,8 @@ struct Tile {
   Packed<T, T> rows;    // [kTile, l]
   T* norms;             // [kTile], squared, of the moved rows; only for products
   double largest_norm;  // of the moved rows, or more; NaN counts for nothing, and comes through in any case
-  T* offset;            // [kTile], see Item; in the transposed pass the queries' log p_e
-  T* slope;             // [kTile]; in the transposed pass the queries' gradients
-  T* precision;         // [kTile]
-  double largest_slope;
-  int* all;       // [kTile], the numbers of all rows, for weighted sums that leave none out
-  Vec<T>* pairs;  // [kTile, kQV]
+  int* all;             // [kTile], the numbers of all rows, for weighted sums that leave none out
+  Vec<T>* pairs;        // [kTile, kQV]
 #if defined(__AMX_BF16__)
   char *row_parts, *column_parts;  // of the moved rows, for distances and for sums; see kde_amx.h
   char* weight_parts;              // [kTile / kInner, kQV, kParts]
@@ -196,7 +203,7 @@ struct Tile {
 #endif
 
   static int64_t bytes(int64_t l) {
-    int64_t total = 2 * Arena::bytes<T>(kTile * l) + 4 * Arena::bytes<T>(kTile) + Arena::bytes<int>(kTile) +
+    int64_t total = 2 * Arena::bytes<T>(kTile * l) + Arena::bytes<T>(kTile) + Arena::bytes<int>(kTile) +
                     Arena::bytes<Vec<T>>(kTile * kQV);
 #if defined(__AMX_BF16__)
     const Layout layout(l);
@@ -209,10 +216,6 @@ struct Tile {
       : rows{arena.take<T>(kTile * frame.l), arena.take<T>(kTile * frame.l)},
         norms(arena.take<T>(kTile)),
         largest_norm(0),
-        offset(arena.take<T>(kTile)),
-        slope(arena.take<T>(kTile)),
-        precision(arena.take<T>(kTile)),
-        largest_slope(0),
         all(arena.take<int>(kTile)),
         pairs(arena.take<Vec<T>>(kTile * kQV)) {
     if (!frame.is_moved) rows.moved = rows.as_is;
@@ -291,7 +294,7 @@ enum class Terms { kSquaredDifferences, kProducts };
 // They do most where all terms have one sign.
 template <Terms terms, class T, int QV>
 void sum_over_dims(const T* rows, int count, int64_t l, const Vec<T>* lanes, Vec<T>* pairs) {
-  constexpr int64_t kDims = terms == Terms::kProducts ? 64 : 32;
+  constexpr int64_t kDims = terms == Terms::kProducts ? kProductDims : kDifferenceDims;
   for (int j = 0; j < count; j += kRows) {
     for (int64_t begin = 0; begin < l; begin += kDims) {
       Vec<T> sums[kRows][QV] = {};

@@ -18,6 +18,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "cpu/spatial_order.h"
+#include "cpu/tile_sizes.h"
 #include "cpu/tiles.h"
 #include "kernels.h"
 
@@ -26,8 +27,9 @@ namespace {
 using kdejsd::NearestSearch;
 
 constexpr int kLeaf = 64;
-constexpr int kGroup = kQV;   // vectors of queries that go through the tree together; a leaf holds whole groups
-constexpr int kLeafRows = 4;  // samples of a leaf whose distances are in registers at once
+constexpr int kGroup = kQV;          // vectors of queries that go through the tree together; a leaf holds whole groups
+constexpr int kLeafRows = 4;         // samples of a leaf whose distances are in registers at once
+constexpr int64_t kShareGroups = 8;  // that a thread takes one after the other
 constexpr int64_t kSerialSamples = 512;  // up to which a second thread costs more than it brings
 constexpr int kMaxDepth = 32;            // of a tree over 2^31 samples, and a leaf at its end
 constexpr int32_t kMixed = -1;           // in place of a class
@@ -128,12 +130,12 @@ struct Group {
   static_assert(kLeaf % kQueries == 0 && kLeaf % kLeafRows == 0, "no group has queries of two leaves");
 
   const Tree<T>& tree;
-  Vec<T>* lanes;  // [d][kGroup]
-  T* box;         // [2, d]
-  int32_t pure;   // the class of all queries, or kMixed
-  T furthest;     // the largest of `best`
-  Vec<T> best[kGroup];
-  Mask<T> best_index[kGroup], query_class[kGroup];
+  Vec<T>* lanes;     // [d][kGroup]
+  T* box;            // [2, d]
+  int32_t pure = 0;  // the class of all queries, or kMixed
+  T furthest = 0;    // the largest of `best`
+  Vec<T> best[kGroup] = {};
+  Mask<T> best_index[kGroup] = {}, query_class[kGroup] = {};
 
   void start(int64_t first) {
     const int64_t d = tree.d, last = smaller(first + kQueries, tree.n) - 1;
@@ -297,11 +299,11 @@ void search_item(const NearestSearch& args, int64_t b, int threads) {
   tree.build(latents, order, ids, threads);
 
   // Each query's result is its own: the same whichever thread finds it.
-  constexpr int64_t kQueries = Group<T>::kQueries, kSome = 8 * kQueries;
+  constexpr int64_t kQueries = Group<T>::kQueries, kSome = kShareGroups * kQueries;
   Team::run(threads, [&](Team::Part& part) {
     Arena own{arena.next + part.thread * group_bytes};
     Vec<T>* lanes = own.take<Vec<T>>(kGroup * d);
-    Group<T> group{tree, lanes, own.take<T>(2 * d), 0, 0, {}, {}, {}};
+    Group<T> group{tree, lanes, own.take<T>(2 * d)};
     part.each(ceil_div(n, kSome), [&](int64_t some) {
       for (int64_t first = some * kSome; first < smaller(n, (some + 1) * kSome); first += kQueries) {
         group.start(first);
@@ -315,6 +317,17 @@ void search_item(const NearestSearch& args, int64_t b, int threads) {
 }  // namespace
 
 namespace kdejsd::cpu::KDEJSD_LEVEL {
+
+extern const TileSize nearest_sizes[] = {{"nearest_samples", "leaf rows", kLeafRows},
+                                         {"nearest_samples", "leaf", kLeaf},
+                                         {"nearest_samples", "float32 group", Group<float>::kQueries},
+                                         {"nearest_samples", "float64 group", Group<double>::kQueries},
+                                         {"nearest_samples", "float32 share", kShareGroups * Group<float>::kQueries},
+                                         {"nearest_samples", "float64 share", kShareGroups * Group<double>::kQueries},
+                                         {"nearest_samples", "serial", kSerialSamples},
+                                         {"nearest_dims", "order's columns", kOrderColumns},
+                                         {"nearest_ordered_samples", "serial", kOrderSerialSamples},
+                                         {nullptr, nullptr, 0}};
 
 void nearest(const NearestSearch& args, int threads) {
   if (args.n == 0) return;

@@ -19,6 +19,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
+#include "cpu/tile_sizes.h"
 #include "cpu/tiles.h"
 #include "kernels.h"
 
@@ -31,7 +32,9 @@ constexpr int kPanel = 8 * kRows;         // points of a panel
 constexpr int kPairs = kPanel * kPanel;   // pairs of two panels
 constexpr int kDims = 64;                 // dimensions that are summed in registers; of two panels they stay in cache
 constexpr int kBlocksPerThread = 4;       // of the tournament: two meetings per thread and round
+constexpr int kHalvesVectors = 4;         // of dimensions that are summed in registers, of a pair of the halves
 constexpr int64_t kGroupBytes = 1 << 21;  // of panels and their sums that stay in a cache while others pass by
+constexpr int64_t kLeastGroup = 2;        // panels, where they are larger
 constexpr int64_t kSerialWork = 1 << 16;  // multiply-adds below which a second thread costs more than it brings
 
 template <class T>
@@ -212,11 +215,11 @@ template <class T>
 struct AllPairs {
   const OmegaAll& args;
   Tournament tournament;
-  T* inputs;      // [panels][d][kPanel]
-  T* codes;       // [panels][l][kPanel]
-  T* input_sums;  // [panels][d][kPanel] or null
-  T* code_sums;   // [panels][l][kPanel] or null
-  Found* found;   // [blocks]
+  T* inputs = nullptr;      // [panels][d][kPanel]
+  T* codes = nullptr;       // [panels][l][kPanel]
+  T* input_sums = nullptr;  // [panels][d][kPanel] or null
+  T* code_sums = nullptr;   // [panels][l][kPanel] or null
+  Found* found = nullptr;   // [blocks]
 
   bool wants_gradient() const { return input_sums || code_sums; }
 
@@ -348,13 +351,12 @@ struct AllPairs {
     add_weighted_differences(panels + a, panels + b, dims, transposed, sums + b);
   }
 
-  void meet_within(int64_t block, const Tile<T>& tile) const { meet_blocks(block, block, tile); }
-
-  // Some panels of the one block stay in the cache while the other's pass by, each for all of them.
+  // Some panels of the one block stay in the cache while the other's pass by, each for all of them. A block meets
+  // itself too.
   void meet_blocks(int64_t one, int64_t other, const Tile<T>& tile) const {
     const int64_t end = tournament.panel_begin(one + 1), other_end = tournament.panel_begin(other + 1);
     const int64_t panel_bytes = 2 * kPanel * (args.d + args.l) * static_cast<int64_t>(sizeof(T));
-    const int64_t some = larger(2, kGroupBytes / panel_bytes);
+    const int64_t some = larger(kLeastGroup, kGroupBytes / panel_bytes);
     for (int64_t begin = tournament.panel_begin(one); begin < end; begin += some)
       for (int64_t high = larger(tournament.panel_begin(other), begin); high < other_end; high++)
         for (int64_t low = begin; low < smaller(smaller(begin + some, end), high + 1); low++)
@@ -370,7 +372,9 @@ void all_pairs(const OmegaAll& args, int requested_threads) {
                 (args.dcodes ? 2 : 1) * Arena::bytes<T>(code_size) + Arena::bytes<Found>(tournament.blocks) +
                 tournament.threads * Tile<T>::bytes());
   Arena arena{memory.base};
-  AllPairs<T> pass{args, tournament, arena.take<T>(input_size), arena.take<T>(code_size), nullptr, nullptr, nullptr};
+  AllPairs<T> pass{args, tournament};
+  pass.inputs = arena.take<T>(input_size);
+  pass.codes = arena.take<T>(code_size);
   if (args.dinputs) pass.input_sums = arena.take<T>(input_size);
   if (args.dcodes) pass.code_sums = arena.take<T>(code_size);
   pass.found = arena.take<Found>(tournament.blocks);
@@ -379,7 +383,7 @@ void all_pairs(const OmegaAll& args, int requested_threads) {
   Team::run(tournament.threads, [&](Team::Part& part) {
     const Tile<T> tile(Arena{arena.next + part.thread * Tile<T>::bytes()});
     part.each(tournament.panels, [&](int64_t panel) { pass.pack(panel); });
-    part.each(tournament.blocks, [&](int64_t block) { pass.meet_within(block, tile); });
+    part.each(tournament.blocks, [&](int64_t block) { pass.meet_blocks(block, block, tile); });
     for (int64_t round = 0; round < tournament.rounds; round++) {
       part.each(tournament.meetings(), [&](int64_t index) {
         int64_t low, high;
@@ -407,12 +411,11 @@ void all_pairs(const OmegaAll& args, int requested_threads) {
 
 template <class T>
 T row_distance(const T* a, const T* b, int64_t dims) {
-  constexpr int kSums = 4;
-  Vec<T> sums[kSums] = {};
+  Vec<T> sums[kHalvesVectors] = {};
   int64_t k = 0;
-  for (; k + kSums * kLanes<T> <= dims; k += kSums * kLanes<T>) {
+  for (; k + kHalvesVectors * kLanes<T> <= dims; k += kHalvesVectors * kLanes<T>) {
 #pragma GCC unroll 4
-    for (int s = 0; s < kSums; s++) {
+    for (int s = 0; s < kHalvesVectors; s++) {
       Vec<T> x, y;
       std::memcpy(&x, a + k + s * kLanes<T>, sizeof x);
       std::memcpy(&y, b + k + s * kLanes<T>, sizeof y);
@@ -420,7 +423,7 @@ T row_distance(const T* a, const T* b, int64_t dims) {
     }
   }
   double sum = 0;
-  for (int lane = 0; lane < kSums * kLanes<T>; lane++)
+  for (int lane = 0; lane < kHalvesVectors * kLanes<T>; lane++)
     sum += static_cast<double>(reinterpret_cast<const T*>(sums)[lane]);
   for (; k < dims; k++) sum += static_cast<double>((a[k] - b[k]) * (a[k] - b[k]));
   return static_cast<T>(sum);
@@ -472,6 +475,18 @@ void halves(const OmegaHalves& args, int requested_threads) {
 // Entry points of this instruction set
 
 namespace kdejsd::cpu::KDEJSD_LEVEL {
+
+extern const TileSize omega_sizes[] = {
+    {"omega_samples", "rows", kRows},
+    {"omega_samples", "panel", kPanel},
+    {"omega_samples", "least group", kLeastGroup * kPanel},
+    {"omega_dims", "columns", kColumns},
+    {"omega_dims", "panel", kDims},
+    {"omega_dims", "float32 halves", kHalvesVectors * kLanes<float>},
+    {"omega_dims", "float64 halves", kHalvesVectors * kLanes<double>},
+    // Of inputs and codes together: beyond, two panels of float32 are a group.
+    {"omega_all_dims", "least group", kGroupBytes / ((kLeastGroup + 1) * 2 * kPanel * int64_t{sizeof(float)})},
+    {nullptr, nullptr, 0}};
 
 void omega_all(const OmegaAll& args, int threads) {
   args.dtype == DType::kFloat64 ? all_pairs<double>(args, threads) : all_pairs<float>(args, threads);

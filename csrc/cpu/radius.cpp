@@ -12,6 +12,7 @@
 
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
+#include "cpu/tile_sizes.h"
 #include "kernels.h"
 #include "math/normal.h"
 
@@ -163,6 +164,11 @@ void radius_rows(const Radius& args, int requested_threads) {
 // Entry point of this instruction set
 
 namespace kdejsd::cpu::KDEJSD_LEVEL {
+
+extern const TileSize radius_sizes[] = {{"radius_classes", "float32 lanes", kLanes<float>},
+                                        {"radius_classes", "float64 lanes", kLanes<double>},
+                                        {"radius_classes", "piece", kPiece},
+                                        {nullptr, nullptr, 0}};
 
 void radius(const Radius& args, int threads) {
   if (args.dtype == DType::kFloat64) {

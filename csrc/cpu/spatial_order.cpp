@@ -11,8 +11,6 @@ namespace kdejsd {
 namespace cpu {
 namespace {
 
-constexpr int64_t kSharedPoints = 1 << 12;  // up to which sharing them costs more than it brings
-
 template <class T>
 struct Splitter {
   struct Keyed {
@@ -29,12 +27,11 @@ struct Splitter {
   int64_t widest(const Keyed* first, int64_t count) const {
     int64_t best = 0;
     T width = -1;
-    constexpr int64_t kColumns = 8;  // at a time, so that a point's are read from one cache line
-    for (int64_t k = 0; k < d; k += kColumns) {
-      const int64_t columns = std::min(kColumns, d - k);
-      T low[kColumns], high[kColumns];
-      std::fill(low, low + kColumns, std::numeric_limits<T>::infinity());
-      std::fill(high, high + kColumns, -std::numeric_limits<T>::infinity());
+    for (int64_t k = 0; k < d; k += kOrderColumns) {
+      const int64_t columns = std::min(kOrderColumns, d - k);
+      T low[kOrderColumns], high[kOrderColumns];
+      std::fill(low, low + kOrderColumns, std::numeric_limits<T>::infinity());
+      std::fill(high, high + kOrderColumns, -std::numeric_limits<T>::infinity());
       for (int64_t i = 0; i < count; i++) {
         const T* point = points + first[i].index * d + k;
         for (int64_t c = 0; c < columns; c++) {
@@ -84,7 +81,7 @@ void spatial_order(const T* points, int64_t n, int64_t d, int64_t leaf, int32_t*
   };
   std::vector<std::vector<Range>> levels = {{{0, n}}};
   const int64_t enough = threads == 1 ? 1 : 4 * threads;
-  while (static_cast<int64_t>(levels.back().size()) < enough && levels.back().back().count > kSharedPoints) {
+  while (static_cast<int64_t>(levels.back().size()) < enough && levels.back().back().count > kOrderSerialSamples) {
     std::vector<Range> next;
     for (const Range& whole : levels.back()) {
       const int64_t left = splitter.left_of(whole.count);
@@ -93,7 +90,7 @@ void spatial_order(const T* points, int64_t n, int64_t d, int64_t leaf, int32_t*
     }
     levels.push_back(next);
   }
-  Team::run(n > kSharedPoints ? threads : 1, [&](Team::Part& part) {
+  Team::run(n > kOrderSerialSamples ? threads : 1, [&](Team::Part& part) {
     for (size_t level = 0; level < levels.size(); level++) {
       const std::vector<Range>& parts = levels[level];
       part.each(static_cast<int64_t>(parts.size()), [&](int64_t i) {

@@ -8,6 +8,9 @@
 namespace kdejsd {
 namespace cpu {
 
+constexpr int64_t kOrderColumns = 8;              // read at a time, so that a point's are from one cache line
+constexpr int64_t kOrderSerialSamples = 1 << 12;  // up to which sharing them costs more than it brings
+
 // Orders points [n, d] so that every run [leaf i, leaf (i + 1)) of the order lies close together, and so does every run
 // of a tree over these leaves: of leaves [a, b) the first (b - a) / 2 lie on one side of a plane across the widest
 // coordinate, the others on the other. Coordinates that are not finite count as 0.

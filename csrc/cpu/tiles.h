@@ -22,14 +22,19 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // ---------------------------------------------------------------------------------------------------------------------
 // Blocks of at most kQV vectors
 
-// f(width, first vector) over the blocks of a chunk, the widths as even as they can be.
+inline int64_t block_count(int64_t vectors) { return ceil_div(vectors, kQV); }
+
+// f(width, first vector) of one of the blocks of a chunk, the widths as even as they can be.
+template <class F>
+void at_block(int64_t vectors, int64_t block, F f) {
+  const int64_t blocks = block_count(vectors), first = vectors * block / blocks;
+  f(static_cast<int>(vectors * (block + 1) / blocks - first), first);
+}
+
+// The same of all of them.
 template <class F>
 void for_blocks(int64_t vectors, F f) {
-  const int64_t blocks = ceil_div(vectors, kQV);
-  for (int64_t b = 0; b < blocks; b++) {
-    const int64_t first = vectors * b / blocks;
-    f(static_cast<int>(vectors * (b + 1) / blocks - first), first);
-  }
+  for (int64_t block = 0; block < block_count(vectors); block++) at_block(vectors, block, f);
 }
 
 // Calls f.run<width>() with the width as a compile-time constant.
@@ -59,6 +64,7 @@ struct Arena {
     next += bytes<U>(count);
     return piece;
   }
+  Arena cut(int64_t bytes) { return {take<char>(bytes)}; }
   template <class U>
   static int64_t bytes(int64_t count) {
     return ceil_div(count * static_cast<int64_t>(sizeof(U)), 64) * 64;

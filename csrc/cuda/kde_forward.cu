@@ -129,7 +129,7 @@ Kernel<T> kernel_of(const ForwardPlan& plan) {
   if (plan.lc == 1) return kde_forward_kernel<T, 1, 1>;
   if (plan.lc < kWidest) return kde_forward_kernel<T, 2, 1>;
   if (plan.slabs == 1) return kde_forward_kernel<T, kWidest, 1>;
-  return plan.slabs == 2 ? kde_forward_kernel<T, kWidest, 2> : kde_forward_kernel<T, kWidest, 4>;
+  return plan.slabs == 2 ? kde_forward_kernel<T, kWidest, 2> : kde_forward_kernel<T, kWidest, kMostSlabs>;
 }
 
 }  // namespace

@@ -119,6 +119,10 @@ struct BackwardPlan {
 
 constexpr int kPlainTile = 64;  // rows and columns of the other kernels' tiles
 constexpr int kPlainSide = 16;  // threads that share a row's coordinates
+constexpr int kMostSlabs = 4;   // chunks of the coordinates that a block sums
+
+// Coordinates that one of those threads has at most, in 16 bytes.
+constexpr int64_t widest_lc(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Bandwidths of each center's own, whose middle and least one are looked for first: how many numbers that leaves.
 inline int64_t middle_count(const KdeMixture& mixture) { return mixture.per_center ? 2 * mixture.batch : 0; }
@@ -127,11 +131,10 @@ inline int64_t middle_count(const KdeMixture& mixture) { return mixture.per_cent
 // coordinates, one block goes through all of them.
 template <typename Plan>
 void plan_chunks(const KdeMixture& mixture, bool with_sums, Plan* plan) {
-  const int64_t widest = mixture.dtype == DType::kFloat32 ? 4 : 2;  // numbers in 16 bytes
-  const int64_t lc = mixture.l <= kPlainSide ? 1 : mixture.l <= 2 * kPlainSide ? 2 : widest;
+  const int64_t lc = mixture.l <= kPlainSide ? 1 : mixture.l <= 2 * kPlainSide ? 2 : widest_lc(mixture.dtype);
   const int64_t chunks = with_sums ? ceil_div(mixture.l, kPlainSide * lc) : 1;
   plan->lc = static_cast<int>(lc);
-  plan->slabs = chunks == 1 ? 1 : chunks == 2 ? 2 : 4;
+  plan->slabs = chunks == 1 ? 1 : chunks == 2 ? 2 : kMostSlabs;
   plan->groups = static_cast<int>(ceil_div(chunks, plan->slabs));
   plan->chunks = static_cast<int>(ceil_div(chunks, plan->groups));
 }

@@ -2,8 +2,8 @@
 //
 // Blocks of 16 x 16 threads work on tiles of 64 queries (rows) times 64 candidates (columns), both of them samples.
 // Thread (ty, tx) has rows 4 ty + {0..3} and columns 4 tx + {0..3}; it keeps for each of its rows the nearest of the
-// candidates that it has seen. Coordinates pass through shared memory in chunks of kChunk; a pair's sum stays in a
-// register and runs over the dimensions in order, one multiply-add each, as on the CPU. Where there are too few row
+// candidates that it has seen. Coordinates pass through shared memory in chunks of kNearestChunk; a pair's sum stays in
+// a register and runs over the dimensions in order, one multiply-add each, as on the CPU. Where there are too few row
 // tiles to fill the device, the candidates are split among blocks, and a second kernel merges what these found.
 //
 // A thread's candidates come in rising order, so a later one must be strictly nearer; wherever two results meet, the
@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "cuda/micro_tile.cuh"
+#include "cuda/steps.h"
 #include "cuda/warp.cuh"
 #include "kernels.h"
 
@@ -18,7 +19,6 @@ namespace kdejsd {
 namespace cuda {
 namespace {
 
-constexpr int kChunk = 16;  // coordinates that are present at a time
 constexpr int kMergeThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 4;  // wanted in the grid, for an even load
 
@@ -57,17 +57,17 @@ struct Partials {
 
 // Coordinates of 64 samples, [coordinate][sample]. Rows of 68 numbers: a thread's four lie in one aligned vector.
 template <typename T>
-using Coordinates = T[kChunk][kTile + 4];
+using Coordinates = T[kNearestChunk][kTile + 4];
 
-// Samples first ... first + 63, coordinates chunk ... chunk + kChunk - 1. Beyond the last sample they are NaN, which is
-// nearer than nothing.
+// Samples first ... first + 63, coordinates chunk ... chunk + kNearestChunk - 1. Beyond the last sample they are NaN,
+// which is nearer than nothing.
 template <typename T>
 __device__ void load(Coordinates<T>& to, const T* samples, int64_t n, int64_t d, int64_t first, int64_t chunk) {
-  const int k = threadIdx.x % kChunk;
+  const int k = threadIdx.x % kNearestChunk;
   if (chunk + k >= d) return;
 #pragma unroll
-  for (int step = 0; step < kTile; step += kTileThreads / kChunk) {
-    const int row = step + threadIdx.x / kChunk;
+  for (int step = 0; step < kTile; step += kTileThreads / kNearestChunk) {
+    const int row = step + threadIdx.x / kNearestChunk;
     to[k][row] = first + row < n ? samples[(first + row) * d + chunk + k] : T(NAN);
   }
 }
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) nearest_kernel(NearestSearch 
   const int64_t* labels = args.labels + item * n;
   const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
   const int64_t first_row = tile * kTile;
-  const bool rows_stay = d <= kChunk;
+  const bool rows_stay = d <= kNearestChunk;
 
   int64_t row_labels[kMicro];
   Best<T> best[kMicro];
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) nearest_kernel(NearestSearch 
   for (int64_t column_tile = plan.column_tiles * split / plan.splits; column_tile < end; ++column_tile) {
     const int64_t first_column = column_tile * kTile;
     MicroTile<T> squares = {};
-    for (int64_t chunk = 0; chunk < d; chunk += kChunk) {
+    for (int64_t chunk = 0; chunk < d; chunk += kNearestChunk) {
       __syncthreads();
       if (!rows_present) load(rows, samples, n, d, first_row, chunk);
       rows_present = rows_stay;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) nearest_kernel(NearestSearch 
         column_labels[threadIdx.x] = column < n ? labels[column] : 0;
       }
       __syncthreads();
-      const int width = static_cast<int>(d - chunk < kChunk ? d - chunk : kChunk);
+      const int width = static_cast<int>(d - chunk < kNearestChunk ? d - chunk : kNearestChunk);
 #pragma unroll 4
       for (int k = 0; k < width; ++k) {
         const Vector<T, kMicro> row = load_vector<kMicro>(&rows[k][kMicro * ty]);

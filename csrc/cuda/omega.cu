@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "cuda/micro_tile.cuh"
+#include "cuda/steps.h"
 #include "kernels.h"
 #include "math/omega.h"
 
@@ -17,10 +18,8 @@ namespace kdejsd {
 namespace cuda {
 namespace {
 
-constexpr int kStep = 32;                   // coordinates, or samples, that are in shared memory at a time
 constexpr int kPad = 4;                     // puts rows 4 banks or more apart, whole vectors of 16 bytes
 constexpr int64_t kBandBytes = 64ll << 20;  // of weights
-constexpr int kPairThreads = 128;           // per pair of the halves
 
 // Everything that the blocks of a call leave, in the workspace.
 template <typename T>
@@ -88,32 +87,33 @@ struct Larger {
 // All pairs: distances, and what follows from them
 
 template <typename T>
-using Points = T[kTile][kStep + kPad];
+using Points = T[kTile][kOmegaStep + kPad];
 
-// Coordinates first_k ... first_k + kStep of a tile's samples; 0 beyond the last of either.
+// Coordinates first_k ... first_k + kOmegaStep of a tile's samples; 0 beyond the last of either.
 template <typename T>
 __device__ void load_points(const T* points /* [b, dims] */, int64_t b, int64_t dims, int64_t first, int64_t first_k,
                             Points<T>& to) {
-  const int64_t k = first_k + threadIdx.x % kStep;
-  for (int row = threadIdx.x / kStep; row < kTile; row += kTileThreads / kStep) {
-    to[row][threadIdx.x % kStep] = first + row < b && k < dims ? points[(first + row) * dims + k] : T(0);
+  const int64_t k = first_k + threadIdx.x % kOmegaStep;
+  for (int row = threadIdx.x / kOmegaStep; row < kTile; row += kTileThreads / kOmegaStep) {
+    to[row][threadIdx.x % kOmegaStep] = first + row < b && k < dims ? points[(first + row) * dims + k] : T(0);
   }
 }
 
-// Squared distances of rows 4 ty + a and columns tx + 16 b, first summed over kStep coordinates, then over those sums.
+// Squared distances of rows 4 ty + a and columns tx + 16 b, first summed over kOmegaStep coordinates, then over those
+// sums.
 template <typename T>
 __device__ void squared_distances(const T* points /* [b, dims] */, int64_t b, int64_t dims, int64_t first_row,
                                   int64_t first_column, Points<T>& rows, Points<T>& columns, MicroTile<T>& total) {
   const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
   clear(total);
-  for (int64_t first_k = 0; first_k < dims; first_k += kStep) {
+  for (int64_t first_k = 0; first_k < dims; first_k += kOmegaStep) {
     __syncthreads();
     load_points(points, b, dims, first_row, first_k, rows);
     load_points(points, b, dims, first_column, first_k, columns);
     __syncthreads();
     MicroTile<T> sums = {};
 #pragma unroll 8
-    for (int k = 0; k < kStep; ++k) {
+    for (int k = 0; k < kOmegaStep; ++k) {
       T row[kMicro], column[kMicro];
 #pragma unroll
       for (int m = 0; m < kMicro; ++m) {
@@ -196,8 +196,8 @@ template <typename T>
 __global__ void __launch_bounds__(kTileThreads)
     omega_gradient_kernel(const T* points /* [b, dims] */, int64_t b, int64_t dims, const T* weights /* [band, b] */,
                           int64_t first_row, int64_t coordinate_tiles, T* gradient /* [b, dims] */) {
-  __shared__ __align__(16) T tile_weights[kStep][kTile + kPad];  // [other sample][row]
-  __shared__ __align__(16) T others[kStep][kTile + kPad];        // [other sample][coordinate]
+  __shared__ __align__(16) T tile_weights[kOmegaStep][kTile + kPad];  // [other sample][row]
+  __shared__ __align__(16) T others[kOmegaStep][kTile + kPad];        // [other sample][coordinate]
   const int ty = threadIdx.x / kSide, tx = threadIdx.x % kSide;
   const int64_t in_band = blockIdx.x / coordinate_tiles * kTile;  // of the tile's first row
   const int64_t first_k = blockIdx.x % coordinate_tiles * kTile;
@@ -210,19 +210,19 @@ __global__ void __launch_bounds__(kTileThreads)
       own[m][n] = i < b && k < dims ? points[i * dims + k] : T(0);
     }
   }
-  for (int64_t first = 0; first < b; first += kStep) {
+  for (int64_t first = 0; first < b; first += kOmegaStep) {
     __syncthreads();
 #pragma unroll 2
-    for (int e = threadIdx.x; e < kStep * kTile; e += kTileThreads) {
-      const int64_t j = first + e % kStep, row = in_band + e / kStep;
-      tile_weights[e % kStep][e / kStep] = j < b && first_row + row < b ? weights[row * b + j] : T(0);
+    for (int e = threadIdx.x; e < kOmegaStep * kTile; e += kTileThreads) {
+      const int64_t j = first + e % kOmegaStep, row = in_band + e / kOmegaStep;
+      tile_weights[e % kOmegaStep][e / kOmegaStep] = j < b && first_row + row < b ? weights[row * b + j] : T(0);
       const int64_t other = first + e / kTile, k = first_k + e % kTile;
       others[e / kTile][e % kTile] = other < b && k < dims ? points[other * dims + k] : T(0);
     }
     __syncthreads();
     MicroTile<T> sums = {};
 #pragma unroll 4
-    for (int j = 0; j < kStep; ++j) {
+    for (int j = 0; j < kOmegaStep; ++j) {
       T weight[kMicro], other[kMicro];
 #pragma unroll
       for (int m = 0; m < kMicro; ++m) {
@@ -276,9 +276,9 @@ __global__ void __launch_bounds__(kTileThreads)
 // Halves
 
 template <typename T>
-__device__ T row_distance(const T* a, const T* b, int64_t dims, double* scratch /* [kPairThreads] */) {
+__device__ T row_distance(const T* a, const T* b, int64_t dims, double* scratch /* [kOmegaPairThreads] */) {
   T sum = T(0);
-  for (int64_t k = threadIdx.x; k < dims; k += kPairThreads) {
+  for (int64_t k = threadIdx.x; k < dims; k += kOmegaPairThreads) {
     const T difference = a[k] - b[k];
     sum = std::fma(difference, difference, sum);
   }
@@ -287,7 +287,7 @@ __device__ T row_distance(const T* a, const T* b, int64_t dims, double* scratch 
 
 template <typename T>
 __device__ void write_differences(const T* a, const T* b, int64_t dims, T weight, T* da, T* db) {
-  for (int64_t k = threadIdx.x; k < dims; k += kPairThreads) {
+  for (int64_t k = threadIdx.x; k < dims; k += kOmegaPairThreads) {
     const T gradient = weight * (a[k] - b[k]);
     da[k] = gradient;
     db[k] = -gradient;
@@ -295,9 +295,9 @@ __device__ void write_differences(const T* a, const T* b, int64_t dims, T weight
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPairThreads)
+__global__ void __launch_bounds__(kOmegaPairThreads)
     omega_halves_kernel(const OmegaHalves args, double* ratios /* [pairs] */) {
-  __shared__ double scratch[kPairThreads];
+  __shared__ double scratch[kOmegaPairThreads];
   const int64_t pair = blockIdx.x, x = pair * args.d, z = pair * args.l;
   const int64_t other_x = x + args.pairs * args.d, other_z = z + args.pairs * args.l;
   const T* inputs = static_cast<const T*>(args.inputs);
@@ -352,7 +352,7 @@ void launch_all(const OmegaAll& args, void* workspace, cudaStream_t stream) {
 template <typename T>
 void launch_halves(const OmegaHalves& args, void* workspace, cudaStream_t stream) {
   double* ratios = static_cast<double*>(workspace);
-  launch("omega_halves_kernel", omega_halves_kernel<T>, args.pairs, kPairThreads, 0, stream, args, ratios);
+  launch("omega_halves_kernel", omega_halves_kernel<T>, args.pairs, kOmegaPairThreads, 0, stream, args, ratios);
   launch_total(ratios, nullptr, args.pairs, args.sum, nullptr, stream);
 }
 

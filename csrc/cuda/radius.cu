@@ -1,8 +1,9 @@
 // The radius op on CUDA devices: sum_k F(p[i, k]) of every row with its gradient, in one pass.
 //
-// A warp takes a row of up to kWarpClasses classes, a block one that is longer. Each thread sums its classes, a stride
-// apart, with what the roundings lose carried along; the threads' sums are added in a fixed order.
+// A warp takes a row of up to kRadiusWarpClasses classes, a block one that is longer. Each thread sums its classes, a
+// stride apart, with what the roundings lose carried along; the threads' sums are added in a fixed order.
 #include "cuda/launch.cuh"
+#include "cuda/steps.h"
 #include "cuda/warp.cuh"
 #include "kernels.h"
 #include "math/normal.h"
@@ -13,7 +14,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kWarpClasses = 4096;
 
 // A running sum and what its roundings lost.
 template <typename T>
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) radius_block_kernel(Radius args) {
 
 template <typename T, bool kIsLog>
 void launch_rows(const Radius& args, cudaStream_t stream) {
-  if (args.classes <= kWarpClasses) {
+  if (args.classes <= kRadiusWarpClasses) {
     launch("radius_warp_kernel", radius_warp_kernel<T, kIsLog>, ceil_div(args.rows, kWarps), kThreads, 0, stream, args);
   } else {
     launch("radius_block_kernel", radius_block_kernel<T, kIsLog>, args.rows, kThreads, 0, stream, args);

@@ -7,6 +7,10 @@
 #include <string>
 
 #include "cuda/kde_plan.h"
+#include "cuda/micro_tile.cuh"
+#include "cuda/mma_half.cuh"
+#include "cuda/steps.h"
+#include "cuda/warp.cuh"
 #include "kernels.h"
 #include "machine.h"
 
@@ -100,5 +104,36 @@ const char* radius(const Radius& args) {
 }
 const char* nearest(const NearestSearch& args) {
   return with_workspace(cuda::nearest_workspace(args, kDevice), [&](void* at) { cuda::nearest(args, at, kDevice, 0); });
+}
+
+// Where the kernels cut their work: in each line what an op counts, and a size.
+const char* tile_sizes() {
+  using namespace cuda;
+  static std::string text;
+  text.clear();
+  const auto add = [](const char* counted, int64_t size) {
+    text += counted + (" " + std::to_string(size)) + "\n";
+  };
+  add("kde_points", kTile);
+  for (const int steps : kTensorSteps) {
+    add("kde_points", tensor_centers(steps));
+    for (const int warps : kTensorWarps) add("kde_points", TensorShape{steps, tensor_m_tiles(steps), warps}.queries());
+    add("kde_dims", kStepK * steps);
+  }
+  add("kde_dims", kSide);
+  add("kde_dims", 2 * kSide);
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64}) {
+    for (const int slabs : {1, 2, kMostSlabs}) add("kde_dims", slabs * kSide * widest_lc(dtype));
+  }
+  add("omega_samples", kTile);
+  add("omega_samples", kOmegaStep);
+  add("omega_dims", kTile);
+  add("omega_dims", kOmegaStep);
+  add("omega_dims", kOmegaPairThreads);
+  add("nearest_samples", kTile);
+  add("nearest_dims", kNearestChunk);
+  add("radius_classes", kWarp);
+  add("radius_classes", kRadiusWarpClasses);
+  return text.c_str();
 }
 }

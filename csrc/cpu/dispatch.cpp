@@ -14,14 +14,14 @@ namespace kdejsd::cpu {
 
 #define KDEJSD_DECLARE_OP(name, Args) void name(const Args&, int);
 namespace base {
-KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+KDEJSD_OPS(KDEJSD_DECLARE_OP)
 }
 #ifdef KDEJSD_X86_LEVELS
 namespace v3 {
-KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+KDEJSD_OPS(KDEJSD_DECLARE_OP)
 }
 namespace v4 {
-KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+KDEJSD_OPS(KDEJSD_DECLARE_OP)
 }
 #endif
 #ifdef KDEJSD_AMX
@@ -36,7 +36,7 @@ namespace {
 struct Level {
   const char* level;
 #define KDEJSD_OP_POINTER(name, Args) void (*name)(const Args&, int);
-  KDEJSD_CPU_OPS(KDEJSD_OP_POINTER)
+  KDEJSD_OPS(KDEJSD_OP_POINTER)
 #undef KDEJSD_OP_POINTER
 };
 
@@ -51,12 +51,12 @@ void kde_forward_amx(const KdeForward& args, int threads) {
 
 constexpr Level kLevels[] = {
 #define KDEJSD_BASE_OP(name, Args) base::name,
-    {"base", KDEJSD_CPU_OPS(KDEJSD_BASE_OP)},
+    {"base", KDEJSD_OPS(KDEJSD_BASE_OP)},
 #ifdef KDEJSD_X86_LEVELS
 #define KDEJSD_V3_OP(name, Args) v3::name,
 #define KDEJSD_V4_OP(name, Args) v4::name,
-    {"v3", KDEJSD_CPU_OPS(KDEJSD_V3_OP)},
-    {"v4", KDEJSD_CPU_OPS(KDEJSD_V4_OP)},
+    {"v3", KDEJSD_OPS(KDEJSD_V3_OP)},
+    {"v4", KDEJSD_OPS(KDEJSD_V4_OP)},
 #endif
 #ifdef KDEJSD_AMX
     {"amx", kde_forward_amx, v4::kde_backward, v4::omega_all, v4::omega_halves, v4::radius, v4::nearest},
@@ -121,7 +121,7 @@ bool is_forked = false;
 
 #define KDEJSD_CALL_OP(name, Args) \
   void name(const Args& args, int threads) { current->name(args, is_forked ? 1 : threads); }
-KDEJSD_CPU_OPS(KDEJSD_CALL_OP)
+KDEJSD_OPS(KDEJSD_CALL_OP)
 
 const char* level() { return current->level; }
 

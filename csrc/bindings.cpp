@@ -1,163 +1,94 @@
-// The Python face of the kernels: raw pointers, sizes and a stream handle in, nothing else. Everything is checked in
-// Python before it comes here. Optional arrays are 0.
+// The Python face of the kernels: structs of raw pointers and sizes, and a stream handle in, nothing else. Everything
+// is checked in Python before it comes here. Optional arrays are 0.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
+#include <string>
 
 #include "cpu/parallel.h"
 #include "kernels.h"
 #include "machine.h"
+#include "named_arguments.h"
 
 namespace py = pybind11;
 
+namespace kdejsd::python {
+
+KDEJSD_DESCRIBE_ENUM(DType, VALUE(kFloat32), VALUE(kFloat64))
+KDEJSD_DESCRIBE_ENUM(KdeValue, VALUE(kLogProb), VALUE(kJensenShannon), VALUE(kLogRatio))
+KDEJSD_DESCRIBE_ENUM(KdeProducts, VALUE(kNone), VALUE(kSplit), VALUE(kReduced))
+
+KDEJSD_DESCRIBE_STRUCT(KdeMixture, MEMBER(dtype), MEMBER(batch), MEMBER(n), MEMBER(m), MEMBER(l), MEMBER(query),
+                       MEMBER(centers), MEMBER(bandwidth), MEMBER(log_weights), MEMBER(exclude), MEMBER(per_center),
+                       MEMBER(query_stride), MEMBER(centers_stride), MEMBER(bandwidth_stride),
+                       MEMBER(log_weights_stride), MEMBER(exclude_stride), MEMBER(bandwidth_number))
+KDEJSD_DESCRIBE_STRUCT(KdeForward, MEMBER(mixture), MEMBER(value_kind), MEMBER(target_variance), MEMBER(products),
+                       MEMBER(own), MEMBER(value), MEMBER(dquery), MEMBER(dbandwidth))
+KDEJSD_DESCRIBE_STRUCT(KdeBackward, MEMBER(mixture), MEMBER(grad), MEMBER(log_prob), MEMBER(dcenters),
+                       MEMBER(dlog_weights), MEMBER(dbandwidth))
+KDEJSD_DESCRIBE_STRUCT(OmegaAll, MEMBER(dtype), MEMBER(b), MEMBER(d), MEMBER(l), MEMBER(inputs), MEMBER(codes),
+                       MEMBER(upstream), MEMBER(sum), MEMBER(ratios), MEMBER(largest), MEMBER(dinputs), MEMBER(dcodes))
+KDEJSD_DESCRIBE_STRUCT(OmegaHalves, MEMBER(dtype), MEMBER(pairs), MEMBER(d), MEMBER(l), MEMBER(inputs), MEMBER(codes),
+                       MEMBER(sum), MEMBER(dinputs), MEMBER(dcodes))
+KDEJSD_DESCRIBE_STRUCT(Radius, MEMBER(dtype), MEMBER(is_log), MEMBER(rows), MEMBER(classes), MEMBER(masses),
+                       MEMBER(value), MEMBER(dmasses))
+KDEJSD_DESCRIBE_STRUCT(NearestSearch, MEMBER(dtype), MEMBER(batch), MEMBER(n), MEMBER(d), MEMBER(latents),
+                       MEMBER(labels), MEMBER(index))
+
 namespace {
 
-using kdejsd::DType;
-using kdejsd::KdeBackward;
-using kdejsd::KdeForward;
-using kdejsd::KdeMixture;
-using kdejsd::KdeProducts;
-using kdejsd::KdeValue;
-using kdejsd::NearestSearch;
-using kdejsd::OmegaAll;
-using kdejsd::OmegaHalves;
-using kdejsd::Radius;
-
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// NAME_cpu(args, threads)
+template <class Args>
+void add_cpu(py::module_& m, const std::string& name, void (*run)(const Args&, int)) {
+  m.def((name + "_cpu").c_str(), [run](py::handle object, int threads) {
+    const Args& args = struct_of<Args>(object);
+    py::gil_scoped_release release;
+    run(args, threads);
+  });
 }
 
-KdeMixture mixture(bool is_double, int64_t batch, int64_t n, int64_t m, int64_t l, uintptr_t query, uintptr_t centers,
-                   uintptr_t bandwidth, uintptr_t log_weights, uintptr_t exclude, bool per_center, int64_t query_stride,
-                   int64_t centers_stride, int64_t bandwidth_stride, int64_t log_weights_stride, int64_t exclude_stride,
-                   double bandwidth_number) {
-  return {is_double ? DType::kFloat64 : DType::kFloat32,
-          batch,
-          n,
-          m,
-          l,
-          pointer(query),
-          pointer(centers),
-          pointer(bandwidth),
-          pointer(log_weights),
-          pointer<int64_t>(exclude),
-          per_center,
-          query_stride,
-          centers_stride,
-          bandwidth_stride,
-          log_weights_stride,
-          exclude_stride,
-          bandwidth_number};
+#ifdef KDEJSD_CUDA
+// NAME_workspace_cuda(args, device) and NAME_cuda(args, workspace, device, stream)
+template <class Args>
+void add_cuda(py::module_& m, const std::string& name, int64_t (*workspace)(const Args&, int),
+              void (*run)(const Args&, void*, int, uintptr_t)) {
+  m.def((name + "_workspace_cuda").c_str(),
+        [workspace](py::handle object, int device) { return workspace(struct_of<Args>(object), device); });
+  m.def((name + "_cuda").c_str(), [run](py::handle object, uintptr_t workspace, int device, uintptr_t stream) {
+    const Args& args = struct_of<Args>(object);
+    py::gil_scoped_release release;
+    run(args, reinterpret_cast<void*>(workspace), device, stream);
+  });
 }
+#endif
 
-KdeForward forward(const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t own,
-                   uintptr_t value, uintptr_t dquery, uintptr_t dbandwidth) {
-  return {mix,
-          static_cast<KdeValue>(value_kind),
-          target_variance,
-          static_cast<KdeProducts>(products),
-          pointer(own),
-          pointer<double>(value),
-          pointer(dquery),
-          pointer<double>(dbandwidth)};
-}
-
-KdeBackward backward(const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters,
-                     uintptr_t dlog_weights, uintptr_t dbandwidth) {
-  return {mix,
-          pointer(grad),
-          pointer<const double>(log_prob),
-          pointer(dcenters),
-          pointer(dlog_weights),
-          pointer(dbandwidth)};
-}
-
-OmegaAll omega_all(bool is_double, int64_t b, int64_t d, int64_t l, uintptr_t inputs, uintptr_t codes,
-                   uintptr_t upstream, uintptr_t sum, uintptr_t ratios, uintptr_t largest, uintptr_t dinputs,
-                   uintptr_t dcodes) {
-  return {is_double ? DType::kFloat64 : DType::kFloat32,
-          b,
-          d,
-          l,
-          pointer(inputs),
-          pointer(codes),
-          pointer(upstream),
-          pointer<double>(sum),
-          pointer(ratios),
-          pointer<int64_t>(largest),
-          pointer(dinputs),
-          pointer(dcodes)};
-}
-
-OmegaHalves omega_halves(bool is_double, int64_t pairs, int64_t d, int64_t l, uintptr_t inputs, uintptr_t codes,
-                         uintptr_t sum, uintptr_t dinputs, uintptr_t dcodes) {
-  return {is_double ? DType::kFloat64 : DType::kFloat32,
-          pairs,
-          d,
-          l,
-          pointer(inputs),
-          pointer(codes),
-          pointer<double>(sum),
-          pointer(dinputs),
-          pointer(dcodes)};
-}
-
-Radius radius(bool is_double, bool is_log, int64_t rows, int64_t classes, uintptr_t masses, uintptr_t value,
-              uintptr_t dmasses) {
-  return {is_double ? DType::kFloat64 : DType::kFloat32,
-          is_log,
-          rows,
-          classes,
-          pointer(masses),
-          pointer(value),
-          pointer(dmasses)};
-}
-
-NearestSearch nearest_search(bool is_double, int64_t batch, int64_t n, int64_t d, uintptr_t latents, uintptr_t labels,
-                             uintptr_t index) {
-  return {is_double ? DType::kFloat64 : DType::kFloat32,
-          batch,
-          n,
-          d,
-          pointer(latents),
-          pointer<int64_t>(labels),
-          pointer<int64_t>(index)};
+// What the ops have in common, whichever they are.
+void add_ops(py::module_& m) {
+  add_enum<DType>(m);
+  add_enum<KdeValue>(m);
+  add_enum<KdeProducts>(m);
+  add_struct<KdeMixture>(m);
+#define KDEJSD_ADD_CPU(name, Args) \
+  add_struct<Args>(m);             \
+  add_cpu(m, #name, cpu::name);
+  KDEJSD_OPS(KDEJSD_ADD_CPU)
+#ifdef KDEJSD_CUDA
+#define KDEJSD_ADD_CUDA(name, Args) add_cuda(m, #name, cuda::name##_workspace, cuda::name);
+  KDEJSD_OPS(KDEJSD_ADD_CUDA)
+#endif
 }
 
 }  // namespace
+}  // namespace kdejsd::python
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled kernels of kdejsd. Not an interface: use the functions of the package.";
   m.attr("version") = KDEJSD_VERSION;
   m.attr("compiler") = KDEJSD_COMPILER;
 
-  // The mixture goes into each call as one opaque value: built once, from checked tensors, for any of the passes.
-  py::class_<KdeMixture>(m, "KdeMixture").def(py::init(&mixture));
+  kdejsd::python::add_ops(m);
 
-  m.def("kde_forward_cpu", [](const KdeMixture& mix, int value_kind, double target_variance, int products,
-                              uintptr_t own, uintptr_t value, uintptr_t dquery, uintptr_t dbandwidth, int threads) {
-    const KdeForward args = forward(mix, value_kind, target_variance, products, own, value, dquery, dbandwidth);
-    py::gil_scoped_release release;
-    kdejsd::cpu::kde_forward(args, threads);
-  });
-  m.def("kde_backward_cpu", [](const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters,
-                               uintptr_t dlog_weights, uintptr_t dbandwidth, int threads) {
-    const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
-    py::gil_scoped_release release;
-    kdejsd::cpu::kde_backward(args, threads);
-  });
-  // Likewise the arguments of the other ops, for the pass of either device.
-  py::class_<OmegaAll>(m, "OmegaAll").def(py::init(&omega_all));
-  py::class_<OmegaHalves>(m, "OmegaHalves").def(py::init(&omega_halves));
-  m.def("omega_all_cpu", &kdejsd::cpu::omega_all, py::call_guard<py::gil_scoped_release>());
-  m.def("omega_halves_cpu", &kdejsd::cpu::omega_halves, py::call_guard<py::gil_scoped_release>());
-  py::class_<Radius>(m, "Radius").def(py::init(&radius));
-  m.def("radius_cpu", &kdejsd::cpu::radius, py::call_guard<py::gil_scoped_release>());
-  py::class_<NearestSearch>(m, "NearestSearch").def(py::init(&nearest_search));
-  m.def("nearest_cpu", &kdejsd::cpu::nearest, py::call_guard<py::gil_scoped_release>());
   m.def("level", &kdejsd::cpu::level);
   m.def("tile_sizes", &kdejsd::cpu::tile_sizes);
   m.def("set_level", &kdejsd::cpu::set_level);
@@ -172,53 +103,6 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef KDEJSD_CUDA
   m.attr("has_cuda") = true;
-  m.def("kde_forward_workspace_cuda",
-        [](const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t own, uintptr_t value,
-           uintptr_t dquery, uintptr_t dbandwidth, int device) {
-          return kdejsd::cuda::kde_forward_workspace(
-              forward(mix, value_kind, target_variance, products, own, value, dquery, dbandwidth), device);
-        });
-  m.def("kde_forward_cuda",
-        [](const KdeMixture& mix, int value_kind, double target_variance, int products, uintptr_t own, uintptr_t value,
-           uintptr_t dquery, uintptr_t dbandwidth, uintptr_t workspace, int device, uintptr_t stream) {
-          const KdeForward args = forward(mix, value_kind, target_variance, products, own, value, dquery, dbandwidth);
-          py::gil_scoped_release release;
-          kdejsd::cuda::kde_forward(args, pointer(workspace), device, stream);
-        });
-  m.def("kde_backward_workspace_cuda", [](const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters,
-                                          uintptr_t dlog_weights, uintptr_t dbandwidth, int device) {
-    return kdejsd::cuda::kde_backward_workspace(backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth),
-                                                device);
-  });
-  m.def("kde_backward_cuda",
-        [](const KdeMixture& mix, uintptr_t grad, uintptr_t log_prob, uintptr_t dcenters, uintptr_t dlog_weights,
-           uintptr_t dbandwidth, uintptr_t workspace, int device, uintptr_t stream) {
-          const KdeBackward args = backward(mix, grad, log_prob, dcenters, dlog_weights, dbandwidth);
-          py::gil_scoped_release release;
-          kdejsd::cuda::kde_backward(args, pointer(workspace), device, stream);
-        });
-  // Every op is asked for its workspace in the same way, also where the answer depends on less.
-  m.def("omega_all_workspace_cuda", [](const OmegaAll& args, int) { return kdejsd::cuda::omega_all_workspace(args); });
-  m.def("omega_halves_workspace_cuda",
-        [](const OmegaHalves& args, int) { return kdejsd::cuda::omega_halves_workspace(args); });
-  m.def("omega_all_cuda", [](const OmegaAll& args, uintptr_t workspace, int device, uintptr_t stream) {
-    py::gil_scoped_release release;
-    kdejsd::cuda::omega_all(args, pointer(workspace), device, stream);
-  });
-  m.def("omega_halves_cuda", [](const OmegaHalves& args, uintptr_t workspace, int device, uintptr_t stream) {
-    py::gil_scoped_release release;
-    kdejsd::cuda::omega_halves(args, pointer(workspace), device, stream);
-  });
-  m.def("radius_workspace_cuda", [](const Radius&, int) { return 0; });
-  m.def("radius_cuda", [](const Radius& args, uintptr_t, int device, uintptr_t stream) {
-    py::gil_scoped_release release;
-    kdejsd::cuda::radius(args, device, stream);
-  });
-  m.def("nearest_workspace_cuda", &kdejsd::cuda::nearest_workspace);
-  m.def("nearest_cuda", [](const NearestSearch& args, uintptr_t workspace, int device, uintptr_t stream) {
-    py::gil_scoped_release release;
-    kdejsd::cuda::nearest(args, pointer(workspace), device, stream);
-  });
   m.def("cuda_tuning", &kdejsd::cuda::tuning);
   m.def("cuda_tuning_ranges", &kdejsd::cuda::tuning_ranges);
   m.def("set_cuda_tuning", &kdejsd::cuda::set_tuning);

@@ -1,4 +1,5 @@
-// What bindings.cpp sees of the kernels: one struct of arguments per op, and one function per op and device.
+// What bindings.cpp sees of the kernels: one struct of arguments per op, and the same functions of every op per device.
+// It names each member and each value of an enum once more; a struct of which it lacks a member does not compile.
 //
 // All arrays are contiguous over their last dimensions as the shape in each comment says; a batch stride counts
 // elements from one batch item to the next and is 0 where all items share the array. `T` is float or double, as `dtype`
@@ -117,16 +118,16 @@ struct NearestSearch {
   int64_t* index;         // [batch, n]
 };
 
-// Every op of the CPU with its arguments: void name(const Args& args, int threads). Each is compiled once per
-// instruction set, and dispatch.cpp calls the copy that is in use.
-#define KDEJSD_CPU_OPS(op)                                                                                        \
+// Every op with its arguments.
+#define KDEJSD_OPS(op)                                                                                            \
   op(kde_forward, KdeForward) op(kde_backward, KdeBackward) op(omega_all, OmegaAll) op(omega_halves, OmegaHalves) \
       op(radius, Radius) op(nearest, NearestSearch)
 
 namespace cpu {
 
+// Each is compiled once per instruction set, and dispatch.cpp calls the copy that is in use.
 #define KDEJSD_DECLARE_OP(name, Args) void name(const Args& args, int threads);
-KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP)
+KDEJSD_OPS(KDEJSD_DECLARE_OP)
 #undef KDEJSD_DECLARE_OP
 
 }  // namespace cpu
@@ -137,17 +138,11 @@ namespace cuda {
 // Scratch memory on the device that a call needs, in bytes; the caller allocates it and passes it in. The caller has
 // made that device current, for the question as for the call itself. The kernels are queued on the stream, which is one
 // of that device, and nothing waits for them. Errors are thrown as std::runtime_error.
-int64_t kde_forward_workspace(const KdeForward& args, int device);
-void kde_forward(const KdeForward& args, void* workspace, int device, uintptr_t stream);
-int64_t kde_backward_workspace(const KdeBackward& args, int device);
-void kde_backward(const KdeBackward& args, void* workspace, int device, uintptr_t stream);
-int64_t omega_all_workspace(const OmegaAll& args);
-void omega_all(const OmegaAll& args, void* workspace, int device, uintptr_t stream);
-int64_t omega_halves_workspace(const OmegaHalves& args);
-void omega_halves(const OmegaHalves& args, void* workspace, int device, uintptr_t stream);
-void radius(const Radius& args, int device, uintptr_t stream);
-int64_t nearest_workspace(const NearestSearch& args, int device);
-void nearest(const NearestSearch& args, void* workspace, int device, uintptr_t stream);
+#define KDEJSD_DECLARE_OP(name, Args)                     \
+  int64_t name##_workspace(const Args& args, int device); \
+  void name(const Args& args, void* workspace, int device, uintptr_t stream);
+KDEJSD_OPS(KDEJSD_DECLARE_OP)
+#undef KDEJSD_DECLARE_OP
 
 }  // namespace cuda
 #endif

@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from .bandwidth import optimal_bandwidth
 from .ops._common import broadcast_batch
-from .ops.kde import JENSEN_SHANNON, LOG_RATIO, Divergence, named_log_prob, normal_divergence_terms, reduced
+from .ops.kde import Divergence, named_log_prob, normal_divergence_terms, reduced
 from .reference.kde import normal_log_prob
 from .targets import Law, Target, as_law, isotropic_variance, law_log_prob, smoothed_where_possible, wide
 
@@ -23,7 +23,7 @@ def _js_terms(gap: Tensor) -> Tensor:
 
 
 # The divergences that the training loss can be, by name: whoever takes a name looks it up here.
-DIVERGENCES = {"js": Divergence(_js_terms, JENSEN_SHANNON), "kl": Divergence(torch.neg, LOG_RATIO)}
+DIVERGENCES = {"js": Divergence(_js_terms, "kJensenShannon"), "kl": Divergence(torch.neg, "kLogRatio")}
 _NAMES = tuple(DIVERGENCES)
 
 

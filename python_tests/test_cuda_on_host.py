@@ -17,7 +17,7 @@ import test_omega
 import test_properties
 import test_radius
 import torch
-from cuda_on_host import NONE, OPS, REDUCED, SHARED_BYTES, SPLIT, CudaOnHost, KdeForward, build, missing
+from cuda_on_host import OPS, SHARED_BYTES, CudaOnHost, build, missing, struct
 from edges import around
 from helpers import DTYPES, worst
 
@@ -293,18 +293,41 @@ def test_blocks_of_one_cluster_and_of_both(dim, per_center, for_centers, host):
 # Plans and launches
 
 
-def forward_arguments(n: int, m: int, dim: int, products: int, *, batch: int = 1, gradient: bool = True, **more: bool):
+def forward_arguments(n: int, m: int, dim: int, products: str, *, batch: int = 1, gradient: bool = True, **more: bool):
     """KdeForward of float32 arrays that nobody will read."""
-    strides = (n * dim, m * dim, m, m, n) if batch > 1 else (0,) * 5
-    mixture = CudaOnHost.KdeMixture(
-        0, batch, n, m, dim, 8, 8, 8, None, None, more.get("per_center", False), *strides, 0.0
+    mixture = struct("KdeMixture")(
+        dtype="kFloat32",
+        batch=batch,
+        n=n,
+        m=m,
+        l=dim,
+        query=8,
+        centers=8,
+        bandwidth=8,
+        log_weights=0,
+        exclude=0,
+        per_center=more.get("per_center", False),
+        query_stride=n * dim if batch > 1 else 0,
+        centers_stride=m * dim if batch > 1 else 0,
+        bandwidth_stride=m if batch > 1 else 0,
+        log_weights_stride=0,
+        exclude_stride=0,
+        bandwidth_number=0.0,
     )
-    outputs = (8, 8 if gradient else None, 8 if more.get("dbandwidth") else None)
-    return KdeForward(mixture, 0, 1.0, products, None, *outputs)
+    return struct("KdeForward")(
+        mixture=mixture,
+        value_kind="kLogProb",
+        target_variance=1.0,
+        products=products,
+        own=0,
+        value=8,
+        dquery=8 if gradient else 0,
+        dbandwidth=8 if more.get("dbandwidth") else 0,
+    )
 
 
 @pytest.mark.parametrize("shared_bytes", [227 * 1024, 163 * 1024, 99 * 1024], ids=["sm_90", "sm_80", "sm_86"])
-@pytest.mark.parametrize("products", [NONE, SPLIT, REDUCED], ids=["none", "split", "reduced"])
+@pytest.mark.parametrize("products", ["kNone", "kSplit", "kReduced"])
 @pytest.mark.parametrize("dim", [1, 16, 17, 64, 65, 128, 129, 200, 256, 257, 1000])
 def test_plan_of_a_forward_pass(dim, products, shared_bytes, host):
     for n, m, batch in [(1, 1, 1), (100, 10_000, 1), (4096, 4096, 1), (7, 3, 500), (512, 10**6, 1), (10**6, 10**9, 1)]:
@@ -313,7 +336,7 @@ def test_plan_of_a_forward_pass(dim, products, shared_bytes, host):
             plan = host.forward_plan(args, 132, shared_bytes)
             rows, columns = 64, 64
             if plan["tensor_steps"]:
-                assert products != NONE and 16 * plan["tensor_steps"] >= dim and plan["tensor_warps"] in (4, 8)
+                assert products != "kNone" and 16 * plan["tensor_steps"] >= dim and plan["tensor_warps"] in (4, 8)
                 assert plan["bytes"] <= shared_bytes
                 assert plan["tensor_m_tiles"] == (2 if plan["tensor_steps"] <= 4 else 1)
                 rows = 16 * plan["tensor_m_tiles"] * plan["tensor_warps"]
@@ -339,8 +362,8 @@ def test_plan_of_a_forward_pass(dim, products, shared_bytes, host):
 
 
 def test_plan_fills_the_device_and_keeps_most_warps_at_work(host):
-    def plan(n, m, dim, products=SPLIT, shared_bytes=227 * 1024):
-        return host.forward_plan(forward_arguments(n, m, dim, products), 132, shared_bytes)
+    def plan(n, m, dim, shared_bytes=227 * 1024):
+        return host.forward_plan(forward_arguments(n, m, dim, "kSplit"), 132, shared_bytes)
 
     for n, m, dim in [(100, 10_000, 8), (512, 100_000, 40), (1024, 10**6, 64), (512, 100_000, 256)]:
         found = plan(n, m, dim)
@@ -359,7 +382,7 @@ def test_tuning(host):
     """A benchmark may set these, and leaves the rest as it was."""
 
     def plan(dim=40):
-        return host.forward_plan(forward_arguments(512, 100_000, dim, SPLIT), 132, SHARED_BYTES)
+        return host.forward_plan(forward_arguments(512, 100_000, dim, "kSplit"), 132, SHARED_BYTES)
 
     usual = plan()
     try:
@@ -391,7 +414,7 @@ def test_blocks_of_either_size(dim, warps, reduced, host):
     usual = test_kde.value_and_gradients(kdejsd.kde_log_prob, call)
     try:
         assert host.set_tuning("tensor_warps", warps)
-        args = forward_arguments(70, 130, dim, REDUCED if reduced else SPLIT)
+        args = forward_arguments(70, 130, dim, "kReduced" if reduced else "kSplit")
         assert host.forward_plan(args, 132, SHARED_BYTES)["tensor_warps"] == warps
         found = same_in_any_order(host, kdejsd.kde_log_prob, call)
     finally:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import subprocess
 import sys
 import types
+from typing import get_args
 
 import pytest
 import torch
+from cuda_on_host import struct
 from helpers import points
 
 import kdejsd
 from kdejsd import _native
 from kdejsd._native import cuda_problem, native
 from kdejsd.ops import _common
+from kdejsd.ops import kde as kde_op
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -100,6 +104,99 @@ def test_an_unknown_level_is_an_error():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The structs that kernels take
+
+
+def structs() -> list[str]:
+    return [name for name, value in vars(native()).items() if hasattr(value, "fields")]
+
+
+def test_there_is_a_struct_for_each_op():
+    assert set(structs()) == {
+        *("KdeMixture", "KdeForward", "KdeBackward", "OmegaAll", "OmegaHalves", "Radius", "NearestSearch")
+    }
+
+
+@pytest.mark.parametrize("name", structs())
+def test_the_description_of_a_struct_covers_it(name):
+    """Laid out by what is described and by nothing else, a struct of C has its members where C++ has them, and no byte
+    more or less."""
+    described, laid_out = getattr(native(), name), struct(name)
+    assert {field: getattr(laid_out, field).offset for field, _ in laid_out._fields_} == {
+        field: offset for field, _, offset in described.fields
+    }
+    assert ctypes.sizeof(laid_out) == described.size
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("DType", _common.KERNEL_DTYPE.values()),
+        ("KdeValue", get_args(kde_op.KdeValue)),
+        ("KdeProducts", get_args(kde_op.KdeProducts)),
+    ],
+)
+def test_the_names_of_an_enum(name, known):
+    """The package, which does without the module at import, has the same ones."""
+    assert getattr(native(), name) == {text: number for number, text in enumerate(known)}
+
+
+RADIUS = {"dtype": "kFloat32", "is_log": False, "rows": 1, "classes": 2, "masses": 0, "value": 0, "dmasses": 0}
+
+
+def test_arguments_may_come_in_any_order():
+    native().radius_cpu(native().Radius(**dict(reversed(RADIUS.items())) | {"rows": 0}), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": ...}, "Radius needs rows as well"),
+        ({"rows": ..., "value": ...}, "Radius needs rows, value as well"),
+        ({"row": 1}, "Radius has no member 'row'"),
+        ({"rows": ..., "row": 1}, "Radius has no member 'row'"),
+        ({"rows": 1.0}, "Radius: rows must be a value of int64_t, got 1.0"),
+        ({"rows": 2**63}, f"Radius: rows must be a value of int64_t, got {2**63}"),
+        ({"is_log": 1}, "Radius: is_log must be a value of bool, got 1"),
+        ({"masses": None}, "Radius: masses must be a value of void*, got None"),
+        ({"masses": 2**64}, f"Radius: masses must be a value of void*, got {2**64}"),
+        ({"dtype": "float32"}, "Radius: dtype must be a value of DType, got 'float32'"),
+        ({"dtype": 0}, "Radius: dtype must be a value of DType, got 0"),
+    ],
+)
+def test_arguments_that_are_not_those_of_the_struct(change, message):
+    with pytest.raises(TypeError) as raised:
+        native().Radius(**{k: v for k, v in (RADIUS | change).items() if v is not ...})
+    assert str(raised.value) == message
+
+
+def test_other_wrong_arguments():
+    radius = native().Radius(**RADIUS)
+    with pytest.raises(TypeError, match=r"^Radius takes named arguments, got 2 without a name$"):
+        native().Radius("kFloat32", False, rows=1)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'rows'"):
+        native().Radius(rows=1, **RADIUS)
+    with pytest.raises(TypeError, match=r"^KdeForward: mixture must be a value of KdeMixture, got <.*Radius object"):
+        native().KdeForward(mixture=radius)
+    with pytest.raises(TypeError, match=r"^KdeForward: target_variance must be a value of double, got '1'"):
+        native().KdeForward(target_variance="1")
+    with pytest.raises(TypeError, match=r"^the arguments must be of type OmegaAll, got kdejsd\._C\.Radius$"):
+        native().omega_all_cpu(radius, 1)
+    with pytest.raises(TypeError, match="cannot create"):
+        native().Radius.__call__(**RADIUS)
+
+
+def test_structs_are_given_back():
+    """A struct that is made, or refused, leaves no reference behind."""
+    before = sys.getrefcount(native().Radius)
+    for _ in range(100):
+        native().Radius(**RADIUS)
+        with contextlib.suppress(TypeError):
+            native().Radius(rows=1)
+    assert sys.getrefcount(native().Radius) < before + 10  # the interpreter may keep one
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # CUDA, played by modules that are not compiled
 
 
@@ -161,12 +258,12 @@ class Recorder:
 def test_kernels_run_on_the_device_of_their_tensors(monkeypatch):
     """Their device is the current one from before the workspace is asked for, and the caller's is again afterwards."""
     module = Recorder(monkeypatch)
-    _common.launch(module, "op", torch.device("cuda", 3), "args", 5)
+    _common.launch(module, "op", torch.device("cuda", 3), "args")
     assert module.log == [
         "enter 3",
-        ("op_workspace_cuda", "args", 5, 3),
+        ("op_workspace_cuda", "args", 3),
         "512 bytes on cuda:3",
-        ("op_cuda", "args", 5, 77, 3, 1003),
+        ("op_cuda", "args", 77, 3, 1003),
         "leave 3",
     ]
 
@@ -188,13 +285,13 @@ def test_no_guard_on_the_cpu(monkeypatch):
 def test_every_op_is_launched_there(monkeypatch):
     launched, real = [], _common.launch
 
-    def launch(module, name, device, *arguments):
+    def launch(module, name, device, args):
         assert module is native() and device == torch.device("cpu")
         assert not native().has_cuda or (
             hasattr(native(), f"{name}_cuda") and hasattr(native(), f"{name}_workspace_cuda")
         )
         launched.append(name)
-        real(module, name, device, *arguments)
+        real(module, name, device, args)
 
     monkeypatch.setattr(_common, "launch", launch)
     z, labels = points(4, 2), torch.tensor([0, 0, 1, 1])

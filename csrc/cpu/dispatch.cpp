@@ -14,8 +14,8 @@
 namespace kdejsd::cpu {
 
 #define KDEJSD_DECLARE_OP(name, Args) void name(const Args&, int);
-#define KDEJSD_DECLARE_LEVEL        \
-  KDEJSD_CPU_OPS(KDEJSD_DECLARE_OP) \
+#define KDEJSD_DECLARE_LEVEL    \
+  KDEJSD_OPS(KDEJSD_DECLARE_OP) \
   extern const TileSize kde_sizes[], omega_sizes[], radius_sizes[], nearest_sizes[];
 namespace base {
 KDEJSD_DECLARE_LEVEL
@@ -42,7 +42,7 @@ namespace {
 struct Level {
   const char* level;
 #define KDEJSD_OP_POINTER(name, Args) void (*name)(const Args&, int);
-  KDEJSD_CPU_OPS(KDEJSD_OP_POINTER)
+  KDEJSD_OPS(KDEJSD_OP_POINTER)
 #undef KDEJSD_OP_POINTER
   const TileSize* sizes[5];  // null behind the last list
 };
@@ -59,12 +59,12 @@ void kde_forward_amx(const KdeForward& args, int threads) {
 #define KDEJSD_SIZES(level) level::kde_sizes, level::omega_sizes, level::radius_sizes, level::nearest_sizes
 constexpr Level kLevels[] = {
 #define KDEJSD_BASE_OP(name, Args) base::name,
-    {"base", KDEJSD_CPU_OPS(KDEJSD_BASE_OP){KDEJSD_SIZES(base)}},
+    {"base", KDEJSD_OPS(KDEJSD_BASE_OP){KDEJSD_SIZES(base)}},
 #ifdef KDEJSD_X86_LEVELS
 #define KDEJSD_V3_OP(name, Args) v3::name,
 #define KDEJSD_V4_OP(name, Args) v4::name,
-    {"v3", KDEJSD_CPU_OPS(KDEJSD_V3_OP){KDEJSD_SIZES(v3)}},
-    {"v4", KDEJSD_CPU_OPS(KDEJSD_V4_OP){KDEJSD_SIZES(v4)}},
+    {"v3", KDEJSD_OPS(KDEJSD_V3_OP){KDEJSD_SIZES(v3)}},
+    {"v4", KDEJSD_OPS(KDEJSD_V4_OP){KDEJSD_SIZES(v4)}},
 #endif
 #ifdef KDEJSD_AMX
     {"amx",
@@ -136,7 +136,7 @@ bool is_forked = false;
 
 #define KDEJSD_CALL_OP(name, Args) \
   void name(const Args& args, int threads) { current->name(args, is_forked ? 1 : threads); }
-KDEJSD_CPU_OPS(KDEJSD_CALL_OP)
+KDEJSD_OPS(KDEJSD_CALL_OP)
 
 const char* level() { return current->level; }
 

@@ -358,7 +358,7 @@ void launch_halves(const OmegaHalves& args, void* workspace, cudaStream_t stream
 
 }  // namespace
 
-int64_t omega_all_workspace(const OmegaAll& args) { return Plan(args).bytes; }
+int64_t omega_all_workspace(const OmegaAll& args, int) { return Plan(args).bytes; }
 
 void omega_all(const OmegaAll& args, void* workspace, int, uintptr_t stream) {
   if (args.dtype == DType::kFloat32) {
@@ -368,7 +368,9 @@ void omega_all(const OmegaAll& args, void* workspace, int, uintptr_t stream) {
   }
 }
 
-int64_t omega_halves_workspace(const OmegaHalves& args) { return args.pairs * static_cast<int64_t>(sizeof(double)); }
+int64_t omega_halves_workspace(const OmegaHalves& args, int) {
+  return args.pairs * static_cast<int64_t>(sizeof(double));
+}
 
 void omega_halves(const OmegaHalves& args, void* workspace, int, uintptr_t stream) {
   if (args.dtype == DType::kFloat32) {

@@ -119,7 +119,9 @@ void launch_rows(const Radius& args, cudaStream_t stream) {
 
 }  // namespace
 
-void radius(const Radius& args, int, uintptr_t stream) {
+int64_t radius_workspace(const Radius&, int) { return 0; }
+
+void radius(const Radius& args, void*, int, uintptr_t stream) {
   if (args.rows == 0) return;
   const cudaStream_t queue = reinterpret_cast<cudaStream_t>(stream);
   if (args.dtype == DType::kFloat64) {

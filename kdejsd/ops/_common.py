@@ -26,6 +26,7 @@ COMPUTE_DTYPE = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+KERNEL_DTYPE = {torch.float32: "kFloat32", torch.float64: "kFloat64"}  # DType of csrc/kernels.h
 _CAST = {torch.float32, torch.float16, torch.bfloat16}  # what autocast makes float32 of
 _KERNEL_DEVICES = ("cpu", "cuda")
 
@@ -117,16 +118,17 @@ def check_cuda(name: str, tensor: Tensor) -> None:
         raise RuntimeError(f"{name} is on {tensor.device}, but {problem}")
 
 
-def launch(module: ModuleType, name: str, device: torch.device, *arguments: Any) -> None:
-    """Calls a kernel of the compiled module, the one of this device. On CUDA it is queued on the current stream."""
+def launch(module: ModuleType, name: str, device: torch.device, args: Any) -> None:
+    """Calls a kernel of the compiled module, the one of this device, with its struct. On CUDA it is queued on the
+    current stream."""
     if device.type == "cpu":
-        getattr(module, f"{name}_cpu")(*arguments, torch.get_num_threads())
+        getattr(module, f"{name}_cpu")(args, torch.get_num_threads())
         return
     index = device.index
     with _torch.on_device(index):
-        size = getattr(module, f"{name}_workspace_cuda")(*arguments, index)
+        size = getattr(module, f"{name}_workspace_cuda")(args, index)
         workspace = torch.empty(size, dtype=torch.uint8, device=device)
-        getattr(module, f"{name}_cuda")(*arguments, workspace.data_ptr(), index, _torch.cuda_stream(index))
+        getattr(module, f"{name}_cuda")(args, workspace.data_ptr(), index, _torch.cuda_stream(index))
 
 
 def refuse_forward_mode(operator: str, function: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,12 +15,9 @@ from ..reference import kde as reference
 from . import _common
 from ._kde_inputs import Inputs, all_tensors, checked_inputs, checked_own, is_per_center
 
-# KdeValue of csrc/kernels.h
-_LOG_PROB, JENSEN_SHANNON, LOG_RATIO = range(3)
-# KdeProducts
-_NO_PRODUCTS, _SPLIT, _REDUCED = range(3)
-
-_NO_STRIDES = (0,) * 5
+# As csrc/kernels.h has them.
+KdeValue: TypeAlias = Literal["kLogProb", "kJensenShannon", "kLogRatio"]
+KdeProducts: TypeAlias = Literal["kNone", "kSplit", "kReduced"]
 
 
 def kde_log_prob(
@@ -134,7 +131,7 @@ class Divergence(NamedTuple):
     """Describes a divergence whose terms at the codes follow from the gap log p_t - log p_e; `kdejsd.jsd` has them."""
 
     terms: Callable[[Tensor], Tensor]  # of the gap, in nats
-    value: int  # what the kernels give where the target is a normal: JENSEN_SHANNON or LOG_RATIO
+    value: KdeValue  # what the kernels give where the target is a normal
 
 
 def normal_divergence_terms(
@@ -191,7 +188,7 @@ def _query_terms(
     if _common.needs_grad((query,)):
         settings = shape, variance, divergence, reduction, dtype
         return _QueryTerms.apply(query, (*others, own), settings)  # type: ignore[no-untyped-call, no-any-return]
-    kind = _LOG_PROB if divergence is None else divergence.value
+    kind: KdeValue = "kLogProb" if divergence is None else divergence.value
     terms = _forward(*inputs, value_kind=kind, variance=variance, own=own)[0]
     return _narrowed(reduced(_shaped(terms, shape), reduction), dtype)
 
@@ -234,23 +231,38 @@ def _mixture(
 ) -> tuple[Any, list[Tensor | None]]:
     """Returns the kernels' arguments, and the contiguous tensors they point into, which must outlive the call."""
     _common.check_cuda("query", query)
-    n, dim, m = query.shape[-2], query.shape[-1], centers.shape[-2]
-    batched = query.ndim == 3
     h, number = (bandwidth, 0.0) if isinstance(bandwidth, Tensor) else (None, bandwidth)
-    # Lists, as every item of a generator expression is a call of its own.
-    tensors = [None if t is None else t.contiguous() for t in (query, centers, h, log_weights, exclude)]
+    query, centers = query.contiguous(), centers.contiguous()
+    h = None if h is None else h.contiguous()
+    log_weights = None if log_weights is None else log_weights.contiguous()
+    exclude = None if exclude is None else exclude.contiguous()
+    m = centers.shape[-2]
+    batched = query.ndim == 3
     mixture = native().KdeMixture(
-        query.dtype == torch.float64,
-        query.shape[0] if batched else 1,
-        n,
-        m,
-        dim,
-        *[0 if t is None else t.data_ptr() for t in tensors],
-        h is not None and h.shape[-1] == m and m > 1,
-        *([t.stride(0) if t is not None and t.shape[0] > 1 else 0 for t in tensors] if batched else _NO_STRIDES),
-        number,
+        dtype=_common.KERNEL_DTYPE[query.dtype],
+        batch=query.shape[0] if batched else 1,
+        n=query.shape[-2],
+        m=m,
+        l=query.shape[-1],
+        query=query.data_ptr(),
+        centers=centers.data_ptr(),
+        bandwidth=0 if h is None else h.data_ptr(),
+        log_weights=0 if log_weights is None else log_weights.data_ptr(),
+        exclude=0 if exclude is None else exclude.data_ptr(),
+        per_center=h is not None and h.shape[-1] == m and m > 1,
+        query_stride=_stride(query) if batched else 0,
+        centers_stride=_stride(centers) if batched else 0,
+        bandwidth_stride=_stride(h) if batched else 0,
+        log_weights_stride=_stride(log_weights) if batched else 0,
+        exclude_stride=_stride(exclude) if batched else 0,
+        bandwidth_number=number,
     )
-    return mixture, tensors
+    return mixture, [query, centers, h, log_weights, exclude]
+
+
+def _stride(t: Tensor | None) -> int:
+    """From one batch item to the next."""
+    return 0 if t is None or t.shape[0] == 1 else t.stride(0)
 
 
 def _forward(
@@ -262,7 +274,7 @@ def _forward(
     want_dquery: bool = False,
     want_dbandwidth: bool = False,
     for_backward: bool = False,
-    value_kind: int = _LOG_PROB,
+    value_kind: KdeValue = "kLogProb",
     variance: float = 1.0,
     own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -276,14 +288,24 @@ def _forward(
     dbandwidth = torch.empty_like(value) if want_dbandwidth else None
     if value.numel() == 0:
         return value, dquery, dbandwidth
-    device, products = query.device, _SPLIT
+    device = query.device
+    products: KdeProducts = "kSplit"
     if for_backward:
-        products = _NO_PRODUCTS
+        products = "kNone"
     elif query.dtype == torch.float32 and _torch.reduced_precision_allowed(device.type):
-        products = _REDUCED
+        products = "kReduced"
     own = None if own is None else own.contiguous()
-    addresses = [0 if t is None else t.data_ptr() for t in (own, value, dquery, dbandwidth)]
-    _common.launch(native(), "kde_forward", device, mixture, value_kind, variance, products, *addresses)
+    args = native().KdeForward(
+        mixture=mixture,
+        value_kind=value_kind,
+        target_variance=variance,
+        products=products,
+        own=0 if own is None else own.data_ptr(),
+        value=value.data_ptr(),
+        dquery=0 if dquery is None else dquery.data_ptr(),
+        dbandwidth=0 if dbandwidth is None else dbandwidth.data_ptr(),
+    )
+    _common.launch(native(), "kde_forward", device, args)
     return value, dquery, dbandwidth
 
 
@@ -324,10 +346,16 @@ def _launch_backward(
     dcenters = query.new_empty((*per_center, query.shape[-1]) if want_dcenters else 0)
     dlog_weights = query.new_empty(per_center if want_dlog_weights else 0)
     dbandwidth = query.new_empty(per_center if want_dbandwidth else 0)
-    outputs = (dcenters, dlog_weights, dbandwidth)
-    addresses = (t.data_ptr() for t in (grad, log_prob, *outputs))
-    _common.launch(native(), "kde_backward", query.device, mixture, *addresses)
-    return outputs
+    args = native().KdeBackward(
+        mixture=mixture,
+        grad=grad.data_ptr(),
+        log_prob=log_prob.data_ptr(),
+        dcenters=dcenters.data_ptr(),
+        dlog_weights=dlog_weights.data_ptr(),
+        dbandwidth=dbandwidth.data_ptr(),
+    )
+    _common.launch(native(), "kde_backward", query.device, args)
+    return dcenters, dlog_weights, dbandwidth
 
 
 def _backward(
@@ -421,7 +449,8 @@ class _QueryTerms(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, others: Any, settings: Any) -> Tensor:
         shape, variance, divergence, reduction, dtype = settings
         inputs: Inputs = (query, *others[:-1])
-        own, kind = others[-1], _LOG_PROB if divergence is None else divergence.value
+        own = others[-1]
+        kind: KdeValue = "kLogProb" if divergence is None else divergence.value
         terms, dquery, _ = _forward(*inputs, want_dquery=True, value_kind=kind, variance=variance, own=own)
         _save(ctx, inputs, own, dquery)
         ctx.settings = settings

@@ -113,9 +113,17 @@ def _launch(latents: Tensor, labels: Tensor) -> Tensor:
     index = torch.empty_like(labels)
     if index.numel() == 0:
         return index
-    addresses = (latents.data_ptr(), labels.data_ptr(), index.data_ptr())
-    search = native().NearestSearch(latents.dtype == torch.float64, *latents.shape, *addresses)
-    _common.launch(native(), "nearest", latents.device, search)
+    batch, n, dim = latents.shape
+    args = native().NearestSearch(
+        dtype=_common.KERNEL_DTYPE[latents.dtype],
+        batch=batch,
+        n=n,
+        d=dim,
+        latents=latents.data_ptr(),
+        labels=labels.data_ptr(),
+        index=index.data_ptr(),
+    )
+    _common.launch(native(), "nearest", latents.device, args)
     return index
 
 

@@ -168,22 +168,53 @@ def _max(inputs: Tensor, codes: Tensor, pairs: str, eager: bool) -> OmegaMax:
 # The raw calls
 
 
-def _launch(all_pairs: bool, inputs: Tensor, codes: Tensor, *outputs: Tensor | None) -> None:
-    """Calls the kernel of all pairs or that of the halves, with the tensors that it takes beside inputs and codes.
-
-    These are (upstream, sum, ratios, largest, dinputs, dcodes) of all pairs, and (sum, dinputs, dcodes) of the halves.
-    """
+def _launch_all(
+    inputs: Tensor,
+    codes: Tensor,
+    *,
+    upstream: Tensor | None = None,
+    total: Tensor | None = None,
+    ratios: Tensor | None = None,
+    largest: Tensor | None = None,
+    dinputs: Tensor | None = None,
+    dcodes: Tensor | None = None,
+) -> None:
+    """Calls the kernel of all pairs, which writes what is given."""
     _common.check_cuda("inputs", inputs)
     inputs, codes = inputs.contiguous(), codes.contiguous()
-    name, make = ("omega_all", native().OmegaAll) if all_pairs else ("omega_halves", native().OmegaHalves)
-    args = make(
-        inputs.dtype == torch.float64,
-        inputs.shape[0] if all_pairs else inputs.shape[0] // 2,
-        inputs.shape[1],
-        codes.shape[1],
-        *(0 if t is None else t.data_ptr() for t in (inputs, codes, *outputs)),
+    args = native().OmegaAll(
+        dtype=_common.KERNEL_DTYPE[inputs.dtype],
+        b=inputs.shape[0],
+        d=inputs.shape[1],
+        l=codes.shape[1],
+        inputs=inputs.data_ptr(),
+        codes=codes.data_ptr(),
+        upstream=0 if upstream is None else upstream.data_ptr(),
+        sum=0 if total is None else total.data_ptr(),
+        ratios=0 if ratios is None else ratios.data_ptr(),
+        largest=0 if largest is None else largest.data_ptr(),
+        dinputs=0 if dinputs is None else dinputs.data_ptr(),
+        dcodes=0 if dcodes is None else dcodes.data_ptr(),
     )
-    _common.launch(native(), name, inputs.device, args)
+    _common.launch(native(), "omega_all", inputs.device, args)
+
+
+def _launch_halves(inputs: Tensor, codes: Tensor, *, total: Tensor, dinputs: Tensor, dcodes: Tensor) -> None:
+    """Likewise for the pairs of the halves."""
+    _common.check_cuda("inputs", inputs)
+    inputs, codes = inputs.contiguous(), codes.contiguous()
+    args = native().OmegaHalves(
+        dtype=_common.KERNEL_DTYPE[inputs.dtype],
+        pairs=inputs.shape[0] // 2,
+        d=inputs.shape[1],
+        l=codes.shape[1],
+        inputs=inputs.data_ptr(),
+        codes=codes.data_ptr(),
+        sum=total.data_ptr(),
+        dinputs=dinputs.data_ptr(),
+        dcodes=dcodes.data_ptr(),
+    )
+    _common.launch(native(), "omega_halves", inputs.device, args)
 
 
 def _gradients_like(inputs: Tensor, codes: Tensor, want_dinputs: bool, want_dcodes: bool) -> tuple[Tensor, Tensor]:
@@ -198,16 +229,16 @@ def _launch_sum(
     total = inputs.new_empty((), dtype=torch.float64)
     dinputs, dcodes = _gradients_like(inputs, codes, want_dinputs, want_dcodes)
     if all_pairs:
-        _launch(True, inputs, codes, None, total, None, None, dinputs, dcodes)
+        _launch_all(inputs, codes, total=total, dinputs=dinputs, dcodes=dcodes)
     else:
-        _launch(False, inputs, codes, total, dinputs, dcodes)
+        _launch_halves(inputs, codes, total=total, dinputs=dinputs, dcodes=dcodes)
     return total, dinputs, dcodes
 
 
 def _launch_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
     """Returns the ratios [b, b]."""
     ratios = inputs.new_empty(inputs.shape[0], inputs.shape[0])
-    _launch(True, inputs, codes, None, None, ratios, None, None, None)
+    _launch_all(inputs, codes, ratios=ratios)
     return ratios
 
 
@@ -216,14 +247,14 @@ def _launch_ratios_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients [b, d] and [b, l] of sum(grad * ratios), empty if not wanted."""
     dinputs, dcodes = _gradients_like(inputs, codes, want_dinputs, want_dcodes)
-    _launch(True, inputs, codes, grad.to(inputs.dtype).contiguous(), None, None, None, dinputs, dcodes)
+    _launch_all(inputs, codes, upstream=grad.to(inputs.dtype).contiguous(), dinputs=dinputs, dcodes=dcodes)
     return dinputs, dcodes
 
 
 def _launch_largest(inputs: Tensor, codes: Tensor) -> Tensor:
     """Returns the pair of the largest ratio, [2] int64."""
     indices = inputs.new_empty(2, dtype=torch.int64)
-    _launch(True, inputs, codes, None, None, None, indices, None, None)
+    _launch_all(inputs, codes, largest=indices)
     return indices
 
 

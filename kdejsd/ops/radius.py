@@ -115,16 +115,16 @@ def _launch(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[
     if value.numel() == 0:
         return value, gradient
     classes = masses.shape[-1]
-    arguments = native().Radius(
-        masses.dtype == torch.float64,
-        is_log,
-        masses.numel() // classes,
-        classes,
-        masses.data_ptr(),
-        value.data_ptr(),
-        gradient.data_ptr(),
+    args = native().Radius(
+        dtype=_common.KERNEL_DTYPE[masses.dtype],
+        is_log=is_log,
+        rows=masses.numel() // classes,
+        classes=classes,
+        masses=masses.data_ptr(),
+        value=value.data_ptr(),
+        dmasses=gradient.data_ptr(),
     )
-    _common.launch(native(), "radius", masses.device, arguments)
+    _common.launch(native(), "radius", masses.device, args)
     return value, gradient
 
 

@@ -6,36 +6,50 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from kdejsd._native import native
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 OPS = ("kde", "omega", "radius", "nearest")
-NONE, SPLIT, REDUCED = range(3)  # KdeProducts
 SHARED_BYTES = 227 * 1024  # that a block may have, on an H200
 
-# What forward_plan of calls.cpp writes.
-_PLAN = (
-    *("tensor_steps", "tensor_m_tiles", "tensor_warps", "bytes", "lc", "slabs", "groups", "chunks", "query_tiles"),
-    *("center_tiles", "splits", "tiles_per_split", "max", "sum", "moment", "sum_centers", "middle", "elements"),
-)
-
-_TYPES = {"i": ctypes.c_int, "q": ctypes.c_int64, "d": ctypes.c_double, "?": ctypes.c_bool, "P": ctypes.c_void_p}
+_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "bool": ctypes.c_bool, "void*": ctypes.c_void_p}
 
 
-def _struct(name: str, fields: str, first: type | None = None) -> type[ctypes.Structure]:
-    """A struct of csrc/kernels.h, by the types of its members; `first` is one that is a struct itself."""
-    types = ([first] if first else []) + [_TYPES[field] for field in fields]
-    return type(name, (ctypes.Structure,), {"_fields_": [(f"field_{i}", type_) for i, type_ in enumerate(types)]})
+class _Arguments(ctypes.Structure):
+    """Takes what the compiled module's struct of this name takes."""
+
+    def __init__(self, **values: Any) -> None:
+        kinds = {name: kind for name, kind, _ in getattr(native(), type(self).__name__).fields}
+        assert values.keys() == kinds.keys(), f"{type(self).__name__} has the members {list(kinds)}, got {list(values)}"
+        enums = {name: getattr(native(), kinds[name])[v] for name, v in values.items() if isinstance(v, str)}
+        super().__init__(**values | enums)
 
 
-KdeMixture = _struct("KdeMixture", "iqqqqPPPPP?qqqqqd")
-KdeForward = _struct("KdeForward", "idiPPPP", KdeMixture)
-KdeBackward = _struct("KdeBackward", "PPPPP", KdeMixture)
+@functools.cache
+def struct(name: str) -> type[ctypes.Structure]:
+    """A struct of csrc/kernels.h, from the compiled module's description: ctypes lays it out by itself."""
+
+    def ctype(kind: str) -> type:
+        if kind in _TYPES:
+            return _TYPES[kind]
+        return ctypes.c_int if isinstance(getattr(native(), kind), dict) else struct(kind)
+
+    fields = [(field, ctype(kind)) for field, kind, _ in getattr(native(), name).fields]
+    return type(name, (_Arguments,), {"_fields_": fields})
+
+
+class _Number(ctypes.Structure):
+    """Of a plan, as calls.cpp gives it."""
+
+    _fields_ = (("name", ctypes.c_char_p), ("value", ctypes.c_int64))
 
 
 def missing() -> str:
@@ -58,7 +72,9 @@ def build(folder: Path) -> ctypes.CDLL:
     assert all(compiler.wait() == 0 for compiler in compilers)
     objects = sorted(map(str, folder.glob("*.o")))
     subprocess.run(["g++", "-shared", *objects, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    built = ctypes.CDLL(str(library))
+    built.forward_plan.restype = ctypes.POINTER(_Number)
+    return built
 
 
 class CudaOnHost:
@@ -70,12 +86,6 @@ class CudaOnHost:
         reduced: whether reduced precision is allowed; the package asks torch only for a device that is there.
         backwards: whether a block's threads, where they do not wait for each other, run from the last to the first.
     """
-
-    KdeMixture = KdeMixture
-    OmegaAll = _struct("OmegaAll", "iqqqPPPPPPPP")
-    OmegaHalves = _struct("OmegaHalves", "iqqqPPPPP")
-    Radius = _struct("Radius", "i?qqPPP")
-    NearestSearch = _struct("NearestSearch", "iqqqPPP")
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
@@ -95,23 +105,22 @@ class CudaOnHost:
     def set_tuning(self, name: str, value: int) -> bool:
         return bool(self._library.set_tuning(name.encode(), value))
 
-    def forward_plan(self, args: KdeForward, multiprocessors: int, shared_bytes: int) -> dict[str, int]:
+    def forward_plan(self, args: ctypes.Structure, multiprocessors: int, shared_bytes: int) -> dict[str, int]:
         """How csrc/cuda/kde_plan.h cuts a forward pass into blocks; `bytes` are the shared memory of one."""
-        numbers = (ctypes.c_int64 * len(_PLAN))()
-        self._library.forward_plan(ctypes.byref(args), multiprocessors, shared_bytes, numbers)
-        return dict(zip(_PLAN, numbers, strict=True))
+        numbers = self._library.forward_plan(ctypes.byref(args), multiprocessors, shared_bytes)
+        return {number.name.decode(): number.value for number in itertools.takewhile(lambda n: n.name, numbers)}
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """The function NAME_cpu of the compiled module."""
+    def __getattr__(self, name: str) -> Any:
+        """A struct of the compiled module, or its function NAME_cpu."""
+        if not name.endswith("_cpu"):
+            return struct(name)
         function = getattr(self._library, name.removesuffix("_cpu"))
         function.restype = ctypes.c_char_p
-        struct = {"kde_forward_cpu": KdeForward, "kde_backward_cpu": KdeBackward}.get(name)
 
-        def call(*arguments: Any) -> None:
-            *arguments, _threads = arguments
-            if name == "kde_forward_cpu" and self.reduced and arguments[3] == SPLIT:
-                arguments[3] = REDUCED
-            args = struct(*arguments) if struct else arguments[0]
+        def call(args: ctypes.Structure, _threads: int) -> None:
+            products = native().KdeProducts
+            if name == "kde_forward_cpu" and self.reduced and args.products == products["kSplit"]:
+                args.products = products["kReduced"]
             self._library.set_device(self.multiprocessors, self.shared_bytes, self.backwards)
             if error := function(ctypes.byref(args)):
                 raise RuntimeError(error.decode())

@@ -5,6 +5,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cuda/kde_plan.h"
 #include "cuda/micro_tile.cuh"
@@ -52,9 +53,14 @@ int devices_set() { return host::device.devices_set; }
 int allowances() { return host::device.allowances; }
 bool set_tuning(const char* name, int value) { return cuda::set_tuning(name, value); }
 
+struct Number {
+  const char* name;
+  int64_t value;
+};
+
 // The plan of a forward pass, for a device whose multiprocessors have registers for 8 warps of the tensor cores' kernel
-// and 228 KiB of shared memory.
-void forward_plan(const KdeForward& args, int multiprocessors, int shared_bytes, int64_t* numbers) {
+// and 228 KiB of shared memory. The last number has no name.
+const Number* forward_plan(const KdeForward& args, int multiprocessors, int shared_bytes) {
   const auto bytes = [&](const cuda::ForwardPlan& plan) {
     return cuda::tensor_tile(plan.tensor, args.mixture.l).bytes;
   };
@@ -63,48 +69,36 @@ void forward_plan(const KdeForward& args, int multiprocessors, int shared_bytes,
     return std::min(8 / plan.tensor.warps, 228 * 1024 / (bytes(plan) + 1024));
   };
   const cuda::ForwardPlan plan = cuda::plan_forward(args, multiprocessors, shared_bytes, resident);
-  const int64_t found[] = {plan.tensor.most_steps,
-                           plan.tensor.m_tiles,
-                           plan.tensor.warps,
-                           plan.tensor.most_steps > 0 ? bytes(plan) : 0,
-                           plan.lc,
-                           plan.slabs,
-                           plan.groups,
-                           plan.chunks,
-                           plan.query_tiles,
-                           plan.center_tiles,
-                           plan.splits,
-                           plan.tiles_per_split,
-                           plan.max,
-                           plan.sum,
-                           plan.moment,
-                           plan.sum_centers,
-                           plan.middle,
-                           plan.elements};
-  std::copy(std::begin(found), std::end(found), numbers);
+  static std::vector<Number> numbers;
+#define NUMBER(name) {#name, plan.name}
+  numbers = {{"tensor_steps", plan.tensor.most_steps},
+             {"tensor_m_tiles", plan.tensor.m_tiles},
+             {"tensor_warps", plan.tensor.warps},
+             {"bytes", plan.tensor.most_steps > 0 ? bytes(plan) : 0},
+             NUMBER(lc),
+             NUMBER(slabs),
+             NUMBER(groups),
+             NUMBER(chunks),
+             NUMBER(query_tiles),
+             NUMBER(center_tiles),
+             NUMBER(splits),
+             NUMBER(tiles_per_split),
+             NUMBER(max),
+             NUMBER(sum),
+             NUMBER(moment),
+             NUMBER(sum_centers),
+             NUMBER(middle),
+             NUMBER(elements),
+             {nullptr, 0}};
+#undef NUMBER
+  return numbers.data();
 }
 
-const char* kde_forward(const KdeForward& args) {
-  return with_workspace(cuda::kde_forward_workspace(args, kDevice),
-                        [&](void* at) { cuda::kde_forward(args, at, kDevice, 0); });
-}
-const char* kde_backward(const KdeBackward& args) {
-  return with_workspace(cuda::kde_backward_workspace(args, kDevice),
-                        [&](void* at) { cuda::kde_backward(args, at, kDevice, 0); });
-}
-const char* omega_all(const OmegaAll& args) {
-  return with_workspace(cuda::omega_all_workspace(args), [&](void* at) { cuda::omega_all(args, at, kDevice, 0); });
-}
-const char* omega_halves(const OmegaHalves& args) {
-  return with_workspace(cuda::omega_halves_workspace(args),
-                        [&](void* at) { cuda::omega_halves(args, at, kDevice, 0); });
-}
-const char* radius(const Radius& args) {
-  return error_of([&] { cuda::radius(args, kDevice, 0); });
-}
-const char* nearest(const NearestSearch& args) {
-  return with_workspace(cuda::nearest_workspace(args, kDevice), [&](void* at) { cuda::nearest(args, at, kDevice, 0); });
-}
+#define CALL(name, Args)                                                                                               \
+  const char* name(const Args& args) {                                                                                 \
+    return with_workspace(cuda::name##_workspace(args, kDevice), [&](void* at) { cuda::name(args, at, kDevice, 0); }); \
+  }
+KDEJSD_OPS(CALL)
 
 // Where the kernels cut their work: in each line what an op counts, and a size.
 const char* tile_sizes() {

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .ops._common import check_tensor, checks_values
+from ._tensors import check_tensor, checks_values
 
 _MOST_EXAMPLES = 2**28  # whose places, of 8 bytes each, are not yet more than a mistaken index may cost
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ops._common import checks_values
+from ._tensors import checks_values
 
 
 def rank_and_size() -> tuple[int, int]:

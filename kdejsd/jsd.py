@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ._tensors import broadcast_batch
 from .bandwidth import optimal_bandwidth
-from .ops._common import broadcast_batch
 from .ops.kde import Divergence, named_log_prob, normal_divergence_terms, reduced
 from .reference.kde import normal_log_prob
 from .targets import Law, Target, as_law, isotropic_variance, law_log_prob, smoothed_where_possible, wide

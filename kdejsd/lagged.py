@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ._numbers import integer, positive
 from ._own_copies import OwnCopies, check_int64, looks_at
 from ._ranks import gathered, rank_and_size
+from ._tensors import check_tensor
 from .bandwidth import optimal_bandwidth
 from .jsd import check_divergence, codes_jsd, divergence_terms, jsd_loss
-from .ops._common import check_tensor
 from .ops.kde import kde_log_prob
 from .ops.streamed import streamed_log_prob
 from .reference.kde import with_own_center

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import RealNumber, positive, real
-from ..ops._common import check_tensor, compute_dtype
+from .._tensors import check_tensor, compute_dtype
 from ..ops.radius import class_radius_bound
 from ..reference.radius import excess
 from .class_entropy import collision_probability

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import real
-from ..ops._common import check_tensor, compute_dtype
+from .._tensors import check_tensor, compute_dtype
 
 
 def renyi_entropy(p: Tensor, order: float = 2) -> Tensor:

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..ops._common import check_tensor
+from .._tensors import check_tensor
 
 __all__ = ["NAMES", "FDivergence", "by_name"]
 

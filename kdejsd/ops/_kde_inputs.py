@@ -8,8 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from .. import _tensors
 from .._numbers import positive
-from . import _common
 
 # The least and the greatest positive number of a dtype; torch.finfo takes a microsecond to tell.
 _RANGE = {
@@ -34,10 +34,10 @@ def checked_inputs(
     """Returns the checked inputs, and the shape of the result."""
     query_name, centers_name = names
     for name, value in zip(names, (query, centers), strict=True):
-        if _common.check_tensor(name, value).ndim < 2:
+        if _tensors.check_tensor(name, value).ndim < 2:
             raise ValueError(f"{name} must have shape [..., points, l], got {list(value.shape)}")
     n, dim, m = query.shape[-2], query.shape[-1], centers.shape[-2]
-    dtype = _common.compute_dtype(query_name, query)
+    dtype = _tensors.compute_dtype(query_name, query)
     if centers.shape[-1] != dim or dim == 0:
         raise ValueError(
             f"{query_name} and {centers_name} must have the same number of dimensions l, at least 1; got {query_name} "
@@ -57,7 +57,7 @@ def checked_inputs(
         least, most = _RANGE[dtype]
         if not least <= h <= most:
             raise ValueError(f"bandwidth must be in the range of {dtype}, got {h}")
-    if log_weights is not None and _common.check_tensor("log_weights", log_weights).shape[-1:] != (m,):
+    if log_weights is not None and _tensors.check_tensor("log_weights", log_weights).shape[-1:] != (m,):
         raise ValueError(f"log_weights must have shape [..., {m}], one per center; got {list(log_weights.shape)}")
 
     exclude: Tensor | None = None
@@ -77,13 +77,13 @@ def checked_inputs(
         raise ValueError(f"exclude_self needs at least 2 {centers_name}, got 1")
 
     allowed = (query.dtype, dtype)  # half-precision queries may come with a float32 bandwidth and weights
-    _common.check_companion(centers_name, centers, query_name, query, allowed[:1])
+    _tensors.check_companion(centers_name, centers, query_name, query, allowed[:1])
     if isinstance(h, Tensor):
-        _common.check_companion("bandwidth", h, query_name, query, allowed)
+        _tensors.check_companion("bandwidth", h, query_name, query, allowed)
     if log_weights is not None:
-        _common.check_companion("log_weights", log_weights, query_name, query, allowed)
+        _tensors.check_companion("log_weights", log_weights, query_name, query, allowed)
     if exclude is not None:
-        _common.check_companion("exclude_self", exclude, query_name, query, (torch.int64,))
+        _tensors.check_companion("exclude_self", exclude, query_name, query, (torch.int64,))
     if query.dtype != dtype:
         query = query.to(dtype)
     if centers.dtype != dtype:
@@ -92,7 +92,7 @@ def checked_inputs(
         h = h.to(dtype)
     if log_weights is not None and log_weights.dtype != dtype:
         log_weights = log_weights.to(dtype)
-    if _common.checks_values():
+    if _tensors.checks_values():
         _check_values(names, query, centers, h, log_weights, exclude)
 
     if (  # no batch: the usual call, kept short
@@ -107,11 +107,11 @@ def checked_inputs(
     batches = {centers_name: centers.shape[:-2], "bandwidth": h.shape[:-1] if isinstance(h, Tensor) else torch.Size()}
     if log_weights is not None:
         batches["log_weights"] = log_weights.shape[:-1]
-    mixture_batch = _common.broadcast_batch(batches)
+    mixture_batch = _tensors.broadcast_batch(batches)
     batches[query_name] = query.shape[:-2]
     if exclude is not None:
         batches["exclude_self"] = exclude.shape[:-1]
-    batch = _common.broadcast_batch(batches)
+    batch = _tensors.broadcast_batch(batches)
     shape = (*batch, n)
     items = math.prod(batch)
     if math.prod(mixture_batch) == 1:
@@ -143,13 +143,13 @@ def checked_own(own: Tensor, query_name: str, query: Tensor, inputs: Inputs, sha
     """Returns the own centers, one for each query of checked inputs, in the shape of these."""
     flat, _, bandwidth, log_weights, _ = inputs
     dim = flat.shape[-1]
-    batch = _common.check_tensor("own", own).shape[:-2]
+    batch = _tensors.check_tensor("own", own).shape[:-2]
     if own.shape[-2:] != (shape[-1], dim):
         raise ValueError(
             f"own must have shape [..., {shape[-1]}, {dim}], one center for each of {query_name}; got {list(own.shape)}"
         )
     whole = torch.Size(shape[:-1])
-    if batch != whole and _common.broadcast_batch({query_name: whole, "own": batch}) != whole:
+    if batch != whole and _tensors.broadcast_batch({query_name: whole, "own": batch}) != whole:
         raise ValueError(
             f"own must have no leading dimensions beside {list(whole)}, those of the result; got {list(own.shape)}"
         )
@@ -159,9 +159,9 @@ def checked_own(own: Tensor, query_name: str, query: Tensor, inputs: Inputs, sha
         raise ValueError(
             "bandwidth must be a number, a 0-dim tensor, or [..., 1] where own is given; got one per center"
         )
-    _common.check_companion("own", own, query_name, query, (query.dtype,))
-    if _common.checks_values():
-        _common.check_finite("own", own)
+    _tensors.check_companion("own", own, query_name, query, (query.dtype,))
+    if _tensors.checks_values():
+        _tensors.check_finite("own", own)
     if own.dtype != flat.dtype:
         own = own.to(flat.dtype)
     return own if own.shape == flat.shape else own.expand(*shape, dim).reshape(flat.shape)
@@ -177,7 +177,7 @@ def _check_values(
 ) -> None:
     """Raises an error for values that only the data can show to be wrong (KDEJSD_CHECK=1)."""
     for name, value in zip(names, (query, centers), strict=True):
-        _common.check_finite(name, value)
+        _tensors.check_finite(name, value)
     if isinstance(bandwidth, Tensor) and not bool(((bandwidth > 0) & bandwidth.isfinite()).all()):
         raise ValueError(
             f"bandwidth must be positive and finite, got {float(bandwidth.min())} to {float(bandwidth.max())}"

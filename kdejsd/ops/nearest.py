@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _tensors
 from .._native import native
 from ..reference import nearest as reference
 from ..reference.nearest import Nearest
@@ -66,20 +67,20 @@ def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
 
 def _check(latents: Tensor, labels: Tensor) -> tuple[torch.dtype, torch.Size]:
     """Returns the dtype to compute in, and the batch dimensions."""
-    if _common.check_tensor("latents", latents).ndim < 2 or latents.shape[-1] == 0:
+    if _tensors.check_tensor("latents", latents).ndim < 2 or latents.shape[-1] == 0:
         raise ValueError(f"latents must have shape [..., N, d], d at least 1; got {list(latents.shape)}")
-    dtype = _common.compute_dtype("latents", latents)
+    dtype = _tensors.compute_dtype("latents", latents)
     n = latents.shape[-2]
-    if _common.check_tensor("labels", labels).dtype != torch.int64:
+    if _tensors.check_tensor("labels", labels).dtype != torch.int64:
         raise TypeError(f"labels must be int64, got {labels.dtype}")
     if n > _MOST_SAMPLES:
         raise ValueError(f"latents must hold at most {_MOST_SAMPLES} samples, got {n}")
     if labels.ndim == 0 or labels.shape[-1] != n:
         raise ValueError(f"labels must have shape [..., {n}], one per sample; got {list(labels.shape)}")
-    _common.check_companion("labels", labels, "latents", latents, (torch.int64,))
-    batch = _common.broadcast_batch({"latents": latents.shape[:-2], "labels": labels.shape[:-1]})
-    if _common.checks_values():
-        _common.check_finite("latents", latents)
+    _tensors.check_companion("labels", labels, "latents", latents, (torch.int64,))
+    batch = _tensors.broadcast_batch({"latents": latents.shape[:-2], "labels": labels.shape[:-1]})
+    if _tensors.checks_values():
+        _tensors.check_finite("latents", latents)
     return dtype, batch
 
 

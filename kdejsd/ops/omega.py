@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _tensors, _torch
 from .._native import native
 from ..reference.omega import OmegaMax, pair_ratios
 from ..reference.omega import omega as reference
@@ -100,16 +100,16 @@ def omega(
 
 def _checked(inputs: Tensor, codes: Tensor, pairs: str, reduction: str) -> tuple[Tensor, Tensor]:
     """Returns [b, d] and [b, l] in the dtype of the computation."""
-    if _common.check_tensor("inputs", inputs).ndim < 2:
+    if _tensors.check_tensor("inputs", inputs).ndim < 2:
         raise ValueError(f"inputs must have shape [b, ...] with at least 2 dimensions, got {list(inputs.shape)}")
-    if _common.check_tensor("codes", codes).ndim != 2:
+    if _tensors.check_tensor("codes", codes).ndim != 2:
         raise ValueError(f"codes must have shape [b, l], one vector per sample; got {list(codes.shape)}")
     if pairs not in _PAIRS:
         raise ValueError(f"pairs must be one of {', '.join(_PAIRS)}; got {pairs!r}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
-    dtype = _common.compute_dtype("inputs", inputs)
-    _common.check_companion("codes", codes, "inputs", inputs, (inputs.dtype,))
+    dtype = _tensors.compute_dtype("inputs", inputs)
+    _tensors.check_companion("codes", codes, "inputs", inputs, (inputs.dtype,))
     b = inputs.shape[0]
     if codes.shape[0] != b:
         raise ValueError(f"inputs and codes must hold as many samples, got {b} and {codes.shape[0]}")
@@ -123,9 +123,9 @@ def _checked(inputs: Tensor, codes: Tensor, pairs: str, reduction: str) -> tuple
     if reduction == "max" and b < 2:
         raise ValueError(f'reduction="max" needs at least one pair, got {b} samples')
     inputs, codes = inputs.to(dtype), codes.to(dtype)
-    if _common.checks_values():
-        _common.check_finite("inputs", inputs)
-        _common.check_finite("codes", codes)
+    if _tensors.checks_values():
+        _tensors.check_finite("inputs", inputs)
+        _tensors.check_finite("codes", codes)
     return inputs, codes
 
 

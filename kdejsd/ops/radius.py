@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _torch
+from .. import _tensors, _torch
 from .._native import native
 from ..reference import radius as reference
 from . import _common
@@ -59,11 +59,11 @@ def class_radius_bound(
     if (p is None) == (log_p is None):
         raise ValueError(f"either p or log_p must be given, got {'neither' if p is None else 'both'}")
     name = "p" if log_p is None else "log_p"
-    masses = _common.check_tensor(name, p if log_p is None else log_p)
-    dtype = _common.compute_dtype(name, masses)
+    masses = _tensors.check_tensor(name, p if log_p is None else log_p)
+    dtype = _tensors.compute_dtype(name, masses)
     if masses.ndim == 0 or masses.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., classes] with at least one class, got {list(masses.shape)}")
-    if _common.checks_values() or (check and not torch.compiler.is_compiling()):
+    if _tensors.checks_values() or (check and not torch.compiler.is_compiling()):
         _check_values(name, masses.detach(), sums=check)
     masses = masses.to(dtype)
     is_log = log_p is not None

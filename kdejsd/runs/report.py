@@ -16,6 +16,7 @@ import torch
 from .. import plots
 from .._extras import train_extra
 from .._modes import Map, evaluating
+from .._version import __version__
 from ..data import ImageData
 from ..diversity.report import diversity_report
 from ..drawing import draw, draw_reconstructions
@@ -228,8 +229,6 @@ def _tell_progress(done: int, total: int) -> None:
 
 
 def _versions() -> dict[str, str]:
-    from .. import __version__
-
     return {
         "kdejsd": __version__,
         "torch": torch.__version__,

@@ -60,19 +60,7 @@ def checked_inputs(
     if log_weights is not None and _tensors.check_tensor("log_weights", log_weights).shape[-1:] != (m,):
         raise ValueError(f"log_weights must have shape [..., {m}], one per center; got {list(log_weights.shape)}")
 
-    exclude: Tensor | None = None
-    if isinstance(exclude_self, Tensor):
-        if exclude_self.dtype != torch.int64:
-            raise TypeError(f"exclude_self must be a bool or an int64 tensor, got {exclude_self.dtype}")
-        if exclude_self.ndim == 0 or exclude_self.shape[-1] != n:
-            raise ValueError(f"exclude_self must have shape [..., {n}], one per query; got {list(exclude_self.shape)}")
-        exclude = exclude_self
-    elif not isinstance(exclude_self, bool):
-        raise TypeError(f"exclude_self must be a bool or an int64 tensor, got {type(exclude_self).__name__}")
-    elif exclude_self:
-        if n != m:
-            raise ValueError(f"exclude_self=True needs as many {query_name} as {centers_name}, got {n} and {m}")
-        exclude = torch.arange(n, device=query.device)
+    exclude = None if exclude_self is False else _checked_exclude(names, exclude_self, n, m, query.device)
     if exclude is not None and m == 1 and log_weights is None:
         raise ValueError(f"exclude_self needs at least 2 {centers_name}, got 1")
 
@@ -103,6 +91,37 @@ def checked_inputs(
     ):
         return (query, centers, h, log_weights, exclude), (n,)
 
+    return _in_batches(names, query, centers, h, log_weights, exclude)
+
+
+def _checked_exclude(
+    names: tuple[str, str], exclude_self: bool | Tensor, n: int, m: int, device: torch.device
+) -> Tensor:
+    """Returns the index of the center that each query leaves out, [..., n]."""
+    if isinstance(exclude_self, Tensor):
+        if exclude_self.dtype != torch.int64:
+            raise TypeError(f"exclude_self must be a bool or an int64 tensor, got {exclude_self.dtype}")
+        if exclude_self.ndim == 0 or exclude_self.shape[-1] != n:
+            raise ValueError(f"exclude_self must have shape [..., {n}], one per query; got {list(exclude_self.shape)}")
+        return exclude_self
+    if not isinstance(exclude_self, bool):
+        raise TypeError(f"exclude_self must be a bool or an int64 tensor, got {type(exclude_self).__name__}")
+    if n != m:
+        raise ValueError(f"exclude_self=True needs as many {names[0]} as {names[1]}, got {n} and {m}")
+    return torch.arange(n, device=device)
+
+
+def _in_batches(
+    names: tuple[str, str],
+    query: Tensor,
+    centers: Tensor,
+    h: Tensor | float,
+    log_weights: Tensor | None,
+    exclude: Tensor | None,
+) -> tuple[Inputs, tuple[int, ...]]:
+    """Returns inputs with leading dimensions, which broadcast, in the shapes of `Inputs`; and the result's shape."""
+    query_name, centers_name = names
+    n, dim, m = query.shape[-2], query.shape[-1], centers.shape[-2]
     # The batch of the mixture: dimensions before those that every argument has anyway.
     batches = {centers_name: centers.shape[:-2], "bandwidth": h.shape[:-1] if isinstance(h, Tensor) else torch.Size()}
     if log_weights is not None:

@@ -58,8 +58,7 @@ def check_cuda(name: str, tensor: Tensor) -> None:
 
 
 def launch(module: ModuleType, name: str, device: torch.device, args: Any) -> None:
-    """Calls a kernel of the compiled module, the one of this device, with its struct. On CUDA it is queued on the
-    current stream."""
+    """Calls the kernel for this device with its struct; on CUDA it is queued on the current stream."""
     if device.type == "cpu":
         getattr(module, f"{name}_cpu")(args, torch.get_num_threads())
         return

@@ -261,7 +261,7 @@ def _mixture(
 
 
 def _stride(t: Tensor | None) -> int:
-    """From one batch item to the next."""
+    """Returns the stride from one batch item to the next, 0 where all share the tensor."""
     return 0 if t is None or t.shape[0] == 1 else t.stride(0)
 
 

@@ -200,7 +200,7 @@ def _launch_all(
 
 
 def _launch_halves(inputs: Tensor, codes: Tensor, *, total: Tensor, dinputs: Tensor, dcodes: Tensor) -> None:
-    """Likewise for the pairs of the halves."""
+    """Calls the kernel of the halves' pairs."""
     _common.check_cuda("inputs", inputs)
     inputs, codes = inputs.contiguous(), codes.contiguous()
     args = native().OmegaHalves(

@@ -69,24 +69,16 @@ def _prepared(codes: Tensor, bandwidth: float | None, whiten: bool) -> tuple[Ten
     return codes, entropy_bandwidth(codes) if bandwidth is None else bandwidth
 
 
-# A compiled graph has what looks at values as one operator. It gives the bandwidth alone: the codes have a gradient.
-_common.library.define(
-    "prepared_bandwidth(Tensor codes, float? bandwidth, bool whiten) -> Tensor", tags=_common.LOOKING_TAGS
-)
-
-
 def _prepared_bandwidth(codes: Tensor, bandwidth: float | None, whiten: bool) -> Tensor:
     return codes.new_tensor(_prepared(codes, bandwidth, whiten)[1])
 
 
-for _key in ("CPU", "CUDA"):
-    _common.library.impl("prepared_bandwidth", _prepared_bandwidth, _key)
-_operator = torch.ops.kdejsd.prepared_bandwidth.default
-
-
-@torch.library.register_fake("kdejsd::prepared_bandwidth", lib=_common.library)
 def _fake(codes: Tensor, bandwidth: float | None, whiten: bool) -> Tensor:
     return codes.new_empty(())
+
+
+# A compiled graph has what looks at values as one operator. It gives the bandwidth alone: the codes have a gradient.
+_operator = _common.operator("prepared_bandwidth", _prepared_bandwidth, _fake, looks_at_values=True)
 
 
 def _moments(codes: Tensor) -> tuple[Tensor, Tensor]:

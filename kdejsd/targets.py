@@ -198,18 +198,12 @@ def _mixture(means: Tensor, scales: Tensor, weights: Tensor) -> tuple[Tensor, Te
     return means.clone(), scales.clone(), (weights / weights.sum()).log()
 
 
-# A compiled graph has what looks at values as one operator.
-_common.library.define(
-    "mixture(Tensor means, Tensor scales, Tensor weights) -> (Tensor, Tensor, Tensor)", tags=_common.LOOKING_TAGS
-)
-for _key in ("CPU", "CUDA"):
-    _common.library.impl("mixture", _mixture, _key)
-_operator = torch.ops.kdejsd.mixture.default
-
-
-@torch.library.register_fake("kdejsd::mixture", lib=_common.library)
 def _fake(means: Tensor, scales: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(means), scales.new_empty(scales.shape), torch.empty_like(weights)
+
+
+# A compiled graph has what looks at values as one operator.
+_operator = _common.operator("mixture", _mixture, _fake, looks_at_values=True)
 
 
 class Law(Protocol):

@@ -9,7 +9,7 @@ it does for its own operators, or refuses it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -23,9 +23,9 @@ KERNEL_DTYPE = {torch.float32: "kFloat32", torch.float64: "kFloat64"}  # DType o
 _KERNEL_DEVICES = ("cpu", "cuda")
 
 library = torch.library.Library("kdejsd", "DEF")  # registrations end with this object
-TAGS = (torch.Tag.pt2_compliant_tag,)
+_TAGS = (torch.Tag.pt2_compliant_tag,)
 # Of operators that look at values, which waits for the device: no CUDA graph has them. Older torch has no such tag.
-LOOKING_TAGS = (*TAGS, *(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)))
+_LOOKING_TAGS = (*_TAGS, *(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)))
 
 
 def road(arguments: Sequence[Tensor | float | None]) -> Literal["kernel", "operator", "reference"]:
@@ -69,7 +69,41 @@ def launch(module: ModuleType, name: str, device: torch.device, args: Any) -> No
         getattr(module, f"{name}_cuda")(args, workspace.data_ptr(), index, _torch.cuda_stream(index))
 
 
-def refuse_forward_mode(operator: str, function: str) -> None:
-    """Refuses forward-mode AD of an operator that is called by itself, which would lose the tangent without a word."""
-    if _torch.forward_mode_active():
-        raise RuntimeError(f"torch.ops.kdejsd.{operator} has no forward-mode derivative; call kdejsd.{function}")
+def operator(
+    name: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    function: type[torch.autograd.Function] | None = None,
+    *,
+    of: str | None = None,
+    looks_at_values: bool = False,
+) -> Any:
+    """Registers the operator kdejsd::NAME, and returns it.
+
+    Args:
+        name: of the operator.
+        kernel: what computes it, on the CPU and on CUDA.
+        fake: makes empty results; the annotations of its arguments and results are the operator's schema.
+        function: takes the arguments where one of them needs a gradient; None where none is passed on.
+        of: the public function that has a forward-mode derivative; None where the operator refuses nothing.
+        looks_at_values: whether it waits for the device, so that no CUDA graph may have it.
+    """
+    schema = torch.library.infer_schema(fake, mutates_args=())
+    library.define(name + schema, tags=_LOOKING_TAGS if looks_at_values else _TAGS)
+    for key in ("CPU", "CUDA"):
+        library.impl(name, kernel, key)
+    torch.library.register_fake(f"kdejsd::{name}", fake, lib=library)
+    overload = getattr(torch.ops.kdejsd, name).default
+    if of is None:
+        return overload
+
+    def above_autograd(*arguments: Any) -> Any:
+        if _torch.forward_mode_active():  # the tangent would be lost without a word
+            raise RuntimeError(f"torch.ops.kdejsd.{name} has no forward-mode derivative; call kdejsd.{of}")
+        if function is not None and needs_grad(arguments):
+            return function.apply(*arguments)
+        with _torch.below_autograd():
+            return overload(*arguments)
+
+    library.impl(name, above_autograd, "Autograd")
+    return overload

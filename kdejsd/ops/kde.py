@@ -483,24 +483,6 @@ def _plain_gradients(grad: Tensor, inputs: Inputs, needed: tuple[bool, ...]) -> 
     return (*(next(found) if need else None for need in needed[:4]), None)
 
 
-_common.library.define(
-    "kde(Tensor query, Tensor centers, Tensor bandwidth, Tensor? log_weights, Tensor? exclude, "
-    "bool want_dquery=False, bool want_dbandwidth=False, bool for_backward=False) -> (Tensor, Tensor, Tensor)",
-    tags=_common.TAGS,
-)
-_common.library.define(
-    "kde_backward(Tensor grad, Tensor query, Tensor centers, Tensor bandwidth, Tensor? log_weights, Tensor? exclude, "
-    "Tensor log_prob, bool want_dcenters, bool want_dlog_weights, bool want_dbandwidth) -> (Tensor, Tensor, Tensor)",
-    tags=_common.TAGS,
-)
-for _key in ("CPU", "CUDA"):
-    _common.library.impl("kde", _launch_forward, _key)
-    _common.library.impl("kde_backward", _launch_backward, _key)
-_operator = torch.ops.kdejsd.kde.default
-_backward_operator = torch.ops.kdejsd.kde_backward.default
-
-
-@torch.library.register_fake("kdejsd::kde", lib=_common.library)
 def _fake_forward(
     query: Tensor,
     centers: Tensor,
@@ -518,7 +500,6 @@ def _fake_forward(
     )
 
 
-@torch.library.register_fake("kdejsd::kde_backward", lib=_common.library)
 def _fake_backward(
     grad: Tensor,
     query: Tensor,
@@ -554,19 +535,5 @@ class _TracedKde(torch.autograd.Function):
         return (*_gradients(ctx, grad), None, None, None)
 
 
-def _autograd_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _common.refuse_forward_mode("kde", "kde_log_prob")
-    if _common.needs_grad(arguments):
-        return _TracedKde.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
-    with _torch.below_autograd():
-        return _operator(*arguments)  # type: ignore[no-any-return]
-
-
-def _autograd_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _common.refuse_forward_mode("kde_backward", "kde_log_prob")
-    with _torch.below_autograd():
-        return _backward_operator(*arguments)  # type: ignore[no-any-return]
-
-
-_common.library.impl("kde", _autograd_forward, "Autograd")
-_common.library.impl("kde_backward", _autograd_backward, "Autograd")
+_operator = _common.operator("kde", _launch_forward, _fake_forward, _TracedKde, of="kde_log_prob")
+_backward_operator = _common.operator("kde_backward", _launch_backward, _fake_backward, of="kde_log_prob")

@@ -317,30 +317,6 @@ class _EagerRatios(torch.autograd.Function):
         return _ratios_gradients(ctx, grad)
 
 
-_common.library.define(
-    "omega(Tensor inputs, Tensor codes, bool all_pairs, bool want_dinputs=False, bool want_dcodes=False) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=_common.TAGS,
-)
-_common.library.define("omega_ratios(Tensor inputs, Tensor codes) -> Tensor", tags=_common.TAGS)
-_common.library.define(
-    "omega_ratios_backward(Tensor grad, Tensor inputs, Tensor codes, bool want_dinputs, bool want_dcodes) "
-    "-> (Tensor, Tensor)",
-    tags=_common.TAGS,
-)
-_common.library.define("omega_largest(Tensor inputs, Tensor codes) -> Tensor", tags=_common.TAGS)
-for _key in ("CPU", "CUDA"):
-    _common.library.impl("omega", _launch_sum, _key)
-    _common.library.impl("omega_ratios", _launch_ratios, _key)
-    _common.library.impl("omega_ratios_backward", _launch_ratios_backward, _key)
-    _common.library.impl("omega_largest", _launch_largest, _key)
-_operator = torch.ops.kdejsd.omega.default
-_ratios_operator = torch.ops.kdejsd.omega_ratios.default
-_ratios_backward_operator = torch.ops.kdejsd.omega_ratios_backward.default
-_largest_operator = torch.ops.kdejsd.omega_largest.default
-
-
-@torch.library.register_fake("kdejsd::omega", lib=_common.library)
 def _fake_sum(
     inputs: Tensor, codes: Tensor, all_pairs: bool, want_dinputs: bool = False, want_dcodes: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,19 +326,16 @@ def _fake_sum(
     )
 
 
-@torch.library.register_fake("kdejsd::omega_ratios", lib=_common.library)
 def _fake_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
     return inputs.new_empty(inputs.shape[0], inputs.shape[0])
 
 
-@torch.library.register_fake("kdejsd::omega_ratios_backward", lib=_common.library)
 def _fake_ratios_backward(
     grad: Tensor, inputs: Tensor, codes: Tensor, want_dinputs: bool, want_dcodes: bool
 ) -> tuple[Tensor, Tensor]:
     return _gradients_like(inputs, codes, want_dinputs, want_dcodes)
 
 
-@torch.library.register_fake("kdejsd::omega_largest", lib=_common.library)
 def _fake_largest(inputs: Tensor, codes: Tensor) -> Tensor:
     return inputs.new_empty(2, dtype=torch.int64)
 
@@ -394,23 +367,9 @@ class _TracedRatios(torch.autograd.Function):
         return _ratios_gradients(ctx, grad)
 
 
-def _autograd(name: str, operator: Any, function: Any) -> Any:
-    """Makes the operator's kernel above autograd: the Function where a gradient is wanted, the operator otherwise."""
-
-    def call(*arguments: Any) -> Any:
-        _common.refuse_forward_mode(name, "omega")
-        if function is not None and _common.needs_grad(arguments):
-            return function.apply(*arguments)
-        with _torch.below_autograd():
-            return operator(*arguments)
-
-    return call
-
-
-for _name, _overload, _function in (
-    ("omega", _operator, _TracedSum),
-    ("omega_ratios", _ratios_operator, _TracedRatios),
-    ("omega_ratios_backward", _ratios_backward_operator, None),
-    ("omega_largest", _largest_operator, None),
-):
-    _common.library.impl(_name, _autograd(_name, _overload, _function), "Autograd")
+_operator = _common.operator("omega", _launch_sum, _fake_sum, _TracedSum, of="omega")
+_ratios_operator = _common.operator("omega_ratios", _launch_ratios, _fake_ratios, _TracedRatios, of="omega")
+_ratios_backward_operator = _common.operator(
+    "omega_ratios_backward", _launch_ratios_backward, _fake_ratios_backward, of="omega"
+)
+_largest_operator = _common.operator("omega_largest", _launch_largest, _fake_largest, of="omega")

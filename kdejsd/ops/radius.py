@@ -150,22 +150,13 @@ class _EagerRadius(torch.autograd.Function):
         return _gradient(ctx, grad), None
 
 
-_common.library.define(
-    "radius(Tensor masses, bool is_log, bool want_gradient=False) -> (Tensor, Tensor)", tags=_common.TAGS
-)
-for _key in ("CPU", "CUDA"):
-    _common.library.impl("radius", _launch, _key)
-_operator = torch.ops.kdejsd.radius.default
-
-
-@torch.library.register_fake("kdejsd::radius", lib=_common.library)
 def _fake(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[Tensor, Tensor]:
     return masses.new_empty(masses.shape[:-1]), masses.new_empty(masses.shape if want_gradient else 0)
 
 
 class _TracedRadius(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, masses: Tensor, is_log: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, masses: Tensor, is_log: bool, *_: bool) -> tuple[Tensor, Tensor]:
         with _torch.below_autograd():
             value, gradient = _operator(masses, is_log, True)
         ctx.save_for_backward(masses, gradient)
@@ -175,15 +166,7 @@ class _TracedRadius(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, grad), None
+        return _gradient(ctx, grad), None, None
 
 
-def _autograd(masses: Tensor, is_log: bool, want_gradient: bool = False) -> tuple[Tensor, Tensor]:
-    _common.refuse_forward_mode("radius", "class_radius_bound")
-    if _common.needs_grad((masses,)):
-        return _TracedRadius.apply(masses, is_log)  # type: ignore[no-untyped-call, no-any-return]
-    with _torch.below_autograd():
-        return _operator(masses, is_log, want_gradient)  # type: ignore[no-any-return]
-
-
-_common.library.impl("radius", _autograd, "Autograd")
+_operator = _common.operator("radius", _launch, _fake, _TracedRadius, of="class_radius_bound")

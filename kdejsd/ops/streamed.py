@@ -223,17 +223,6 @@ class _EagerStreamed(torch.autograd.Function):
         return _gradient(ctx, grad), None, None, None, None, None
 
 
-_common.library.define(
-    "kde_streamed(Tensor query, Tensor centers, Tensor bandwidth, Tensor? exclude, bool sharded, "
-    "bool want_gradient=False) -> (Tensor, Tensor, Tensor)",
-    tags=_common.TAGS,
-)
-for _key in ("CPU", "CUDA"):
-    _common.library.impl("kde_streamed", _whole_pass, _key)
-_operator = torch.ops.kdejsd.kde_streamed.default
-
-
-@torch.library.register_fake("kdejsd::kde_streamed", lib=_common.library)
 def _fake(
     query: Tensor,
     centers: Tensor,
@@ -250,9 +239,10 @@ class _TracedStreamed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
         with _torch.below_autograd():
-            log_sum, count, gradient = _operator(query, *others)
+            log_sum, count, gradient = _operator(query, *others[:4], True)
         ctx.save_for_backward(gradient.to(query.dtype))
-        ctx.mark_non_differentiable(count, gradient)
+        constant = (count, gradient) if ctx.needs_input_grad[0] else (log_sum, count, gradient)
+        ctx.mark_non_differentiable(*constant)
         return log_sum, count, gradient
 
     @staticmethod
@@ -260,12 +250,4 @@ class _TracedStreamed(torch.autograd.Function):
         return _gradient(ctx, grad), None, None, None, None, None
 
 
-def _autograd(query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _common.refuse_forward_mode("kde_streamed", "kde_log_prob")
-    if _common.needs_grad((query,)):
-        return _TracedStreamed.apply(query, *others[:4], True)  # type: ignore[no-untyped-call, no-any-return]
-    with _torch.below_autograd():
-        return _operator(query, *others)  # type: ignore[no-any-return]
-
-
-_common.library.impl("kde_streamed", _autograd, "Autograd")
+_operator = _common.operator("kde_streamed", _whole_pass, _fake, _TracedStreamed, of="kde_log_prob")

@@ -479,7 +479,7 @@ def as_law(target: Target) -> Law:
     if isinstance(target, Distribution):
         is_normal = type(_innermost(target)) in (Normal, MultivariateNormal, LowRankMultivariateNormal)
         return SmoothableDistribution(target) if is_normal else DistributionLaw(target)
-    missing = [name for name in ("dim", "log_prob", "sample") if not hasattr(target, name)]
+    missing = _missing(target)
     if missing or isinstance(target, type):
         described = f"{type(target).__name__}, which has no {' and no '.join(missing)}"
         if isinstance(target, type):
@@ -489,6 +489,15 @@ def as_law(target: Target) -> Law:
             f"with dim, log_prob(z) and sample(n, rng); got {described}"
         )
     return target
+
+
+def _missing(target: object) -> list[str]:
+    return [name for name in ("dim", "log_prob", "sample") if not hasattr(target, name)]
+
+
+def is_target(value: object) -> bool:
+    """Tells whether a value is one that `as_law` takes, but for its shape."""
+    return isinstance(value, Distribution) or not (_missing(value) or isinstance(value, type))
 
 
 def checked_target(target: Target | None, dim: int, like: str = "latent_dim") -> Law:

@@ -31,7 +31,9 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import AffineTransform, ComposeTransform, SigmoidTransform
 
-from kdejsd import GaussianMixture, LaggedKDE, StandardNormal, jsd_loss
+import kdejsd
+from kdejsd import GaussianMixture, LaggedKDE, StandardNormal, jsd_loss, plots
+from kdejsd.models import AAE, AE, FC, GEN, WAE
 from kdejsd.targets import IsotropicNormal, Target, as_law, checked_target, law_moments
 
 MEANS = [[0.0, 0.0, 1.0], [2.0, -1.0, 0.0], [-3.0, 0.5, 0.5]]
@@ -598,6 +600,34 @@ class Ring:
         angle = 2 * math.pi * torch.rand(n, generator=generator)
         radius = 3 + 0.5 * torch.randn(n, generator=generator)
         return radius[:, None] * torch.stack([angle.cos(), angle.sin()], -1)
+
+
+class OutlinedRing(Ring):
+    """A law of a user's own with moments and an outline."""
+
+    def moments(self):
+        return torch.zeros(2), torch.full((2,), 4.625)
+
+    def outline(self):
+        return [(torch.zeros(2), 2.5), (torch.zeros(2), 3.5)]
+
+
+@pytest.mark.parametrize("model", [GEN, AE, WAE, AAE])
+@pytest.mark.parametrize("law", [Ring(), OutlinedRing()], ids=["least", "most"])
+def test_models_take_a_law_of_ones_own(model, law):
+    networks = FC((1, 2, 2), 2)
+    settings = {"num_lagged": 50, "bandwidth": 0.5, "smoothed": False} if model is GEN else {}
+    made = model(networks.encoder, networks.decoder, 2, target=law, **settings)
+    assert made.target is law and "target" not in made.hparams and made.sample(3).shape == (3, 1, 2, 2)
+
+
+def test_pictures_of_a_law_of_ones_own():
+    def radii(law):
+        return [circle.radius for circle in plots.latent(law.sample(9), torch.zeros(9).long(), law).axes[0].patches]
+
+    assert radii(OutlinedRing()) == [2.5, 3.5] and radii(Ring()) == []
+    report = kdejsd.diversity_report(None, lambda z: z, 2, target=Ring(), num_samples=100)
+    assert report.class_radius is None  # which is of the standard normal
 
 
 def test_a_law_of_ones_own():

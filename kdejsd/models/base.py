@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from .._extras import train_extra
 from .._modes import evaluating
@@ -19,7 +18,7 @@ from .._plain import plain
 from .._ranks import rank_and_size
 from .._version import __version__
 from ..data import Batch
-from ..targets import Law, as_law
+from ..targets import Law, as_law, is_target
 from .networks import Network
 from .schedule import HalfCosine
 
@@ -74,7 +73,7 @@ class GenerativeModel(pl.LightningModule, ABC):
             warnings.filterwarnings("ignore", message="Attribute 'target' is an instance of `nn.Module`")
             self.save_hyperparameters(ignore=["encoder", "decoder", "generator", "discriminator"])
         # A checkpoint holds plain values: of a network or a target the description that the command line gives, not it.
-        objects = [name for name, value in self.hparams.items() if callable(value) or isinstance(value, Distribution)]
+        objects = [name for name, value in self.hparams.items() if callable(value) or is_target(value)]
         for name in objects:
             del self.hparams[name]
         self.hparams.update({name: plain(value, name) for name, value in self.hparams.items()})

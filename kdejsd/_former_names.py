@@ -20,7 +20,7 @@ _MOVED = {
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the new module when Python asks for a former name, which no file has."""
+    """Finds the new module when Python asks for a former name."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         return ModuleSpec(name, self) if name in _MOVED else None
@@ -36,5 +36,6 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Registers the former names, to be looked up after the names of files."""
-    sys.meta_path.append(_Finder())
+    """Registers the former names, before those of files, which an older copy that is installed too may have."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())

@@ -36,6 +36,7 @@ def draw(data: ImageData, images: Tensor) -> Figure:
         >>> len(figure.axes[0].patches)  # a circle for each mode
         9
     """
+    _refuse_method(data, "draw")
     return plots.grid(images)
 
 
@@ -55,7 +56,22 @@ def draw_reconstructions(data: ImageData, images: Tensor, reconstructions: Tenso
         >>> figure.axes[0].images[0].get_array().shape  # four rows of ten images
         (36, 90)
     """
+    _refuse_method(data, "draw_reconstructions")
     return plots.reconstructions(images[:30], reconstructions[:30])
+
+
+def _refuse_method(data: ImageData, name: str) -> None:
+    """Refuses a data set with a method that would draw its images, and that nobody calls.
+
+    Raises:
+        TypeError: if it has one.
+    """
+    if hasattr(data, name):
+        kind = type(data).__name__
+        raise TypeError(
+            f"{kind}.{name} is not asked for pictures; register a function: "
+            f"kdejsd.drawing.{name}.register({kind}, function)"
+        )
 
 
 @draw.register

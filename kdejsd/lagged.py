@@ -187,6 +187,10 @@ class LaggedKDE(nn.Module):
     def _keep(self, codes: Tensor) -> None:
         self.codes = codes.pin_memory() if self.storage_device == "cpu" and self.examples.is_cuda else codes
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for a copy or a pickle, which reads its buffers anew: it has no count of their writes."""
+        return self.__dict__ | {"_seen": None}
+
     def _look(self) -> None:
         """Reads the buffers again if they have changed since they were read.
 

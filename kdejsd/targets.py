@@ -541,7 +541,8 @@ def isotropic_variance(target: Target | None) -> float | None:
 
 def law_outline(law: Law) -> list[tuple[Tensor, float]]:
     """Returns the spheres that a picture shows of the law, as centers [l] and radii; none where it tells of none."""
-    return list(law.outline()) if hasattr(law, "outline") else []
+    spheres = law.outline() if hasattr(law, "outline") else []
+    return [(torch.as_tensor(center), float(radius)) for center, radius in spheres]
 
 
 def law_moments(law: Law) -> tuple[Tensor, Tensor]:

@@ -599,3 +599,17 @@ def test_update_and_push_refuse():
 def test_constructor_refuses(arguments, text):
     with pytest.raises(ValueError, match=text):
         LaggedKDE(**arguments)
+
+
+@pytest.mark.parametrize("writes", range(1, 6))
+def test_copies_see_what_is_written_into_them(writes):
+    """However often it was written into what they were copied from."""
+    lagged, codes, indices = make()
+    for _ in range(writes):
+        lagged.refresh(codes, indices)
+    for other in (copy.deepcopy(lagged), pickle.loads(pickle.dumps(lagged))):
+        examples = other.examples
+        for _ in range(writes):
+            examples.copy_(indices.flip(0))
+        expected = M - 1 - torch.arange(M)
+        assert torch.equal(other.own_copy(indices), expected)

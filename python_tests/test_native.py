@@ -479,3 +479,28 @@ def test_former_names_of_modules(former, module):
 def test_divergences_need_no_extra():
     code = "import sys; from kdejsd.models import f_divergences; print('lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_models_without_their_extra():
+    """Names are known, and asking for one says which package is missing."""
+    code = """
+import sys
+sys.modules["lightning"] = None
+from kdejsd import models
+assert "GEN" in dir(models) and not hasattr(models, "nothing") and not hasattr(models, "gen.GEN")
+try:
+    models.GEN
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    assert 'pip install "kdejsd[train]"' in succeed(code)
+
+
+def test_models_lists_all_its_names():
+    models = importlib.import_module("kdejsd.models")
+    listed = {name: getattr(models, name) for name in models.__all__}
+    found = vars(importlib.import_module("kdejsd.models._all"))
+    assert listed.items() <= found.items()
+    assert {name for name in found if name[0].isupper()} <= listed.keys()
+    with pytest.raises(AttributeError, match=r"^module 'kdejsd\.models' has no attribute 'nothing'$"):
+        models.nothing  # noqa: B018

@@ -13,7 +13,8 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from kdejsd import GaussianMixture, StandardNormal, plots
+from kdejsd import GaussianMixture, StandardNormal, drawing, plots
+from kdejsd.data import Digits, Grid2D
 
 TAB10 = torch.tensor(colormaps["tab10"].colors)
 
@@ -359,3 +360,16 @@ def test_points_stand_over_the_circles_of_their_modes():
             plots.points(*arguments)
     with pytest.raises(ValueError, match="origins must be as many as points, 50, got 3"):
         plots.points(drawn, modes, 0.15, origins=torch.zeros(3, 2))
+
+
+def test_a_data_set_that_draws_by_a_method_is_told_to_register_it():
+    class Own(Grid2D):
+        pass
+
+    class Other(Digits):
+        def draw(self, images):
+            return None
+
+    assert len(drawing.draw(Own(n=1, num_samples=20, batch_size=5), torch.zeros(2, 2, 1, 1)).axes[0].patches) == 9
+    with pytest.raises(TypeError, match=r"^Other.draw is not .*: kdejsd.drawing.draw.register\(Other, function\)"):
+        drawing.draw(Other(), torch.zeros(2, 1, 8, 8))

@@ -146,6 +146,10 @@ struct QueryTerms {
   explicit QueryTerms(Arena arena) : log_prob(arena.take<T>(kTile)), grad(arena.take<T>(kTile)) {}
 };
 
+// An index, counted from the first of a range; -1 where it is not in the range. It may be any number, so no difference
+// is taken before that is known.
+int64_t among(int64_t index, int64_t first, int64_t end) { return index >= first && index < end ? index - first : -1; }
+
 // The pairs of a tile [first, first + count) with lanes that one index array (per lane: a tile point, or none)
 // excludes.
 template <class T, int QV>
@@ -153,8 +157,8 @@ void mark_excluded(const int64_t* exclude, int64_t first_lane, int64_t lanes_end
                    Vec<T>* pairs) {
   const int64_t lanes = smaller(QV * kLanes<T>, lanes_end - first_lane);
   for (int64_t lane = 0; lane < lanes; lane++) {
-    const int64_t row = exclude[first_lane + lane] - first;
-    if (row >= 0 && row < count) reinterpret_cast<T*>(pairs)[row * QV * kLanes<T> + lane] = kExcluded<T>;
+    const int64_t row = among(exclude[first_lane + lane], first, first + count);
+    if (row >= 0) reinterpret_cast<T*>(pairs)[row * QV * kLanes<T> + lane] = kExcluded<T>;
   }
 }
 
@@ -582,9 +586,8 @@ struct BackwardBlock {
     distances_from_differences<T, QV>(tile, count, item.l, lanes);
     if (item.exclude) {
       for (int j = 0; j < count; j++) {
-        const int64_t lane = item.exclude[first_query + j] - first_center;
-        if (lane >= 0 && lane < QV * kLanes<T>)
-          reinterpret_cast<T*>(tile.pairs)[j * QV * kLanes<T> + lane] = kExcluded<T>;
+        const int64_t lane = among(item.exclude[first_query + j], first_center, first_center + QV * kLanes<T>);
+        if (lane >= 0) reinterpret_cast<T*>(tile.pairs)[j * QV * kLanes<T> + lane] = kExcluded<T>;
       }
     }
     backward_weights<T, QV>(terms, tile.pairs, count, offset + first_vector, slope + first_vector,

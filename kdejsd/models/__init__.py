@@ -8,18 +8,42 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+# ruff: noqa: F403, F405 (of _all.py, which is read when its first name is asked for: f-divergences need no Lightning)
 if TYPE_CHECKING:
-    from ._all import *  # noqa: F403 (mypy reads all names there)
+    from ._all import *
+
+__all__ = [
+    "AAE",
+    "AE",
+    "FC",
+    "GAN",
+    "GEN",
+    "LCVAE",
+    "VAE",
+    "WAE",
+    "Autoencoder",
+    "AutoencoderNetworks",
+    "Conv",
+    "DeepConv",
+    "GenerativeModel",
+    "HalfDeepConv",
+    "ImageClassifier",
+    "ImageGEN",
+    "ImageModel",
+    "RealNVP",
+    "SemiSupervisedGEN",
+    "StochasticGEN",
+    "for_images",
+]
 
 
 def __getattr__(name: str) -> Any:
-    # Read when the first model is asked for: the f-divergences do without Lightning.
-    if name.startswith("_") and name != "__all__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if find_spec(f"{__name__}.{name}") is not None:
+    if name in __all__:
+        return getattr(import_module(f"{__name__}._all"), name)
+    if name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
         return import_module(f"{__name__}.{name}")
-    return getattr(import_module(f"{__name__}._all"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__getattr__("__all__")]
+    return sorted({*globals(), *__all__})

@@ -1,42 +1,25 @@
-"""All public names of the models, which `kdejsd.models` has from here."""
+"""All public names of the models, for `kdejsd.models`, which lists them."""
 
-from .aae import AAE
-from .ae import AE
-from .autoencoder import Autoencoder
-from .base import GenerativeModel
-from .flows import RealNVP
-from .gan import GAN
-from .gen import GEN
-from .image_classifier import ImageClassifier
-from .images import GEN as ImageGEN
-from .images import ImageModel, for_images
-from .lcvae import LCVAE
-from .networks import FC, AutoencoderNetworks, Conv, DeepConv, HalfDeepConv
-from .semi import SemiSupervisedGEN
-from .stochastic import StochasticGEN
-from .vae import VAE
-from .wae import WAE
+from . import images
+from .aae import AAE as AAE
+from .ae import AE as AE
+from .autoencoder import Autoencoder as Autoencoder
+from .base import GenerativeModel as GenerativeModel
+from .flows import RealNVP as RealNVP
+from .gan import GAN as GAN
+from .gen import GEN as GEN
+from .image_classifier import ImageClassifier as ImageClassifier
+from .images import ImageModel as ImageModel
+from .images import for_images as for_images
+from .lcvae import LCVAE as LCVAE
+from .networks import FC as FC
+from .networks import AutoencoderNetworks as AutoencoderNetworks
+from .networks import Conv as Conv
+from .networks import DeepConv as DeepConv
+from .networks import HalfDeepConv as HalfDeepConv
+from .semi import SemiSupervisedGEN as SemiSupervisedGEN
+from .stochastic import StochasticGEN as StochasticGEN
+from .vae import VAE as VAE
+from .wae import WAE as WAE
 
-__all__ = [
-    "AAE",
-    "AE",
-    "FC",
-    "GAN",
-    "GEN",
-    "LCVAE",
-    "VAE",
-    "WAE",
-    "Autoencoder",
-    "AutoencoderNetworks",
-    "Conv",
-    "DeepConv",
-    "GenerativeModel",
-    "HalfDeepConv",
-    "ImageClassifier",
-    "ImageGEN",
-    "ImageModel",
-    "RealNVP",
-    "SemiSupervisedGEN",
-    "StochasticGEN",
-    "for_images",
-]
+ImageGEN = images.GEN

@@ -302,7 +302,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         rng_state = {"cpu": torch.get_rng_state()}  # for what is drawn in training, and networks with dropout
         if self.device.type == "cuda":
             rng_state["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["kdejsd_format"] = _FORMAT
+        checkpoint["kdejsd_format"], checkpoint["kdejsd_version"] = _FORMAT, __version__
         checkpoint["rng_state"] = rng_state
         checkpoint["planned_steps"] = self._planned_steps
 
@@ -313,9 +313,10 @@ class GenerativeModel(pl.LightningModule, ABC):
             ValueError: if the checkpoint has another format.
         """
         if checkpoint.get("kdejsd_format") != _FORMAT:
+            writer = checkpoint.get("kdejsd_version", "before 0.2.0")
             raise ValueError(
-                f"this version of kdejsd ({__version__}) reads checkpoints of format {_FORMAT}, and this one has "
-                f"{checkpoint.get('kdejsd_format', 'none')}: another version has written it"
+                f"kdejsd {__version__} cannot read this checkpoint, which a version of another format ({writer}) has "
+                "written: train again, or use that version"
             )
         self._rng_state = checkpoint["rng_state"]
         self._planned_steps = checkpoint["planned_steps"]

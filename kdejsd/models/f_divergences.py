@@ -251,8 +251,10 @@ class _GAN(FDivergence):
 
     def _conjugate(self, t: Tensor) -> Tensor:
         # Near 0 by expm1, further down by log1p; each sees only its own side, for the gradient's sake.
-        near = -(-torch.expm1(t.clamp(min=-_LOG2))).log()
-        return torch.where(t > -_LOG2, near, -(-t.clamp(max=-_LOG2).exp()).log1p())
+        # (The gradient of clamp on its bound is not the same in all versions of torch.)
+        is_near = t > -_LOG2
+        near = -(-torch.expm1(t.masked_fill(~is_near, -_LOG2))).log()
+        return torch.where(is_near, near, -(-t.masked_fill(is_near, -_LOG2).exp()).log1p())
 
     def output(self, v: Tensor) -> Tensor:
         return logsigmoid(v)  # softplus, as torch has it, leaves out what is below 2e-9
@@ -263,8 +265,9 @@ class _GAN(FDivergence):
 
 def _perspective(f: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     """Evaluates an f with f(u) = u f(1/u) at 0 to 1 alone: above, terms of the size of u log u would cancel."""
-    scale = u.clamp(min=1)
-    return scale * f(torch.where(u < 1, u, scale.reciprocal()))
+    small = u < 1
+    scale = u.masked_fill(small, 1.0)
+    return scale * f(torch.where(small, u, scale.reciprocal()))
 
 
 _DIVERGENCES: dict[str, FDivergence] = {

@@ -74,11 +74,12 @@ def _quantile(surprise: Tensor) -> Tensor:
 
 def excess(x: Tensor) -> Tensor:
     """Returns phi/Q - x = 1/(x + 2/(x + 3/(x + ...))) for x >= 0, where Q is the normal law's upper tail."""
-    near, far = x.clamp_max(_FRACTION_FROM), x.clamp_min(_FRACTION_FROM)
+    is_near = x < _FRACTION_FROM  # not by clamp, whose gradient on its bound is not the same in all versions of torch
+    near, far = x.masked_fill(~is_near, _FRACTION_FROM), x.masked_fill(is_near, _FRACTION_FROM)
     fraction = 0.5 * ((far.square() + 4 * _FRACTION_TERMS).sqrt() - far)  # where numerators that stay the same lead
     for k in range(_FRACTION_TERMS, 0, -1):
         fraction = k / (far + fraction)
-    return torch.where(x < _FRACTION_FROM, _hazard(near) - near, fraction)
+    return torch.where(is_near, _hazard(near) - near, fraction)
 
 
 def _hazard(x: Tensor) -> Tensor:

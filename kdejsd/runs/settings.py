@@ -23,6 +23,10 @@ with train_extra():
     from lightning.pytorch.utilities import rank_zero_only
 
 _DEFAULT_CLASSES = {"data": "kdejsd.data.Digits", "model": "kdejsd.models.images.GEN"}
+_USAGE = (
+    "kdejsd fit [--config FILE] [--data NAME] [--data.SETTING ...] [--model NAME] [--model.SETTING ...] "
+    "[--trainer.SETTING ...] [--out DIR]"
+)
 _DEFAULT_STEPS = 5000  # when neither steps, epochs nor a time are given
 
 
@@ -47,8 +51,7 @@ class FitCLI(LightningCLI):
             parser_kwargs={
                 "exit_on_error": False,
                 "prog": "kdejsd fit",
-                "usage": "kdejsd fit [--config FILE] [--data NAME] [--data.SETTING ...] [--model NAME] "
-                "[--model.SETTING ...] [--trainer.SETTING ...] [--out DIR]",
+                "usage": _USAGE,
                 "description": "Trains a model on images and writes a report; without settings, a Generative Encoding "
                 "Network on scikit-learn's digits in about a minute.",
             },
@@ -136,7 +139,7 @@ def _first_look(args: list[str]) -> argparse.Namespace:
 
     Those that are not given are None, and help is False.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="kdejsd fit", usage=_USAGE, add_help=False, allow_abbrev=False)
     for option in ("--model", "--data", "--ckpt_path"):
         parser.add_argument(option)
     parser.add_argument("--config", "-c")

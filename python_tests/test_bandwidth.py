@@ -412,5 +412,5 @@ def test_table_1_says_which_cells_agree_and_which_are_unknown(gen_table1, tmp_pa
 
 @pytest.mark.parametrize(("dim", "m"), [(2, 50), (8, 50), (8, 100)])
 def test_so_few_centers_that_codes_settle_with_no_bandwidth(dim, m):
-    with pytest.raises(ValueError, match=f"^num_centers must be larger for a smoothed .*{dim} dimensions, got {m}: "):
+    with pytest.raises(ValueError, match=f"^num_centers or trials must be larger .*{dim} dimensions, got {m} and 3: "):
         optimal_bandwidth(dim, m, smoothed=True, trials=3)

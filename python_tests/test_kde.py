@@ -1135,3 +1135,15 @@ def test_cuda_graph(name, dim, device):
     wide = [t.detach().double().requires_grad_(t.requires_grad) for t in (query, centers)]
     for got, expected in zip(found, step(reference.kde, *wide), strict=True):
         assert worst(got, expected) < 5e-6
+
+
+@pytest.mark.parametrize("exclude", [-(2**63), -2, 200, 2**63 - 1])
+def test_an_excluded_index_that_no_center_has(exclude):
+    """Any number may stand for none, also beyond the first tile."""
+    query, centers = points(130, 3).requires_grad_(), points(200, 3, seed=1).requires_grad_()
+    found = []
+    for index in (exclude, -1):
+        value = kdejsd.kde_log_prob(query, centers, 0.5, exclude_self=torch.full((130,), index))
+        found.append((value, *torch.autograd.grad(value.sum(), (query, centers))))
+    for got, expected in zip(*found, strict=True):
+        assert torch.equal(got, expected)

@@ -289,7 +289,8 @@ def _settled(trials: list[_Trial], law: SmoothableLaw, best: tuple[float, ...]) 
         count, dim = trials[0].centers.shape
         raise ValueError(
             f"num_centers or trials must be larger for a smoothed target of {dim} dimensions, got {count} and "
-            f"{len(trials)}: with these no bandwidth up to {_WIDEST:g} times the target's spread keeps codes at its scale"
+            f"{len(trials)}: with these no bandwidth up to {_WIDEST:g} times the target's spread keeps codes at its "
+            "scale"
         ) from error
     rise = float((slopes(1.05 * root) - slopes(root / 1.05)).mean()) / (2 * math.log(1.05))
     values = np.exp(-slopes(root) / rise)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._tensors import check_tensor, checks_values
+from ._tensors import check_int64, checks_values
 
 _MOST_EXAMPLES = 2**28  # whose places, of 8 bytes each, are not yet more than a mistaken index may cost
 
@@ -88,12 +88,6 @@ def _room(indices: Tensor) -> int:
     if highest >= _MOST_EXAMPLES:
         raise ValueError(f"indices must be below {_MOST_EXAMPLES} unless there is a `reserve` for more, got {highest}")
     return highest + 1
-
-
-def check_int64(name: str, value: Tensor) -> Tensor:
-    if check_tensor(name, value).dtype != torch.int64:
-        raise TypeError(f"{name} must be int64, got {value.dtype}")
-    return value
 
 
 def looks_at(values: Tensor) -> bool:

@@ -25,6 +25,12 @@ def check_tensor(name: str, value: object) -> Tensor:
     return value
 
 
+def check_int64(name: str, value: Tensor) -> Tensor:
+    if check_tensor(name, value).dtype != torch.int64:
+        raise TypeError(f"{name} must be int64, got {value.dtype}")
+    return value
+
+
 def compute_dtype(name: str, tensor: Tensor) -> torch.dtype:
     if tensor.dtype not in COMPUTE_DTYPE:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ._numbers import integer, positive
-from ._own_copies import OwnCopies, check_int64, looks_at
+from ._own_copies import OwnCopies, looks_at
 from ._ranks import gathered, rank_and_size
-from ._tensors import check_tensor
+from ._tensors import check_int64, check_tensor
 from .bandwidth import optimal_bandwidth
 from .jsd import check_divergence, codes_jsd, divergence_terms, jsd_loss
 from .ops.kde import kde_log_prob

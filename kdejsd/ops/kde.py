@@ -249,7 +249,7 @@ def _mixture(
         bandwidth=0 if h is None else h.data_ptr(),
         log_weights=0 if log_weights is None else log_weights.data_ptr(),
         exclude=0 if exclude is None else exclude.data_ptr(),
-        per_center=h is not None and h.shape[-1] == m and m > 1,
+        per_center=h is not None and is_per_center(h),
         query_stride=_stride(query) if batched else 0,
         centers_stride=_stride(centers) if batched else 0,
         bandwidth_stride=_stride(h) if batched else 0,

@@ -71,8 +71,7 @@ def _check(latents: Tensor, labels: Tensor) -> tuple[torch.dtype, torch.Size]:
         raise ValueError(f"latents must have shape [..., N, d], d at least 1; got {list(latents.shape)}")
     dtype = _tensors.compute_dtype("latents", latents)
     n = latents.shape[-2]
-    if _tensors.check_tensor("labels", labels).dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    _tensors.check_int64("labels", labels)
     if n > _MOST_SAMPLES:
         raise ValueError(f"latents must hold at most {_MOST_SAMPLES} samples, got {n}")
     if labels.ndim == 0 or labels.shape[-1] != n:

@@ -1,38 +1,20 @@
 """Measures, differentiably in torch, how well latent codes follow a target law and how diverse a generator is."""
 
-import pkgutil
+from importlib import import_module
+from importlib.util import find_spec
+from pkgutil import extend_path as _extend_path
+from typing import TYPE_CHECKING, Any
 
 # Python started in the source folder imports the files there; the compiled module of an installed copy is found too.
-__path__ = pkgutil.extend_path(__path__, __name__)
+__path__ = _extend_path(__path__, __name__)
 
 from . import _former_names
-from ._native import build_info
 from ._version import __version__
-from .bandwidth import entropy_bandwidth, optimal_bandwidth
-from .diversity import (
-    ClassRadius,
-    RadiusBiasWarning,
-    class_radius,
-    class_radius_search,
-    collision_probability,
-    collision_probability_from_counts,
-    collision_radius_bound,
-    compare_diversity,
-    diversity_report,
-    latent_holes,
-    max_collision_entropy,
-    renyi_entropy,
-    uniform_radius_bound,
-)
-from .entropy import kde_entropy
-from .jsd import jsd, jsd_loss
-from .lagged import LaggedKDE
-from .novelty import NoveltyScore, novelty_score, residual_variance
-from .ops.kde import kde_log_prob
-from .ops.nearest import nearest_other_class
-from .ops.omega import omega
-from .ops.radius import class_radius_bound
-from .targets import GaussianMixture, StandardNormal
+
+# ruff: noqa: F403, F405 (of _all.py, which is read when its first name is asked for: `kdejsd --help` needs no torch)
+if TYPE_CHECKING:
+    from ._all import *
+    from .runs.saved import load
 
 _former_names.install()
 
@@ -59,6 +41,8 @@ __all__ = [
     "kde_entropy",
     "kde_log_prob",
     "latent_holes",
+    "load",
+    "matched_loss",
     "max_collision_entropy",
     "nearest_other_class",
     "novelty_score",
@@ -68,3 +52,20 @@ __all__ = [
     "residual_variance",
     "uniform_radius_bound",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":  # needs the extra `train`
+        return import_module(".runs.saved", __name__).load
+    if name in __all__:
+        names = vars(import_module("._all", __name__))
+        globals().update({name: names[name] for name in __all__ if name in names})
+        return names[name]
+    if name.isidentifier() and not name.startswith("_") and find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    modules = ("data", "diversity", "metrics", "models", "ops", "plots", "reference", "runs", "targets")
+    return sorted([*__all__, *modules])

@@ -12,7 +12,6 @@ from types import ModuleType
 
 _MOVED = {
     "kdejsd.checkpoints": "kdejsd.runs.checkpoints",
-    "kdejsd.divergence": "kdejsd.jsd",
     "kdejsd.divergences": "kdejsd.models.f_divergences",
     "kdejsd.models.classifier": "kdejsd.models.image_classifier",
     "kdejsd.report": "kdejsd.runs.report",

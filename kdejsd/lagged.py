@@ -14,7 +14,7 @@ from ._own_copies import OwnCopies, looks_at
 from ._ranks import gathered, rank_and_size
 from ._tensors import check_int64, check_tensor
 from .bandwidth import optimal_bandwidth
-from .jsd import check_divergence, codes_jsd, divergence_terms, jsd_loss
+from .divergence import check_divergence, codes_jsd, divergence_terms, jsd_loss
 from .ops.kde import kde_log_prob
 from .ops.streamed import streamed_log_prob
 from .reference.kde import with_own_center

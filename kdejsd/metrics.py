@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ._extras import train_extra
 from ._modes import evaluating
+from .divergence import target_jsd
 from .entropy import kde_entropy
-from .jsd import target_jsd
 from .models.autoencoder import JSD_SAMPLES, Autoencoder
 from .models.base import CHUNK
 from .models.gan import GAN

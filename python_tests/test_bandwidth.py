@@ -2,6 +2,7 @@ import csv
 import math
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from scipy.spatial.distance import cdist
 from scipy.special import logsumexp
 from torch.distributions import Distribution, Independent, Laplace, MultivariateNormal, Normal
 
-from kdejsd import bandwidth, reference
+from kdejsd import _normal_kde, bandwidth, reference
+from kdejsd._normal_kde import log_ratio_means
 from kdejsd.bandwidth import entropy_bandwidth, optimal_bandwidth
 from kdejsd.targets import GaussianMixture, StandardNormal
 
@@ -144,6 +146,7 @@ def test_the_smoothed_bandwidth_follows_the_target():
     assert 0.8 < values[0] < values[1] < values[2] < 3.5
     # In one dimension codes settle near enough without more ado.
     assert optimal_bandwidth(1, 4000, smoothed=True, trials=2) == optimal_bandwidth(1, 4000, trials=2)
+    assert optimal_bandwidth(1, 10**6, smoothed=True) == optimal_bandwidth(1, 10**6)
 
 
 def test_result_is_the_summary_of_its_trials():
@@ -410,7 +413,131 @@ def test_table_1_says_which_cells_agree_and_which_are_unknown(gen_table1, tmp_pa
         gen_table1.main(options)
 
 
-@pytest.mark.parametrize(("dim", "m"), [(2, 50), (8, 50), (8, 100)])
-def test_so_few_centers_that_codes_settle_with_no_bandwidth(dim, m):
-    with pytest.raises(ValueError, match=f"^num_centers or trials must be larger .*{dim} dimensions, got {m} and 3: "):
-        optimal_bandwidth(dim, m, smoothed=True, trials=3)
+@pytest.mark.parametrize(("dim", "m", "trials"), [(2, 50, None), (1, 10, None), (2, 50, 3), (8, 50, 3), (8, 100, 3)])
+def test_so_few_centers_that_codes_settle_with_no_bandwidth(dim, m, trials):
+    with pytest.raises(ValueError, match=f"^there must be more centers for .*{dim} dimensions, got {m}: "):
+        optimal_bandwidth(dim, m, smoothed=True, trials=trials)
+
+
+# Averages over all sets of normal samples
+
+
+@pytest.mark.parametrize(
+    ("dim", "m", "h", "variance", "own", "scale"),
+    [
+        (1, 1, 0.5, 1.0, False, 1.0),
+        (1, 20, 0.3, 1.0, False, 1.0),
+        (2, 100, 3.0, 1.0, False, 1.0),
+        (3, 7, 0.5, 1.25, True, 1.0),
+        (8, 1000, 0.6, 1.36, True, 1.0),
+        (8, 1000, 0.6, 1.36, False, 1.02),
+        (40, 300, 1.0, 2.0, False, 1.01),
+        (256, 100, 1.2, 2.44, True, 1.0),
+    ],
+)
+def test_means_over_all_sets_of_centers(dim, m, h, variance, own, scale):
+    """Simulated, with new centers for every query; their distances from it are all that its density depends on."""
+    rng = np.random.default_rng(0)
+    query_scale = math.sqrt(1 + h * h) if own else 1.03
+    found = log_ratio_means(
+        dim, m, h, variance=variance, query_scale=query_scale, center_scale=1.0 if own else scale, own=own
+    )
+    n = 20_000
+    x, noise = rng.normal(size=(2, n, dim))
+    z = x + h * noise if own else query_scale * x
+    square = (z**2).sum(1)
+    distance = scale**2 * rng.noncentral_chisquare(dim, square[:, None] / scale**2, size=(n, m))
+    if own:
+        distance = np.concatenate([distance, h * h * (noise**2).sum(1, keepdims=True)], 1)
+    log_density = logsumexp(-distance / (2 * h * h), axis=1) - math.log(m + own) - dim * math.log(h)
+    log_x = log_density + square / (2 * variance) + dim / 2 * math.log(variance)
+    log_r = -np.logaddexp(0, -log_x)
+    for ours, terms in ((found.log_x, log_x), (found.log_r, log_r)):
+        assert abs(ours - terms.mean()) < 4 * terms.std() / math.sqrt(n) + 1e-7
+
+
+@pytest.mark.parametrize(("dim", "m"), [(1, 100), (2, 10**6), (8, 1000), (256, 10**6)])
+def test_a_finer_grid_changes_nothing(dim, m, monkeypatch):
+    h = optimal_bandwidth(dim, m).value
+    found = log_ratio_means(dim, m, h)
+    monkeypatch.setattr(_normal_kde, "_STEP", 0.1)
+    monkeypatch.setattr(_normal_kde, "_NODES", 160)
+    finer = log_ratio_means(dim, m, h)
+    assert tuple(found) == pytest.approx(tuple(finer), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dim", "m", "trials"), [(2, 100, 40), (4, 300, 40), (8, 1000, 10), (64, 500, 5), (256, 200, 5)]
+)
+def test_without_samples_it_is_what_the_search_finds(dim, m, trials):
+    ours, search = optimal_bandwidth(dim, m), optimal_bandwidth(dim, m, trials=trials)
+    assert ours.trials == () and ours.std == ours.standard_error == 0
+    assert abs(ours.value - search.value) < 3 * search.standard_error
+    wide = optimal_bandwidth(dim, m, target=StandardNormal(dim).smoothed(3.0))
+    assert wide.value == pytest.approx(math.sqrt(10) * ours.value)
+
+
+@pytest.mark.parametrize(("dim", "m"), [(8, 300), (24, 200)])
+def test_the_smoothed_bandwidth_without_samples(dim, m):
+    found = optimal_bandwidth(dim, m, smoothed=True).value
+    assert pull_at_1_percent(dim, m, found / 1.2) < 0 < pull_at_1_percent(dim, m, 1.2 * found)
+
+
+def test_any_number_of_centers_at_once():
+    began = time.monotonic()
+    for dim in (1, 16, 256):
+        values = [optimal_bandwidth(dim, m).value for m in (1, 10**4, 10**9)]
+        assert 2 > values[0] > values[1] > values[2] > 0
+    assert time.monotonic() - began < 60  # not hours
+
+
+# The cache
+
+
+@pytest.fixture
+def slow(monkeypatch, tmp_path):
+    """Lets every search count as a long one, and counts them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(bandwidth, "_WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(bandwidth, "_found", {})
+    searched = []
+    best = bandwidth._best
+    monkeypatch.setattr(bandwidth, "_best", lambda *a: searched.append(1) or best(*a))
+    return searched
+
+
+def test_what_took_long_is_kept_on_disk(slow, tmp_path, monkeypatch):
+    first = optimal_bandwidth(2, 30, target=MIXTURE, trials=3)
+    files = list((tmp_path / "kdejsd" / "bandwidths").iterdir())
+    assert len(slow) == len(files) == 3
+    bandwidth._found.clear()  # as in another process
+    assert optimal_bandwidth(2, 30, target=MIXTURE, trials=3) == first and len(slow) == 3
+    optimal_bandwidth(2, 30, target=MIXTURE, trials=3, seed=1)
+    assert len(slow) == 6
+    bandwidth._found.clear()
+    for text in ("", "{", "[]", "[null]", '{"a": 1}'):  # damaged: computed again
+        files[0].write_text(text)
+        bandwidth._found.clear()
+        assert optimal_bandwidth(2, 30, target=MIXTURE, trials=3) == first
+    assert len(slow) == 11
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(slow, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert optimal_bandwidth(2, 30, trials=1).value > 0 and len(slow) == 1
+
+
+def test_short_searches_leave_no_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    optimal_bandwidth(2, 31, trials=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_logger_tells_of_trials(caplog):
+    with caplog.at_level("INFO", logger="kdejsd"):
+        optimal_bandwidth(2, 30, trials=2)
+        optimal_bandwidth(2, 30)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"bandwidth of 30 centers in 2 dimensions: trial {trial} of 2" for trial in (1, 2)
+    ]

@@ -142,10 +142,10 @@ def test_evaluate_refuses(run, trained, tmp_path):
     write_mnist(tmp_path, compressed=True)
     checkpoint = folder / "runs/digits-1/checkpoints/last.ckpt"
     done = run("evaluate", checkpoint, "--data=MNIST", f"--data.root={tmp_path}", cwd=tmp_path, status=1)
-    assert "--data must have images of shape (1, 8, 8), as the checkpoint's model, got (1, 28, 28)" in done.err
+    assert "--data must have images of shape (1, 8, 8), as the run's model, got (1, 28, 28)" in done.err
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     done = run("evaluate", "--out=out", checkpoint, cwd=tmp_path, status=1)
-    assert done.err == "kdejsd evaluate: error: CKPT must stand before the options, got --out=out there\n"
+    assert done.err == "kdejsd evaluate: error: RUN must stand before the options, got --out=out there\n"
     done = run("evaluate", "other.ckpt", cwd=tmp_path, status=1)
     assert "other.ckpt was not written by kdejsd fit" in done.err
 
@@ -330,7 +330,7 @@ def test_score_refuses(run, trained, tmp_path):
     checkpoint = trained[0] / "runs/digits-1/checkpoints/last.ckpt"
     write_mnist(tmp_path, compressed=True)
     done = run("score", checkpoint, "--data=MNIST", f"--data.root={tmp_path}", cwd=tmp_path, status=1)
-    assert "--data must have images of shape (1, 8, 8), as the checkpoint's model, got (1, 28, 28)" in done.err
+    assert "--data must have images of shape (1, 8, 8), as the run's model, got (1, 28, 28)" in done.err
     assert "PositiveFloat" in run("score", checkpoint, "--variance=-1", cwd=tmp_path, status=2).err
     assert "held_out" in run("score", checkpoint, "--split=all", cwd=tmp_path, status=2).err
     assert "the following arguments are required: checkpoint" in run("score", cwd=tmp_path, status=2).err

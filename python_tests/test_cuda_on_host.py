@@ -10,7 +10,7 @@ import ctypes
 import math
 
 import pytest
-import test_jsd
+import test_divergence as divergences
 import test_kde
 import test_nearest
 import test_omega
@@ -458,33 +458,33 @@ def test_launches_leave_devices_and_limits_alone(host):
 
 @pytest.mark.parametrize("divergence", ["js", "kl"])
 def test_own_center(divergence, host):
-    for exclusion in test_jsd.EXCLUSIONS:
+    for exclusion in divergences.EXCLUSIONS:
         for name in ("none", "smoothed", "mixture"):
             for reduction in ("mean", "none"):
-                test_jsd.test_own_is_the_reference(name, divergence, reduction, exclusion, test_jsd.CODES, "cpu")
-    for size in test_jsd.OWN_SIZES:
-        test_jsd.test_own_in_float32(size, divergence, test_jsd.CODES, "cpu")
+                divergences.test_own_is_the_reference(name, divergence, reduction, exclusion, divergences.CODES, "cpu")
+    for size in divergences.OWN_SIZES:
+        divergences.test_own_in_float32(size, divergence, divergences.CODES, "cpu")
     for where in ("its own center", "the lagged", "neither"):
-        test_jsd.test_own_of_codes_at_10_000_bandwidths(where, divergence, "cpu")
-    test_jsd.test_own_twice(divergence, "cpu")
+        divergences.test_own_of_codes_at_10_000_bandwidths(where, divergence, "cpu")
+    divergences.test_own_twice(divergence, "cpu")
 
 
 def test_own_center_edges(host):
-    test_jsd.test_own_where_the_lagged_codes_are_beyond_the_range_of_float32("cpu")
-    test_jsd.test_own_not_contiguous("cpu")
-    test_jsd.test_own_of_no_codes()
+    divergences.test_own_where_the_lagged_codes_are_beyond_the_range_of_float32("cpu")
+    divergences.test_own_not_contiguous("cpu")
+    divergences.test_own_of_no_codes()
     for dtype in DTYPES:
-        test_jsd.test_own_nan_in_nan_out(dtype, "none", test_jsd.CODES, "cpu")
+        divergences.test_own_nan_in_nan_out(dtype, "none", divergences.CODES, "cpu")
     for batch in [((3, 11, 3), (7, 3), (), (3, 11, 3)), ((4, 1, 11, 3), (3, 7, 3), (4, 1, 1), (3, 11, 3))]:
-        test_jsd.test_own_batches_broadcast(*batch, "none", test_jsd.CODES, "cpu")
+        divergences.test_own_batches_broadcast(*batch, "none", divergences.CODES, "cpu")
 
 
 def test_own_center_beside_products_in_reduced(host):
     host.reduced = True
-    call = test_jsd.fresh(test_jsd.own_arguments("index", n=33, m=300, dim=40), torch.float32, test_jsd.CODES)
-    wide = test_jsd.fresh(call, torch.float64, test_jsd.CODES)
+    call = divergences.fresh(divergences.own_arguments("index", n=33, m=300, dim=40), torch.float32, divergences.CODES)
+    wide = divergences.fresh(call, torch.float64, divergences.CODES)
     found, expected = (
-        test_jsd.value_and_gradients(f, c | {"divergence": "kl", "reduction": "none"})
+        divergences.value_and_gradients(f, c | {"divergence": "kl", "reduction": "none"})
         for f, c in ((kdejsd.jsd_loss, call), (reference.jsd_loss, wide))
     )
     assert worst(found[0], expected[0]) < 1e-3 and worst(found[1], expected[1]) < 3e-3

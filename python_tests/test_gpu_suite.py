@@ -361,7 +361,7 @@ def has_device_tests(file: Path) -> bool:
 def test_every_file_with_tests_for_a_device_is_run(tools):
     files = {file for file in Path(__file__).parent.glob("test_*.py") if has_device_tests(file)}
     files -= {file for file in files if "on_host" in file.name}
-    assert {"test_jsd.py", "test_kde.py", "test_targets.py"} <= {file.name for file in files}
+    assert {"test_divergence.py", "test_kde.py", "test_targets.py"} <= {file.name for file in files}
     assert files <= set(tools.test_files())
 
 

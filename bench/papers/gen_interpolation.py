@@ -60,7 +60,7 @@ def draw(arguments: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=10, help="Pairs of images.")
     parser.add_argument("--steps", type=int, default=11, help="Images in a row, with both ends; odd, to have a middle.")
     parser.add_argument("--seed", type=int, default=0, help="Of the pairs.")
-    config, _, model, data = open_checkpoint(parser, arguments)
+    config, _, model, data, _ = open_checkpoint(parser, arguments)
     stem = Path(config.out)
     stem.parent.mkdir(parents=True, exist_ok=True)
     start, end = (data.held_out[index][0].to(model.device) for index in pairs(data.held_out, config.rows, config.seed))

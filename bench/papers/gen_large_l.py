@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from kdejsd import LaggedKDE, StandardNormal, jsd_loss, kde_log_prob, optimal_bandwidth
-from kdejsd.jsd import DIVERGENCES
+from kdejsd.divergence import DIVERGENCES
 from kdejsd.targets import IsotropicNormal
 
 LATENT_DIMS, QUICK_DIMS = (16, 64, 128), (8,)

@@ -11,7 +11,7 @@ from torch.nn.functional import batch_norm, mse_loss
 
 from .._ranks import gathered, summed
 from ..data import Batch
-from ..jsd import target_jsd
+from ..divergence import target_jsd
 from ..targets import Law, Target, as_law, checked_target, finite_moments, law_moments
 from .base import GenerativeModel, checked, inputs
 from .networks import Network

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from .schedule import HalfCosine
 
 with train_extra():
     import lightning.pytorch as pl
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 CHUNK = 1000  # images encoded or decoded at a time where no gradient is wanted
 _FORMAT = 1  # of checkpoints, as they are written and read here
@@ -285,6 +289,29 @@ class GenerativeModel(pl.LightningModule, ABC):
         return {}
 
     # Checkpoints
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Loads a model as Lightning does; where the checkpoint says how its networks were built, builds them anew.
+
+        `kdejsd.load` takes the folder of a run too.
+
+        Raises:
+            TypeError: if the checkpoint is of another class.
+        """
+        from .images import ImageModel, for_images
+
+        settings: Mapping[str, Any] = {}
+        networks = {"encoder", "decoder", "generator", "discriminator"} & kwargs.keys()
+        if not (networks or issubclass(cls, ImageModel)) and isinstance(checkpoint_path, (str, os.PathLike)):
+            settings = torch.load(checkpoint_path, map_location="cpu", weights_only=True).get("hyper_parameters", {})
+        if "image_shape" not in settings:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        form = ImageModel if "_class_path" in settings else for_images(cls)
+        model = form.load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        if not isinstance(model, cls):
+            raise TypeError(f"{checkpoint_path} must be of a {cls.__name__}, got one of a {type(model).__name__}")
+        return model
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the random state and the length of the run that `decay` follows.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from . import aae, ae, gan, gen, lcvae, semi, stochastic, vae, wae
 from .base import GenerativeModel
@@ -13,6 +13,8 @@ from .networks import FC, Network
 class ImageModel(GenerativeModel):
     """Builds the networks of a model for images of a given shape.
 
+    What it makes is of the model's own class: `images.VAE((1, 28, 28))` is a `kdejsd.models.VAE`.
+
     Args:
         image_shape: (C, H, W).
         latent_dim: l, the dimension of the latents.
@@ -21,20 +23,22 @@ class ImageModel(GenerativeModel):
         kwargs: as in the model.
 
     Example:
-        >>> from kdejsd.models import Conv, ImageModel
-        >>> from kdejsd.models.images import VAE
-        >>> model = VAE((1, 28, 28), latent_dim=8, network=Conv)
-        >>> isinstance(model, ImageModel), model.sample(3).shape
+        >>> from kdejsd import models
+        >>> model = models.images.VAE((1, 28, 28), latent_dim=8, network=models.Conv)
+        >>> type(model) is models.VAE, model.sample(3).shape
         (True, torch.Size([3, 1, 28, 28]))
     """
+
+    built: ClassVar[type[GenerativeModel]]
 
     def __init__(self, image_shape: Sequence[int], latent_dim: int = 2, network: Network = FC, **kwargs: Any) -> None:
         first, second = self.build_networks(network, image_shape, latent_dim, kwargs)
         super().__init__(first, second, latent_dim, **kwargs)  # type: ignore[arg-type]  # of the model, next in line
+        self.__class__ = self.built  # type: ignore[assignment]  # a form of arguments is no kind of model
 
 
 def for_images(model: type[GenerativeModel]) -> type[ImageModel]:
-    """Returns the model under its own name, with the arguments of `ImageModel` in place of the networks.
+    """Returns what makes the model from the arguments of `ImageModel`, in place of its networks, under its own name.
 
     Example:
         >>> from kdejsd.models import AE, for_images
@@ -42,7 +46,7 @@ def for_images(model: type[GenerativeModel]) -> type[ImageModel]:
         >>> isinstance(model, AE), model.sample(2).shape
         (True, torch.Size([2, 3, 8, 8]))
     """
-    attributes = {"__module__": __name__, "__doc__": model.__doc__}
+    attributes = {"__module__": __name__, "__doc__": model.__doc__, "built": model}
     return cast("type[ImageModel]", type(model.__name__, (ImageModel, model), attributes))
 
 

@@ -1,4 +1,4 @@
-"""Defines `kdejsd evaluate`, which writes the report of a checkpoint anew."""
+"""Defines `kdejsd evaluate`, which writes the report of a run anew."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ with train_extra():
 
 
 def evaluate(args: list[str]) -> int:
-    """Writes the report of a checkpoint anew and prints where it is; returns the exit code."""
-    parser = ArgumentParser(
-        prog="kdejsd evaluate", description="Writes the report of a checkpoint anew.", exit_on_error=False
-    )
+    """Writes the report of a run anew and prints where it is; returns the exit code."""
+    parser = ArgumentParser(prog="kdejsd evaluate", description="Writes the report of a run anew.", exit_on_error=False)
     parser.add_argument("--out", type=str, help="The report's folder; default: a fresh one beside the checkpoint's.")
     parser.add_argument(
         "--classifier",
@@ -25,11 +23,11 @@ def evaluate(args: list[str]) -> int:
         help="A classifier of the images, saved by torch.export.save with a batch of any size: adds the diversity of "
         "what the model makes. Loading a file can run code that is in it; use none that you do not trust.",
     )
-    config, checkpoint, model, data_module = open_checkpoint(parser, args)
+    config, checkpoint, model, data_module, path = open_checkpoint(parser, args)
     classifier = None if config.classifier is None else load_classifier(config.classifier, data_module.image_shape)
-    folder = fresh_folder(config.out, run_folder(config.checkpoint) / "evaluation")
+    folder = fresh_folder(config.out, run_folder(path) / "evaluation")
     begun = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["started"]  # "epoch" may be the one before
-    run = {"checkpoint": config.checkpoint, "epochs": begun, "steps": checkpoint["global_step"]}
+    run = {"checkpoint": str(path), "epochs": begun, "steps": checkpoint["global_step"]}
     print(write_report(folder, model, data_module, run, classifier))
     (folder / "config.yaml").write_text(parser.dump(config))
     print(f"report: {folder}")

@@ -7,7 +7,7 @@ import sys
 import time
 
 from .report import write_report
-from .saved import loaded_model
+from .saved import load
 from .settings import FitCLI
 
 
@@ -38,7 +38,7 @@ def fit(args: list[str]) -> int:
         return 0
     # The report is of what the checkpoint holds, as evaluate and score read it: in float32, whatever the precision was,
     # and without the validation that Lightning adds where a limit of time stops a run, which renews a GEN's codes.
-    model = loaded_model(checkpoint.path) if checkpoint.path.exists() else cli.model.float()
+    model = load(checkpoint.path) if checkpoint.path.exists() else cli.model.float()
     run = {
         "epochs": cli.trainer.current_epoch,
         "steps": cli.trainer.global_step,

@@ -65,6 +65,6 @@ def checkpoint_of(path: str | os.PathLike[str]) -> Path:
     return last
 
 
-def run_folder(checkpoint: str) -> Path:
-    folder = Path(checkpoint).parent
+def run_folder(checkpoint: Path) -> Path:
+    folder = checkpoint.parent
     return folder.parent if folder.name == "checkpoints" else folder

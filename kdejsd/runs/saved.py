@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,48 +10,85 @@ import torch
 
 from .._extras import train_extra
 from ..data import ImageData
-from ..models import ImageModel
+from ..models import GenerativeModel, ImageModel
 from .checkpoints import load_checkpoint
+from .folders import checkpoint_of
 
 with train_extra():
     from jsonargparse import ArgumentParser
 
 
-def open_checkpoint(parser: ArgumentParser, args: list[str]) -> tuple[Any, dict[str, Any], ImageModel, ImageData]:
-    """Opens the checkpoint that the arguments name; returns the settings, the checkpoint, its model and the images.
+def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> GenerativeModel:
+    """Loads the model of a run, ready to encode, decode and sample.
 
-    The parser gets the arguments CKPT and --data; by default these are the images of the checkpoint's run.
+    Args:
+        path: the folder of a run of `kdejsd fit`, or the file of a checkpoint.
+        device: where the model is to be; None is a GPU if there is one, and else the CPU.
+
+    Returns:
+        The model, of its own class (`kdejsd.models.GEN`, say), in float32 and in evaluation mode. Its images are of
+        shape `hparams["image_shape"]`, with values in [0, 1].
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if the file is damaged, of another kind, or of another version's format.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> model = kdejsd.load("runs/digits-1")  # doctest: +SKIP
+        >>> with torch.no_grad():  # doctest: +SKIP
+        ...     codes = model.encode(images)
+        ...     again = model.decode(codes)
+        >>> new = model.sample(100)  # doctest: +SKIP
     """
-    parser.add_argument("checkpoint", type=str, metavar="CKPT", help="A checkpoint that kdejsd fit has written.")
+    return _model(_opened(path)[0], device)
+
+
+def open_checkpoint(
+    parser: ArgumentParser, args: list[str]
+) -> tuple[Any, dict[str, Any], GenerativeModel, ImageData, Path]:
+    """Opens the checkpoint that the arguments name.
+
+    The parser gets the arguments RUN and --data; by default the images are those of the checkpoint's run.
+
+    Returns:
+        The settings, the content of the checkpoint, its model, the images, and the path of the checkpoint.
+    """
+    parser.add_argument(
+        "run", type=str, metavar="RUN", help="The folder of a run of kdejsd fit, or the file of its checkpoint."
+    )
     parser.add_subclass_arguments(ImageData, "data", help="Other images than the run's own.", required=False)
-    checkpoint: dict[str, Any] = {}
+    path, checkpoint = None, None
     if args and not args[0].startswith("-"):
-        checkpoint = _load(args[0])
+        path, checkpoint = _opened(args[0])
         data = dict(checkpoint["datamodule_hyper_parameters"])
         data.pop("_instantiator")
         parser.set_defaults({"data": {"class_path": data.pop("_class_path"), "init_args": data}})
     config = parser.parse_args(args)
-    if not checkpoint:
-        raise ValueError(f"CKPT must stand before the options, got {args[0]} there")
-    model = loaded_model(config.checkpoint)
+    if path is None or checkpoint is None:
+        raise ValueError(f"RUN must stand before the options, got {args[0]} there")
+    model = _model(path)
     data_module = parser.instantiate_classes(config).data
     if data_module.image_shape != tuple(model.hparams["image_shape"]):
         raise ValueError(
-            f"--data must have images of shape {tuple(model.hparams['image_shape'])}, as the checkpoint's model, "
+            f"--data must have images of shape {tuple(model.hparams['image_shape'])}, as the run's model, "
             f"got {data_module.image_shape}"
         )
-    return config, checkpoint, model, data_module
+    return config, checkpoint, model, data_module, path
 
 
-def _load(path: str) -> dict[str, Any]:
-    checkpoint = load_checkpoint(path)
+def _opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+    """Returns the path and the content of the checkpoint of a run."""
+    file = checkpoint_of(path)
+    checkpoint = load_checkpoint(file)
     for settings, what in (("datamodule_hyper_parameters", "on which images it"), ("hyper_parameters", "which model")):
         if "_class_path" not in checkpoint.get(settings, {}):
-            raise ValueError(f"{path} was not written by kdejsd fit: it does not say {what} was trained")
-    return checkpoint
+            raise ValueError(f"{file} was not written by kdejsd fit: it does not say {what} was trained")
+    return file, checkpoint
 
 
-def loaded_model(path: str | Path) -> ImageModel:
-    """Returns the model of a checkpoint that `kdejsd fit` has written, in float32, on a GPU if there is one."""
-    model: ImageModel = ImageModel.load_from_checkpoint(path, map_location="cpu")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+def _model(checkpoint: Path, device: str | torch.device | None = None) -> GenerativeModel:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: GenerativeModel = ImageModel.load_from_checkpoint(checkpoint, map_location="cpu")
+    return model.to(device).eval()

@@ -28,7 +28,7 @@ def score(args: list[str]) -> int:
     """Writes the novelty of each image of a set and prints the most and least likely ones; returns the exit code."""
     parser = ArgumentParser(
         prog="kdejsd score",
-        description="Writes how novel each image is to a checkpoint's model: a CSV of kdejsd.novelty_score (nats, "
+        description="Writes how novel each image is to a run's model: a CSV of kdejsd.novelty_score (nats, "
         "higher is more novel), its three parts and the reconstruction error; and pictures of the 100 most and least "
         "likely.",
         exit_on_error=False,
@@ -41,11 +41,11 @@ def score(args: list[str]) -> int:
         "the run's kind of data and else the run's own.",
     )
     parser.add_argument("--out", type=str, metavar="FILE.csv", help="Default: scores.csv in a fresh folder of the run.")
-    config, _, model, data_module = open_checkpoint(parser, args)
+    config, _, model, data_module, checkpoint = open_checkpoint(parser, args)
     if not isinstance(model, Autoencoder):
         raise ValueError(
-            f"CKPT must be of a model with an encoder, which the density of an image needs, and {config.checkpoint} is "
-            f"of a {type(model).__name__}"
+            f"RUN must have a model with an encoder, which the density of an image needs, and {config.run} has a "
+            f"{type(model).__name__}"
         )
     images = data_module.held_out if config.split == "held_out" else data_module.training
     variance = config.variance
@@ -54,7 +54,7 @@ def score(args: list[str]) -> int:
         others = own.data.class_path != config.data.class_path
         variance = _training_variance(model, parser.instantiate_classes(own).data if others else data_module)
     if config.out is None:
-        path = fresh_folder(None, run_folder(config.checkpoint) / "score") / "scores.csv"
+        path = fresh_folder(None, run_folder(checkpoint) / "score") / "scores.csv"
     else:
         path = Path(config.out)
         if path.exists():

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ._normal_kde import log_ratio_means
+from ._numbers import integer, positive
 from ._tensors import broadcast_batch
 from .bandwidth import optimal_bandwidth
 from .ops.kde import Divergence, named_log_prob, normal_divergence_terms, reduced
 from .reference.kde import normal_log_prob
-from .targets import Law, Target, as_law, isotropic_variance, law_log_prob, smoothed_where_possible, wide
+from .targets import (
+    Law,
+    Target,
+    as_law,
+    checked_smoothable,
+    checked_target,
+    isotropic_variance,
+    law_log_prob,
+    smoothed_where_possible,
+    wide,
+)
 
 _LOG2 = math.log(2)
+_NARROWEST, _WIDEST = 0.02, 20.0  # bandwidths, in units of the target's scale, between which quadrature is quick
+_SETS, _CODES = 10, 2000  # of lagged codes, and codes for each of them, where samples are needed
 
 
 def _js_terms(gap: Tensor) -> Tensor:
@@ -51,8 +66,10 @@ def jsd_loss(
 
         log 2 + mean over codes of log p_e / (p_e + p_t)   (GENs eq. 3, with its constant)
 
-    which is 0 where p_e = p_t and at most log 2. With target_samples it is the sum of both such terms, log 2 + log 2 +
-    both means: twice the Jensen-Shannon divergence (eq. 2). "kl" is the mean of log p_e - log p_t, whose gradient has
+    which is 0 where p_e = p_t and at most log 2. The p_e of m lagged codes is never quite p_t, and the loss of codes
+    that do follow the target is mostly below 0: -0.19 for l = 8 and m = 2000 at the optimal bandwidth. `matched_loss`
+    computes it. With target_samples the loss is the sum of both such terms, log 2 + log 2 + both means: twice the
+    Jensen-Shannon divergence (eq. 2). "kl" is the mean of log p_e - log p_t, whose gradient has
     no factor that dampens it.
 
     Two properties of "js" matter in training. First, its gradient carries the factor 1 - r = p_t / (p_e + p_t), so
@@ -115,6 +132,80 @@ def jsd_loss(
     if target_samples is not None:
         loss = loss + _at_target("lagged", target_samples, lagged, bandwidth, log_weights, target).mean()
     return loss.float() if loss.dtype == torch.float64 and codes.dtype != torch.float64 else loss
+
+
+def matched_loss(
+    latent_dim: int,
+    num_centers: int,
+    bandwidth: float,
+    *,
+    target: Target | None = None,
+    smoothed: bool = False,
+    kernel_noise: bool = False,
+    divergence: Literal["js", "kl"] = "js",
+) -> float:
+    """Computes the mean of `jsd_loss` for codes that follow the target, which the loss of matched codes is near.
+
+    It is not 0. The density of m lagged codes is not the law that they come from, for three reasons. It is wider by the
+    kernel, which a smoothed target is too. Between the codes it has gaps, in which a code finds a density that is far
+    too low and a term that is far below 0: the loss has no lower bound. And with the kernel's noise a code has a center
+    of its own, near which the density is too high. Subtract this number from a loss to see how far the codes are from
+    the target: the difference is near 0 where they follow it, and positive where they are bunched. The mean over all
+    sets of samples is an integral over three numbers for isotropic normals. For other targets it is estimated with
+    20 000 codes and ten sets of lagged ones, by a fixed seed.
+
+    Args:
+        latent_dim: l.
+        num_centers: m, the number of lagged codes. None of them are of the codes' own examples.
+        bandwidth: h.
+        target: the law that both codes and lagged codes follow, as in `jsd_loss`.
+        smoothed: whether the loss compares with `target.smoothed(h)`, as `LaggedKDE` does by default.
+        kernel_noise: whether the codes get the kernel's noise and a center of their own, as in `LaggedKDE.loss`.
+        divergence: "js" or "kl".
+
+    Returns:
+        The mean, in nats.
+
+    Raises:
+        ValueError: if a number is out of range, the target has another dimension or cannot be smoothed, or the
+            divergence is unknown.
+        TypeError: if a number is none, or `target` is no target.
+
+    Example:
+        >>> import kdejsd, torch
+        >>> expected = kdejsd.matched_loss(latent_dim=8, num_centers=1000, bandwidth=0.6)
+        >>> codes, lagged = torch.randn(2, 1000, 8, generator=torch.Generator().manual_seed(0))
+        >>> loss = kdejsd.jsd_loss(codes, lagged, bandwidth=0.6)
+        >>> print(f"{loss:.2f} where {expected:.2f} is expected")
+        -0.24 where -0.25 is expected
+    """
+    latent_dim, num_centers = integer("latent_dim", latent_dim, 1), integer("num_centers", num_centers, 1)
+    bandwidth = positive("bandwidth", bandwidth)
+    check_divergence(divergence)
+    law = checked_target(target, latent_dim)
+    compared: Law = checked_smoothable(law).smoothed(bandwidth) if smoothed else law
+    variance = isotropic_variance(law)
+    if variance is not None and _NARROWEST < bandwidth / math.sqrt(variance) < _WIDEST:
+        # In units of the target's scale.
+        square = bandwidth**2 / variance
+        means = log_ratio_means(
+            latent_dim,
+            num_centers,
+            math.sqrt(square),
+            variance=1 + square if smoothed else 1.0,
+            query_scale=math.sqrt(1 + square) if kernel_noise else 1.0,
+            own=kernel_noise,
+        )
+        return _LOG2 + means.log_r if divergence == "js" else means.log_x
+    rng = torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(_SETS):
+        lagged, codes = law.sample(num_centers, rng), law.sample(_CODES, rng)
+        noise = bandwidth * torch.randn(codes.shape, generator=rng, dtype=codes.dtype) if kernel_noise else 0.0
+        own = codes if kernel_noise else None
+        terms = jsd_loss(codes + noise, lagged, bandwidth, target=compared, own=own, divergence=divergence)
+        total += float(terms) / _SETS
+    return total
 
 
 def jsd(

@@ -12,11 +12,11 @@ from helpers import DEVICES, DTYPES, generator, points, worst
 from scipy.integrate import quad
 from scipy.stats import norm
 from torch.autograd import gradcheck, gradgradcheck
-from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal, Uniform
 
 import kdejsd
 from kdejsd import GaussianMixture, StandardNormal, reference
-from kdejsd.jsd import DIVERGENCES as TABLE
+from kdejsd.divergence import DIVERGENCES as TABLE
 from kdejsd.ops.kde import normal_divergence_terms
 
 LOG2 = math.log(2)
@@ -980,3 +980,64 @@ def test_errors(error, text, arguments, keywords, target_name):
 def test_errors_of_jsd(error, text, arguments):
     with pytest.raises(error, match=text):
         kdejsd.jsd(*arguments)
+
+
+# The loss of matched codes
+
+UNIFORM = Independent(Uniform(-torch.ones(2), torch.ones(2)), 1)
+
+
+@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize(("smoothed", "kernel_noise"), [(False, False), (True, False), (True, True)])
+def test_matched_loss_is_the_mean_for_codes_that_follow_the_target(smoothed, kernel_noise, divergence):
+    dim, m, h, scale = 3, 50, 0.5, 2.0
+    found = kdejsd.matched_loss(
+        dim,
+        m,
+        scale * h,
+        target=GaussianMixture([[0.0] * dim], scale),
+        smoothed=smoothed,
+        kernel_noise=kernel_noise,
+        divergence=divergence,
+    )
+    unit = kdejsd.matched_loss(dim, m, h, smoothed=smoothed, kernel_noise=kernel_noise, divergence=divergence)
+    law = StandardNormal(dim).smoothed(h) if smoothed else None
+    rng = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(64):
+        lagged, codes, noise = torch.randn(3, m, dim, generator=rng, dtype=torch.float64)
+        own = codes if kernel_noise else None
+        losses.append(
+            reference.jsd_loss(codes + h * noise * kernel_noise, lagged, h, target=law, own=own, divergence=divergence)
+        )
+    mean, error = torch.stack(losses).mean(), torch.stack(losses).std() / 8
+    assert abs(unit - mean) < 4 * error
+    assert abs(found - unit) < 4 * error  # by samples, as a mixture's, and in other units
+    normal = torch.distributions.MultivariateNormal(torch.zeros(dim), scale**2 * torch.eye(dim))
+    keywords = {"smoothed": smoothed, "kernel_noise": kernel_noise, "divergence": divergence}
+    assert abs(kdejsd.matched_loss(dim, m, scale * h, target=normal, **keywords) - unit) < 4 * error
+
+
+def test_matched_loss_by_samples_is_repeatable_and_leaves_the_global_generator():
+    before = torch.get_rng_state()
+    mixture = GaussianMixture([[-2.0], [2.0]])
+    assert kdejsd.matched_loss(1, 50, 0.3, target=mixture) == kdejsd.matched_loss(1, 50, 0.3, target=mixture)
+    assert torch.equal(before, torch.get_rng_state())
+    # Bandwidths that the integral is not made for.
+    assert kdejsd.matched_loss(2, 50, 1e-3) < -1000 < 0 < kdejsd.matched_loss(2, 50, 100.0, smoothed=True) + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "arguments"),
+    [
+        (ValueError, "latent_dim must be at least 1, got 0", {"latent_dim": 0}),
+        (TypeError, "num_centers must be an integer", {"num_centers": 2.5}),
+        (ValueError, "bandwidth must be positive and finite, got 0", {"bandwidth": 0}),
+        (ValueError, "divergence must be 'js' or 'kl', got 'jsd'", {"divergence": "jsd"}),
+        (ValueError, "target must have .* dimensions", {"target": StandardNormal(3)}),
+        (ValueError, "smoothed=True needs a target that can be convolved", {"target": UNIFORM, "smoothed": True}),
+    ],
+)
+def test_errors_of_matched_loss(error, text, arguments):
+    with pytest.raises(error, match=text):
+        kdejsd.matched_loss(**{"latent_dim": 2, "num_centers": 10, "bandwidth": 0.5} | arguments)

@@ -1,0 +1,32 @@
+"""All public names of the package but `load`, for `kdejsd`, which lists them."""
+
+from ._native import build_info as build_info
+from .bandwidth import entropy_bandwidth as entropy_bandwidth
+from .bandwidth import optimal_bandwidth as optimal_bandwidth
+from .divergence import jsd as jsd
+from .divergence import jsd_loss as jsd_loss
+from .divergence import matched_loss as matched_loss
+from .diversity import ClassRadius as ClassRadius
+from .diversity import RadiusBiasWarning as RadiusBiasWarning
+from .diversity import class_radius as class_radius
+from .diversity import class_radius_search as class_radius_search
+from .diversity import collision_probability as collision_probability
+from .diversity import collision_probability_from_counts as collision_probability_from_counts
+from .diversity import collision_radius_bound as collision_radius_bound
+from .diversity import compare_diversity as compare_diversity
+from .diversity import diversity_report as diversity_report
+from .diversity import latent_holes as latent_holes
+from .diversity import max_collision_entropy as max_collision_entropy
+from .diversity import renyi_entropy as renyi_entropy
+from .diversity import uniform_radius_bound as uniform_radius_bound
+from .entropy import kde_entropy as kde_entropy
+from .lagged import LaggedKDE as LaggedKDE
+from .novelty import NoveltyScore as NoveltyScore
+from .novelty import novelty_score as novelty_score
+from .novelty import residual_variance as residual_variance
+from .ops.kde import kde_log_prob as kde_log_prob
+from .ops.nearest import nearest_other_class as nearest_other_class
+from .ops.omega import omega as omega
+from .ops.radius import class_radius_bound as class_radius_bound
+from .targets import GaussianMixture as GaussianMixture
+from .targets import StandardNormal as StandardNormal

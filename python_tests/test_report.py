@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_gen import assert_same_state
 
-from kdejsd.data import Digits, Grid2D
+from kdejsd.data import Digits, Grid2D, ImageSet
 from kdejsd.models import images
 from kdejsd.runs import boards
 from kdejsd.runs.boards import RunPictures
@@ -30,7 +30,7 @@ GEN = {"num_lagged": 100, "bandwidth": 0.4}
 
 
 def data(kind: type) -> Digits | Grid2D:
-    return Digits(train_size=200) if kind is Digits else Grid2D(num_samples=500)
+    return Grid2D(num_samples=500) if kind is Grid2D else kind(train_size=200)
 
 
 def make(kind: str, of: type = Digits, **options):
@@ -166,11 +166,11 @@ def test_a_board_has_pictures_while_they_cost_little_and_at_the_end(tmp_path, mo
     trainer = train(model, of=of, epochs=14, logger=board, callbacks=[RunPictures()])
     assert trainer.global_step == 28
     found = events(tmp_path)
-    assert set(found.Tags()["images"]) == pictures
+    assert set(found.Tags()["images"]) == {f"pictures/{name}" for name in pictures}
     for name in pictures:
         # 2 steps are an epoch. The second look is the first that can pay; then each fourth second does, and a
         # picture of a step must be followed by a quarter more steps.
-        assert [event.step for event in found.Images(name)] == [4, 12, 18, 26, 28]
+        assert [event.step for event in found.Images(f"pictures/{name}")] == [4, 12, 18, 26, 28]
 
 
 def test_a_board_has_the_settings_with_the_results(tmp_path):
@@ -196,6 +196,25 @@ def test_pictures_change_nothing_of_the_run_and_need_no_board(tmp_path):
     for model in models[1:]:
         assert_same_state(model, models[0])
     assert not list((tmp_path / "csv").rglob("*.png"))
+
+
+class FourChannels(Digits):
+    """Images that no picture can show."""
+
+    image_shape = (4, 8, 8)
+
+    def load(self):
+        return tuple(ImageSet(part.images.expand(-1, 4, -1, -1), part.labels) for part in super().load())
+
+
+def test_a_run_whose_images_cannot_be_drawn_goes_on(tmp_path):
+    board = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
+    model = make("AE", FourChannels)
+    with pytest.warns(UserWarning, match=r"no pictures on its board: images must have shape \[n, C, H, W\]"):
+        trainer = train(model, of=FourChannels, epochs=2, logger=board, callbacks=[EveryTime()])
+    assert trainer.global_step == 4
+    tags = events(tmp_path).Tags()
+    assert not tags["images"] and "result/jsd" in tags["scalars"]
 
 
 class EveryTime(RunPictures):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ with train_extra():
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.trainer.states import TrainerFn
+    from matplotlib.figure import Figure
 
 _CODES = 1000  # held-out codes in a picture
 _SHARE = 0.01  # of the run's time, for pictures
 _FIRST = 0.3  # seconds that pictures are taken to need before any has been drawn
 _SPACING = 1.25  # steps at a picture over those at the one before: a long run has dozens of pictures, not thousands
-_RESOLUTION = 75  # dots per inch
+_RESOLUTION = 100  # dots per inch
 
 
 class RunPictures(pl.Callback):
@@ -32,6 +34,8 @@ class RunPictures(pl.Callback):
     The latents of the samples and the held-out images are the same every time, so that one sees what changes. They are
     drawn after a validation, as long as all pictures together take at most a hundredth of the run's time, and at the
     end of the run. So a run of a minute has three or four, and each following one comes after a quarter more steps.
+
+    Pictures that cannot be drawn, as of images of four channels, are a warning: the run goes on without them.
 
     At the end the run's settings are logged with the last values of the validation, as `result/...`, for TensorBoard's
     table of hyperparameters.
@@ -47,6 +51,7 @@ class RunPictures(pl.Callback):
         self._spent = 0.0
         self._count = 0
         self._step = 0
+        self._possible = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started, self._spent, self._count, self._step = time.perf_counter(), 0.0, 0, 0
@@ -78,23 +83,33 @@ class RunPictures(pl.Callback):
             if results:
                 board.log_hyperparams(settings, results)
 
-    @torch.no_grad()
     def _draw(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         boards, data = _boards(trainer), getattr(trainer, "datamodule", None)
-        if not boards or not isinstance(model, GenerativeModel) or not isinstance(data, ImageData):
+        if not (boards and self._possible and isinstance(model, GenerativeModel) and isinstance(data, ImageData)):
             return
         begun = time.perf_counter()
+        try:
+            figures = self._figures(model, data)
+        except Exception as error:  # whatever it is, the run is worth more than its pictures
+            self._possible = False
+            warnings.warn(f"the run has no pictures on its board: {error}", stacklevel=1)
+            return
+        for name, figure in figures.items():
+            figure.set_dpi(_RESOLUTION)
+            for board in boards:
+                board.experiment.add_figure(f"pictures/{name}", figure, trainer.global_step)
+        self._spent += time.perf_counter() - begun
+        self._count += 1
+        self._step = trainer.global_step
+
+    @staticmethod
+    @torch.no_grad()
+    def _figures(model: GenerativeModel, data: ImageData) -> dict[str, Figure]:
         samples = model.sample(data.report_samples, torch.Generator().manual_seed(0))
         held_out = None
         if isinstance(model, Autoencoder):
             held_out = encode_set(model, data.held_out.subset(torch.arange(min(_CODES, len(data.held_out)))))
-        for name, figure in pictures(model, data, samples, held_out).items():
-            figure.set_dpi(_RESOLUTION)
-            for board in boards:
-                board.experiment.add_figure(name, figure, trainer.global_step)
-        self._spent += time.perf_counter() - begun
-        self._count += 1
-        self._step = trainer.global_step
+        return pictures(model, data, samples, held_out)
 
 
 def _boards(trainer: pl.Trainer) -> list[Any]:

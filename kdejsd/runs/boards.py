@@ -33,7 +33,8 @@ class RunPictures(pl.Callback):
     The pictures are those of a report: samples, and for an autoencoder codes and reconstructions of held-out images.
     The latents of the samples and the held-out images are the same every time, so that one sees what changes. They are
     drawn after a validation, as long as all pictures together take at most a hundredth of the run's time, and at the
-    end of the run. So a run of a minute has three or four, and each following one comes after a quarter more steps.
+    end of the run; each set comes after at least a quarter more steps than the one before. A run of some minutes has a
+    handful of them.
 
     Pictures that cannot be drawn, as of images of four channels, are a warning: the run goes on without them.
 

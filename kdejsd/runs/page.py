@@ -48,62 +48,61 @@ def write_page(
         pictures: the pictures as PNG files, by their names.
         notes: sentences that stand below the figures.
     """
-    name = numbers["model"]["name"]
-    run = dict(numbers["run"])
-    versions = run.pop("versions")
-    now = datetime.now().astimezone()
-    of_images = {
-        column: _flat(numbers[part])
-        for part, column in (("held_out", "held-out"), ("training", "training"))
-        if part in numbers
-    }
-    groups: dict[str, Table] = {"": Table(list(of_images), [])}
-    keys = next(iter(of_images.values()), {})
-    for key in sorted(keys, key=lambda key: main.index(key) if key in main else len(main)):
-        further = "posterior" if key.startswith("posterior.") else "codes"
-        group = "" if key in main else f"Further measures of the {further}"
-        table = groups.setdefault(group, Table(list(of_images), []))
-        table.rows.append((explained(key), [shown(values[key]) for values in of_images.values()]))
-    for part, title in (("samples", "Generated samples"), ("diversity", "Diversity of what is generated")):
-        if part in numbers:
-            flat = {key: value for key, value in _flat(numbers[part], f"{part}.").items() if value is not None}
-            groups[title] = Table(["value"], [(explained(key), [shown(value)]) for key, value in flat.items()])
-    settings = {
-        "Model": {**_settings(model.hparams), **numbers["model"]},  # in which None has become what it stands for
-        "Data": {
-            "name": type(data).__name__,
-            "training images": len(data.training),
-            "held-out images": len(data.held_out),
-            "image shape": list(data.image_shape),
-            **_settings(data.hparams),
-        },
-        "Run": {explained(f"run.{key}").label: value for key, value in run.items()},
-        "Versions": versions,
-    }
-    config = path.parent / "config.yaml"
-    checkpoint = path.parent / "checkpoints" / "last.ckpt"
+    name = f"{numbers['model']['name']} on {type(data).__name__}"
+    folder, run = path.parent, numbers["run"]
+    tables = _tables(numbers, explained, main)
+    config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
     saved = str(checkpoint) if checkpoint.exists() else run.get("checkpoint")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     page = environment.get_template("report.html.jinja").render(
-        title=f"{name} on {type(data).__name__}",
-        subtitle=f"Report of {path.parent}, {now:%Y-%m-%d %H:%M}, by kdejsd {versions['kdejsd']}",
-        main=groups.pop(""),
-        others=groups,
+        title=name,
+        subtitle=f"Report of {folder}, {datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        main=tables.pop("", None),
+        others=tables,
         notes=notes,
         pictures=[
             {"name": name, "caption": CAPTIONS[name], "data": b64encode(picture).decode()}
             for name, picture in pictures.items()
         ],
-        code=None if saved is None else _code(model, data, str(path.parent) if checkpoint.exists() else saved),
-        commands=[] if saved is None else _commands(path.parent, saved),
+        code=None if saved is None else _code(model, data, str(folder) if checkpoint.exists() else saved),
+        commands=[] if saved is None else _commands(folder, saved),
         settings={
-            group: {key: shown(value) for key, value in _flat(values).items()} for group, values in settings.items()
+            "Model": _shown(_public(model.hparams) | numbers["model"]),  # in which None has become what it stands for
+            "Data": _shown({"name": type(data).__name__, "image_shape": data.image_shape} | _public(data.hparams)),
+            "Run": {
+                explained(f"run.{key}").label: shown(value)
+                for key, value in _flat(run).items()
+                if "versions." not in key
+            },
+            "Versions": _shown(run["versions"]),
         },
         config=config.read_text(encoding="utf-8") if config.exists() else None,
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _tables(numbers: Mapping[str, Any], explained: Callable[[str], Measure], main: Sequence[str]) -> dict[str, Table]:
+    """Returns the tables by their titles; the one of the main measures has none, and comes first."""
+    of_images = {
+        column: _flat(numbers[part])
+        for part, column in (("held_out", "held-out"), ("training", "training"))
+        if part in numbers
+    }
+    tables: dict[str, Table] = {}
+    keys = next(iter(of_images.values()), {})
+    for key in sorted(keys, key=lambda key: main.index(key) if key in main else len(main)):
+        further = "posterior" if key.startswith("posterior.") else "codes"
+        table = tables.setdefault(
+            "" if key in main else f"Further measures of the {further}", Table(list(of_images), [])
+        )
+        table.rows.append((explained(key), [shown(values[key]) for values in of_images.values()]))
+    for part, title in (("samples", "Generated samples"), ("diversity", "Diversity of what is generated")):
+        flat = {key: value for key, value in _flat(numbers.get(part, {}), f"{part}.").items() if value is not None}
+        if flat:
+            tables[title] = Table(["value"], [(explained(key), [shown(value)]) for key, value in flat.items()])
+    return tables
 
 
 def shown(value: Any) -> str:
@@ -127,7 +126,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: shown(value) for key, value in _flat(values).items()}
+
+
+def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not name.startswith("_")}
 
 

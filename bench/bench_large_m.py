@@ -144,8 +144,8 @@ class Course(pl.Callback):
         self.started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.rec.append(float(trainer.callback_metrics["rec"]))  # waits for the device
-        self.latent.append(float(trainer.callback_metrics["latent"]))
+        self.rec.append(float(trainer.callback_metrics["loss/reconstruction"]))  # waits for the device
+        self.latent.append(float(trainer.callback_metrics["loss/latent"]))
         if trainer.global_step > 1:
             self.ms.append(1e3 * (time.perf_counter() - self.started))
 

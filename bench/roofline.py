@@ -5,7 +5,8 @@
 
 Across: multiply-adds per exponential, 2 l for value and gradient, which is what decides between the two limits. Up: the
 multiply-adds per second that a provider reached, counted as README.md beside this says. The roof is the machine's limit
-as it was measured beside each size; a method that leaves out work that cannot matter can pass it.
+as it was measured beside each size; a method that leaves out work that cannot matter can pass it, and the picture then
+says so.
 """
 
 from __future__ import annotations
@@ -20,6 +21,17 @@ from harness import GRADIENT
 from matplotlib.figure import Figure
 
 KDEJSD = "kdejsd"
+LEVELS = {"amx": "AMX", "v4": "AVX-512", "v3": "AVX2", "base": "SSE2"}
+NAMES = {
+    "gemm": "PyTorch: matrix product",
+    "cdist": "PyTorch: torch.cdist",
+    "gemm compiled": "PyTorch: matrix product, compiled",
+    "stream compiled": "PyTorch: in chunks, compiled",
+    "attention": "PyTorch: attention operator",
+    "differences": "PyTorch: all differences",
+    "pykeops": "PyKeOps",
+    "kdejsd bf16x2": "kdejsd, products of bfloat16 parts",
+}
 Size = tuple[int, int, int]
 Rates = dict[str, dict[Size, float]]  # GFLOP/s by provider and size
 
@@ -48,26 +60,42 @@ def read(path: Path) -> tuple[Rates, dict[Size, float]]:
     return rates, {size: rates[f"{KDEJSD}, {level}"][size] / share for size, share in shares.items()}
 
 
+def named(provider: str) -> str:
+    """Names a provider in full; README.md beside this says more of each."""
+    level = provider.removeprefix(f"{KDEJSD}, ")
+    return f"{KDEJSD}, {LEVELS.get(level, level)}" if level != provider else NAMES.get(provider, provider)
+
+
 def draw(records: list[tuple[Rates, dict[Size, float]]], smallest: int) -> Figure:
-    """A point for each provider and size of at least `smallest` pairs; the roof of each record."""
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    """Draws a point for each provider and size of at least `smallest` pairs, and the roof of each record."""
+    figure = Figure(figsize=(9, 5.4), dpi=150, layout="constrained")
     axes = figure.subplots()
     colors: dict[str, str] = {}
+    above = False
     for number, (rates, roof) in enumerate(records):
         kept = sorted((size for size in roof if size[0] * size[1] >= smallest), key=lambda size: (size[2], size))
         heights = {size[2]: max(roof[other] for other in kept if other[2] == size[2]) for size in kept}
-        axes.plot([2 * dim for dim in heights], list(heights.values()), "k", lw=2 - number, label="the machine's limit")
+        own = next(name for name in rates if name.startswith(f"{KDEJSD}, "))
         for name, of_provider in rates.items():
             sizes = [size for size in kept if size in of_provider]
             if number and not name.startswith(KDEJSD):
                 continue  # the peers are the same in every record
             color = colors.setdefault(name, f"C{len(colors)}")
-            marker = "o" if name.startswith(KDEJSD) else "x"
             values = [of_provider[size] for size in sizes]
-            axes.plot([2 * size[2] for size in sizes], values, marker, color=color, ms=6, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="multiply-adds per exponential, 2 l", ylabel="GFLOP/s")
-    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False)
+            marker = "o" if name.startswith(KDEJSD) else "x"
+            axes.plot([2 * size[2] for size in sizes], values, marker, color=color, ms=6, label=named(name))
+            above |= marker == "o" and any(of_provider[size] > heights[size[2]] for size in sizes)
+        label = f"limit of the machine, {named(own).removeprefix(f'{KDEJSD}, ')}"
+        axes.plot([2 * dim for dim in heights], list(heights.values()), color=colors[own], lw=1.5, label=label)
+    title = "Value and gradient of jsd_loss: what was reached, under the limit of the machine"
+    if above:
+        title += "\nA dot above its limit: centers that the limit counts were left out, as their weight cannot matter"
+    figure.suptitle(title, fontsize="medium")
+    axes.set(xscale="log", yscale="log", ylabel="GFLOP/s (higher is faster)")
+    axes.set_xlabel("multiply-adds per exponential: 2 x the dimension l")
+    handles, names = axes.get_legend_handles_labels()
+    order = sorted(range(len(names)), key=lambda i: not names[i].startswith((KDEJSD, "limit")))
+    figure.legend([handles[i] for i in order], [names[i] for i in order], loc="outside right center", frameon=False)
     return figure
 
 

@@ -5,6 +5,7 @@ Nothing here touches matplotlib's backend or its global state.
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -17,7 +18,7 @@ from ._modes import Map, evaluating
 from ._numbers import integer, positive
 from .diversity.bounds import uniform_radius_bound
 from .diversity.labels import latent_labels, models_like
-from .targets import Law, Target, as_law, checked_target, law_outline
+from .targets import GaussianMixture, Law, Target, as_law, checked_target, isotropic_variance, law_outline
 
 with train_extra():
     from matplotlib import colormaps
@@ -29,13 +30,15 @@ with train_extra():
     from matplotlib.ticker import LogLocator, NullFormatter
 
 _POINTS = 5000  # more would only cover each other
+_APART = 0.6  # the grey between images, which have black and white at their own edges
 
 
 def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
     """Draws codes by class, with circles for the target.
 
     2-D codes are drawn as they are, others on their first two principal components, 1-D codes as a histogram. The
-    circles are of one, two and three standard deviations of a normal, or of two of each component of a mixture.
+    circles are of one, two and three standard deviations of a normal, or of two of each component of a mixture. The
+    title says all this, and how many codes are drawn: 5000 at most.
 
     Args:
         codes: [n, l].
@@ -50,14 +53,17 @@ def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
         >>> figure.axes[0].get_xlabel()
         'principal component 1 (... % of the variance)'
     """
-    codes, labels = codes[:_POINTS].double().cpu(), labels[:_POINTS].cpu()
+    title = _counted(len(codes), "codes")
+    codes, labels, law = codes[:_POINTS].double().cpu(), labels[:_POINTS].cpu(), as_law(target)
     figure, axes = _square_figure()
     if codes.shape[1] == 1:
-        _histogram(axes, codes[:, 0], as_law(target))
+        figure.suptitle(f"{title}, and the density that they are to follow")
+        _histogram(axes, codes[:, 0], law)
         return figure
     shift, plane = torch.zeros(codes.shape[1]).double(), torch.eye(2).double()
     names = ["code 1", "code 2"]
     if codes.shape[1] > 2:
+        title += f" of {codes.shape[1]} dimensions, on their first two principal components"
         shift = codes.mean(0)
         _, singular, directions = torch.linalg.svd(codes - shift, full_matrices=False)
         plane = directions[:2].T
@@ -65,11 +71,15 @@ def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
         names = [
             f"principal component {i + 1} ({100 * share:.0f} % of the variance)" for i, share in enumerate(shares[:2])
         ]
+    else:
+        title += ", and the law that they are to follow"
     color = _class_colors(int(labels.max()) + 1 if len(labels) else 0)
     _scatter(axes, (codes - shift) @ plane, labels, color)
-    _draw_law(axes, as_law(target), shift, plane)
-    axes.set(xlabel=names[0], ylabel=names[1], aspect="equal")
-    axes.autoscale_view()
+    _draw_law(axes, law, shift, plane)
+    figure.suptitle(title)
+    axes.set_title(_circles(law), fontsize="medium")
+    axes.set(xlabel=names[0], ylabel=names[1])
+    _fill_square(axes)
     _legend(axes, labels.unique().tolist(), color)
     return figure
 
@@ -137,8 +147,12 @@ def latent_classes(
         none = torch.full((len(points),), -1)
         _scatter(axes, points, none if labels is None else labels[:_POINTS].cpu(), color)
     _draw_law(axes, law, torch.zeros(2).double(), torch.eye(2).double())
-    axes.set(xlabel="latent 1", ylabel="latent 2", xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
-    _legend(axes, regions.unique().tolist(), color)
+    figure.suptitle("Areas: the class of what is made from a code")
+    dots = "" if codes is None else f"Dots: {_counted(len(codes), 'codes')} of examples, by the examples' own class. "
+    axes.set_title(dots + _circles(law), fontsize="medium", wrap=True)
+    axes.set(xlabel="code 1", ylabel="code 2", xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
+    shown = regions if labels is None else torch.cat([regions.flatten(), labels.cpu()])
+    _legend(axes, shown.unique().tolist(), color)
     return figure
 
 
@@ -263,8 +277,10 @@ def grid(images: Tensor, columns: int = 10) -> Figure:
 def points(points: Tensor, modes: Tensor, radius: float, *, origins: Tensor | None = None) -> Figure:
     """Draws points of the plane, over circles around the modes of their law.
 
+    The picture holds the modes with some room around them, and its title says how many points lie outside.
+
     Args:
-        points: [n, 2]; those that are not finite are left out.
+        points: [n, 2]; those that are not finite lie outside.
         modes: [K, 2].
         radius: radius of the circles.
         origins: [n, 2], from which lines are drawn to the points.
@@ -289,16 +305,23 @@ def points(points: Tensor, modes: Tensor, radius: float, *, origins: Tensor | No
     if origins is not None:
         ways = torch.stack([origins.double().cpu(), points], 1)
         axes.add_collection(LineCollection(list(ways.numpy()), colors="0.6", linewidths=0.5))
-    axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=2, linewidths=0, color="C0")
+    axes.scatter(points[:, 0].numpy(), points[:, 1].numpy(), s=_dot_size(len(points)), linewidths=0, color="C0")
     for x, y in modes.tolist():
-        axes.add_patch(Circle((x, y), radius, fill=False, color="k", lw=0.5))
-    axes.set(xlabel="x", ylabel="y", aspect="equal")
-    axes.autoscale_view()
+        axes.add_patch(Circle((x, y), radius, fill=False, color="k", lw=0.8))
+    # Of the modes, not of the points: one far point would leave the picture empty.
+    low, high = modes.double().cpu().aminmax(dim=0)
+    middle, half = (low + high) / 2, float(0.65 * (high - low).max()) + 6 * radius
+    outside = int((~((points - middle).abs() <= half).all(1)).sum())
+    figure.suptitle(f"{len(points)} points" + (f", {outside} of them outside of the picture" if outside else ""))
+    lines = "" if origins is None else "; lines from the originals"
+    axes.set_title(f"Circles of radius {radius:.3g} around the modes{lines}", fontsize="medium")
+    x, y = middle.tolist()
+    axes.set(xlabel="x", ylabel="y", aspect="equal", xlim=(x - half, x + half), ylim=(y - half, y + half))
     return figure
 
 
 def reconstructions(images: Tensor, reconstructions: Tensor, columns: int = 10) -> Figure:
-    """Draws pairs of rows: images [n, C, H, W] in [0, 1], C = 1 or 3, and below each its reconstruction.
+    """Draws named pairs of rows: images [n, C, H, W] in [0, 1], C = 1 or 3, and below each its reconstruction.
 
     Raises:
         ValueError: if images have another shape, reconstructions another than the images, or columns is below 1.
@@ -314,37 +337,80 @@ def reconstructions(images: Tensor, reconstructions: Tensor, columns: int = 10) 
         raise ValueError(
             f"reconstructions must have the shape of images, {list(images.shape)}, got {list(reconstructions.shape)}"
         )
-    pairs = zip(images.split(columns), reconstructions.split(columns), strict=True)
-    return _image_figure(torch.cat([_cells(row, columns) for pair in pairs for row in pair]))
+    pairs = list(zip(images.split(columns), reconstructions.split(columns), strict=True))
+    rows = [_cells(row, columns) for pair in pairs for row in pair]
+    return _image_figure(torch.cat(rows), ["image", "decoded"] * len(pairs))
 
 
 def _square_figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.8, 6.6), dpi=150, layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _fill_square(axes: Axes) -> None:
+    """Lets the axes have one scale, and as much in one direction as in the other, so that they fill their figure."""
+    axes.autoscale_view()
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    half = max(right - left, top - bottom) / 2
+    x, y = (left + right) / 2, (bottom + top) / 2
+    axes.set(xlim=(x - half, x + half), ylim=(y - half, y + half), aspect="equal")
+
+
+def _counted(count: int, name: str) -> str:
+    """Returns the number of things, and of those that are drawn where not all are."""
+    return f"{count} {name}" if count <= _POINTS else f"{_POINTS} of {count} {name}"
+
+
+def _circles(law: Law) -> str:
+    """Returns what the circles of `_draw_law` are."""
+    if not law_outline(law):
+        return ""
+    if isotropic_variance(law) is not None:
+        return "Circles: 1, 2 and 3 standard deviations of the target (39, 86 and 99 % of it)"
+    if isinstance(law, GaussianMixture):
+        return "Circles: 2 standard deviations of each component of the target"
+    return "Circles: the target's outline"
 
 
 def _class_colors(count: int) -> Callable[[int], tuple[float, float, float]]:
     """Returns the colour of each of so many classes; a class has one colour in every picture of them."""
-    colors = colormaps["tab10" if count <= 10 else "turbo"]
 
     def color(label: int) -> tuple[float, float, float]:
         if label < 0:
             return to_rgb("k")
-        return to_rgb(colors(label if count <= 10 else label / (count - 1)))
+        if count <= 10:
+            return to_rgb(colormaps["tab10"](label))
+        # Neighbours in hue differ in lightness: hues alone can be told apart for a dozen classes.
+        return colorsys.hls_to_rgb(label / count, (0.3, 0.5, 0.72)[label % 3], 0.9)
 
     return color
 
 
 def _scatter(axes: Axes, points: Tensor, labels: Tensor, color: Callable[[int], tuple[float, float, float]]) -> None:
+    size = _dot_size(len(points))
     for label in labels.unique().tolist():
         x, y = points[labels == label].T.numpy()
-        axes.scatter(x, y, s=5, linewidths=0, color=color(label))
+        axes.scatter(x, y, s=size, linewidths=0.1 * size**0.5, edgecolors="w", color=color(label))
+
+
+def _dot_size(count: int) -> float:
+    """Returns the area of each of so many dots in square points."""
+    return min(36.0, max(6.0, 12_000 / max(count, 1)))
 
 
 def _legend(axes: Axes, classes: list[int], color: Callable[[int], tuple[float, float, float]]) -> None:
-    if 1 < len(classes) <= 20:
+    if 1 < len(classes) <= 50:
         names = [Patch(color=color(label), label="none" if label < 0 else str(label)) for label in classes]
-        axes.legend(handles=names, title="class", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        columns, length = -(-len(classes) // 25), 1.5 if len(classes) <= 10 else 0.8
+        axes.legend(
+            handles=names,
+            title="class",
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            frameon=False,
+            ncols=columns,
+            handlelength=length,
+        )
 
 
 def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
@@ -362,7 +428,7 @@ def _histogram(axes: Axes, codes: Tensor, law: Law) -> None:
     axes.hist(codes.numpy(), bins=60, density=True, color="0.7", label="codes")
     z = torch.linspace(float(codes.min()) - 1, float(codes.max()) + 1, 400)
     axes.plot(z.numpy(), law.log_prob(z[:, None]).exp().detach().cpu().numpy(), color="k", label="target")
-    axes.set(xlabel="code", ylabel="density")
+    axes.set(xlabel="code 1", ylabel="density")
     axes.legend(frameon=False)
 
 
@@ -381,26 +447,30 @@ def _arc(start: Tensor, end: Tensor, share: Tensor) -> Tensor:
 
 
 def _cells(images: Tensor, columns: int) -> Tensor:
-    """Lays images [n, C, H, W] out as [rows (H + 1), columns (W + 1), C], apart by a line and missing ones white."""
+    """Lays images [n, C, H, W] out as [rows (H + 1), columns (W + 1), C], apart by a line; missing ones are grey."""
     if images.ndim != 4 or images.numel() == 0 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must have shape [n, C, H, W], C = 1 or 3, got {list(images.shape)}")
     columns = integer("columns", columns, 1)
     n, channels, height, width = images.shape
     rows = -(-n // columns)
-    cells = torch.ones(rows * columns, channels, height + 1, width + 1)
+    cells = torch.full((rows * columns, channels, height + 1, width + 1), _APART)
     cells[:n, :, :height, :width] = images.detach().float().cpu().clamp(0, 1)
     cells = cells.reshape(rows, columns, channels, height + 1, width + 1)
     return cells.permute(0, 3, 1, 4, 2).reshape(rows * (height + 1), columns * (width + 1), channels)
 
 
-def _image_figure(pixels: Tensor) -> Figure:
-    """Returns a figure of these pixels [height, width, C] alone, each a square of whole pixels to stay sharp."""
+def _image_figure(pixels: Tensor, rows: Sequence[str] = ()) -> Figure:
+    """Returns a figure of pixels [height, width, C] with names of rows; each is a square of whole pixels, so sharp."""
     height, width, channels = pixels.shape
     scale = max(1, 800 // width)
-    figure = Figure(figsize=(width * scale / 100, height * scale / 100), dpi=100)
-    axes = figure.add_axes((0, 0, 1, 1))
+    margin = 70 if rows else 0  # for the names, left of the images
+    across, up = margin + width * scale, height * scale
+    figure = Figure(figsize=(across / 100, up / 100), dpi=100)
+    axes = figure.add_axes((margin / across, 0, width * scale / across, 1))
     axes.imshow(
         pixels.squeeze(-1).numpy(), cmap="gray" if channels == 1 else None, vmin=0, vmax=1, interpolation="nearest"
     )
     axes.set_axis_off()
+    for number, name in enumerate(rows):
+        figure.text((margin - 6) / across, 1 - (number + 0.5) / len(rows), name, ha="right", va="center", fontsize=9)
     return figure

@@ -31,7 +31,7 @@ SMALL = [
     "--model.decay=false",  # so that a run resumed for more epochs is the same as a longer one
     "--trainer.accelerator=cpu",
 ]
-REPORT = {"metrics.json", "latent.png", "samples.png", "reconstructions.png", "config.yaml"}
+REPORT = {"report.html", "metrics.json", "latent.png", "samples.png", "reconstructions.png", "config.yaml"}
 
 
 class Done(NamedTuple):

@@ -212,18 +212,18 @@ def test_training_lowers_the_error_and_the_divergence(model, options):
     run = train(trained, 15, data=data)
     after = encode_set(trained, data.held_out)
     assert after.reconstruction_error < 0.55 * before.reconstruction_error
-    assert float(run.callback_metrics["val_rec"]) == pytest.approx(after.reconstruction_error, rel=1e-3)
+    assert float(run.callback_metrics["val/reconstruction"]) == pytest.approx(after.reconstruction_error, rel=1e-3)
     assert all(math.isfinite(value) for value in run.callback_metrics.values())
-    assert {"rec", "val_rec", "val_jsd"} <= set(run.callback_metrics)
-    assert ("latent" in run.callback_metrics) == (model is not images.AE)
-    assert ("discriminator" in run.callback_metrics) == (model is images.AAE)
+    assert {"loss/reconstruction", "val/reconstruction", "val/jsd"} <= set(run.callback_metrics)
+    assert ("loss/latent" in run.callback_metrics) == (model is not images.AE)
+    assert ("loss/discriminator" in run.callback_metrics) == (model is images.AAE)
 
     first, last = (code_measures(trained, encoded, training=False) for encoded in (before, after))
     assert "gradient_weight" not in last and last["reconstruction_error"] == after.reconstruction_error
     assert ("posterior" in last) == (model is images.VAE)
     if model is images.VAE:
         first, last = first["posterior"], last["posterior"]
-    assert float(run.callback_metrics["val_jsd"]) == pytest.approx(last["jsd"], abs=0.05)
+    assert float(run.callback_metrics["val/jsd"]) == pytest.approx(last["jsd"], abs=0.05)
     if model is not images.AE:
         assert last["jsd"] < 0.12
         assert model is images.VAE or last["jsd"] < 0.5 * first["jsd"]  # a VAE's samples begin at its prior

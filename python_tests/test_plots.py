@@ -1,6 +1,7 @@
 """Plots: what is drawn, by its artists and by the pixels of the written file."""
 
 import io
+import itertools
 import math
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from kdejsd import GaussianMixture, StandardNormal, drawing, plots
 from kdejsd.data import Digits, Grid2D
 
+GREY = 0.6  # between images
 TAB10 = torch.tensor(colormaps["tab10"].colors)
 
 
@@ -94,6 +96,8 @@ def test_latent_classes_puts_codes_over_the_regions():
     assert torch.equal(drawn[key(TAB10[3])], codes[labels == 3].double())
     assert torch.equal(drawn[0.0, 0.0, 0.0], codes[4:].double())
     assert torch.allclose(pixel_at(figure, 2.0, -2.0), TAB10[0], atol=0.05)  # an example taken for another class
+    assert legend(figure) == ["none", "0", "1", "2", "3"]
+    assert "Dots: 5 codes" in figure.axes[0].get_title()
     unlabelled = plots.latent_classes(None, quadrants, codes=codes)
     assert torch.equal(dots(unlabelled)[0.0, 0.0, 0.0], codes.double())
 
@@ -110,10 +114,27 @@ def test_latent_classes_with_models_a_mixture_and_many_classes():
     z = torch.tensor([[-5.0, 1.0], [0.5, 3.0], [3.0, -4.0]]).double()
     with torch.no_grad():
         labels = classifier(generator[0](z)).argmax(1).tolist()
-    turbo = colormaps["turbo"]
+    codes = plots.latent(points(12, 2), torch.arange(12), target)  # has the classes' colours in their order
+    colors = torch.tensor([group.get_facecolor()[0][:3].tolist() for group in codes.axes[0].collections])
     for (x, y), label in zip(z.tolist(), labels, strict=True):
-        expected = 0.5 + 0.5 * torch.tensor(turbo(label / 11)[:3])
-        assert torch.allclose(pixel_at(figure, x, y), expected.float(), atol=2 / 255)
+        assert torch.allclose(pixel_at(figure, x, y), 0.5 + 0.5 * colors[label].float(), atol=2 / 255)
+    assert codes.axes[0].get_title() == "Circles: 2 standard deviations of each component of the target"
+
+
+@pytest.mark.parametrize("count", [10, 11, 20, 25])
+def test_no_two_classes_have_colours_that_look_alike(count):
+    figure = plots.latent(points(count, 2), torch.arange(count), StandardNormal(2))
+    colors = [group.get_facecolor()[0][:3] for group in figure.axes[0].collections]
+    apart = [math.dist(lab(a), lab(b)) for a, b in itertools.combinations(colors, 2)]
+    assert len(legend(figure)) == count and min(apart) > 15
+
+
+def lab(color) -> list[float]:
+    """CIELAB of an sRGB colour, whose distances are those that the eye sees."""
+    linear = torch.tensor([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color]).double()
+    weights = torch.tensor([[0.4339, 0.3762, 0.1899], [0.2126, 0.7152, 0.0722], [0.0177, 0.1094, 0.8729]]).double()
+    x, y, z = (c ** (1 / 3) if c > 0.008856 else 7.787 * c + 16 / 116 for c in (weights @ linear).tolist())
+    return [116 * y - 16, 500 * (x - y), 200 * (y - z)]
 
 
 def test_a_class_has_one_colour_in_every_picture():
@@ -147,6 +168,27 @@ def test_latent_draws_codes_by_class():
     figure = plots.latent(codes, labels, StandardNormal(2))
     assert torch.equal(dots(figure)[key(TAB10[3])], codes[labels == 3])
     assert circles(figure) == [((0, 0), 1), ((0, 0), 2), ((0, 0), 3)] and legend(figure) == ["0", "3"]
+    assert figure.get_suptitle() == "400 codes, and the law that they are to follow"
+    assert "1, 2 and 3 standard deviations" in figure.axes[0].get_title()
+
+
+def test_the_picture_of_codes_is_square_whatever_their_spread_and_dots_are_larger_where_they_are_few():
+    sizes = []
+    for count in (100, 5000):
+        figure = plots.latent(points(count, 2) * torch.tensor([3.0, 0.1]), torch.zeros(count), StandardNormal(2))
+        axes = figure.axes[0]
+        (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+        assert right - left == pytest.approx(top - bottom) and axes.get_aspect() == 1
+        figure.draw_without_rendering()
+        across, up = axes.get_window_extent().size
+        assert across == pytest.approx(up) and across > 0.8 * figure.bbox.width  # no bands left empty
+        sizes.append(axes.collections[0].get_sizes()[0])
+    assert sizes[0] >= 30 and sizes[1] >= 6
+
+
+def test_a_picture_says_of_how_many_codes_it_is():
+    figure = plots.latent(points(6000, 3), torch.zeros(6000), StandardNormal(3))
+    assert figure.get_suptitle() == "5000 of 6000 codes of 3 dimensions, on their first two principal components"
 
 
 def test_latent_projects_on_the_principal_components():
@@ -167,6 +209,7 @@ def test_latent_of_one_dimension_is_a_histogram():
     axes = figure.axes[0]
     area = sum(bar.get_width() * bar.get_height() for bar in axes.patches)
     assert area == pytest.approx(1)
+    assert figure.get_suptitle() == "5000 codes, and the density that they are to follow"
     z, density = (torch.from_numpy(data) for data in axes.lines[0].get_data())
     assert torch.allclose(density.double(), torch.exp(-(z.double() ** 2) / 2) / math.sqrt(2 * math.pi), atol=1e-6)
 
@@ -201,7 +244,9 @@ def test_radius_vs_support_refuses(curves):
 def cells(figure: Figure, size: int) -> Tensor:
     """[rows, columns] grey levels in the middles of the written cells, images being of size x size."""
     drawn = pixels(figure)[..., 0]
-    scale = round(figure.get_figwidth() * 100) // figure.axes[0].images[0].get_array().shape[1]
+    left, _, width, _ = figure.axes[0].get_position().bounds
+    drawn = drawn[:, round(left * drawn.shape[1]) :]
+    scale = round(width * figure.get_figwidth() * 100) // figure.axes[0].images[0].get_array().shape[1]
     step = (size + 1) * scale
     return drawn[size * scale // 2 :: step, size * scale // 2 :: step]
 
@@ -212,7 +257,7 @@ def flat_images(levels: Tensor, size: int = 3) -> Tensor:
 
 def test_grid_shows_every_image_in_order():
     levels = torch.tensor([0.0, 0.2, 0.4, 0.6, 0.8])
-    expected = torch.tensor([[0.0, 0.2], [0.4, 0.6], [0.8, 1.0]])
+    expected = torch.tensor([[0.0, 0.2], [0.4, 0.6], [0.8, GREY]])
     assert torch.allclose(cells(plots.grid(flat_images(levels), columns=2), 3), expected, atol=2 / 255)
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     drawn = pixels(plots.grid(image, columns=1))
@@ -220,14 +265,15 @@ def test_grid_shows_every_image_in_order():
     assert torch.allclose(
         drawn[scale // 2 :: scale, scale // 2 :: scale][:8, :8], image[0].permute(1, 2, 0), atol=1 / 255
     )
-    assert bool((drawn[-scale:] == 1).all())  # the line that keeps images apart
+    assert bool(((drawn[-scale:] - GREY).abs() < 2 / 255).all())  # the line that keeps images apart
 
 
 def test_reconstructions_stand_below_their_images():
     levels = torch.tensor([0.1, 0.2, 0.3])
     figure = plots.reconstructions(flat_images(levels), flat_images(levels + 0.5), columns=2)
-    expected = torch.tensor([[0.1, 0.2], [0.6, 0.7], [0.3, 1.0], [0.8, 1.0]])
+    expected = torch.tensor([[0.1, 0.2], [0.6, 0.7], [0.3, GREY], [0.8, GREY]])
     assert torch.allclose(cells(figure, 3), expected, atol=2 / 255)
+    assert [text.get_text() for text in figure.texts] == ["image", "decoded"] * 2
 
 
 class LengthAndAngle(nn.Module):
@@ -350,8 +396,12 @@ def test_points_stand_over_the_circles_of_their_modes():
     assert len(scattered.get_offsets()) == len(lines.get_segments()) == 50
     ends = torch.stack([torch.from_numpy(way) for way in lines.get_segments()])
     assert torch.equal(ends[:, 0], drawn + 1) and torch.equal(ends[:, 1], drawn)
-    drawn[3] = math.nan
-    assert pixels(plots.points(drawn, modes, 0.15)).isfinite().all()
+    drawn[:] = 1.0
+    assert plots.points(drawn, modes, 0.15).get_suptitle() == "50 points"
+    drawn[2], drawn[3] = 1e9, math.nan  # one far point leaves the others where they can be seen
+    figure = plots.points(drawn, modes, 0.15)
+    assert figure.get_suptitle() == "50 points, 2 of them outside of the picture"
+    assert figure.axes[0].get_xlim() == pytest.approx((1 - 2.2, 1 + 2.2)) and pixels(figure).isfinite().all()
     for arguments, message in (
         ((torch.zeros(4, 3), modes, 1.0), r"points must have shape \[n, 2\], got \[4, 3\]"),
         ((drawn, torch.zeros(2), 1.0), r"modes must have shape \[n, 2\], got \[2\]"),

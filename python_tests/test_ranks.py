@@ -407,7 +407,7 @@ def trained(kind, settings, ranks, precision="64-true", save=None, ckpt_path=Non
         num_sanity_val_steps=0,
     )
     trainer.fit(model, datamodule=Digits(batch_size=BATCH // ranks, train_size=270), ckpt_path=ckpt_path)
-    measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
+    measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return {"state": model.state_dict(), "measured": measured}
 
 
@@ -439,7 +439,7 @@ def test_a_run_on_several_ranks_is_the_run_of_one_with_the_whole_minibatch(runs,
     expected = trained(kind, settings, 1)
     for of_rank in runs[0]:
         found = of_rank[name]
-        assert found["measured"].keys() == expected["measured"].keys() >= {"val_rec", "val_jsd"}
+        assert found["measured"].keys() == expected["measured"].keys() >= {"val/reconstruction", "val/jsd"}
         if name == "queue":  # of a minibatch the codes of one rank stand by turns with those of the others
             for state in (found["state"], expected["state"]):
                 order = np.lexsort((state["lagged.codes"][:, 0], state["lagged.examples"]))

@@ -506,9 +506,8 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_are_spoiled(t
         train(model, tmp_path, callbacks=[spoil], max_epochs=3)
     text = str(error.value)
     assert "the loss is nan in epoch 2, batch 3 of 5 (after 7 steps): " in text
-    assert (
-        f"{'discriminator' if 'gan' in kind else 'rec'} is nan" in text and "images and the weights are finite" in text
-    )
+    term = "discriminator" if "gan" in kind else "reconstruction"
+    assert f"loss/{term} is nan" in text and "images and the weights are finite" in text
     for name, value in model.named_parameters():
         assert torch.equal(value, spoil.before[name]) or (kind, name.split(".")[0]) == ("aae", "discriminator"), name
     assert max(path.name for path in tmp_path.glob("*.ckpt")) == "07.ckpt"
@@ -518,14 +517,16 @@ def test_a_loss_that_is_looked_at_late_is_named_all_the_same(tmp_path, monkeypat
     monkeypatch.setitem(LOSSES_KEPT, "cpu", LOSSES_KEPT["cuda"])
     monkeypatch.setattr(checkpoints, "INTERVAL", 1000)  # but for the first step, not before the end
     for epochs, name in ((3, "end"), (100, "never")):
-        with pytest.raises(FloatingPointError, match=r"is nan in epoch 2, batch 3 of 5 \(after 7 steps\): rec is nan"):
+        expected = r"is nan in epoch 2, batch 3 of 5 \(after 7 steps\): loss/reconstruction is nan"
+        with pytest.raises(FloatingPointError, match=expected):
             train(make("full"), tmp_path / name, callbacks=[Spoil()], max_epochs=epochs)
         assert [path.name for path in (tmp_path / name).glob("*.ckpt")] == ["01.ckpt"]
 
 
 def test_a_diverging_run_says_where_the_last_checkpoint_is(command, tmp_path):
     code, said = command(*AE, "--model.learning_rate=1e30", "--trainer.max_steps=50", "--out=run")
-    assert code == 1 and "kdejsd fit: error: the loss is " in said and "batch 2 of 3 (after 1 steps): rec is " in said
+    assert code == 1 and "kdejsd fit: error: the loss is " in said
+    assert "batch 2 of 3 (after 1 steps): loss/reconstruction is " in said
     assert "the last checkpoint is of step 1; to go on: kdejsd fit --ckpt_path run/checkpoints/last.ckpt" in said
     assert load_checkpoint("run/checkpoints/last.ckpt")["global_step"] == 1
 

@@ -79,7 +79,7 @@ def test_labels_pull_codes_to_their_modes():
         right = model.classify(held_out.codes) == held_out.labels
         accuracy[labelled] = float(right.float().mean())
         share[labelled] = model.classify(held_out.codes).bincount(minlength=10) / len(right)
-        assert float(trainer.callback_metrics["val_acc"]) == pytest.approx(accuracy[labelled], abs=0.01)
+        assert float(trainer.callback_metrics["val/accuracy"]) == pytest.approx(accuracy[labelled], abs=0.01)
         assert held_out.reconstruction_error < 0.09
     assert accuracy[150] > 0.65 and accuracy[0] < 0.4
     assert share[150].min() > 0.05 and share[150].max() < 0.17

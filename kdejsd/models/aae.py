@@ -32,9 +32,9 @@ class AAE(Autoencoder):
 
     The encoder's adversarial loss is the one that does not saturate.
 
-    It logs per step `rec` (error per pixel), `latent` (-log D(codes), nats: log 2 = 0.69 where the discriminator cannot
-    tell codes from samples) and `discriminator` (its loss, nats: 2 log 2 = 1.39 there), and per epoch the measures of
-    `Autoencoder`.
+    It logs per step `loss/reconstruction` (error per pixel), `loss/latent` (-log D(codes), nats: log 2 = 0.69 where the
+    discriminator cannot tell codes from samples) and `loss/discriminator` (its loss, nats: 2 log 2 = 1.39 there), and
+    per epoch the measures of `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim: as in `Autoencoder`.
@@ -90,7 +90,7 @@ class AAE(Autoencoder):
         codes = self.encode(images)
 
         told = self.discriminator_loss(codes.detach(), self.target_samples(len(codes)))
-        self.log("discriminator", told, prog_bar=True)
+        self.log("loss/discriminator", told, prog_bar=True)
         discriminator.zero_grad()
         self.manual_backward(told)
         # Not discriminator.step(), which the trainer would count as a training step of its own.
@@ -99,7 +99,7 @@ class AAE(Autoencoder):
         error = reconstruction_error(self.decode(codes), images)
         with autoencoder.toggle_model():  # the discriminator's weights get no gradient
             latent = self.adversarial_loss(codes)
-            self.log_dict({"rec": error, "latent": latent}, prog_bar=True)
+            self.log_dict({"loss/reconstruction": error, "loss/latent": latent}, prog_bar=True)
             autoencoder.zero_grad()
             self.manual_backward(error + self.weight * latent)
             autoencoder.step()

@@ -13,7 +13,7 @@ from .base import checked
 class AE(Autoencoder):
     """Trains a plain autoencoder: its loss is the error per pixel, and nothing makes its codes follow the target.
 
-    It logs `rec` per step, and per epoch the measures of `Autoencoder`.
+    It logs `loss/reconstruction` per step, and per epoch the measures of `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
@@ -50,5 +50,5 @@ class AE(Autoencoder):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = checked(batch)[0]
         error = reconstruction_error(self.reconstruct(images), images)
-        self.log("rec", error, prog_bar=True)
+        self.log("loss/reconstruction", error, prog_bar=True)
         return error

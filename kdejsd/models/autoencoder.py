@@ -23,9 +23,9 @@ class Autoencoder(GenerativeModel):
     """Encodes images to codes that are to follow a target, and decodes them; it is the base of the autoencoders.
 
     A model adds its constructor, which sets the target, and its `training_step`. Every model's reconstruction error is
-    the mean squared error per pixel; the term that a model adds to it is logged as `latent`. Per epoch it logs on the
-    validation set `val_rec`, and `val_jsd`, the divergence of the codes from the target (`jsd`), or of samples of the
-    posterior where the encoder has one.
+    the mean squared error per pixel, logged as `loss/reconstruction`; the term that a model adds to it is logged as
+    `loss/latent`. Per epoch it logs on the validation set `val/reconstruction`, and `val/jsd`, the divergence of the
+    codes from the target (`jsd`), or of samples of the posterior where the encoder has one.
 
     Args:
         encoder: images [n, C, H, W] -> codes [n, l].
@@ -165,13 +165,13 @@ class Autoencoder(GenerativeModel):
         images = checked(batch)[0]
         codes = self.encode(images)
         error = reconstruction_error(self.decode(codes), images)
-        self.log("val_rec", error, prog_bar=True, batch_size=len(images), sync_dist=True)
+        self.log("val/reconstruction", error, prog_bar=True, batch_size=len(images), sync_dist=True)
         samples = self.posterior_samples(images, self._rng)
         self._codes.append(codes if samples is None else samples)
 
     def on_validation_epoch_end(self) -> None:
         codes = torch.cat(self._codes)[:JSD_SAMPLES]
-        self.log("val_jsd", self.jsd(codes, self._rng), prog_bar=True, sync_dist=True)
+        self.log("val/jsd", self.jsd(codes, self._rng), prog_bar=True, sync_dist=True)
         self._codes.clear()
 
 

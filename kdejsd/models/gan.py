@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .._extras import train_extra
 from .._numbers import integer, not_negative, positive
-from ..data import Batch, ImageData
-from ..drawing import draw
+from ..data import Batch
 from ..targets import StandardNormal
 from .base import GenerativeModel, checked, inputs
 from .f_divergences import FDivergence, by_name
@@ -21,7 +20,6 @@ from .networks import Network
 
 with train_extra():
     from lightning.pytorch.core.optimizer import LightningOptimizer
-    from lightning.pytorch.loggers import TensorBoardLogger
 
 Objective = Literal[
     "minimax",
@@ -65,13 +63,12 @@ class GAN(GenerativeModel):
     A step is a minibatch, in which the discriminator trains. In every `discriminator_steps`-th one the generator trains
     too, with latents of its own. Both are trained by Adam.
 
-    It logs per step `discriminator` and, where it trains, `generator` (the losses above), and `divergence`, the
-    minibatch's estimate of the divergence by the discriminator as it is. That is the JSD in nats for "minimax" and
-    "non-saturating" (0 to log 2), mean V(x) - mean V(G(z)) for the WGANs (the Wasserstein distance times V's unknown
-    Lipschitz constant, which is about 1 for "wgan-gp"), and else the bound of the f-divergence. Per epoch it logs
-    `val_divergence`, the estimate on held-out images. With batch normalisation in the discriminator that is a looser
-    bound, since its running statistics are those of real and generated images together. After the epochs 1, 2, 4, 8,
-    ... it logs a picture of samples (`kdejsd.drawing.draw`), where the logger is TensorBoard's.
+    It logs per step `loss/discriminator` and, where it trains, `loss/generator` (the losses above), and
+    `loss/divergence`, the minibatch's estimate of the divergence by the discriminator as it is. That is the JSD in nats
+    for "minimax" and "non-saturating" (0 to log 2), mean V(x) - mean V(G(z)) for the WGANs (the Wasserstein distance
+    times V's unknown Lipschitz constant, which is about 1 for "wgan-gp"), and else the bound of the f-divergence. Per
+    epoch it logs `val/divergence`, the estimate on held-out images. With batch normalisation in the discriminator that
+    is a looser bound, since its running statistics are those of real and generated images together.
 
     Args:
         generator: latents [n, l] -> images [n, C, H, W].
@@ -225,7 +222,7 @@ class GAN(GenerativeModel):
                 self.discriminator, pack(images, self.packing), pack(generated, self.packing)
             )
         divergence = self.losses.divergence(real, fake).detach()
-        self.log_dict({"discriminator": told, "divergence": divergence}, prog_bar=True)
+        self.log_dict({"loss/discriminator": told, "loss/divergence": divergence}, prog_bar=True)
         discriminator.zero_grad()
         self.manual_backward(told)
         discriminator.step()  # which the trainer counts: a step for each minibatch
@@ -237,7 +234,7 @@ class GAN(GenerativeModel):
         if self.trainer.global_step % self.discriminator_steps == 0:
             with generator.toggle_model():  # the discriminator's weights get no gradient
                 fooled = self.losses.generator(self.discriminate(self.decode(self.target_samples(len(images)))))
-                self.log("generator", fooled, prog_bar=True)
+                self.log("loss/generator", fooled, prog_bar=True)
                 generator.zero_grad()
                 self.manual_backward(fooled)
                 # Not generator.step(), which would be counted too.
@@ -254,17 +251,7 @@ class GAN(GenerativeModel):
         images = images[: len(images) // self.packing * self.packing]
         if len(images):  # the last batch can be smaller than a pack
             generated = self.decode(self.target_samples(len(images), self._rng))
-            self.log("val_divergence", self.divergence(images, generated), prog_bar=True, batch_size=len(images))
-
-    def on_validation_epoch_end(self) -> None:
-        epoch = self.trainer.current_epoch + 1
-        boards = [logger for logger in self.loggers if isinstance(logger, TensorBoardLogger)]
-        data = getattr(self.trainer, "datamodule", None)
-        # Not every epoch: a picture can take longer than an epoch does.
-        if boards and isinstance(data, ImageData) and epoch.bit_count() == 1:
-            figure = draw(data, self.sample(data.report_samples, torch.Generator().manual_seed(0)))
-            for board in boards:
-                board.experiment.add_figure("samples", figure, self.trainer.global_step)
+            self.log("val/divergence", self.divergence(images, generated), prog_bar=True, batch_size=len(images))
 
     # Reports
 

@@ -43,10 +43,11 @@ class GEN(Autoencoder):
     On several devices (Lightning's "ddp") each keeps and encodes its share of the lagged codes (`LaggedKDE.shard`). The
     codes are normalised over the minibatches of all, and the steps are those of one device with the whole minibatch.
 
-    It logs per step `rec` (error per pixel), `latent` (the latent term, nats) and `1-r`. The last is the mean of p_t /
-    (p_e + p_t), the weight of the JSD's gradient: 0.5 at p_e = p_t; near 0 the codes are in the dead zone, where
-    nothing pulls them. Per epoch it logs `val_rec` and `val_jsd` (`LaggedKDE.jsd`) of the validation set, and `time`,
-    the share of the step that the latent term takes: refresh, value and gradient.
+    It logs per step `loss/reconstruction` (error per pixel), `loss/latent` (the latent term, nats) and
+    `train/gradient_weight`. The last is the mean of 1 - r = p_t / (p_e + p_t), the weight of the JSD's gradient: 0.5 at
+    p_e = p_t; near 0 the codes are in the dead zone, where nothing pulls them. Per epoch it logs `val/reconstruction`
+    and `val/jsd` (`LaggedKDE.jsd`) of the validation set, and `train/latent_time_share`, the share of the step that the
+    latent term takes: refresh, value and gradient.
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
@@ -291,7 +292,12 @@ class GEN(Autoencoder):
         if self.refresh_policy == "queue":
             self._pushed = codes.detach(), index
         latent = terms.mean()
-        self.log_dict({"rec": error, "latent": latent, "1-r": self.gradient_weight(terms)}, prog_bar=True)
+        logged = {
+            "loss/reconstruction": error,
+            "loss/latent": latent,
+            "train/gradient_weight": self.gradient_weight(terms),
+        }
+        self.log_dict(logged, prog_bar=True)
         loss: Tensor = error + self.weight * latent + self.penalty(codes, labels)
         return loss
 
@@ -325,7 +331,7 @@ class GEN(Autoencoder):
 
     def on_train_epoch_end(self) -> None:
         assert self.stopwatch is not None
-        self.log("time", self.stopwatch.share("latent", "step"), prog_bar=True, sync_dist=True)
+        self.log("train/latent_time_share", self.stopwatch.share("latent", "step"), sync_dist=True)
 
     def latent_terms(self, codes: Tensor, index: Tensor | None) -> Tensor:
         """Returns the latent term of each code [n, l] in nats, as [n].

@@ -91,7 +91,7 @@ class ImageClassifier(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.accuracy.copy_(self._counted.compute())
         self._counted.reset()
-        self.log("val_accuracy", self.accuracy, prog_bar=True)
+        self.log("val/accuracy", self.accuracy, prog_bar=True)
 
     def __str__(self) -> str:
         return f"{self.data} classifier, {100 * float(self.accuracy):.1f} % of held-out images right"

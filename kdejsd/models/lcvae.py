@@ -48,7 +48,7 @@ class LCVAE(VAE):
       kernel's norm.
     * Batch normalisation undoes either: it divides by the deviation of its input, and has a scale of its own.
 
-    Beside a VAE's measures it logs per step `omega`, as it is in the loss, before lambda.
+    Beside a VAE's measures it logs per step `loss/omega`, as it is in the loss, before lambda.
 
     Args:
         encoder, decoder, latent_dim: as in `VAE`.
@@ -107,7 +107,7 @@ class LCVAE(VAE):
         value = omega(images[:even], codes, pairs="halves", reduction="mean")
         if self.scale_free:
             value = value / codes.var(0).mean()
-        self.log("omega", value, prog_bar=True)
+        self.log("loss/omega", value, prog_bar=True)
         return self.omega_weight * value
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -31,8 +31,8 @@ class SemiSupervisedGEN(GEN):
     The density of a code within its mode, -log p(z | y), is not minimised. It differs from the third term by log w_y -
     log p_t(z), which the latent term holds already, and by itself would draw every code to its mode's mean.
 
-    Beside a GEN's measures it logs per step `label`, the third term in nats over the minibatch's labelled images, and
-    per epoch, if the validation set has labels, `val_acc`, the share of them that `classify` gets right.
+    Beside a GEN's measures it logs per step `loss/label`, the third term in nats over the minibatch's labelled images,
+    and per epoch, if the validation set has labels, `val/accuracy`, the share of them that `classify` gets right.
 
     Args:
         encoder, decoder, latent_dim: as in `GEN`.
@@ -100,7 +100,7 @@ class SemiSupervisedGEN(GEN):
     def penalty(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Returns label_weight times the label term, 0-dim, after logging the term."""
         term = self.label_term(codes, labels)
-        self.log("label", term, prog_bar=True)
+        self.log("loss/label", term, prog_bar=True)
         return self.label_weight * term
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -109,4 +109,4 @@ class SemiSupervisedGEN(GEN):
         known = labels >= 0
         if bool(known.any()):
             right = (self.classify(self._codes[-1]) == labels)[known].float().mean()
-            self.log("val_acc", right, prog_bar=True, batch_size=int(known.sum()), sync_dist=True)
+            self.log("val/accuracy", right, prog_bar=True, batch_size=int(known.sum()), sync_dist=True)

@@ -32,7 +32,7 @@ class StochasticGEN(GEN):
     So every dimension has the target's mean and variance whatever the shares are, if they do not depend on the signal.
     The latent term is that of a GEN at such codes, and its lagged codes are such codes too. The error per pixel lowers
     the shares where the decoder has use for the signal. As for a VAE, `encode` gives the means of the codes, and
-    samples of the codes' laws are to follow the target (`posterior_samples`; `val_jsd` is theirs).
+    samples of the codes' laws are to follow the target (`posterior_samples`; `val/jsd` is theirs).
 
     The kernel density is compared with the smoothed target at the codes as they are (no kernel noise).
     `optimal_bandwidth(..., smoothed=True)` explains how large the bandwidth must be there, and bench/results/papers

@@ -34,10 +34,10 @@ class VAE(Autoencoder):
     The codes of images are f(posterior mean), and a code u is decoded as decoder(f^-1(u)). So codes are always to
     follow the standard normal, and every measure, picture and sample is made from them as from other models' codes (the
     Jensen-Shannon divergence of two laws does not change under f). In a good VAE not the law of the means matches the
-    prior but that of samples of the posterior (`posterior_samples`): `val_jsd` is theirs.
+    prior but that of samples of the posterior (`posterior_samples`): `val/jsd` is theirs.
 
-    It logs per step `rec` (error per pixel, of a sample of the posterior) and `latent` (the KL, nats), and per epoch
-    the measures of `Autoencoder`; `val_rec` is of the means.
+    It logs per step `loss/reconstruction` (error per pixel, of a sample of the posterior) and `loss/latent` (the KL,
+    nats), and per epoch the measures of `Autoencoder`; `val/reconstruction` is of the means.
 
     Args:
         encoder: images [n, C, H, W] -> [n, 2 l], the posterior's means and the logarithms of its variances.
@@ -129,7 +129,7 @@ class VAE(Autoencoder):
             latent = kl_to_normal(mean, log_variance).mean()
         else:
             latent = -(normal_entropy(log_variance) + self.flow.log_prob(z)).mean()
-        self.log_dict({"rec": error, "latent": latent}, prog_bar=True)
+        self.log_dict({"loss/reconstruction": error, "loss/latent": latent}, prog_bar=True)
         latent = latent + self.penalty(images, mean)
         return error + 2 * self.observation_variance / images[0].numel() * latent
 

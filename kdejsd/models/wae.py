@@ -21,8 +21,8 @@ class WAE(Autoencoder):
     the target. (The authors' code takes the sum over pixels, times 0.05, and the weight 10; for 28 x 28 images that is
     a weight of 0.26 beside the mean. The default here is larger; with it the error is about that of an AAE or GEN.)
 
-    It logs per step `rec` (error per pixel) and `latent` (the MMD; 0 in the mean for codes that follow the target), and
-    per epoch the measures of `Autoencoder`.
+    It logs per step `loss/reconstruction` (error per pixel) and `loss/latent` (the MMD; 0 in the mean for codes that
+    follow the target), and per epoch the measures of `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
@@ -67,7 +67,7 @@ class WAE(Autoencoder):
         codes = self.encode(images)
         error = reconstruction_error(self.decode(codes), images)
         latent = imq_mmd(codes, self.target_samples(len(codes)), self.mean_square)
-        self.log_dict({"rec": error, "latent": latent}, prog_bar=True)
+        self.log_dict({"loss/reconstruction": error, "loss/latent": latent}, prog_bar=True)
         return error + self.weight * latent
 
     def settings(self) -> dict[str, object]:

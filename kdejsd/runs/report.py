@@ -1,11 +1,13 @@
-"""Writes the report of a trained model: a folder with its measures and pictures."""
+"""Writes the report of a trained model: a folder with a page, its measures and pictures."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import platform
 import sys
+import textwrap
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,13 +17,15 @@ import torch
 
 from .. import plots
 from .._extras import train_extra
-from .._modes import Map, evaluating
+from .._modes import Map
 from .._version import __version__
 from ..data import ImageData
 from ..diversity.report import diversity_report
-from ..drawing import draw, draw_reconstructions
 from ..metrics import Encoded, code_measures, divergence_measures, encode_set
 from ..models import GAN, Autoencoder, GenerativeModel
+from .measures import Measure, explained
+from .page import shown, write_page
+from .pictures import pictures
 
 with train_extra():
     from matplotlib.figure import Figure
@@ -31,14 +35,17 @@ __all__ = ["write_report"]
 Model = TypeVar("Model", bound=GenerativeModel)
 Measures = dict[str, Any]
 
+_WIDTH = 80  # columns of a terminal
+
 
 def write_report(
     folder: Path, model: GenerativeModel, data: ImageData, run: Mapping[str, Any], classifier: Map | None = None
 ) -> str:
     """Measures the model on the held-out images and on those it was trained on, and draws its pictures.
 
-    It writes metrics.json, in which numbers that are not finite are null, and samples.png into the folder; for
-    autoencoders also latent.png and reconstructions.png, and with a classifier and 2-D latents classes.png.
+    It writes into the folder metrics.json, in which numbers that are not finite are null, and samples.png; for
+    autoencoders also latent.png and reconstructions.png, and with a classifier and 2-D latents classes.png. All of them
+    are in report.html too, a page with what each measure means and what it should be, the settings, and how to go on.
 
     Args:
         folder: an existing folder.
@@ -49,7 +56,7 @@ def write_report(
             takes the images' own classifier, if there is one.
 
     Returns:
-        The main numbers as a table.
+        The main numbers as a table of at most 80 columns.
 
     Example:
         >>> import os, tempfile
@@ -62,9 +69,9 @@ def write_report(
         ...     model = GAN((1, 8, 8), network=lambda shape, dim: FC(shape, dim, hidden=[16]))
         ...     table = write_report(Path(folder), model, Digits(train_size=200), run={"epochs": 0})
         ...     sorted(os.listdir(folder))
-        ['metrics.json', 'samples.png']
+        ['metrics.json', 'report.html', 'samples.png']
         >>> print(table.splitlines()[1])
-        images                                                           359                     200
+        images                                                       359             200
     """
     report: Report[Any]
     if isinstance(model, Autoencoder):
@@ -74,12 +81,12 @@ def write_report(
     else:
         report = Report(model, data)
     numbers = {**report.measures, "model": model.settings(), "run": {**run, "versions": _versions()}}
-    text, pictures = report.table(), report.pictures()
+    figures, text, notes = report.pictures(), report.table(), []
 
     classifier = data.classifier() if classifier is None else classifier
     strange = int((~report.samples.isfinite()).flatten(1).any(1).sum())
     if classifier is not None and strange:
-        text += f"\n\nno diversity: {strange} of {len(report.samples)} samples are not finite"
+        notes.append(f"no diversity: {strange} of {len(report.samples)} samples are not finite")
     elif classifier is not None:
         diversity = diversity_report(
             model.generator,
@@ -90,14 +97,17 @@ def write_report(
             progress=_tell_progress,
         )
         numbers["diversity"] = diversity.as_dict()
-        text += f"\n\n{diversity}"
+        text += f"\n\n{_wrapped(str(diversity))}"
         if model.latent_dim == 2:
-            pictures["classes"] = report.classes(classifier)
+            figures["classes"] = report.classes(classifier)
 
-    (folder / "metrics.json").write_text(json.dumps(_finite(numbers), indent=2) + "\n")
-    for name, figure in pictures.items():
-        figure.savefig(folder / f"{name}.png")
-    return text
+    numbers = _finite(numbers)
+    (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    drawn = {name: _png(figure) for name, figure in figures.items()}
+    for name, picture in drawn.items():
+        (folder / f"{name}.png").write_bytes(picture)
+    write_page(folder / "report.html", model, data, numbers, report.explained, report.main, drawn, notes)
+    return "\n\n".join([text, *notes])
 
 
 class Report(Generic[Model]):
@@ -125,29 +135,30 @@ class Report(Generic[Model]):
         """Returns the measures of the "held_out" and the "training" images."""
         return {}
 
-    def rows(self) -> list[tuple[str, tuple[str, ...]]]:
-        """Returns for each row of the table its name and the measures of the images that it shows."""
+    @property
+    def main(self) -> list[str]:
+        """Returns the measures of images that the table shows, by their places in `image_measures`."""
         return []
+
+    def explained(self, key: str) -> Measure:
+        """Returns the words for a measure by its place in metrics.json."""
+        return explained(key)
 
     def table(self) -> str:
         """Returns the main numbers of held-out and training images, and those of the samples."""
         columns = [self.measures[part] for part in ("held_out", "training") if part in self.measures]
-        lines = []
-        if columns:
-            lines += [
-                " " * 44 + f"{'held-out':>24}{'training':>24}",
-                f"{'images':44}" + "".join(f"{column['count']:>24}" for column in columns),
-            ]
-        for name, keys in self.rows():
-            cells = [" / ".join(_shown(_looked_up(column, key)) for key in keys) for column in columns]
-            lines.append(f"{name:44}" + "".join(f"{cell:>24}" for cell in cells))
+        lines = [f"{'':48}{'held-out':>16}{'training':>16}"] if columns else []
+        for key in self.main:
+            cells = "".join(f"{shown(_looked_up(column, key)):>16}" for column in columns)
+            lines.append(f"{self.explained(key).label:48}{cells}")
         for key, value in self.measures.get("samples", {}).items():
-            lines.append(f"{'samples: ' + key.replace('_', ' '):44}{_shown(value):>24}")
+            label = f"samples: {self.explained(f'samples.{key}').label}"
+            lines.append(f"{label:48}{shown(value):>16}")
         return "\n".join(lines)
 
     def pictures(self) -> dict[str, Figure]:
         """Returns the pictures by the names of their files."""
-        return {"samples": draw(self.data, self.samples)}
+        return pictures(self.model, self.data, self.samples)
 
     def classes(self, classifier: Map) -> Figure:
         """Draws the regions of a 2-D latent space from which each class is made."""
@@ -165,30 +176,17 @@ class AutoencoderReport(Report[Autoencoder]):
             "training": code_measures(self.model, self.training, training=True),
         }
 
-    def rows(self) -> list[tuple[str, tuple[str, ...]]]:
-        rows = [
-            ("reconstruction error per pixel", ("reconstruction_error",)),
-            ("JSD, nats / of the target's own samples", ("jsd", "jsd_of_target")),
-            ("entropy of whitened codes / normal samples", ("entropy", "entropy_of_normal")),
-        ]
+    @property
+    def main(self) -> list[str]:
+        main = ["count", "reconstruction_error", "jsd", "jsd_of_target", "entropy", "entropy_of_normal"]
         if "gradient_weight" in self.measures["held_out"]:
-            rows.append(("1 - r (0.5 where the codes match)", ("gradient_weight",)))
+            main += ["latent_term", "gradient_weight"]
         if "posterior" in self.measures["held_out"]:
-            rows += [
-                ("samples of the posterior: JSD / of target's", ("posterior.jsd", "posterior.jsd_of_target")),
-                ("samples of the posterior: entropy / normal", ("posterior.entropy", "posterior.entropy_of_normal")),
-            ]
-        return rows
+            main += [f"posterior.{key}" for key in ("jsd", "jsd_of_target", "entropy", "entropy_of_normal")]
+        return main
 
     def pictures(self) -> dict[str, Figure]:
-        images = self.data.held_out[torch.arange(min(self.data.report_samples, len(self.data.held_out)))][0]
-        with torch.no_grad(), evaluating(self.model):
-            reconstructions = self.model.reconstruct(images.to(self.model.device)).cpu()
-        return {
-            "latent": plots.latent(self.held_out.codes, self.held_out.labels, self.model.target),
-            "reconstructions": draw_reconstructions(self.data, images, reconstructions),
-            **super().pictures(),
-        }
+        return pictures(self.model, self.data, self.samples, self.held_out)
 
     def classes(self, classifier: Map) -> Figure:
         codes, labels = self.held_out.codes, self.held_out.labels
@@ -209,8 +207,13 @@ class GANReport(Report[GAN]):
             "training": divergence_measures(self.model, self.data.training),
         }
 
-    def rows(self) -> list[tuple[str, tuple[str, ...]]]:
-        return [(self.model.divergence_name, ("divergence",))]
+    @property
+    def main(self) -> list[str]:
+        return ["count", "divergence"]
+
+    def explained(self, key: str) -> Measure:
+        words = super().explained(key)
+        return words._replace(label=self.model.divergence_name) if key == "divergence" else words
 
 
 def _looked_up(measures: Measures, key: str) -> Any:
@@ -219,8 +222,19 @@ def _looked_up(measures: Measures, key: str) -> Any:
     return measures
 
 
-def _shown(value: float | None) -> str:
-    return "none" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
+def _wrapped(text: str) -> str:
+    """Returns the text in lines that a terminal holds; the rest of a long line stands indented below it."""
+    lines = [
+        textwrap.fill(line, _WIDTH, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
+        for line in text.splitlines()
+    ]
+    return "\n".join(lines)
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _tell_progress(done: int, total: int) -> None:

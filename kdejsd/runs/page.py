@@ -1,0 +1,163 @@
+"""Writes the report of a run as one page for a browser, which needs neither network nor scripts."""
+
+from __future__ import annotations
+
+import shlex
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader
+
+from ..data import ImageData
+from ..models import Autoencoder, GenerativeModel
+from .measures import Measure
+from .pictures import CAPTIONS
+
+_LISTED = 8  # numbers of a list that are shown one by one
+
+
+class Table(NamedTuple):
+    """Holds measures with their values in each column."""
+
+    columns: Sequence[str]
+    rows: list[tuple[Measure, list[str]]]
+
+
+def write_page(
+    path: Path,
+    model: GenerativeModel,
+    data: ImageData,
+    numbers: Mapping[str, Any],
+    explained: Callable[[str], Measure],
+    main: Sequence[str],
+    pictures: Mapping[str, bytes],
+    notes: Sequence[str],
+) -> None:
+    """Writes the page of a report.
+
+    Args:
+        path: the file, which stands in the folder of the run or of the report.
+        model: the trained model.
+        data: its images.
+        numbers: the content of metrics.json.
+        explained: gives the words for a measure.
+        main: the measures of images that stand first.
+        pictures: the pictures as PNG files, by their names.
+        notes: sentences that stand below the figures.
+    """
+    name = f"{numbers['model']['name']} on {type(data).__name__}"
+    folder, run = path.parent, numbers["run"]
+    tables = _tables(numbers, explained, main)
+    config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    saved = str(checkpoint) if checkpoint.exists() else run.get("checkpoint")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report.html.jinja").render(
+        title=name,
+        subtitle=f"Report of {folder}, {datetime.now().astimezone():%Y-%m-%d %H:%M}",
+        main=tables.pop("", None),
+        others=tables,
+        notes=notes,
+        pictures=[
+            {"name": name, "caption": CAPTIONS[name], "data": b64encode(picture).decode()}
+            for name, picture in pictures.items()
+        ],
+        code=None if saved is None else _code(model, data, str(folder) if checkpoint.exists() else saved),
+        commands=[] if saved is None else _commands(folder, saved),
+        settings={
+            "Model": _shown(_public(model.hparams) | numbers["model"]),  # in which None has become what it stands for
+            "Data": _shown({"name": type(data).__name__, "image_shape": data.image_shape} | _public(data.hparams)),
+            "Run": {
+                explained(f"run.{key}").label: shown(value)
+                for key, value in _flat(run).items()
+                if "versions." not in key
+            },
+            "Versions": _shown(run["versions"]),
+        },
+        config=config.read_text(encoding="utf-8") if config.exists() else None,
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _tables(numbers: Mapping[str, Any], explained: Callable[[str], Measure], main: Sequence[str]) -> dict[str, Table]:
+    """Returns the tables by their titles; the one of the main measures has none, and comes first."""
+    of_images = {
+        column: _flat(numbers[part])
+        for part, column in (("held_out", "held-out"), ("training", "training"))
+        if part in numbers
+    }
+    tables: dict[str, Table] = {}
+    keys = next(iter(of_images.values()), {})
+    for key in sorted(keys, key=lambda key: main.index(key) if key in main else len(main)):
+        further = "posterior" if key.startswith("posterior.") else "codes"
+        table = tables.setdefault(
+            "" if key in main else f"Further measures of the {further}", Table(list(of_images), [])
+        )
+        table.rows.append((explained(key), [shown(values[key]) for values in of_images.values()]))
+    for part, title in (("samples", "Generated samples"), ("diversity", "Diversity of what is generated")):
+        flat = {key: value for key, value in _flat(numbers.get(part, {}), f"{part}.").items() if value is not None}
+        if flat:
+            tables[title] = Table(["value"], [(explained(key), [shown(value)]) for key, value in flat.items()])
+    return tables
+
+
+def shown(value: Any) -> str:
+    """Returns a value of a report as it is shown; a long list of numbers by their range."""
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        if len(value) > _LISTED and all(isinstance(item, (int, float)) for item in value):
+            return f"{len(value)} values from {shown(min(value))} to {shown(max(value))}"
+        return ", ".join(shown(item) for item in value)
+    return str(value)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values without mappings inside; a value's name then begins with those of its mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(values: Mapping[str, Any]) -> dict[str, str]:
+    return {key: shown(value) for key, value in _flat(values).items()}
+
+
+def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
+
+
+def _code(model: GenerativeModel, data: ImageData, saved: str) -> str:
+    """Returns lines of Python that load the model and use it."""
+    lines = ["import torch", "import kdejsd", "", f"model = kdejsd.load({saved!r})", "with torch.no_grad():"]
+    if isinstance(model, Autoencoder):
+        shape = ", ".join(map(str, data.image_shape))
+        lines += [
+            f"    images = torch.rand(10, {shape})  # yours, with pixels from 0 to 1",
+            f"    codes = model.encode(images)  # [10, {model.latent_dim}]",
+            "    decoded = model.decode(codes)  # the shape of the images",
+        ]
+    return "\n".join([*lines, "    samples = model.sample(100)  # new images"])
+
+
+def _commands(folder: Path, saved: str) -> list[tuple[str, str]]:
+    """Returns what one can do next, with the command that does it."""
+    checkpoint = shlex.quote(saved)
+    commands = [
+        ("Train on, to a later end:", f"kdejsd fit --ckpt_path {checkpoint} --trainer.max_steps STEPS"),
+        (
+            "Write the report anew, with the diversity that a classifier sees in what the model makes:",
+            f"kdejsd evaluate {checkpoint} --classifier FILE",
+        ),
+        ("Score how novel each image is:", f"kdejsd score {checkpoint}"),
+    ]
+    if any(folder.glob("events.out.tfevents*")):
+        commands.append(("See how the training went:", f"tensorboard --logdir {shlex.quote(str(folder))}"))
+    return commands

@@ -1,0 +1,224 @@
+"""Reports: every measure is explained, the page stands alone; pictures and results on boards."""
+
+import base64
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from test_gen import assert_same_state
+
+from kdejsd.data import Digits, Grid2D, ImageSet
+from kdejsd.models import images
+from kdejsd.runs import boards
+from kdejsd.runs.boards import RunPictures
+from kdejsd.runs.measures import MEASURES, explained
+from kdejsd.runs.report import write_report
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*GPU available but not used"
+)
+
+GEN = {"num_lagged": 100, "bandwidth": 0.4}
+
+
+def data(kind: type) -> Digits | Grid2D:
+    return Grid2D(num_samples=500) if kind is Grid2D else kind(train_size=200)
+
+
+def make(kind: str, of: type = Digits, **options):
+    pl.seed_everything(0, verbose=False)
+    return getattr(images, kind)(of.image_shape, **(GEN if "GEN" in kind else {}) | options)
+
+
+def train(model, *, of: type = Digits, epochs: int = 1, logger: object = False, callbacks=()) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(model, datamodule=data(of))
+    return trainer
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+class Page(HTMLParser):
+    """The words of a page, its pictures, and whatever would be fetched."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words, self.pictures, self.tags = "", [], set()
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        names = dict(attributes)
+        assert not names.keys() & {"href", "onclick", "onload", "srcset"}
+        if tag == "img":
+            kind, _, content = names["src"].partition(",")
+            assert kind == "data:image/png;base64"
+            self.pictures.append(base64.b64decode(content))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words += data
+
+
+REPORTS = {
+    "GEN": ("GEN", Digits, {}),
+    "stochastic GEN": ("StochasticGEN", Digits, {"latent_dim": 3}),
+    "VAE": ("VAE", Digits, {"latent_dim": 12}),
+    "GAN": ("GAN", Digits, {}),
+    "GAN of points": ("GAN", Grid2D, {}),
+    "GEN of points": ("GEN", Grid2D, {}),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_every_measure_of_a_report_is_explained_and_shown(tmp_path, name):
+    kind, of, options = REPORTS[name]
+    model = make(kind, of, **options)
+    train(model, of=of)
+    table = write_report(tmp_path, model, data(of), {"epochs": 1, "seed": 0, **model.run_measures()})
+    assert max(map(len, table.splitlines())) <= 80
+    numbers = json.loads((tmp_path / "metrics.json").read_text())
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert not page.open and not page.tags & {"script", "link", "iframe"}
+    assert sorted(page.pictures) == sorted(path.read_bytes() for path in tmp_path.glob("*.png"))
+    for part, prefix in (("held_out", ""), ("samples", "samples."), ("diversity", "diversity."), ("run", "run.")):
+        for key, value in flat(numbers.get(part, {}), prefix).items():
+            if (value is None and part == "diversity") or ".versions." in key:
+                continue
+            assert key in MEASURES, key
+            if part != "run":
+                assert explained(key).meaning in page.words and explained(key).aim in page.words, key
+    shown = numbers["held_out"]["divergence" if kind == "GAN" else "jsd"]
+    assert f"{shown:.4g}" in page.words and f"{shown:.4g}" in table
+    assert page.words.index("held-out") < page.words.index("training")
+    assert f"{kind} on {of.__name__}" in page.words and numbers["run"]["versions"]["torch"] in page.words
+    assert "kdejsd.load" not in page.words  # nothing was saved
+
+
+def test_words_for_measures_are_sentences_that_fit_the_table():
+    for measure in MEASURES.values():
+        assert len(measure.label) <= 48
+        for sentence in (measure.meaning, measure.aim):
+            assert re.fullmatch(r"([A-Z0-9].*[.])?", sentence)
+    assert explained("some.new_thing").label == "new thing"
+
+
+def test_the_page_says_how_to_go_on_and_takes_nothing_for_html(tmp_path):
+    folder = tmp_path / "a run <b>"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/last.ckpt").touch()
+    (folder / "config.yaml").write_text("note: </pre><script>alert(1)</script>\n")
+    strange = type("<i>Digits", (Digits,), {})
+    model = make("AE", learning_rate=0.125)
+    write_report(folder, model, strange(train_size=100), {"note": "<u>&amp;"})
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert not page.tags & {"b", "i", "u", "script"} and "note: </pre><script>alert(1)</script>" in page.words
+    assert "AE on <i>Digits" in page.words and "<u>&amp;" in page.words and "0.125" in page.words
+    assert f"kdejsd fit --ckpt_path '{folder}/checkpoints/last.ckpt'" in page.words
+    code = re.search(r"import torch\n.*?new images", page.words, re.DOTALL)[0]
+    load = f"kdejsd.load({str(folder)!r})"
+    values = {"loaded": model}
+    exec(code.replace(load, "loaded"), values)
+    assert load in code and values["codes"].shape == (10, 2) and values["samples"].shape == (100, 1, 8, 8)
+
+
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), {"images": 0, "scalars": 0}).Reload()
+
+
+@pytest.mark.parametrize(
+    ("kind", "of", "pictures"),
+    [("GEN", Digits, {"latent", "reconstructions", "samples"}), ("GAN", Grid2D, {"samples"})],
+)
+def test_a_board_has_pictures_while_they_cost_little_and_at_the_end(tmp_path, monkeypatch, kind, of, pictures):
+    clock = itertools.count()  # a second passes at each look: every set of pictures takes one
+    monkeypatch.setattr(boards, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(boards, "_SHARE", 0.25)
+    model, board = make(kind, of), TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
+    trainer = train(model, of=of, epochs=14, logger=board, callbacks=[RunPictures()])
+    assert trainer.global_step == 28
+    found = events(tmp_path)
+    assert set(found.Tags()["images"]) == {f"pictures/{name}" for name in pictures}
+    for name in pictures:
+        # 2 steps are an epoch. The second look is the first that can pay; then each fourth second does, and a
+        # picture of a step must be followed by a quarter more steps.
+        assert [event.step for event in found.Images(f"pictures/{name}")] == [4, 12, 18, 26, 28]
+
+
+def test_a_board_has_the_settings_with_the_results(tmp_path):
+    board = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
+    trainer = train(make("GEN", weight=0.7), logger=board, callbacks=[RunPictures()])
+    found = events(tmp_path)
+    scalars = found.Tags()["scalars"]
+    assert {"result/jsd", "result/reconstruction", "val/jsd"} <= set(scalars) and "hp_metric" not in scalars
+    assert found.Scalars("result/jsd")[0].value == pytest.approx(float(trainer.callback_metrics["val/jsd"]))
+    assert len(found.Scalars("val/jsd")) == 1  # the result is not a point of the curve
+    content = found.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["weight"].number_value == 0.7 and settings["data/name"].string_value == "Digits"
+    assert settings["data/train_size"].number_value == 200 and settings["model"].string_value == "GEN"
+
+
+def test_pictures_change_nothing_of_the_run_and_need_no_board(tmp_path):
+    models = [make("StochasticGEN") for _ in range(3)]
+    loggers = (False, TensorBoardLogger(tmp_path / "board"), CSVLogger(tmp_path / "csv"))
+    for model, logger in zip(models, loggers, strict=True):
+        pl.seed_everything(0, verbose=False)
+        train(model, epochs=2, logger=logger, callbacks=[EveryTime()] if logger else [])
+    for model in models[1:]:
+        assert_same_state(model, models[0])
+    assert not list((tmp_path / "csv").rglob("*.png"))
+
+
+class FourChannels(Digits):
+    """Images that no picture can show."""
+
+    image_shape = (4, 8, 8)
+
+    def load(self):
+        return tuple(ImageSet(part.images.expand(-1, 4, -1, -1), part.labels) for part in super().load())
+
+
+def test_a_run_whose_images_cannot_be_drawn_goes_on(tmp_path):
+    board = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
+    model = make("AE", FourChannels)
+    with pytest.warns(UserWarning, match=r"no pictures on its board: images must have shape \[n, C, H, W\]"):
+        trainer = train(model, of=FourChannels, epochs=2, logger=board, callbacks=[EveryTime()])
+    assert trainer.global_step == 4
+    tags = events(tmp_path).Tags()
+    assert not tags["images"] and "result/jsd" in tags["scalars"]
+
+
+class EveryTime(RunPictures):
+    """Draws after every validation."""
+
+    def on_validation_end(self, trainer, pl_module):
+        self._draw(trainer, pl_module)

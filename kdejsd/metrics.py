@@ -93,7 +93,8 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
     Returns:
         * count: number of images.
         * reconstruction_error: mean squared error per pixel.
-        * latent_term: the training loss's, in nats (GEN).
+        * latent_term, latent_term_of_target: the training loss's, in nats, and the mean of codes that follow the target
+          (GEN; `matched_loss`).
         * gradient_weight: mean of 1 - r = p_t / (p_e + p_t); 0.5 where p_e = p_t, near 0 in the dead zone (GEN).
         * jsd, jsd_of_target: `Autoencoder.jsd` of at most 10 000 codes, in nats, and of as many samples of the target.
           GEN measures by the kernel that it was trained with, the other models by the optimal one.

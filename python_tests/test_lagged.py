@@ -244,6 +244,22 @@ def test_default_bandwidth_is_the_optimal_one():
     assert LaggedKDE(50, 2, target=mixture).bandwidth == optimal_bandwidth(2, 50, target=mixture).value
 
 
+@pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_matched_loss_is_that_of_codes_which_follow_the_target(smoothed, divergence, noise):
+    target = StandardNormal(2).smoothed(1.0)
+    rng = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(50):
+        lagged = LaggedKDE(100, 2, 0.6, target, smoothed=smoothed, divergence=divergence)
+        lagged.refresh(target.sample(100, rng))
+        noises = torch.randn(100, 2, generator=rng) if noise else None
+        losses.append(lagged.loss(target.sample(100, rng), noise=noises))
+    mean, error = torch.stack(losses).mean(), torch.stack(losses).std() / 50**0.5
+    assert abs(lagged.matched_loss(noise=noise) - mean) < 4 * error
+
+
 def test_state_is_restored_whole():
     lagged, codes, indices = make(smoothed=True)
     other = LaggedKDE(M, DIM, 0.1, smoothed=True)

@@ -43,9 +43,11 @@ class GEN(Autoencoder):
     On several devices (Lightning's "ddp") each keeps and encodes its share of the lagged codes (`LaggedKDE.shard`). The
     codes are normalised over the minibatches of all, and the steps are those of one device with the whole minibatch.
 
-    It logs per step `loss/reconstruction` (error per pixel), `loss/latent` (the latent term, nats) and
-    `train/gradient_weight`. The last is the mean of 1 - r = p_t / (p_e + p_t), the weight of the JSD's gradient: 0.5 at
-    p_e = p_t; near 0 the codes are in the dead zone, where nothing pulls them. Per epoch it logs `val/reconstruction`
+    It logs per step `loss/reconstruction` (error per pixel), `loss/latent` (the latent term, nats),
+    `train/latent_excess` and `train/gradient_weight`. The excess is the latent term less what codes that follow the
+    target have in the mean (`matched_latent`): near 0 for a match. The weight is the mean of 1 - r = p_t / (p_e + p_t),
+    by which the JSD's gradient is multiplied: 0.5 at p_e = p_t; near 0 the codes are in the dead zone, where nothing
+    pulls them. Per epoch it logs `val/reconstruction`
     and `val/jsd` (`LaggedKDE.jsd`) of the validation set, and `train/latent_time_share`, the share of the step that the
     latent term takes: refresh, value and gradient.
 
@@ -149,6 +151,7 @@ class GEN(Autoencoder):
         self.input_dropout = input_dropout
         self.keep_images = keep_images
         self.stopwatch: Stopwatch | None = None
+        self._matched_latent = 0.0
         self._training_set: Dataset[Batch] | None = None
         self._lagged_examples: Tensor | None = None
         self._takes_index_tensors = False
@@ -199,6 +202,7 @@ class GEN(Autoencoder):
         if self.refresh_policy == "queue":
             self._training_set = None  # the minibatches bring the codes from here on
         self.stopwatch = Stopwatch(self.device)
+        self._matched_latent = self.matched_latent()
         super().on_train_start()
 
     def _drawn_examples(self, count: int) -> Tensor:
@@ -295,6 +299,7 @@ class GEN(Autoencoder):
         logged = {
             "loss/reconstruction": error,
             "loss/latent": latent,
+            "train/latent_excess": latent - self._matched_latent,
             "train/gradient_weight": self.gradient_weight(terms),
         }
         self.log_dict(logged, prog_bar=True)
@@ -341,6 +346,10 @@ class GEN(Autoencoder):
         noise = noise_like(codes, self.rng()) if self.kernel_noise else None
         return self.lagged.loss(codes, index, noise=noise, reduction="none")
 
+    def matched_latent(self) -> float:
+        """Returns the latent term that codes which follow the target have in the mean, in nats; see `matched_loss`."""
+        return self.lagged.matched_loss(noise=self.kernel_noise)
+
     def gradient_weight(self, terms: Tensor) -> Tensor:
         """Returns the mean of 1 - r = p_t / (p_e + p_t) from the terms [n] of `LaggedKDE.loss`, 0-dim."""
         terms = terms.detach()
@@ -358,9 +367,13 @@ class GEN(Autoencoder):
         return self.lagged.jsd(codes, rng)
 
     def latent_measures(self, codes: Tensor, index: Tensor | None) -> dict[str, float]:
-        """Returns the training loss's latent term in nats, and the weight 1 - r of its gradient."""
+        """Returns the training loss's latent term in nats, also that of the target, and its gradient's weight 1 - r."""
         terms = self.latent_terms(codes, index)
-        return {"latent_term": float(terms.mean()), "gradient_weight": float(self.gradient_weight(terms))}
+        return {
+            "latent_term": float(terms.mean()),
+            "latent_term_of_target": self.matched_latent(),
+            "gradient_weight": float(self.gradient_weight(terms)),
+        }
 
     @property
     def expected_variance(self) -> Tensor:

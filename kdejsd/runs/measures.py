@@ -33,8 +33,14 @@ _OF_CODES = {
     "latent_term": Measure(
         "latent loss, nats",
         "The term of the training loss that draws the codes to their target.",
-        "Near 0 where the codes follow the target. It can be negative: by chance, and without the kernel's noise as "
-        "the density of finitely many lagged codes has gaps, in which it is below the density of the target.",
+        "Near the value of the next row, which is not 0: the density of finitely many lagged codes is not quite the "
+        "law that they come from. It has gaps, where it is far below the target's density, so that the loss can be "
+        "negative.",
+    ),
+    "latent_term_of_target": Measure(
+        "  of codes that follow the target",
+        "The mean of the same loss for codes that follow the target, at this bandwidth and number of lagged codes.",
+        "The value to compare with: the loss of codes that are too narrow is above it.",
     ),
     "gradient_weight": Measure(
         "weight of the latent gradient, 1 - r",

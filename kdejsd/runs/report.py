@@ -180,7 +180,7 @@ class AutoencoderReport(Report[Autoencoder]):
     def main(self) -> list[str]:
         main = ["count", "reconstruction_error", "jsd", "jsd_of_target", "entropy", "entropy_of_normal"]
         if "gradient_weight" in self.measures["held_out"]:
-            main += ["latent_term", "gradient_weight"]
+            main += ["latent_term", "latent_term_of_target", "gradient_weight"]
         if "posterior" in self.measures["held_out"]:
             main += [f"posterior.{key}" for key in ("jsd", "jsd_of_target", "entropy", "entropy_of_normal")]
         return main

@@ -1,9 +1,9 @@
 """Measures, differentiably in torch, how well latent codes follow a target law and how diverse a generator is."""
 
-import pkgutil
+import pkgutil as _pkgutil
 
 # Python started in the source folder imports the files there; the compiled module of an installed copy is found too.
-__path__ = pkgutil.extend_path(__path__, __name__)
+__path__ = _pkgutil.extend_path(__path__, __name__)
 
 from . import _former_names
 from ._native import build_info

@@ -964,20 +964,6 @@ def _peak_kib() -> int:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
-def test_one_openmp_runtime():
-    """The kernels share torch's: two pools of threads cost each other dearly. Other packages may bring theirs."""
-    if not native().has_openmp():
-        pytest.skip("built without OpenMP")
-    script = """
-import torch, kdejsd
-kdejsd.kde_log_prob(torch.randn(500, 3), torch.randn(500, 3), 0.5)
-print(len({line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "iomp" in line}))
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == "1"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors: the argument's name, what was expected, what came
 

@@ -20,11 +20,11 @@ function(kdejsd_cuda_architectures nvcc result reason)
     endif()
   endforeach()
   if(found AND is_known)
-    set(why "for the GPUs of this machine")
+    set(why "those of the GPUs here")
     list(TRANSFORM found APPEND -real)
     string(REGEX REPLACE "-real$" "" found "${found}") # the last as PTX too: later devices compile it when they load
   else()
-    set(why "as no GPU is seen here that this nvcc compiles them for")
+    set(why "no GPU is seen here that this nvcc can compile them for")
     # Devices 8.0 to 8.9 run the first, 9.0 the second; later ones compile the second's PTX when they load.
     set(found 80-real 90)
   endif()

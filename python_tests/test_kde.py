@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -23,7 +20,6 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import kdejsd
 from kdejsd import reference
-from kdejsd._native import native
 from kdejsd.ops.kde import _operator
 
 KDES = ["number", "scalar tensor", "per center", "per center, weights", "weights", "excluded", "excluded, weights"]

@@ -88,7 +88,7 @@ def _look_for_cuda() -> str:
     if _C is None:
         return _problem
     if not _C.has_cuda:
-        return "kdejsd was built without CUDA: install it again where nvcc is found, with KDEJSD_CUDA=ON"
+        return "kdejsd was built without CUDA: install it from source where nvcc is found, with KDEJSD_CUDA=ON"
     count, error = _C.cuda_device_count()
     if count == 0:
         return f"no CUDA device can be used: {error}"

@@ -93,7 +93,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("tile_sizes", &kdejsd::cpu::tile_sizes);
   m.def("set_level", &kdejsd::cpu::set_level);
   m.def("built_levels", &kdejsd::cpu::built_levels);
-  m.def("has_openmp", &kdejsd::cpu::has_openmp);
+  m.def("has_openmp", [] { return kdejsd::cpu::openmp.parallel != nullptr; });
+  m.def("use_openmp", [](uintptr_t parallel, uintptr_t thread_num, uintptr_t num_threads) {
+    kdejsd::cpu::OpenMP& openmp = kdejsd::cpu::openmp;
+    openmp.parallel = reinterpret_cast<decltype(openmp.parallel)>(parallel);
+    openmp.thread_num = reinterpret_cast<decltype(openmp.thread_num)>(thread_num);
+    openmp.num_threads = reinterpret_cast<decltype(openmp.num_threads)>(num_threads);
+  });
   // For tests: as if a call of this thread had lost so much by waiting; and what its regions were.
   m.def("lose_by_waiting", [](int64_t lost) { kdejsd::cpu::waiting().lose(lost, kdejsd::cpu::nanoseconds()); });
   m.def("regions", [] {

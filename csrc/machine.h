@@ -14,7 +14,6 @@ namespace cpu {
 const char* level();
 std::string built_levels();
 bool set_level(const std::string& name);  // false: this processor lacks it, or it was not built; nothing changes
-bool has_openmp();
 // Where the kernels of the level in use cut their work: the sizes by name, of each thing that an op counts.
 std::map<std::string, std::map<std::string, int64_t>> tile_sizes();
 

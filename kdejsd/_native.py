@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from types import ModuleType
 
-import torch  # before the compiled module, which then shares torch's OpenMP runtime instead of starting a second one
+import torch
 
 from ._version import __version__
 
@@ -43,8 +44,17 @@ def _apply_environment(module: ModuleType) -> None:
         module.set_cuda_tuning(name, int(text))
 
 
+def _share_openmp(module: ModuleType) -> None:
+    """Gives the module, which links no OpenMP runtime, the one that torch runs on; without it one thread computes."""
+    torchs = ctypes.CDLL(torch._C.__file__)  # a name is looked up in all that this library was linked with
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    if all(hasattr(torchs, name) for name in names):
+        module.use_openmp(*(ctypes.cast(getattr(torchs, name), ctypes.c_void_p).value for name in names))
+
+
 if _C is not None:
     _apply_environment(_C)
+    _share_openmp(_C)
 
 
 def native() -> ModuleType:
@@ -78,7 +88,7 @@ def _look_for_cuda() -> str:
     if _C is None:
         return _problem
     if not _C.has_cuda:
-        return "kdejsd was built without CUDA: install it again where nvcc is found, with KDEJSD_CUDA=ON"
+        return "kdejsd was built without CUDA: install it from source where nvcc is found, with KDEJSD_CUDA=ON"
     count, error = _C.cuda_device_count()
     if count == 0:
         return f"no CUDA device can be used: {error}"

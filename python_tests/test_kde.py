@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -23,7 +20,6 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import kdejsd
 from kdejsd import reference
-from kdejsd._native import native
 from kdejsd.ops.kde import _operator
 
 KDES = ["number", "scalar tensor", "per center", "per center, weights", "weights", "excluded", "excluded, weights"]
@@ -962,20 +958,6 @@ def test_memory_does_not_grow_with_n_times_m():
 def _peak_kib() -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-
-
-def test_one_openmp_runtime():
-    """The kernels share torch's: two pools of threads cost each other dearly. Other packages may bring theirs."""
-    if not native().has_openmp():
-        pytest.skip("built without OpenMP")
-    script = """
-import torch, kdejsd
-kdejsd.kde_log_prob(torch.randn(500, 3), torch.randn(500, 3), 0.5)
-print(len({line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "iomp" in line}))
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
-    assert done.stdout.strip() == "1"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

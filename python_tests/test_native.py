@@ -364,7 +364,7 @@ import sys, types
 sys.modules["kdejsd._C"] = module = types.ModuleType("kdejsd._C")
 module.version, module.has_cuda = %r, True
 module.cuda_tuning_ranges = lambda: {"splits": (0, 64)}
-module.set_cuda_tuning = print
+module.set_cuda_tuning, module.use_openmp = print, lambda *addresses: None
 import kdejsd._native
 """
     assert succeed(code % kdejsd.__version__, KDEJSD_CUDA_SPLITS="8") == "splits 8\n"

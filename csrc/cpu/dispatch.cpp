@@ -7,6 +7,7 @@
 #include <unistd.h>
 #endif
 
+#include "cpu/parallel.h"
 #include "cpu/tile_sizes.h"
 #include "kernels.h"
 #include "machine.h"
@@ -135,7 +136,7 @@ bool is_forked = false;
 }  // namespace
 
 #define KDEJSD_CALL_OP(name, Args) \
-  void name(const Args& args, int threads) { current->name(args, is_forked ? 1 : threads); }
+  void name(const Args& args, int threads) { current->name(args, is_forked || !openmp.parallel ? 1 : threads); }
 KDEJSD_OPS(KDEJSD_CALL_OP)
 
 const char* level() { return current->level; }
@@ -158,14 +159,6 @@ std::map<std::string, std::map<std::string, int64_t>> tile_sizes() {
     for (; list && list->counted; list++) found[list->counted][list->name] = list->size;
   }
   return found;
-}
-
-bool has_openmp() {
-#ifdef _OPENMP
-  return true;
-#else
-  return false;
-#endif
 }
 
 }  // namespace kdejsd::cpu

@@ -16,6 +16,8 @@ constexpr int64_t kPauses = 20, kLongestPause = 1000000000;
 
 constexpr int kSpins = 1000;  // some ten microseconds
 
+OpenMP openmp;
+
 const int64_t kPatience = 20000000;
 
 void Waiting::add(Clocks began, Shares shares) {

@@ -1,4 +1,4 @@
-// Threads for the kernels: OpenMP where it was found, one thread otherwise.
+// Threads for the kernels, by the OpenMP runtime that torch has loaded; one thread where it has none.
 //
 // OpenMP's own barriers spin for milliseconds before they sleep. Where a neighbour has one of the cores, a thread spins
 // there while the one that it waits for is not even running, at every barrier again. A team therefore has one barrier
@@ -10,14 +10,20 @@
 // bits.
 #pragma once
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include <atomic>
 #include <cstdint>
 
 namespace kdejsd::cpu {
+
+// What is called of the runtime: the names that GCC's code calls, which LLVM's and Intel's runtimes have too. No
+// runtime is linked: which file torch's is, and under which name, differs between its builds, and a second one beside
+// it would keep the same cores busy.
+struct OpenMP {
+  void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags) = nullptr;  // GOMP_parallel
+  int (*thread_num)() = nullptr;                                                                  // omp_get_thread_num
+  int (*num_threads)() = nullptr;                                                                 // omp_get_num_threads
+};
+extern OpenMP openmp;
 
 // All times are in nanoseconds.
 struct Clocks {
@@ -52,8 +58,9 @@ namespace {
 
 class Team {
  public:
-  // Calls body(part) on up to `threads` threads, part.thread of each being less. The body runs the same stages on each
-  // of them, and nothing beside them that matters to others: it may be begun twice on one.
+  // Calls body(part) on up to `threads` threads, part.thread of each being less; without a runtime `threads` is 1. The
+  // body runs the same stages on each of them, and nothing beside them that matters to others: it may be begun twice on
+  // one.
   template <class Body>
   static void run(int threads, const Body& body) {
     Team team;
@@ -71,29 +78,26 @@ class Team {
       began = kdejsd::cpu::Clocks::now();
     }
     waiting.teams++;
-#ifdef _OPENMP
     // OpenMP waits at both ends of a region, and spins there too.
     Part caller(team, 0);
     caller.is_timed = true;
     caller.last = began.wall;
-#pragma omp parallel num_threads(threads)
-    {
-      Part other(team, omp_get_thread_num());
+    auto region = [&] {
+      Part other(team, kdejsd::cpu::openmp.thread_num());
       Part& part = other.thread == 0 ? caller : other;
       part.add_wait();
       body(part);
       if (part.thread == 0) {
-        part.wait_for(team.arrived, omp_get_num_threads() - 1);
+        part.wait_for(team.arrived, kdejsd::cpu::openmp.num_threads() - 1);
       } else {
         team.arrived.fetch_add(1, std::memory_order_release);
       }
-    }
+    };
+    using Region = decltype(region);
+    kdejsd::cpu::openmp.parallel([](void* data) { (*static_cast<Region*>(data))(); }, &region,
+                                 static_cast<unsigned>(threads), 0);
     caller.add_wait();
     waiting.add(began, caller.shares);
-#else
-    Part part(team, 0);
-    body(part);
-#endif
   }
 
   // One thread's way through the stages.

@@ -12,8 +12,12 @@ namespace kdejsd {
 namespace cuda {
 
 void check_failed(cudaError_t error, const char* what, const char* name) {
+  const bool is_elsewhere = error == cudaErrorNoKernelImageForDevice;
   throw std::runtime_error(std::string(what) + name + ": " + cudaGetErrorName(error) + ": " +
-                           cudaGetErrorString(error));
+                           cudaGetErrorString(error) +
+                           (is_elsewhere ? "; `kdejsd info` lists what this build is for: build it again where this "
+                                           "device is, or with its architecture in CUDAARCHS"
+                                         : ""));
 }
 
 void check_blocks(int64_t blocks, const char* kernel) {

@@ -37,7 +37,7 @@ inline dim3 threadIdx, blockIdx, blockDim;
 // ----------------------------------------------------------------------------------------------------------------
 // The device and its runtime, as far as the launchers ask for them
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure, cudaErrorNoKernelImageForDevice };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;

@@ -48,7 +48,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         '; did you mean --model.latent_dim?'
     """
     known = list(known)
-    name = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
+    if name.startswith("--"):
+        name = "--" + name[2:].replace("-", "_")
     group, _, last = name.rpartition(".")
     ends = {setting: setting.rpartition(".")[2].lstrip("-") for setting in known}
     last = last.lstrip("-")

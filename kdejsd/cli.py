@@ -1,5 +1,7 @@
 """Defines the command `kdejsd`."""
 
+# It imports nothing that takes long: what a command needs is imported when it runs, so that help comes at once.
+
 from __future__ import annotations
 
 import argparse
@@ -8,15 +10,13 @@ import logging
 import os
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import NoReturn
 
-import kdejsd
-
-from .bandwidth import optimal_bandwidth
+from ._version import __version__
+from .runs.errors import did_you_mean, sentence
 
 # The commands that have a module of their name in kdejsd/runs, with a function of that name; they read their arguments
 # themselves.
@@ -26,31 +26,46 @@ _ON_RUNS = {
     "score": "write how novel each image is to a checkpoint's model",
 }
 
-_LONGEST = 400  # characters of a message that is not kdejsd's own
-# How lines of jsonargparse begin that stand around a cause.
-_AROUND = r"Does not validate against|Subtypes: |Errors:$|Problem with given class_path|Given value"
-
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    parser = _parser()
+    parser, commands = _parsers()
+    argv = sys.argv[1:] if argv is None else argv
+    named = next((arg for arg in argv if not arg.startswith("-")), None)
+    if named is not None and named not in commands:
+        parser.error(f"there is no command {named}{did_you_mean(named, commands) or '; --help lists them'}")
+    if named not in _ON_RUNS:
+        reader = parser if named is None else commands[named]
+        known = re.findall(r"--[\w-]+", parser.format_help() + reader.format_help())
+        for option in (arg.partition("=")[0] for arg in argv if arg.startswith("--")):
+            if option not in known:
+                reader.error(f"there is no option {option}{did_you_mean(option, known)}")
     args, rest = parser.parse_known_args(argv)
+    if args.command == "bandwidth" and args.smoothed and args.method != "root":
+        commands["bandwidth"].error(f"--smoothed needs --method root, got {args.method}")
     if rest and args.command not in _ON_RUNS:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        commands[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if args.command == "info":
             return _info()
         if args.command == "bandwidth":
             return _bandwidth(args)
+        if sys.stderr.isatty() and not any(arg == "-h" or "help" in arg for arg in rest):
+            print(f"kdejsd {args.command}: loading PyTorch and Lightning", file=sys.stderr)
         with _no_display():
             module = importlib.import_module(f".runs.{args.command}", __package__)  # needs the extra `train`
         _quiet()
         command: Callable[[list[str]], int] = getattr(module, args.command)
         return command(rest)
-    except Exception as error:
-        if os.environ.get("KDEJSD_DEBUG") == "1":
+    except KeyboardInterrupt:
+        if args.debug:
             raise
-        print(f"kdejsd {args.command}: error: {_sentence(error)}", file=sys.stderr)
+        print(f"\nkdejsd {args.command}: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"kdejsd {args.command}: error: {sentence(error)}", file=sys.stderr)
         return 2 if isinstance(error, argparse.ArgumentError) else 1
 
 
@@ -72,80 +87,70 @@ def _no_display() -> Iterator[None]:
 
 
 def _quiet() -> None:
-    """Silences messages that tell a user nothing.
+    """Silences messages that tell a user nothing, and shows warnings as the sentences that they are.
 
-    These are Lightning's tips, its device list, its advice on workers and its use of old torch names, and
-    torch.export's traceback.
+    Silenced are Lightning's tips, its device list, its advice on workers and on short epochs and its use of old torch
+    names, and torch.export's traceback.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.export").setLevel(logging.ERROR)  # it logs a traceback beside the error that it raises
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")  # which spans epochs
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
-def _sentence(error: Exception) -> str:
-    """Returns one line that says what went wrong."""
-    text = str(error)
-    if re.search('^Parser key "|Given value type: ', text):
-        return _innermost(text)
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    if Path(__file__).parent in raised_in.parents:  # it says all that a user needs
-        return text
-    text = " ".join(text.split())
-    if isinstance(error, argparse.ArgumentError):
-        return text
-    text = f"{text[:_LONGEST]} ..." if len(text) > _LONGEST else text
-    return f"{type(error).__name__}: {text} (KDEJSD_DEBUG=1 in the environment shows where)"
+class _Parser(argparse.ArgumentParser):
+    """Ends with an error of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def _innermost(message: str) -> str:
-    """Returns the cause in jsonargparse's nested messages, with the name of the setting."""
-    keys: list[tuple[int, str]] = []
-    causes: list[tuple[str, str]] = []
-    for line in filter(str.strip, message.splitlines()):
-        text = line.strip()
-        indent = len(line) - len(line.lstrip())
-        keys = [(outer, key) for outer, key in keys if outer < indent]
-        while match := re.match(r'(?:- )?Parser key "([^"]*)":\s*', text):
-            keys.append((indent, match[1]))
-            text = text[match.end() :]
-        text = text.removeprefix("- ")
-        if text and not re.match(_AROUND, text):
-            causes.append((".".join(key for _, key in keys), text))
-    # What one kind of value does not fit is of no interest where another kind has a complaint of its own.
-    complaints = [cause for cause in causes if not re.match("Expected a|Import path", cause[1])]
-    setting, text = complaints[0] if complaints else causes[0]
-    if not complaints:
-        text = "; or ".join(
-            dict.fromkeys(cause for name, cause in causes if name == setting and "NoneType" not in cause)
-        )
-    text = re.sub(r"Expected a (?:typing\.)?Literal\[(.*?)\]", r"expected one of \1", text)
-    text = re.sub(r"Expected a <class '(.*?)'>", r"expected \1", text).replace(". Got value: ", ", got ")
-    return f"--{setting}: {text}" if setting else text
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kdejsd", description=kdejsd.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Returns the parser of the whole command, and those of its commands by name."""
+    parser = _Parser(prog="kdejsd", description=sys.modules[__package__].__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"kdejsd {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    adding = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared = _Parser(add_help=False)  # of what may stand before the command's name and after it
+    shared.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
     for name, does in _ON_RUNS.items():
-        commands.add_parser(name, add_help=False, help=does)
-    bandwidth = commands.add_parser(
+        adding.add_parser(name, add_help=False, help=does, parents=[shared], allow_abbrev=False)
+    bandwidth = adding.add_parser(
         "bandwidth",
         help="the optimal kernel bandwidth for a latent space",
         description="The bandwidth at which a KDE of m standard-normal samples looks most like the standard normal.",
+        parents=[shared],
+        allow_abbrev=False,
     )
-    bandwidth.add_argument("--latent_dim", type=int, required=True, help="l, the dimension of the codes")
-    bandwidth.add_argument("--num_centers", type=int, required=True, help="m, the number of lagged codes")
+    bandwidth.add_argument("--latent_dim", type=_count(1), required=True, help="l, the dimension of the codes")
+    bandwidth.add_argument("--num_centers", type=_count(1), required=True, help="m, the number of lagged codes")
     bandwidth.add_argument("--smoothed", action="store_true", help="for a KDE compared with the smoothed target")
     bandwidth.add_argument("--method", choices=["root", "fixed-point"], default="root", help="how to find it")
-    bandwidth.add_argument("--trials", type=int, default=10, help="independent sample sets (default: 10)")
-    bandwidth.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    commands.add_parser("info", help="what was built and what can be used on this machine")
-    return parser
+    bandwidth.add_argument("--trials", type=_count(1), default=10, help="independent sample sets (default: 10)")
+    bandwidth.add_argument("--seed", type=_count(0), default=0, help="of the samples (default: 0)")
+    adding.add_parser("info", help="what was built and what can be used on this machine", parents=[shared])
+    return parser, dict(adding.choices)
+
+
+def _count(least: int) -> Callable[[str], int]:
+    """Returns what reads an integer of at least `least` from an argument."""
+
+    def count(text: str) -> int:
+        if not text.isascii() or not text.lstrip("-").isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, got {text}")
+        return int(text)
+
+    return count
 
 
 def _bandwidth(args: argparse.Namespace) -> int:
+    from .bandwidth import optimal_bandwidth
+
     print(
         f"searching the bandwidth for {args.num_centers} centers in {args.latent_dim} dimensions, the mean of "
         f"{args.trials} trials",
@@ -166,7 +171,9 @@ def _bandwidth(args: argparse.Namespace) -> int:
 
 
 def _info() -> int:
-    info = kdejsd.build_info()
+    from ._native import build_info
+
+    info = build_info()
     width = max(len(name) for name in info)
     for name, value in info.items():
         print(f"{name:{width}}  {value}")

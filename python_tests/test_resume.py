@@ -19,6 +19,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_data import write_mnist
 from test_gen import DropoutFC
 from torch import nn
@@ -103,9 +104,10 @@ def processes():
 
 
 def newest(folder: Path) -> list[str]:
-    """How a user goes on: from the checkpoint of the newest run that has one."""
-    runs = sorted((folder / "runs").glob("*/checkpoints/last.ckpt"), key=lambda path: int(path.parts[-3][7:]))
-    return [f"--ckpt_path={runs[-1]}"] if runs else []
+    """How a user goes on: in the folder of the run that has a checkpoint, if it came so far before it was killed."""
+    runs = [path.parents[1] for path in folder.glob("runs/*/checkpoints/last.ckpt")]
+    assert len(runs) < 2  # a run that goes on has no new folder
+    return [f"--ckpt_path={runs[0]}"] if runs else []
 
 
 @pytest.mark.parametrize("model", KILLED)
@@ -147,8 +149,8 @@ def test_a_run_killed_ten_times_ends_as_one_that_never_was(tmp_path, processes, 
         ending.join()
         assert ending.exitcode == 0, (killed / "out.txt").read_text() + (whole / "out.txt").read_text()
     ends = [Path(newest(folder)[0].partition("=")[2]) for folder in (whole, killed)]
-    assert_same(*map(state, ends))
-    measures = [json.loads((end.parents[1] / "metrics.json").read_text()) for end in ends]
+    assert_same(*(state(end / "checkpoints/last.ckpt") for end in ends))
+    measures = [json.loads((end / "metrics.json").read_text()) for end in ends]
     for part in ("held_out", "training"):
         assert measures[0][part] == measures[1][part]
 
@@ -187,9 +189,9 @@ def test_a_run_told_to_end_saves_its_last_step(tmp_path, processes):
     process.join()
     said = (tmp_path / "out.txt").read_text()
     assert process.exitcode == 128 + signal.SIGTERM and "Traceback" not in said
-    path = "runs/digits-1/checkpoints/last.ckpt"
-    assert f"stopped; the last checkpoint is of step {steps[-1]}; to go on: kdejsd fit --ckpt_path {path}" in said
-    assert load_checkpoint(tmp_path / path)["global_step"] == steps[-1]
+    path = "runs/digits-1"
+    assert f"stopped; the last checkpoint is of step {steps[-1]}; to go on: kdejsd fit --ckpt_path {path}\n" in said
+    assert load_checkpoint(tmp_path / path / "checkpoints/last.ckpt")["global_step"] == steps[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,6 +313,32 @@ def command(monkeypatch, capsys, tmp_path):
 AE = ["--model=AE", *SMALL]
 
 
+def test_a_run_goes_on_in_its_own_folder(command, tmp_path):
+    logged = [*(arg for arg in AE if "logger" not in arg), "--trainer.log_every_n_steps=1"]
+    last, config = tmp_path / "a/checkpoints/last.ckpt", tmp_path / "a/config.yaml"
+    assert command(*logged, "--trainer.max_steps=4", "--out=a")[0] == 0
+    fourth, settings = last.read_bytes(), config.read_text()
+    for refused in (["--data.batch_size=50"], ["--model.latent_dim=3"], ["--trainer.accelerator=x"]):
+        assert command("--ckpt_path=a", *refused, "--trainer.max_steps=8")[0] == 1
+        assert last.read_bytes() == fourth and config.read_text() == settings
+    for ckpt_path in ("a", "a/checkpoints/last.ckpt"):  # the second time as after a kill that has lost four steps
+        last.write_bytes(fourth)
+        assert command(f"--ckpt_path={ckpt_path}", "--trainer.max_steps=8")[0] == 0
+        assert json.loads((tmp_path / "a/metrics.json").read_text())["run"]["steps"] == 8
+    assert load_checkpoint(last)["global_step"] == 8 and "max_steps: 8" in config.read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    logs = EventAccumulator(str(tmp_path / "a")).Reload()
+    steps = [[event.step for event in logs.Scalars(name)] for name in logs.Tags()["scalars"]]
+    assert list(range(8)) in steps and all(sorted(some) == some for some in steps)
+
+    code, said = command("--ckpt_path=a")
+    assert code == 0 and "nothing was left to train after step 8 of a/checkpoints/last.ckpt" in said
+    copy = tmp_path / "before.ckpt"  # no run's newest one
+    shutil.copy(last, copy)
+    assert command(*logged, f"--ckpt_path={copy}", "--trainer.max_steps=9")[0] == 0
+    assert load_checkpoint("runs/digits-1/checkpoints/last.ckpt")["global_step"] == 9
+
+
 def test_a_resumed_run_begins_with_the_checkpoint_and_a_finished_one_is_reported_anew(command, tmp_path, monkeypatch):
     assert command(*AE, "--trainer.max_steps=4", "--out=a")[0] == 0
     first = tmp_path / "a/checkpoints/last.ckpt"
@@ -430,7 +458,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(command, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 1 and "bytes cannot be written to b/checkpoints/last.ckpt: File too large" in said
-    assert "the last checkpoint is of step 4; to go on: kdejsd fit --ckpt_path b/checkpoints/last.ckpt" in said
+    assert "the last checkpoint is of step 4; to go on: kdejsd fit --ckpt_path b\n" in said
     assert last.read_bytes() == before
     assert [path.name for path in (tmp_path / "b/checkpoints").iterdir()] == ["last.ckpt"]
     assert fresh == 1 and not list((tmp_path / "c/checkpoints").iterdir())
@@ -525,9 +553,10 @@ def test_a_loss_that_is_looked_at_late_is_named_all_the_same(tmp_path, monkeypat
 
 def test_a_diverging_run_says_where_the_last_checkpoint_is(command, tmp_path):
     code, said = command(*AE, "--model.learning_rate=1e30", "--trainer.max_steps=50", "--out=run")
-    assert code == 1 and "kdejsd fit: error: the loss is " in said
-    assert "batch 2 of 3 (after 1 steps): loss/reconstruction is " in said
-    assert "the last checkpoint is of step 1; to go on: kdejsd fit --ckpt_path run/checkpoints/last.ckpt" in said
+    assert code == 1 and "kdejsd fit: error: the loss is " in said and (
+        "batch 2 of 3 (after 1 steps): loss/reconstruction is " in said
+    )
+    assert "the last checkpoint is of step 1; to go on: kdejsd fit --ckpt_path run\n" in said
     assert load_checkpoint("run/checkpoints/last.ckpt")["global_step"] == 1
 
 

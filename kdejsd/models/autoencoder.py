@@ -217,7 +217,10 @@ class CodeNorm(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         if self.training and len(codes) < 2 and not self.synchronized:
-            raise ValueError(f"codes must be at least 2 to be normalised in training, got a batch of {len(codes)}")
+            raise ValueError(
+                f"codes must be at least 2 to be normalised in training, got a batch of {len(codes)}: take a "
+                "batch_size of at least 2"
+            )
         if self.training and self.synchronized:
             normalized = self._over_ranks(codes)
         else:

@@ -18,7 +18,7 @@ from .._numbers import integer, not_negative
 from .._plain import plain
 from .._ranks import rank_and_size
 from .._version import __version__
-from ..data import Batch
+from ..data import Batch, ImageData
 from ..targets import Law, as_law, is_target
 from .networks import Network
 from .schedule import HalfCosine
@@ -99,6 +99,14 @@ class GenerativeModel(pl.LightningModule, ABC):
         """Returns the two networks that the model's constructor takes, for images of a shape (C, H, W).
 
         `settings` are those of the constructor's other arguments that are given.
+        """
+
+    @classmethod
+    def check_data(cls, settings: Mapping[str, Any], data: ImageData) -> None:
+        """Refuses data that no model of these settings can be trained on, before one is built, which may take long.
+
+        Raises:
+            ValueError: if the data do not suffice.
         """
 
     # Use

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from .._extras import train_extra
 from .._modes import evaluating
 from .._numbers import integer, not_negative, real
 from .._ranks import of_first
-from ..data import Batch
+from ..data import Batch, ImageData
 from ..lagged import LaggedKDE
 from ..targets import Target
 from .autoencoder import Autoencoder, CodeNorm, reconstruction_error
@@ -157,6 +157,10 @@ class GEN(Autoencoder):
         self._takes_index_tensors = False
         self._kept_images: Tensor | None = None
 
+    @classmethod
+    def check_data(cls, settings: Mapping[str, Any], data: ImageData) -> None:
+        _check_num_lagged(settings["num_lagged"], len(data.training))
+
     # Training
 
     def setup(self, stage: str) -> None:
@@ -180,9 +184,7 @@ class GEN(Autoencoder):
         assert loader is not None
         dataset: Dataset[Batch] = loader.dataset
         count = len(dataset)  # type: ignore[arg-type]
-        num_lagged = self.lagged.num_centers
-        if num_lagged > count:
-            raise ValueError(f"num_lagged must be at most {count}, the size of the training set, got {num_lagged}")
+        _check_num_lagged(self.lagged.num_centers, count)
         resumed = self.lagged.refreshed
         if resumed:
             self._lagged_examples = self.lagged.indices  # those drawn at the start of the run, or the last ones
@@ -410,3 +412,8 @@ class GEN(Autoencoder):
         super().on_save_checkpoint(checkpoint)
         if self.lagged.ranks > 1 or self.refresh_policy == "queue":  # also in place of an average's, see on_train_end
             checkpoint["state_dict"] |= self.lagged.gathered_state("lagged.")
+
+
+def _check_num_lagged(num_lagged: int, count: int) -> None:
+    if num_lagged > count:
+        raise ValueError(f"num_lagged must be at most {count}, the size of the training set, got {num_lagged}")

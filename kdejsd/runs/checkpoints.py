@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import signal
 import threading
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._extras import train_extra
+from .folders import own_folder, write_whole
 
 with train_extra():
     import lightning.pytorch as pl
@@ -52,6 +53,8 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         raise OSError(f"the checkpoint {path} cannot be read: {error.strerror}") from error
     except Exception as error:  # of many kinds, by what is wrong with the file
         reason = " ".join(str(error).split("Please file an issue")[0].split())  # torch's are of many lines
+        if not zipfile.is_zipfile(path):  # of these torch says only at which byte it gave up
+            reason = "it is not a whole file of torch.save"
         raise ValueError(f"{path} is damaged or no checkpoint of plain values: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} must hold a checkpoint, a dict, got {type(checkpoint).__name__}")
@@ -87,32 +90,11 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        _write(Path(path), content.getbuffer())
+        write_whole(Path(path), content.getbuffer())
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Returns the content of a checkpoint by `load_checkpoint`, whatever `weights_only` says."""
         return load_checkpoint(path, map_location)
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        if os.name == "posix":  # where a folder can be opened, for the rename to survive a loss of power
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OSError(f"a checkpoint of {len(content)} bytes cannot be written to {path}: {error.strerror}") from error
 
 
 class RunCheckpoint(Checkpoint):
@@ -127,7 +109,8 @@ class RunCheckpoint(Checkpoint):
     loops can go on: at the end of a batch without a validation after it, or at the end of a validation. It is not made
     at the end of an epoch, from where a run with `max_steps` goes on in another order.
 
-    The first checkpoint of a resumed run is the one that it began with.
+    The first checkpoint of a resumed run is the one that it began with. Where that is the run's own, its file stays as
+    it is until the first new checkpoint takes its place.
 
     Args:
         path: the path of the file.
@@ -181,11 +164,13 @@ class RunCheckpoint(Checkpoint):
             )
 
     def _keep(self, checkpoint: Path) -> None:
+        if self.path.exists() and self.path.samefile(checkpoint):
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.link(checkpoint, self.path)  # a checkpoint's file is replaced and never changed
         except OSError:  # another file system, or one without links
-            _write(self.path, checkpoint.read_bytes())
+            write_whole(self.path, checkpoint.read_bytes())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.step = self.begun
@@ -249,7 +234,8 @@ class RunCheckpoint(Checkpoint):
 
     def how_to_go_on(self) -> str:
         """Returns the advice for a user whose run has stopped after a checkpoint."""
-        return f"the last checkpoint is of step {self.step}; to go on: kdejsd fit --ckpt_path {self.path}"
+        named = own_folder(self.path) or self.path
+        return f"the last checkpoint is of step {self.step}; to go on: kdejsd fit --ckpt_path {named}"
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._previous is not None:

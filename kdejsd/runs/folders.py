@@ -1,8 +1,11 @@
-"""Makes the folder of a run and folders beside it, and finds the checkpoint in one."""
+"""Makes the folder of a run and folders beside it, finds the checkpoint in one, and writes files whole."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 _LAST = Path("checkpoints", "last.ckpt")  # the newest checkpoint, in the folder of a run
@@ -63,6 +66,55 @@ def checkpoint_of(path: str | os.PathLike[str]) -> Path:
             "or the folder that kdejsd fit has made"
         )
     return last
+
+
+def own_folder(checkpoint: Path) -> Path | None:
+    """Returns the folder of the run whose newest checkpoint this is; None for a checkpoint that lies elsewhere."""
+    folder = (checkpoint if len(checkpoint.parts) > 1 else checkpoint.absolute()).parent.parent
+    is_newest = checkpoint.absolute().parts[-2:] == _LAST.parts
+    return folder if is_newest and (folder / "config.yaml").is_file() else None
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """Returns a folder and those above it, the innermost first, without those that exist."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def discard(folder: Path, made: Iterable[Path]) -> None:
+    """Empties a folder, and removes those that were made for it, the innermost first, if they are empty then."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in made:
+            path.rmdir()
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file so that at any moment it is the old one or the new one, whole.
+
+    It is written to the disk as FILE.part, and then renamed.
+
+    Raises:
+        OSError: if it cannot be written; the file that was there before stays untouched.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if os.name == "posix":  # where a folder can be opened, for the rename to survive a loss of power
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(f"{len(content)} bytes cannot be written to {path}: {error.strerror}") from error
 
 
 def run_folder(checkpoint: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Shows the progress of a run: by a bar on a terminal, by a line now and then in a file."""
+"""Shows the progress of a run on stderr: by a bar on a terminal, by a line now and then in a file."""
 
 from __future__ import annotations
 
@@ -20,34 +20,95 @@ with train_extra():
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 _CHUNK = 1000  # images at a time
-_LINE_INTERVAL = 30.0  # seconds between two lines of progress, where it is written to a file
+_LINE_INTERVAL = 10.0  # seconds between two lines of progress, where it is written to a file
+
+_SHORT = {"loss/reconstruction": "rec", "val/reconstruction": "val_rec", "train/gradient_weight": "1-r"}
+
+
+def _short(name: str) -> str:
+    """Returns the name of a logged value as it is shown while a run goes on."""
+    return _SHORT.get(name) or name.removeprefix("loss/").replace("val/", "val_")
+
+
+def _figures(trainer: pl.Trainer) -> tuple[str, str]:
+    """Returns the newest figures of the training and of the validation, each as a text."""
+    shown: tuple[list[str], list[str]] = [], []
+    for name, value in trainer.progress_bar_metrics.items():
+        name = _short(name)
+        shown[name.startswith("val_")].append(f"{name}={value:.3g}")
+    return ", ".join(shown[0]), ", ".join(shown[1])
 
 
 class RunProgressBar(TQDMProgressBar):
-    """Shows one bar for the whole run, since an epoch of a small set ends before a bar of its own could be read."""
+    """Shows one bar for the whole run, since an epoch of a small set ends before a bar of its own could be read.
+
+    Below it are a line with the figures of the training and, from the first validation on, a line with those of the
+    validation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: list[Tqdm] = []
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        super().on_train_start(trainer)
-        bar = self.train_progress_bar
         total = trainer.estimated_stepping_batches
-        bar.total = None if math.isinf(total) else int(total)
-        bar.initial = bar.n = trainer.global_step
+        self.train_progress_bar = Tqdm(
+            desc=f"epoch {trainer.current_epoch + 1}",
+            initial=trainer.global_step,
+            total=None if math.isinf(total) else int(total),
+            unit=" steps",
+            dynamic_ncols=True,
+            disable=self.is_disabled,
+        )
+        self._lines = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}", refresh=False)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        bar, step = self.train_progress_bar, trainer.global_step
-        if self._should_update(step, bar.total or 0):
-            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
-            bar.update(step - bar.n)
+        bar = self.train_progress_bar
+        if bar.update(trainer.global_step - bar.n):  # it has been drawn anew, which is ten times in a second at most
+            self._show_figures(trainer)
+
+    def _show_figures(self, trainer: pl.Trainer) -> None:
+        room = self.train_progress_bar.format_dict["ncols"] or math.inf
+        for place, text in enumerate(filter(None, _figures(trainer))):
+            if place == len(self._lines):
+                self._lines.append(Tqdm(bar_format="{desc}", position=place + 1, disable=self.is_disabled))
+            while len(text) > room and ", " in text:  # a line that is wrapped would be left behind by the next one
+                text = text.rpartition(", ")[0]
+            self._lines[place].set_description_str(text)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pass
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not self.train_progress_bar.disable:
+            self._show_figures(trainer)
+        self._close()
+
+    def on_exception(self, *_: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        """Leaves the lines on the screen, and the cursor below them."""
+        if self._train_progress_bar is not None:
+            for line in (self.train_progress_bar, *self._lines):
+                line.leave = True
+                line.close()
+        self._lines = []
+
+    # The validation's own bar, of a second or so, is not shown.
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.reset_dataloader_idx_tracker()
+
 
 class RunProgressLines(ProgressBar):
-    """Prints a line of progress every half minute, and one at the end of the run.
+    """Prints a line of progress every ten seconds, and one at the end of the run.
 
     It is for a file, in which a bar that is drawn again and again would leave a line of thousands of pieces.
     """
@@ -73,25 +134,29 @@ class RunProgressLines(ProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if time.monotonic() >= self._due:
-            self._tell(trainer, pl_module)
+            self._tell(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tell(trainer, pl_module)
+        self._tell(trainer)
 
-    def _tell(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _tell(self, trainer: pl.Trainer) -> None:
         self._due = time.monotonic() + _LINE_INTERVAL
-        total = trainer.estimated_stepping_batches
-        steps = str(trainer.global_step) if math.isinf(total) else f"{trainer.global_step}/{int(total)}"
-        measures = [
-            f", {name}={value:.3g}" if isinstance(value, float) else f", {name}={value}"
-            for name, value in self.get_metrics(trainer, pl_module).items()
-        ]
         if self._enabled and trainer.is_global_zero:
-            print(f"epoch {self._epoch}: step {steps}{''.join(measures)}", flush=True)
+            total = trainer.estimated_stepping_batches
+            steps = str(trainer.global_step) if math.isinf(total) else f"{trainer.global_step}/{int(total)}"
+            figures = filter(None, (f"epoch {self._epoch}: step {steps}", *_figures(trainer)))
+            print(", ".join(figures), file=sys.stderr, flush=True)
 
 
 def batches(images: ImageSet, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields images and labels in order, with a progress bar."""
-    interval = 0.1 if sys.stderr.isatty() else _LINE_INTERVAL
-    for index in Tqdm(torch.arange(len(images)).split(_CHUNK), desc=name, unit="batch", mininterval=interval):
+    """Yields images and labels in order, and shows how far they are."""
+    chunks = torch.arange(len(images)).split(_CHUNK)
+    if sys.stderr.isatty():
+        chunks = Tqdm(chunks, desc=name, unit=" batches", dynamic_ncols=True)
+    due = time.monotonic() + _LINE_INTERVAL
+    for index in chunks:
         yield images[index][:2]
+        done = int(index[-1]) + 1
+        if not sys.stderr.isatty() and (time.monotonic() >= due or done == len(images)):
+            due = time.monotonic() + _LINE_INTERVAL
+            print(f"{name}: {done} of {len(images)} images", file=sys.stderr, flush=True)

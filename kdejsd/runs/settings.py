@@ -3,41 +3,69 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .._extras import train_extra
 from ..data import ImageData
-from ..models import ImageGEN, ImageModel
-from .checkpoints import RunCheckpoint, WholeCheckpointIO
-from .folders import fresh_folder
+from ..models import ImageModel
+from .checkpoints import RunCheckpoint, WholeCheckpointIO, load_checkpoint
+from .errors import did_you_mean, setting_error
+from .folders import checkpoint_of, discard, fresh_folder, missing_folders, own_folder, write_whole
 from .progress import RunProgressBar, RunProgressLines
 
 with train_extra():
     import lightning.pytorch as pl
-    from jsonargparse import ArgumentParser
-    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+    import yaml  # type: ignore[import-untyped]
+    from jsonargparse import ArgumentParser, Namespace
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.utilities import rank_zero_only
 
+_BASES: dict[str, type] = {"model": ImageModel, "data": ImageData}
 _DEFAULT_CLASSES = {"data": "kdejsd.data.Digits", "model": "kdejsd.models.images.GEN"}
 _USAGE = (
     "kdejsd fit [--config FILE] [--data NAME] [--data.SETTING ...] [--model NAME] [--model.SETTING ...] "
-    "[--trainer.SETTING ...] [--out DIR]"
+    "[--trainer.SETTING ...] [--out DIR] [--debug]"
 )
+_DESCRIPTION = (
+    "Trains a model on images and writes a report; without settings, a Generative Encoding Network on scikit-learn's "
+    "digits in about a minute."
+)
+_TRAINER_DEFAULTS = {
+    "trainer.devices": 1,
+    "trainer.log_every_n_steps": 10,
+    "trainer.num_sanity_val_steps": 0,
+    "trainer.enable_model_summary": False,
+}
 _DEFAULT_STEPS = 5000  # when neither steps, epochs nor a time are given
+_MAIN_TRAINER_SETTINGS = {
+    *("max_steps", "max_epochs", "max_time", "accelerator", "devices", "precision", "gradient_clip_val"),
+}
 
 
 class FitCLI(LightningCLI):
-    """Reads every setting of trainer, model and data for `kdejsd fit`, and makes a fresh folder for the run."""
+    """Reads every setting of trainer, model and data for `kdejsd fit`, and makes a fresh folder for the run.
+
+    A run that goes on from its own newest checkpoint has its own folder.
+
+    Attributes:
+        folder: the run's folder.
+        ckpt_path: the checkpoint that the run goes on from, if there is one.
+        begun: the number of steps that this has.
+    """
 
     config: Any
     model: ImageModel
     datamodule: ImageData
 
     def __init__(self, args: list[str]) -> None:
+        self.ckpt_path: Path | None = None
+        self.begun = 0
         super().__init__(
             ImageModel,
             ImageData,
@@ -45,16 +73,10 @@ class FitCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            save_config_callback=RunConfig,
+            save_config_callback=None,  # RunConfig does it
             run=False,
             args=args,
-            parser_kwargs={
-                "exit_on_error": False,
-                "prog": "kdejsd fit",
-                "usage": _USAGE,
-                "description": "Trains a model on images and writes a report; without settings, a Generative Encoding "
-                "Network on scikit-learn's digits in about a minute.",
-            },
+            parser_kwargs={"exit_on_error": False, "prog": "kdejsd fit", "usage": _USAGE, "allow_abbrev": False},
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -65,100 +87,227 @@ class FitCLI(LightningCLI):
         parser.set_defaults(
             {
                 **{part: {"class_path": path} for part, path in _DEFAULT_CLASSES.items()},
-                "trainer.devices": 1,
-                "trainer.log_every_n_steps": 10,
-                "trainer.num_sanity_val_steps": 0,
-                "trainer.enable_model_summary": False,
+                **_TRAINER_DEFAULTS,
             }
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--out", help="The run's folder; default: runs/DATA-N, N the first free number.")
-        parser.add_argument(
-            "--ckpt_path", help="Go on from this checkpoint, with the config.yaml of its run unless --config is given."
-        )
+        _add_run_settings(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         given = _first_look(args)
-        model = _class_named("model", given.model, ImageModel) or ImageGEN
-        _class_named("data", given.data, ImageData)
-        if given.help:
-            parser.print_help()
-            print(f"\nThe settings of {model.__name__} (--model NAME --help for another model's):\n")
-            settings = ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
-            settings.add_class_arguments(model, "model", skip={"image_shape"})
-            settings.print_help()
+        if given.ckpt_path is not None:
+            self.ckpt_path = checkpoint_of(given.ckpt_path)
+            config = self.ckpt_path.parent.parent / "config.yaml"
+            if not given.config and config.is_file():
+                given.config = [str(config)]
+                args = [f"--config={config}", *args]
+            elif not given.config:
+                print(f"there is no {config}: the settings are those of this command and the defaults", file=sys.stderr)
+        in_files = [(file, _read_config(file)) for file in given.config]
+        chosen = {}
+        for part, base in _BASES.items():
+            named = [_section(content, part).get("class_path") for _, content in in_files]
+            name = next(filter(None, (getattr(given, part), *reversed(named))), _DEFAULT_CLASSES[part])
+            chosen[part] = _class_named(part, name, base)
+        if given.help or given.help_all:
+            _print_help(chosen["model"], chosen["data"], everything=given.help_all)
             parser.exit()
-        if given.ckpt_path is not None and given.config is None:
-            args = [*_config_of_run(given.ckpt_path), *args]
-        self.config = parser.parse_args(args)
-        classes = {part: self.config[part].class_path for part in _DEFAULT_CLASSES}
-        if classes != _DEFAULT_CLASSES:
-            # Values of a default class stay where another class is chosen and knows a setting of the name (a GEN's
-            # learning rate would be any model's), so the chosen ones are made the default.
-            parser.set_defaults({part: {"class_path": path} for part, path in classes.items()})
+        try:
             self.config = parser.parse_args(args)
+            classes = {part: self.config[part].class_path for part in _DEFAULT_CLASSES}
+            if classes != _DEFAULT_CLASSES:
+                # Values of a default class stay where another class is chosen and knows a setting of the name (a GEN's
+                # learning rate would be any model's), so the chosen ones are made the default.
+                parser.set_defaults({part: {"class_path": path} for part, path in classes.items()})
+                self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            owners = {part: cls.__name__ for part, cls in chosen.items()}
+            raise argparse.ArgumentError(None, setting_error(str(error), _names(chosen), owners)) from error
+        for file, content in in_files:
+            for part, cls in chosen.items():
+                _tell_replaced(file, part, _section(content, part), cls, self.config[part].init_args)
+        _check_limits(self.config.trainer)
+
+    def instantiate_classes(self) -> None:
+        # To build a model may take long (a GEN looks for its bandwidth), and all that is given is checked before.
+        checkpoint = {} if self.ckpt_path is None else load_checkpoint(self.ckpt_path)
+        self.begun = checkpoint.get("global_step", 0)
+        loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
+        # TensorBoard is to forget what was logged after the checkpoint, which counts its last batch afterwards.
+        self._first_logged = loop["_batches_that_stepped"] + 1 if "_batches_that_stepped" in loop else None
+        most = self.config.trainer.max_epochs
+        if most is not None and 0 < most < checkpoint.get("epoch", 0):
+            raise ValueError(
+                f"--trainer.max_epochs must be at least {checkpoint['epoch']}, as {self.ckpt_path} has so many epochs "
+                f"behind it, got {most}"
+            )
+        data = self.parser.instantiate_classes(Namespace(data=self.config.data)).data  # type: ignore[no-untyped-call]
+        data.setup()
+        model = _class_at(self.config.model.class_path)
+        if issubclass(model, ImageModel):
+            model.check_data(self.config.model.init_args, data)
+        super().instantiate_classes()
+        self.datamodule = data  # which has read its images
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config
-        self.ckpt_path = config.ckpt_path
-        name = config.data.class_path.rpartition(".")[2].lower()
-        stem = Path("runs") / name
-        # Of several ranks the first one writes.
-        self.folder = fresh_folder(config.out, stem) if rank_zero_only.rank == 0 else Path(config.out or stem)  # type: ignore[attr-defined]
         given = self.config_init.trainer
         if given.max_epochs is None and given.max_time is None and given.max_steps == -1:
             config.trainer.max_steps = kwargs["max_steps"] = _DEFAULT_STEPS
+        self._choose_folder(config.out, Path("runs", config.data.class_path.rpartition(".")[2].lower()))
         # The saved configuration is for the next run, which has a folder of its own and starts where it is told to.
         config.out = config.ckpt_path = None
-        self.save_config_kwargs = {"folder": self.folder, "save_to_log_dir": False}
         if given.logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(save_dir=self.folder, name="", version="")
+            kwargs["logger"] = RunLogger(self.folder, name="", version="", purge_step=self._first_logged)
         self.checkpoint = RunCheckpoint(self.folder / "checkpoints" / "last.ckpt")
-        self.trainer_defaults["callbacks"] = [] if given.enable_checkpointing is False else [self.checkpoint]
         plugins = given.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
+        callbacks: list[pl.Callback] = [
+            RunConfig(self.folder / "config.yaml", self.parser.dump(config, skip_none=False))
+        ]
+        if given.enable_checkpointing is not False:
+            callbacks.append(self.checkpoint)
         if given.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"].append(RunProgressBar() if sys.stdout.isatty() else RunProgressLines())
-        return super().instantiate_trainer(**kwargs)
+            callbacks.append(RunProgressBar() if sys.stderr.isatty() else RunProgressLines())
+        self.trainer_defaults["callbacks"] = callbacks
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except Exception:
+            self.discard_folder()
+            raise
+
+    def _choose_folder(self, out: str | None, stem: Path) -> None:
+        self._made: list[Path] | None = None
+        own = None if self.ckpt_path is None or out is not None else own_folder(self.ckpt_path)
+        if own is not None:
+            self.folder = own
+        elif rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # of several ranks the first one writes
+            missing = missing_folders(stem.parent if out is None else Path(out))
+            self.folder = fresh_folder(out, stem)
+            self._made = [self.folder, *missing] if out is None else missing
+        else:
+            self.folder = Path(out or stem)
+
+    def discard_folder(self) -> None:
+        """Removes the folder of a run that has trained nothing, if this run has made it."""
+        if self._made is not None:
+            discard(self.folder, self._made)
 
 
-class RunConfig(SaveConfigCallback):
-    """Writes config.yaml into the run's folder, whatever folder the logger writes into."""
+class RunConfig(pl.Callback):
+    """Writes config.yaml into the run's folder after the first step.
 
-    def __init__(self, *args: Any, folder: Path, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.folder = folder
+    A run that goes on in its own folder keeps the one that is there if it cannot begin.
+    """
 
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.parser.save(self.config, self.folder / self.config_filename, skip_none=False, multifile=False)
+    def __init__(self, path: Path, text: str) -> None:
+        self._path = path
+        self._text: str | None = text
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._text is not None and trainer.is_global_zero:
+            write_whole(self._path, self._text.encode())
+            self._text = None
+
+
+class RunLogger(TensorBoardLogger):
+    """Logs for TensorBoard, with a hparams.yaml that is plain YAML: it has lists in place of Python's tuples."""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        super().log_hyperparams(_with_lists(params), *args, **kwargs)
+
+
+def _with_lists(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _with_lists(item) for key, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def _first_look(args: list[str]) -> argparse.Namespace:
     """Finds the arguments that decide how the others are read: model, data, config, ckpt_path and help.
 
-    Those that are not given are None, and help is False.
+    Those that are not given are None, config is a list, and the two kinds of help are False.
     """
-    parser = argparse.ArgumentParser(prog="kdejsd fit", usage=_USAGE, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="kdejsd fit", usage=_USAGE, add_help=False, allow_abbrev=False, exit_on_error=False
+    )
     for option in ("--model", "--data", "--ckpt_path"):
         parser.add_argument(option)
-    parser.add_argument("--config", "-c")
+    parser.add_argument("--config", "-c", action="append", default=[])
     parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--help-all", action="store_true")
     return parser.parse_known_args(args)[0]
 
 
-def _class_named(option: str, name: str | None, base: type) -> type | None:
-    """Returns the class with a short name; None if the name is missing or is the import path of a class.
+def _read_config(file: str) -> dict[str, Any]:
+    """Returns what is in a file of settings.
 
     Raises:
-        ValueError: if no class has the short name.
+        OSError: if it cannot be read.
+        ValueError: if it does not hold settings by name, as YAML.
     """
-    if name is None or not name.isidentifier():
-        return None
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OSError(f"the file {file} of --config cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        reason = getattr(error, "problem", None) or "it is no text in UTF-8"
+        raise ValueError(f"the file {file} of --config is not valid YAML: {reason}{where}") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"the file {file} of --config must hold settings by name (data: ..., model: ..., trainer: ...), got "
+            f"{'nothing' if content is None else type(content).__name__}"
+        )
+    return content
+
+
+def _section(content: dict[str, Any], part: str) -> dict[str, Any]:
+    section = content.get(part)
+    return section if isinstance(section, dict) else {"class_path": section} if isinstance(section, str) else {}
+
+
+def _tell_replaced(file: str, part: str, section: dict[str, Any], cls: type, final: Mapping[str, Any]) -> None:
+    """Tells what has become of a file's settings for another class than the chosen one."""
+    in_file = str(section.get("class_path", cls.__name__)).rpartition(".")[2]
+    settings = section.get("init_args")
+    if in_file == cls.__name__ or not isinstance(settings, dict) or not settings:
+        return
+    kept = [f"{name}={final[name]}" for name in settings if name in final]
+    left = [name for name in settings if name not in final]
+    print(
+        f"{file} has settings for {in_file}, and the {part} is {cls.__name__}, which takes over "
+        f"{', '.join(kept) or 'none'}" + (f" and leaves out {', '.join(left)}" if left else ""),
+        file=sys.stderr,
+    )
+
+
+def _class_named(option: str, name: str, base: type) -> type:
+    """Returns the class with a short name or an import path.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if not name.isidentifier():
+        return _class_at(name, f"--{option}")
     known = {cls.__name__: cls for cls in _subclasses(base)}
     if name not in known:
-        raise ValueError(f"--{option} must be one of {', '.join(known)} or the import path of a class, got {name}")
+        raise ValueError(
+            f"--{option} must be one of {', '.join(known)} or the import path of a class, got {name}"
+            f"{did_you_mean(name, known)}"
+        )
     return known[name]
+
+
+def _class_at(path: str, option: str = "") -> type:
+    module, _, name = path.rpartition(".")
+    try:
+        found: type = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option} {path} is not the import path of a class: {error}") from error
+    return found
 
 
 def _subclasses(base: type) -> list[type]:
@@ -169,10 +318,50 @@ def _subclasses(base: type) -> list[type]:
     return [cls for cls in found if not inspect.isabstract(cls)]
 
 
-def _config_of_run(checkpoint: str) -> list[str]:
-    """Returns the argument that reads the configuration of a checkpoint's run, if that is there."""
-    config = Path(checkpoint).parent.parent / "config.yaml"
-    if config.is_file():
-        return [f"--config={config}"]
-    print(f"there is no {config}: the settings are those of this command and the defaults", file=sys.stderr)
-    return []
+def _settings_of(chosen: Mapping[str, type], trainer_skips: set[str]) -> ArgumentParser:
+    """Returns a parser of the settings of the chosen classes, in the order in which help shows them."""
+    parser = ArgumentParser(prog="kdejsd fit", usage=_USAGE, description=_DESCRIPTION, add_help=False)
+    run = parser.add_argument_group("the run")
+    for part, base in _BASES.items():
+        names = ", ".join(cls.__name__ for cls in _subclasses(base))
+        run.add_argument(f"--{part}", help=f"{names} or the import path of a class; with --help, its settings.")
+    run.add_argument("--config", help="A YAML file of settings; arguments after it go before what it says.")
+    _add_run_settings(run)
+    run.add_argument("--seed_everything", default=0, help="The seed of all that is drawn.")
+    run.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    for part, cls in (*chosen.items(), ("trainer", pl.Trainer)):
+        group = parser.add_argument_group(f"{part}: {cls.__name__}")
+        group.add_class_arguments(
+            cls, part, as_group=False, skip=trainer_skips if part == "trainer" else {"image_shape"}
+        )
+    parser.set_defaults({name: value for name, value in _TRAINER_DEFAULTS.items() if name[8:] not in trainer_skips})
+    return parser
+
+
+def _add_run_settings(parser: Any) -> None:
+    parser.add_argument("--out", help="The run's folder; default: runs/DATA-N, N the first free number.")
+    parser.add_argument(
+        "--ckpt_path",
+        help="Go on from this checkpoint, or from the newest one in the folder of a run, with the config.yaml of its "
+        "run unless --config is given.",
+    )
+
+
+def _names(chosen: Mapping[str, type]) -> list[str]:
+    """Returns the names of all settings."""
+    return [f"--{name}" for name in (*_settings_of(chosen, set()).get_defaults().keys(), "help", "help-all")]
+
+
+def _print_help(model: type, data: type, everything: bool) -> None:
+    """Prints the settings of the chosen classes; of the trainer's the main ones, unless everything is asked for."""
+    skips = set() if everything else set(inspect.signature(pl.Trainer).parameters) - _MAIN_TRAINER_SETTINGS
+    _settings_of({"model": model, "data": data}, skips).print_help()
+    if not everything:
+        print("\nkdejsd fit --help-all shows the other settings of Lightning's Trainer.")
+
+
+def _check_limits(trainer: Any) -> None:
+    for name in ("max_steps", "max_epochs"):
+        most = trainer[name]
+        if most is not None and most != -1 and most < 1:
+            raise ValueError(f"--trainer.{name} must be at least 1, or -1 for no limit, got {most}")

@@ -110,7 +110,7 @@ def optimal_bandwidth(
     A trial takes 6 to 8 evaluations of h dJ/dh. Each is one pass of `kde_log_prob` over 2 m queries and m centers, with
     its gradient for h: about 3 s per trial on two cores for m = 20 000 and l = 40, milliseconds for m = 1000. Beside
     that pass only the 3 m samples are in memory. With `smoothed` there are about 10 more passes, over m queries, and
-    the samples of all trials are in memory. The logger "kdejsd" tells of each trial.
+    the samples of all trials are in memory. The logger "kdejsd" tells how far the search is, once a second at most.
 
     What took more than a second is kept on disk, in `kdejsd/bandwidths` of $XDG_CACHE_HOME or ~/.cache, under a digest
     of the samples and of their densities: asking again costs no more than drawing the samples, and a target whose
@@ -170,10 +170,13 @@ def optimal_bandwidth(
         if smoothable is not None:
             draws = drawn = list(draws)
         values: tuple[float, ...] = ()
+        told = -math.inf
         for number, trial in enumerate(draws, 1):
-            _log.info(
-                "bandwidth of %d centers in %d dimensions: trial %d of %d", num_centers, latent_dim, number, trials
-            )
+            if time.monotonic() - told > 1:
+                told = time.monotonic()
+                _log.info(
+                    "bandwidth of %d centers in %d dimensions: trial %d of %d", num_centers, latent_dim, number, trials
+                )
             values += _remembered(method, [trial], partial(_best, trial, method))
         if smoothable is not None:
             _log.info("bandwidth for the smoothed target: all %d trials together", trials)

@@ -22,8 +22,8 @@ from .runs.errors import did_you_mean, sentence
 # themselves.
 _ON_RUNS = {
     "fit": "train a model on images; write a report",
-    "evaluate": "write the report of a checkpoint anew",
-    "score": "write how novel each image is to a checkpoint's model",
+    "evaluate": "write the report of a run anew",
+    "score": "write how novel each image is to a run's model",
 }
 
 
@@ -49,14 +49,16 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "info":
             return _info()
         if args.command == "bandwidth":
-            return _bandwidth(args)
+            with _telling():
+                return _bandwidth(args)
         if sys.stderr.isatty() and not any(arg == "-h" or "help" in arg for arg in rest):
             print(f"kdejsd {args.command}: loading PyTorch and Lightning", file=sys.stderr)
         with _no_display():
             module = importlib.import_module(f".runs.{args.command}", __package__)  # needs the extra `train`
         _quiet()
         command: Callable[[list[str]], int] = getattr(module, args.command)
-        return command(rest)
+        with _telling():
+            return command(rest)
     except KeyboardInterrupt:
         if args.debug:
             raise
@@ -84,6 +86,20 @@ def _no_display() -> Iterator[None]:
             del os.environ["MPLBACKEND"]
         else:
             os.environ["MPLBACKEND"] = named
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """Lets the logger of kdejsd, which tells of long searches, write to stderr."""
+    logger, handler = logging.getLogger("kdejsd"), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _quiet() -> None:
@@ -131,7 +147,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     bandwidth.add_argument("--num_centers", type=_count(1), required=True, help="m, the number of lagged codes")
     bandwidth.add_argument("--smoothed", action="store_true", help="for a KDE compared with the smoothed target")
     bandwidth.add_argument("--method", choices=["root", "fixed-point"], default="root", help="how to find it")
-    bandwidth.add_argument("--trials", type=_count(1), default=10, help="independent sample sets (default: 10)")
+    bandwidth.add_argument(
+        "--trials", type=_count(1), help="search it with so many sets of samples; default: the mean over all sets"
+    )
     bandwidth.add_argument("--seed", type=_count(0), default=0, help="of the samples (default: 0)")
     adding.add_parser("info", help="what was built and what can be used on this machine", parents=[shared])
     return parser, dict(adding.choices)
@@ -151,12 +169,6 @@ def _count(least: int) -> Callable[[str], int]:
 def _bandwidth(args: argparse.Namespace) -> int:
     from .bandwidth import optimal_bandwidth
 
-    print(
-        f"searching the bandwidth for {args.num_centers} centers in {args.latent_dim} dimensions, the mean of "
-        f"{args.trials} trials",
-        file=sys.stderr,
-        flush=True,
-    )
     found = optimal_bandwidth(
         args.latent_dim,
         args.num_centers,
@@ -166,7 +178,8 @@ def _bandwidth(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     print(f"bandwidth           {found.value:.6g}")
-    print(f"standard deviation  {found.std:.2g} between {len(found.trials)} trials")
+    if found.trials:
+        print(f"standard deviation  {found.std:.2g} between {len(found.trials)} trials")
     return 0
 
 

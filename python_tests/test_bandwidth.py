@@ -538,6 +538,4 @@ def test_the_logger_tells_of_trials(caplog):
     with caplog.at_level("INFO", logger="kdejsd"):
         optimal_bandwidth(2, 30, trials=2)
         optimal_bandwidth(2, 30)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"bandwidth of 30 centers in 2 dimensions: trial {trial} of 2" for trial in (1, 2)
-    ]
+    assert caplog.messages == ["bandwidth of 30 centers in 2 dimensions: trial 1 of 2"]  # once a second at most

@@ -19,12 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import lightning.pytorch as pl
 import matplotlib.image
 import pytest
 import torch
 import yaml
 from test_data import write_celeba, write_mnist, write_pictures, write_svhn
 
+import kdejsd
 from kdejsd import __version__, diversity_report, novelty_score, plots, residual_variance
 from kdejsd.cli import main
 from kdejsd.data import MNIST, Digits, FashionMNIST
@@ -88,16 +90,57 @@ def trained(tmp_path_factory) -> tuple[Path, Done]:
     return folder, Done(done.stdout, done.stderr)
 
 
+def test_load_gives_the_model_of_a_run(trained, monkeypatch):
+    out = trained[0] / "runs" / "digits-1"
+    model = kdejsd.load(out)
+    assert type(model) is kdejsd.models.GEN and not model.training and model.dtype == torch.float32
+    images = torch.rand(5, *model.hparams["image_shape"])
+    with torch.no_grad():
+        assert model.encode(images).shape == (5, 2) and model.decode(model.encode(images)).shape == images.shape
+    assert model.sample(7).shape == (7, 1, 8, 8)
+    checkpoint = out / "checkpoints" / "last.ckpt"
+    monkeypatch.chdir(trained[0])
+    for other in (
+        kdejsd.load("runs/digits-1"),
+        kdejsd.load(str(checkpoint), device="cpu"),
+        kdejsd.models.GEN.load_from_checkpoint(checkpoint),
+        kdejsd.models.images.GEN.load_from_checkpoint(checkpoint),
+        kdejsd.models.GenerativeModel.load_from_checkpoint(str(checkpoint)),
+    ):
+        assert type(other) is kdejsd.models.GEN
+        state = model.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    with pytest.raises(TypeError, match=r"last\.ckpt must be of a VAE, got one of a GEN"):
+        kdejsd.models.VAE.load_from_checkpoint(checkpoint)
+
+
+def test_load_says_what_it_lacks(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"runs/none does not exist"):
+        kdejsd.load("runs/none")
+    with pytest.raises(FileNotFoundError, match=r"is not that of a run with a checkpoint: there is no .*last\.ckpt"):
+        kdejsd.load(tmp_path)
+    (tmp_path / "x.ckpt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"x\.ckpt is damaged or no checkpoint of plain values"):
+        kdejsd.load(tmp_path / "x.ckpt")
+    model = kdejsd.models.images.AE((1, 8, 8))
+    trainer = pl.Trainer(max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(model, Digits())
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    with pytest.raises(ValueError, match=r"own\.ckpt was not written by kdejsd fit: .*"):
+        kdejsd.load(tmp_path / "own.ckpt")
+    assert type(kdejsd.models.AE.load_from_checkpoint(tmp_path / "own.ckpt")) is kdejsd.models.AE
+
+
 def test_fit_leaves_a_report(trained):
     folder, done = trained
     out = folder / "runs" / "digits-1"
     assert {path.name for path in out.iterdir()} >= REPORT
     assert list(out.glob("events.out.tfevents*"))
     assert "report: runs/digits-1" in done.out
-    for name in ("rec=", "latent=", "1-r=", "val_rec=", "val_jsd="):
+    for name in ("rec=", "excess=", "1-r=", "val_rec=", "val_jsd="):
         assert name in done.err
     assert yaml.safe_load((out / "hparams.yaml").read_text())["betas"] == [0.5, 0.999]  # without Python's own types
-    assert "Tip" not in done.err + done.out
+    assert "Tip" not in done.err + done.out and " latent=" not in done.err  # of which the excess tells more
     for picture in out.glob("*.png"):
         assert picture.stat().st_size > 5000
     report = metrics(out)
@@ -344,7 +387,7 @@ def test_score_refuses(run, trained, tmp_path):
     assert "--data must have images of shape (1, 8, 8), as the run's model, got (1, 28, 28)" in done.err
     assert "PositiveFloat" in run("score", checkpoint, "--variance=-1", cwd=tmp_path, status=2).err
     assert "held_out" in run("score", checkpoint, "--split=all", cwd=tmp_path, status=2).err
-    assert "checkpoint must be given" in run("score", cwd=tmp_path, status=2).err
+    assert "run must be given" in run("score", cwd=tmp_path, status=2).err
 
 
 def test_resume_goes_on_with_the_settings_of_the_run(run, trained):
@@ -758,10 +801,12 @@ def test_the_command_needs_no_backend_of_matplotlib(tmp_path):
 
 def test_bandwidth(run, tmp_path):
     out, err = run("bandwidth", "--latent_dim=2", "--num_centers=250", "--trials=4", cwd=tmp_path)
-    assert err == "searching the bandwidth for 250 centers in 2 dimensions, the mean of 4 trials\n"
+    assert err == "bandwidth of 250 centers in 2 dimensions: trial 1 of 4\n"
     value, spread = (float(x) for x in re.findall(r"\d+\.\d+", out))
     assert 0.3 < value < 0.7 and 0 < spread < 0.2
     assert "4 trials" in out
+    out, err = run("bandwidth", "--latent_dim=8", "--num_centers=1000000", cwd=tmp_path)  # the mean over all sets
+    assert out == "bandwidth           0.380842\n" and err == ""
 
 
 def test_info(run, tmp_path):

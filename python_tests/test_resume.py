@@ -553,8 +553,10 @@ def test_a_loss_that_is_looked_at_late_is_named_all_the_same(tmp_path, monkeypat
 
 def test_a_diverging_run_says_where_the_last_checkpoint_is(command, tmp_path):
     code, said = command(*AE, "--model.learning_rate=1e30", "--trainer.max_steps=50", "--out=run")
-    assert code == 1 and "kdejsd fit: error: the loss is " in said and (
-        "batch 2 of 3 (after 1 steps): loss/reconstruction is " in said
+    assert (
+        code == 1
+        and "kdejsd fit: error: the loss is " in said
+        and ("batch 2 of 3 (after 1 steps): loss/reconstruction is " in said)
     )
     assert "the last checkpoint is of step 1; to go on: kdejsd fit --ckpt_path run\n" in said
     assert load_checkpoint("run/checkpoints/last.ckpt")["global_step"] == 1

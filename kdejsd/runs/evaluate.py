@@ -30,5 +30,5 @@ def evaluate(args: list[str]) -> int:
     run = {"checkpoint": str(path), "epochs": begun, "steps": checkpoint["global_step"]}
     print(write_report(folder, model, data_module, run, classifier))
     (folder / "config.yaml").write_text(parser.dump(config))
-    print(f"report: {folder}")
+    print(f"report: {folder / 'report.html'}")
     return 0

@@ -45,7 +45,7 @@ def fit(args: list[str]) -> int:
     except OSError as error:
         again = f"; once it can: kdejsd evaluate {checkpoint}" if checkpoint.exists() else ""
         raise OSError(f"the report cannot be written to {cli.folder}: {error}{again}") from error
-    print(f"report: {cli.folder}")
+    print(f"report: {cli.folder / 'report.html'}")
     return 0
 
 

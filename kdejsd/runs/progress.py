@@ -22,7 +22,12 @@ with train_extra():
 _CHUNK = 1000  # images at a time
 _LINE_INTERVAL = 10.0  # seconds between two lines of progress, where it is written to a file
 
-_SHORT = {"loss/reconstruction": "rec", "val/reconstruction": "val_rec", "train/gradient_weight": "1-r"}
+_SHORT = {
+    "loss/reconstruction": "rec",
+    "val/reconstruction": "val_rec",
+    "train/latent_excess": "excess",
+    "train/gradient_weight": "1-r",
+}
 
 
 def _short(name: str) -> str:
@@ -33,7 +38,10 @@ def _short(name: str) -> str:
 def _figures(trainer: pl.Trainer) -> tuple[str, str]:
     """Returns the newest figures of the training and of the validation, each as a text."""
     shown: tuple[list[str], list[str]] = [], []
-    for name, value in trainer.progress_bar_metrics.items():
+    figures = trainer.progress_bar_metrics
+    for name, value in figures.items():
+        if name == "loss/latent" and "train/latent_excess" in figures:
+            continue  # which says the same, with a zero that means a match
         name = _short(name)
         shown[name.startswith("val_")].append(f"{name}={value:.3g}")
     return ", ".join(shown[0]), ", ".join(shown[1])

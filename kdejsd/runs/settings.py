@@ -13,6 +13,7 @@ from typing import Any
 from .._extras import train_extra
 from ..data import ImageData
 from ..models import ImageModel
+from .boards import RunPictures
 from .checkpoints import RunCheckpoint, WholeCheckpointIO, load_checkpoint
 from .errors import did_you_mean, setting_error
 from .folders import checkpoint_of, discard, fresh_folder, missing_folders, own_folder, write_whole
@@ -159,12 +160,15 @@ class FitCLI(LightningCLI):
         # The saved configuration is for the next run, which has a folder of its own and starts where it is told to.
         config.out = config.ckpt_path = None
         if given.logger in (None, True):
-            kwargs["logger"] = RunLogger(self.folder, name="", version="", purge_step=self._first_logged)
+            kwargs["logger"] = RunLogger(
+                self.folder, name="", version="", purge_step=self._first_logged, default_hp_metric=False
+            )
         self.checkpoint = RunCheckpoint(self.folder / "checkpoints" / "last.ckpt")
         plugins = given.plugins or []
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpointIO()]
         callbacks: list[pl.Callback] = [
-            RunConfig(self.folder / "config.yaml", self.parser.dump(config, skip_none=False))
+            RunConfig(self.folder / "config.yaml", self.parser.dump(config, skip_none=False)),
+            RunPictures(),
         ]
         if given.enable_checkpointing is not False:
             callbacks.append(self.checkpoint)

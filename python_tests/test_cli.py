@@ -806,7 +806,7 @@ def test_bandwidth(run, tmp_path):
     assert 0.3 < value < 0.7 and 0 < spread < 0.2
     assert "4 trials" in out
     out, err = run("bandwidth", "--latent_dim=8", "--num_centers=1000000", cwd=tmp_path)  # the mean over all sets
-    assert out == "bandwidth           0.380842\n" and err == ""
+    assert out == "bandwidth           0.38084\n" and err == ""
 
 
 def test_info(run, tmp_path):

@@ -128,7 +128,7 @@ def optimal_bandwidth(
             has the same solution. The iteration converges for l of about 10 and more; where it cycles or leaves its
             bracket the root is searched instead.
         trials: the number of independent trials. The draws of a trial depend on the seed and on its number alone.
-            None needs no trial for an isotropic normal, and makes 10 for other targets.
+            None needs no trial for an isotropic normal, and makes 10 for other targets and for "fixed-point".
         seed: any integer from 0 on, for the trials. The global random state is neither used nor changed.
 
     Returns:
@@ -160,7 +160,7 @@ def optimal_bandwidth(
         raise ValueError(f'smoothed=True needs method="root", got {method!r}')
     smoothable = checked_smoothable(law) if smoothed else None
     variance = isotropic_variance(law)
-    if trials is None and variance is not None:
+    if trials is None and method == "root" and variance is not None:
         return OptimalBandwidth(math.sqrt(variance) * _for_normal(latent_dim, num_centers, smoothed), 0.0, ())
     trials = _TRIALS if trials is None else trials
 

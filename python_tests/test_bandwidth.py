@@ -472,6 +472,7 @@ def test_a_finer_grid_changes_nothing(dim, m, monkeypatch):
 def test_without_samples_it_is_what_the_search_finds(dim, m, trials):
     ours, search = optimal_bandwidth(dim, m), optimal_bandwidth(dim, m, trials=trials)
     assert ours.trials == () and ours.std == ours.standard_error == 0
+    assert len(optimal_bandwidth(2, 30, method="fixed-point").trials) == 10  # which is a way to search
     assert abs(ours.value - search.value) < 3 * search.standard_error
     wide = optimal_bandwidth(dim, m, target=StandardNormal(dim).smoothed(3.0))
     assert wide.value == pytest.approx(math.sqrt(10) * ours.value)

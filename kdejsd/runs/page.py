@@ -51,8 +51,9 @@ def write_page(
     name = f"{numbers['model']['name']} on {type(data).__name__}"
     folder, run = path.parent, numbers["run"]
     tables = _tables(numbers, explained, main)
-    config, checkpoint = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
-    saved = str(checkpoint) if checkpoint.exists() else run.get("checkpoint")
+    config = folder / "config.yaml"
+    # What load and the commands take: the run's folder, or where the report is elsewhere, its checkpoint.
+    named = str(folder) if (folder / "checkpoints" / "last.ckpt").exists() else run.get("checkpoint")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -66,8 +67,8 @@ def write_page(
             {"name": name, "caption": CAPTIONS[name], "data": b64encode(picture).decode()}
             for name, picture in pictures.items()
         ],
-        code=None if saved is None else _code(model, data, str(folder) if checkpoint.exists() else saved),
-        commands=[] if saved is None else _commands(folder, saved),
+        code=None if named is None else _code(model, data, named),
+        commands=[] if named is None else _commands(folder, named),
         settings={
             "Model": _shown(_public(model.hparams) | numbers["model"]),  # in which None has become what it stands for
             "Data": _shown({"name": type(data).__name__, "image_shape": data.image_shape} | _public(data.hparams)),
@@ -134,9 +135,9 @@ def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not name.startswith("_")}
 
 
-def _code(model: GenerativeModel, data: ImageData, saved: str) -> str:
+def _code(model: GenerativeModel, data: ImageData, named: str) -> str:
     """Returns lines of Python that load the model and use it."""
-    lines = ["import torch", "import kdejsd", "", f"model = kdejsd.load({saved!r})", "with torch.no_grad():"]
+    lines = ["import torch", "import kdejsd", "", f"model = kdejsd.load({named!r})", "with torch.no_grad():"]
     if isinstance(model, Autoencoder):
         shape = ", ".join(map(str, data.image_shape))
         lines += [
@@ -147,16 +148,16 @@ def _code(model: GenerativeModel, data: ImageData, saved: str) -> str:
     return "\n".join([*lines, "    samples = model.sample(100)  # new images"])
 
 
-def _commands(folder: Path, saved: str) -> list[tuple[str, str]]:
+def _commands(folder: Path, named: str) -> list[tuple[str, str]]:
     """Returns what one can do next, with the command that does it."""
-    checkpoint = shlex.quote(saved)
+    run = shlex.quote(named)
     commands = [
-        ("Train on, to a later end:", f"kdejsd fit --ckpt_path {checkpoint} --trainer.max_steps STEPS"),
+        ("Train on, to a later end:", f"kdejsd fit --ckpt_path {run} --trainer.max_steps STEPS"),
         (
             "Write the report anew, with the diversity that a classifier sees in what the model makes:",
-            f"kdejsd evaluate {checkpoint} --classifier FILE",
+            f"kdejsd evaluate {run} --classifier FILE",
         ),
-        ("Score how novel each image is:", f"kdejsd score {checkpoint}"),
+        ("Score how novel each image is:", f"kdejsd score {run}"),
     ]
     if any(folder.glob("events.out.tfevents*")):
         commands.append(("See how the training went:", f"tensorboard --logdir {shlex.quote(str(folder))}"))

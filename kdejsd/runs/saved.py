@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from .._extras import train_extra
 from ..data import ImageData
 from ..models import GenerativeModel, ImageModel
 from .checkpoints import load_checkpoint
+from .classes import class_named
 from .folders import checkpoint_of
 
 with train_extra():
@@ -64,6 +66,11 @@ def open_checkpoint(
         data = dict(checkpoint["datamodule_hyper_parameters"])
         data.pop("_instantiator")
         parser.set_defaults({"data": {"class_path": data.pop("_class_path"), "init_args": data}})
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first_look.add_argument("--data")
+    data_named = first_look.parse_known_args(args)[0].data
+    if data_named is not None:
+        class_named("data", data_named, ImageData)
     config = parser.parse_args(args)
     if path is None or checkpoint is None:
         raise ValueError(f"RUN must stand before the options, got {args[0]} there")

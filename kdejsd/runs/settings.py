@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from ..data import ImageData
 from ..models import ImageModel
 from .boards import RunPictures
 from .checkpoints import RunCheckpoint, WholeCheckpointIO, load_checkpoint
-from .errors import did_you_mean, setting_error
+from .classes import class_at, class_named, subclasses
+from .errors import setting_error
 from .folders import checkpoint_of, discard, fresh_folder, missing_folders, own_folder, write_whole
 from .progress import RunProgressBar, RunProgressLines
 
@@ -110,7 +110,7 @@ class FitCLI(LightningCLI):
         for part, base in _BASES.items():
             named = [_section(content, part).get("class_path") for _, content in in_files]
             name = next(filter(None, (getattr(given, part), *reversed(named))), _DEFAULT_CLASSES[part])
-            chosen[part] = _class_named(part, name, base)
+            chosen[part] = class_named(part, name, base)
         if given.help or given.help_all:
             _print_help(chosen["model"], chosen["data"], everything=given.help_all)
             parser.exit()
@@ -145,7 +145,7 @@ class FitCLI(LightningCLI):
             )
         data = self.parser.instantiate_classes(Namespace(data=self.config.data)).data  # type: ignore[no-untyped-call]
         data.setup()
-        model = _class_at(self.config.model.class_path)
+        model = class_at(self.config.model.class_path)
         if issubclass(model, ImageModel):
             model.check_data(self.config.model.init_args, data)
         super().instantiate_classes()
@@ -288,46 +288,12 @@ def _tell_replaced(file: str, part: str, section: dict[str, Any], cls: type, fin
     )
 
 
-def _class_named(option: str, name: str, base: type) -> type:
-    """Returns the class with a short name or an import path.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if not name.isidentifier():
-        return _class_at(name, f"--{option}")
-    known = {cls.__name__: cls for cls in _subclasses(base)}
-    if name not in known:
-        raise ValueError(
-            f"--{option} must be one of {', '.join(known)} or the import path of a class, got {name}"
-            f"{did_you_mean(name, known)}"
-        )
-    return known[name]
-
-
-def _class_at(path: str, option: str = "") -> type:
-    module, _, name = path.rpartition(".")
-    try:
-        found: type = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} {path} is not the import path of a class: {error}") from error
-    return found
-
-
-def _subclasses(base: type) -> list[type]:
-    found: list[type] = []
-    cls: type
-    for cls in base.__subclasses__():
-        found += [cls, *_subclasses(cls)]
-    return [cls for cls in found if not inspect.isabstract(cls)]
-
-
 def _settings_of(chosen: Mapping[str, type], trainer_skips: set[str]) -> ArgumentParser:
     """Returns a parser of the settings of the chosen classes, in the order in which help shows them."""
     parser = ArgumentParser(prog="kdejsd fit", usage=_USAGE, description=_DESCRIPTION, add_help=False)
     run = parser.add_argument_group("the run")
     for part, base in _BASES.items():
-        names = ", ".join(cls.__name__ for cls in _subclasses(base))
+        names = ", ".join(cls.__name__ for cls in subclasses(base))
         run.add_argument(f"--{part}", help=f"{names} or the import path of a class; with --help, its settings.")
     run.add_argument("--config", help="A YAML file of settings; arguments after it go before what it says.")
     _add_run_settings(run)

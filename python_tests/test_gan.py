@@ -396,7 +396,7 @@ def test_the_command_trains_evaluates_and_resumes_a_gan_of_points(tmp_path, monk
     again = json.loads((tmp_path / "again/metrics.json").read_text())
     assert all(again[part] == report[part] for part in ("held_out", "training", "samples", "model", "diversity"))
     assert cli("score", "half/checkpoints/last.ckpt") == 1
-    assert "error: CKPT must be of a model with an encoder" in capsys.readouterr().err
+    assert "error: RUN must have a model with an encoder" in capsys.readouterr().err
 
     assert cli("fit", "--ckpt_path=half/checkpoints/last.ckpt", "--trainer.max_epochs=4", "--out=resumed") == 0
     assert cli("fit", *args, "--trainer.max_epochs=4", "--out=whole") == 0

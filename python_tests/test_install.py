@@ -54,7 +54,7 @@ def test_the_module_names_no_runtime_and_uses_torchs():
 def test_set_num_threads_is_obeyed(threads):
     """The process has as many threads more, after work for many, as torch was told, whatever OMP_NUM_THREADS says."""
     code = f"""
-import os, torch, kdejsd
+import os, torch, kdejsd, kdejsd._native
 torch.set_num_threads({threads})
 query, centers = torch.randn(2000, 8), torch.randn(20_000, 8)
 before = len(os.listdir("/proc/self/task"))

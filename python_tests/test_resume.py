@@ -26,7 +26,7 @@ from torch import nn
 
 from kdejsd.cli import main
 from kdejsd.data import MNIST, Digits
-from kdejsd.models import images
+from kdejsd.models import GAN, images
 from kdejsd.models.base import LOSSES_KEPT
 from kdejsd.runs import checkpoints
 from kdejsd.runs.checkpoints import RunCheckpoint, WholeCheckpointIO, load_checkpoint
@@ -522,7 +522,7 @@ class Spoil(pl.Callback):
 
     def on_train_batch_start(self, trainer, model, *_):
         if trainer.global_step == 7:
-            part = model.discriminator if isinstance(model, images.GAN) else model.decoder
+            part = model.discriminator if isinstance(model, GAN) else model.decoder
             part.register_forward_hook(lambda module, inputs, output: output * torch.nan)
             self.before = {name: value.clone() for name, value in model.named_parameters()}
 

@@ -14,7 +14,6 @@ from ._version import __version__
 # ruff: noqa: F403, F405 (of _all.py, which is read when its first name is asked for: `kdejsd --help` needs no torch)
 if TYPE_CHECKING:
     from ._all import *
-    from .runs.saved import load
 
 _former_names.install()
 
@@ -55,8 +54,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":  # needs the extra `train`
-        return import_module(".runs.saved", __name__).load
     if name in __all__:
         names = vars(import_module("._all", __name__))
         globals().update({name: names[name] for name in __all__ if name in names})

@@ -1,4 +1,4 @@
-"""All public names of the package but `load`, for `kdejsd`, which lists them."""
+"""All public names of the package, for `kdejsd`, which lists them."""
 
 from ._native import build_info as build_info
 from .bandwidth import entropy_bandwidth as entropy_bandwidth
@@ -28,5 +28,6 @@ from .ops.kde import kde_log_prob as kde_log_prob
 from .ops.nearest import nearest_other_class as nearest_other_class
 from .ops.omega import omega as omega
 from .ops.radius import class_radius_bound as class_radius_bound
+from .runs import load as load
 from .targets import GaussianMixture as GaussianMixture
 from .targets import StandardNormal as StandardNormal

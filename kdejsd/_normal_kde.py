@@ -13,6 +13,7 @@ _NODES = 40  # of the distance of a query from the middle
 _REACH = 6.5  # standard deviations of that distance, beyond which nothing lies
 _STEP = 0.25  # of the grid of log s, at most; see `_Grid`
 _BELOW, _ABOVE = 40.0, 4.5  # how far exp(x - e^x) reaches to the left and to the right, to 1e-17 and less
+_MOST = 1_000_000  # points of the grids for all distances together, some seconds
 _NOTHING = 1e-12  # of what phi and e^-s begin with, 1; Fourier transforms are exact to less than that
 
 
@@ -55,13 +56,17 @@ def log_ratio_means(
 
     Args:
         dim: l.
-        count: m.
+        count: m, of which 10^9 and more leave no digits.
         bandwidth: h.
         variance: v, of the target.
         query_scale: the standard deviation of the queries.
         center_scale: c, that of the centers.
         own: whether each query has a center of its own beside the m others, the sample x of which it is x + h noise.
             The query's scale is then sqrt(1 + h^2), and the centers' is 1.
+
+    Raises:
+        OverflowError: if it would take long: the bandwidth is far from the queries' scale, or there are thousands of
+            dimensions.
     """
     from scipy.special import gammaln  # its import takes longer than that of kdejsd
 
@@ -74,6 +79,7 @@ def log_ratio_means(
     weights = weights * (middle + _REACH - least) / 2 * np.exp(log_density)
 
     log_x = log_r = 0.0
+    points = 0
     for radius, weight in zip((query_scale * radii).tolist(), weights.tolist(), strict=True):
         square = radius**2
         # log(Y / m) where D = 0, which log s is counted from: F then begins at a point of the grid, for every rho.
@@ -94,6 +100,9 @@ def log_ratio_means(
             log_x += weight * spacing * float((np.exp(-s) - phi).sum())
             log_r += weight * spacing * float((phi * np.expm1(-s)).sum())
             start += others.length
+            points += others.size
+            if points > _MOST:
+                raise OverflowError(f"a grid for {dim} dimensions and bandwidth {bandwidth} would have too many points")
             if phi[-1] < _NOTHING and math.exp(-s[-1]) < _NOTHING:
                 break
     return Means(log_x, log_r)

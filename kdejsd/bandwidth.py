@@ -39,6 +39,7 @@ _log = logging.getLogger("kdejsd")
 
 _WORTH_KEEPING = 1.0  # seconds of search from which on its result is kept on disk
 _TRIALS = 10  # where none are given
+_MANY = 10**7  # centers, from which on the normal's bandwidths are extrapolated
 _SETTLED = 1.01  # times the target's scale: as far as codes may settle from it
 _STEP = 1e-3  # of that scale, for the loss's slope
 _WIDEST = 10.0  # of the bandwidths with which codes may settle, in units of the spread; beyond, the slope is all noise
@@ -83,9 +84,10 @@ def optimal_bandwidth(
 ) -> OptimalBandwidth:
     """Finds the bandwidth with which a KDE of m samples of the target resembles the target most.
 
-    For isotropic normals it is computed without samples, in a tenth of a second for any l and m: as the bandwidth that
-    maximises the mean of J below over all sets of samples, which is an integral over three numbers (`trials` asks for
-    the search all the same). For other targets it is searched.
+    For isotropic normals it is computed without samples, in about a second whatever m is: as the bandwidth that
+    maximises the mean of J below over all sets of samples, which is an integral over three numbers. From ten million
+    centers on it is extrapolated. (`trials` asks for the search all the same.) For other targets, and with thousands of
+    dimensions, it is searched.
 
     Each trial draws three independent sets of m samples from the target: the centers z of the KDE, and queries z' and
     z'' at which J(h) = E' log r + E'' log(1 - r), r = p_e / (p_e + p_t), is evaluated. J is at most -2 log 2, its value
@@ -161,7 +163,8 @@ def optimal_bandwidth(
     smoothable = checked_smoothable(law) if smoothed else None
     variance = isotropic_variance(law)
     if trials is None and method == "root" and variance is not None:
-        return OptimalBandwidth(math.sqrt(variance) * _for_normal(latent_dim, num_centers, smoothed), 0.0, ())
+        with contextlib.suppress(OverflowError):  # it would take longer than samples do
+            return OptimalBandwidth(math.sqrt(variance) * _for_normal(latent_dim, num_centers, smoothed), 0.0, ())
     trials = _TRIALS if trials is None else trials
 
     # A caller's no_grad or inference_mode would take away the gradient for h.
@@ -290,7 +293,7 @@ def _remembered(question: str, trials: list[_Trial], answer: Callable[[], tuple[
         key.update(trial.digest)
     name = key.hexdigest()
     if name not in _found:
-        kept = _read(name)
+        kept = _read(name, len(trials))
         if kept is None:
             began = time.monotonic()
             kept = answer()
@@ -304,13 +307,14 @@ def _file(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kdejsd" / "bandwidths" / f"{name}.json"
 
 
-def _read(name: str) -> tuple[float, ...] | None:
-    """Returns what was kept on disk, or None where there is nothing that can be used."""
+def _read(name: str, count: int) -> tuple[float, ...] | None:
+    """Returns the bandwidths that were kept on disk, or None where there are not so many positive numbers."""
     try:
         values = json.loads(_file(name).read_text())
-        return tuple(float(value) for value in values) or None
-    except (OSError, RuntimeError, ValueError, TypeError):  # RuntimeError: there is no home
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: there is no home
         return None
+    usable = isinstance(values, list) and all(type(value) is float and 0 < value < math.inf for value in values)
+    return tuple(values) if usable and len(values) == count else None
 
 
 def _keep(name: str, values: tuple[float, ...]) -> None:
@@ -368,7 +372,15 @@ def _settled(trials: list[_Trial], law: SmoothableLaw, best: tuple[float, ...]) 
 
 @cache
 def _for_normal(dim: int, count: int, smoothed: bool) -> float:
-    """Computes the bandwidth for the standard normal from averages over all sets of samples."""
+    """Computes the bandwidth for the standard normal from averages over all sets of samples.
+
+    Raises:
+        OverflowError: in the cases of `log_ratio_means`.
+        ValueError: if there are too few centers for a smoothed target.
+    """
+    if count > _MANY:  # the objective is too flat for more; its logarithm goes on as it went over the last decade
+        last, before = (_for_normal(dim, many, smoothed) for many in (_MANY, _MANY // 10))
+        return last * float((last / before) ** math.log10(count / _MANY))
     from scipy.optimize import minimize_scalar
 
     def minus_j(log_h: float) -> float:
@@ -376,7 +388,8 @@ def _for_normal(dim: int, count: int, smoothed: bool) -> float:
         return means.log_x - 2 * means.log_r  # log r + log(1 - r) = 2 log r - log X
 
     guess = math.log(_first_guess(count, dim))
-    best = math.exp(minimize_scalar(minus_j, (guess - 0.1, guess + 0.1), tol=1e-6).x)
+    found = minimize_scalar(minus_j, bounds=(guess - 0.5, guess + 0.5), method="bounded", options={"xatol": 1e-6})
+    best = math.exp(float(found.x))
     if not smoothed:
         return best
 

@@ -177,7 +177,7 @@ def _bandwidth(args: argparse.Namespace) -> int:
         trials=args.trials,
         seed=args.seed,
     )
-    print(f"bandwidth           {found.value:.5g}")
+    print(f"bandwidth           {found.value:.4g}")
     if found.trials:
         print(f"standard deviation  {found.std:.2g} between {len(found.trials)} trials")
     return 0

@@ -1032,6 +1032,7 @@ def test_matched_loss_by_samples_is_repeatable_and_leaves_the_global_generator()
     [
         (ValueError, "latent_dim must be at least 1, got 0", {"latent_dim": 0}),
         (TypeError, "num_centers must be an integer", {"num_centers": 2.5}),
+        (ValueError, "num_centers must be at most 1000000000, got 10000000000", {"num_centers": 10**10}),
         (ValueError, "bandwidth must be positive and finite, got 0", {"bandwidth": 0}),
         (ValueError, "divergence must be 'js' or 'kl', got 'jsd'", {"divergence": "jsd"}),
         (ValueError, "target must have .* dimensions", {"target": StandardNormal(3)}),

@@ -304,6 +304,13 @@ def test_a_model_of_ones_own_takes_the_form_for_images():
 
     model = make(for_images(Halved))
     assert type(model) is Halved and issubclass(for_images(Halved), ImageModel)
+
+    class Derived(for_images(Halved)):
+        pass
+
+    assert type(make(Derived)) is Derived  # of which the command knows the name
+    with pytest.raises(TypeError, match="model must take its networks as arguments, got Derived, which builds them"):
+        for_images(Derived)
     assert model.encode(torch.rand(4, 1, 8, 8)).shape == (4, 2)
 
 

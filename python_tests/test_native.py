@@ -480,6 +480,28 @@ def test_divergences_need_no_extra():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
+def test_the_package_without_the_extra():
+    """All names are there, also those that need a package of the extra when they are called."""
+    code = """
+import sys
+sys.modules["lightning"] = sys.modules["jsonargparse"] = sys.modules["matplotlib"] = None
+from kdejsd import *
+import inspect, kdejsd
+assert {name for name, _ in inspect.getmembers(kdejsd)} >= set(kdejsd.__all__) and hasattr(kdejsd, "load")
+try:
+    kdejsd.load("runs/x")
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = run(code)
+    assert 'pip install "kdejsd[train]"' in done.stdout, done.stderr
+
+
+def test_the_command_needs_no_torch_for_its_help():
+    code = "import sys, kdejsd; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    assert succeed(code) == "False False\n"
+
+
 def test_models_without_their_extra():
     """Names are known, and asking for one says which package is missing."""
     code = """

@@ -311,8 +311,10 @@ class GenerativeModel(pl.LightningModule, ABC):
 
         settings: Mapping[str, Any] = {}
         networks = {"encoder", "decoder", "generator", "discriminator"} & kwargs.keys()
-        if not (networks or issubclass(cls, ImageModel)) and isinstance(checkpoint_path, (str, os.PathLike)):
+        if not (networks or issubclass(cls, ImageModel)):
             settings = torch.load(checkpoint_path, map_location="cpu", weights_only=True).get("hyper_parameters", {})
+            if not isinstance(checkpoint_path, (str, os.PathLike)):
+                checkpoint_path.seek(0)  # of an open file
         if "image_shape" not in settings:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         form = ImageModel if "_class_path" in settings else for_images(cls)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from . import aae, ae, gan, gen, lcvae, semi, stochastic, vae, wae
 from .base import GenerativeModel
@@ -13,7 +13,8 @@ from .networks import FC, Network
 class ImageModel(GenerativeModel):
     """Builds the networks of a model for images of a given shape.
 
-    What it makes is of the model's own class: `images.VAE((1, 28, 28))` is a `kdejsd.models.VAE`.
+    What it makes is of the model's own class: `images.VAE((1, 28, 28))` is a `kdejsd.models.VAE`. A class derived from
+    such a form makes objects of itself.
 
     Args:
         image_shape: (C, H, W).
@@ -29,12 +30,12 @@ class ImageModel(GenerativeModel):
         (True, torch.Size([3, 1, 28, 28]))
     """
 
-    built: ClassVar[type[GenerativeModel]]
-
     def __init__(self, image_shape: Sequence[int], latent_dim: int = 2, network: Network = FC, **kwargs: Any) -> None:
         first, second = self.build_networks(network, image_shape, latent_dim, kwargs)
         super().__init__(first, second, latent_dim, **kwargs)  # type: ignore[arg-type]  # of the model, next in line
-        self.__class__ = self.built  # type: ignore[assignment]  # a form of arguments is no kind of model
+        built = vars(type(self)).get("_built")
+        if built is not None:
+            self.__class__ = built  # a form of arguments is no kind of model
 
 
 def for_images(model: type[GenerativeModel]) -> type[ImageModel]:
@@ -46,7 +47,11 @@ def for_images(model: type[GenerativeModel]) -> type[ImageModel]:
         >>> isinstance(model, AE), model.sample(2).shape
         (True, torch.Size([2, 3, 8, 8]))
     """
-    attributes = {"__module__": __name__, "__doc__": model.__doc__, "built": model}
+    if issubclass(model, ImageModel):
+        raise TypeError(
+            f"model must take its networks as arguments, got {model.__name__}, which builds them for images"
+        )
+    attributes = {"__module__": __name__, "__doc__": model.__doc__, "_built": model}
     return cast("type[ImageModel]", type(model.__name__, (ImageModel, model), attributes))
 
 

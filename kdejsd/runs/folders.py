@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 _LAST = Path("checkpoints", "last.ckpt")  # the newest checkpoint, in the folder of a run
@@ -80,11 +79,28 @@ def missing_folders(folder: Path) -> list[Path]:
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def discard(folder: Path, made: Iterable[Path]) -> None:
-    """Empties a folder, and removes those that were made for it, the innermost first, if they are empty then."""
+def logs(folder: Path) -> set[Path]:
+    """Returns the files of TensorBoard in a folder."""
+    return set(folder.glob("events.out.tfevents*"))
+
+
+def discard(folder: Path, made: Iterable[Path], before: Collection[Path]) -> None:
+    """Removes what a run that has trained nothing has left in a folder, and the folders that were made for it.
+
+    Only files that a run writes are removed, and of those in its own folder only what has been logged since. Folders
+    are removed if they are empty then, the innermost first.
+
+    Args:
+        folder: the run's folder.
+        made: the folders that the run has made; empty for a run in a folder that was there.
+        before: the files of TensorBoard that were there.
+    """
     with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        left = logs(folder) - set(before)
+        if not before:
+            left |= {folder / "hparams.yaml"}
+        for path in left:
+            path.unlink(missing_ok=True)
         for path in made:
             path.rmdir()
 

@@ -51,8 +51,9 @@ _OF_CODES = {
         "JSD of the codes, nats",
         "The Jensen-Shannon divergence between the density of the codes and the target: 0 for equal laws, log 2 = 0.69 "
         "for laws that have nothing in common.",
-        "Lower is better, and near the value of the target's own samples is a match. It can lie below that value or "
-        "even below 0, since both are estimates from finitely many samples.",
+        "Near the value of the target's own samples, in the next row. It can lie a little below that value or below 0, "
+        "since both are estimates from finitely many samples; a value far below it means codes that are too narrow, as "
+        "their variance tells.",
     ),
     "jsd_of_target": Measure(
         "  of as many samples of the target",
@@ -103,14 +104,14 @@ MEASURES = {
     "count": Measure("images", "The number of images that were measured."),
     **_OF_CODES,
     **{
-        f"posterior.{key}": measure._replace(label=measure.label.replace("codes", "posterior samples"))
+        f"posterior.{key}": Measure(*(text.replace("codes", "posterior samples") for text in measure))
         for key, measure in _OF_CODES.items()
     },
     "divergence": Measure(
         "divergence by the discriminator",
         "How far generated images are from these, as the model's own discriminator tells them apart.",
-        "Lower is better. It is higher for training images than for held-out ones by as much as the discriminator has "
-        "learnt by heart.",
+        "Lower is better. A discriminator that has learnt training images by heart tells them better than held-out "
+        "ones.",
     ),
     "samples.count": Measure("number", "The number of generated samples that were measured."),
     "samples.modes_captured": Measure(
@@ -183,7 +184,9 @@ MEASURES = {
     "run.epochs": Measure("epochs", "The epochs that were begun."),
     "run.steps": Measure("steps", "The training steps."),
     "run.seed": Measure("seed", "The seed of the run, with which the command repeats it."),
-    "run.wall_time_s": Measure("wall time, s", "The seconds that the training took."),
+    "run.wall_time_s": Measure(
+        "wall time, s", "The seconds that the training took; of a run that was resumed, its last part."
+    ),
     "run.latent_time_share": Measure(
         "share of the step for the latent loss",
         "The share of a training step's time that the latent loss takes, with the refresh of the lagged codes.",

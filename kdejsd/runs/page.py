@@ -68,7 +68,7 @@ def write_page(
             for name, picture in pictures.items()
         ],
         code=None if named is None else _code(model, data, named),
-        commands=[] if named is None else _commands(folder, named),
+        commands=[] if named is None else _commands(model, folder, named),
         settings={
             "Model": _shown(_public(model.hparams) | numbers["model"]),  # in which None has become what it stands for
             "Data": _shown({"name": type(data).__name__, "image_shape": data.image_shape} | _public(data.hparams)),
@@ -148,7 +148,7 @@ def _code(model: GenerativeModel, data: ImageData, named: str) -> str:
     return "\n".join([*lines, "    samples = model.sample(100)  # new images"])
 
 
-def _commands(folder: Path, named: str) -> list[tuple[str, str]]:
+def _commands(model: GenerativeModel, folder: Path, named: str) -> list[tuple[str, str]]:
     """Returns what one can do next, with the command that does it."""
     run = shlex.quote(named)
     commands = [
@@ -157,8 +157,9 @@ def _commands(folder: Path, named: str) -> list[tuple[str, str]]:
             "Write the report anew, with the diversity that a classifier sees in what the model makes:",
             f"kdejsd evaluate {run} --classifier FILE",
         ),
-        ("Score how novel each image is:", f"kdejsd score {run}"),
     ]
+    if isinstance(model, Autoencoder):
+        commands.append(("Score how novel each image is:", f"kdejsd score {run}"))
     if any(folder.glob("events.out.tfevents*")):
         commands.append(("See how the training went:", f"tensorboard --logdir {shlex.quote(str(folder))}"))
     return commands

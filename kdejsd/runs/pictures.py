@@ -21,8 +21,8 @@ CAPTIONS = {
     "they are densest in the middle, grow sparse outwards, and leave no empty places between the classes.",
     "reconstructions": "Held-out images, and what is decoded from their codes.",
     "samples": "What the model makes of samples of the target. None of it is in the data.",
-    "classes": "The latent space, coloured by the class of what is made from each of its places. A dot on another "
-    "colour is an image whose code is decoded to an image of another class.",
+    "classes": "The latent space, coloured by the class of what is made from each of its places. A dot, of an "
+    "autoencoder, is the code of an image, and one on another colour is decoded to an image of another class.",
 }
 
 

@@ -13,7 +13,7 @@ from .._extras import train_extra
 from ..data import ImageData
 from ..models import GenerativeModel, ImageModel
 from .checkpoints import load_checkpoint
-from .classes import class_named
+from .classes import class_at, class_named
 from .folders import checkpoint_of
 
 with train_extra():
@@ -21,28 +21,7 @@ with train_extra():
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> GenerativeModel:
-    """Loads the model of a run, ready to encode, decode and sample.
-
-    Args:
-        path: the folder of a run of `kdejsd fit`, or the file of a checkpoint.
-        device: where the model is to be; None is a GPU if there is one, and else the CPU.
-
-    Returns:
-        The model, of its own class (`kdejsd.models.GEN`, say), in float32 and in evaluation mode. Its images are of
-        shape `hparams["image_shape"]`, with values in [0, 1].
-
-    Raises:
-        FileNotFoundError: if there is no checkpoint.
-        ValueError: if the file is damaged, of another kind, or of another version's format.
-
-    Example:
-        >>> import kdejsd, torch
-        >>> model = kdejsd.load("runs/digits-1")  # doctest: +SKIP
-        >>> with torch.no_grad():  # doctest: +SKIP
-        ...     codes = model.encode(images)
-        ...     again = model.decode(codes)
-        >>> new = model.sample(100)  # doctest: +SKIP
-    """
+    """Loads the model of a run, for `kdejsd.load`."""
     return _model(_opened(path)[0], device)
 
 
@@ -91,6 +70,7 @@ def _opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     for settings, what in (("datamodule_hyper_parameters", "on which images it"), ("hyper_parameters", "which model")):
         if "_class_path" not in checkpoint.get(settings, {}):
             raise ValueError(f"{file} was not written by kdejsd fit: it does not say {what} was trained")
+        class_at(checkpoint[settings]["_class_path"], f"{file} is of")  # imports the module of a class of one's own
     return file, checkpoint
 
 

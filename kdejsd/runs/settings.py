@@ -16,7 +16,7 @@ from .boards import RunPictures
 from .checkpoints import RunCheckpoint, WholeCheckpointIO, load_checkpoint
 from .classes import class_at, class_named, subclasses
 from .errors import setting_error
-from .folders import checkpoint_of, discard, fresh_folder, missing_folders, own_folder, write_whole
+from .folders import checkpoint_of, discard, fresh_folder, logs, missing_folders, own_folder, write_whole
 from .progress import RunProgressBar, RunProgressLines
 
 with train_extra():
@@ -97,6 +97,9 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         given = _first_look(args)
+        for option in ("ckpt_path", "out"):
+            if getattr(given, option) == "":
+                raise ValueError(f"--{option} must be a path, got an empty text")
         if given.ckpt_path is not None:
             self.ckpt_path = checkpoint_of(given.ckpt_path)
             config = self.ckpt_path.parent.parent / "config.yaml"
@@ -134,6 +137,16 @@ class FitCLI(LightningCLI):
         # To build a model may take long (a GEN looks for its bandwidth), and all that is given is checked before.
         checkpoint = {} if self.ckpt_path is None else load_checkpoint(self.ckpt_path)
         self.begun = checkpoint.get("global_step", 0)
+        then = checkpoint.get("hyper_parameters", {})
+        for setting, was, now in (
+            ("", then.get("_class_path"), self.config.model.class_path),
+            (".latent_dim", then.get("latent_dim"), self.config.model.init_args.get("latent_dim")),
+        ):
+            if was is not None and was != now:
+                raise ValueError(
+                    f"--model{setting} must be that of {self.ckpt_path} to go on from it, "
+                    f"{str(was).rpartition('.')[2]}, got {str(now).rpartition('.')[2]}"
+                )
         loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.state_dict", {})
         # TensorBoard is to forget what was logged after the checkpoint, which counts its last batch afterwards.
         self._first_logged = loop["_batches_that_stepped"] + 1 if "_batches_that_stepped" in loop else None
@@ -182,7 +195,7 @@ class FitCLI(LightningCLI):
             raise
 
     def _choose_folder(self, out: str | None, stem: Path) -> None:
-        self._made: list[Path] | None = None
+        self._made: list[Path] = []
         own = None if self.ckpt_path is None or out is not None else own_folder(self.ckpt_path)
         if own is not None:
             self.folder = own
@@ -192,11 +205,12 @@ class FitCLI(LightningCLI):
             self._made = [self.folder, *missing] if out is None else missing
         else:
             self.folder = Path(out or stem)
+        self._logged_before = logs(self.folder)
 
     def discard_folder(self) -> None:
-        """Removes the folder of a run that has trained nothing, if this run has made it."""
-        if self._made is not None:
-            discard(self.folder, self._made)
+        """Removes what a run that has trained nothing has left, with its folder if it has made it."""
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            discard(self.folder, self._made, self._logged_before)
 
 
 class RunConfig(pl.Callback):
@@ -236,7 +250,7 @@ def _first_look(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="kdejsd fit", usage=_USAGE, add_help=False, allow_abbrev=False, exit_on_error=False
     )
-    for option in ("--model", "--data", "--ckpt_path"):
+    for option in ("--model", "--data", "--ckpt_path", "--out"):
         parser.add_argument(option)
     parser.add_argument("--config", "-c", action="append", default=[])
     parser.add_argument("--help", "-h", action="store_true")
@@ -279,7 +293,7 @@ def _tell_replaced(file: str, part: str, section: dict[str, Any], cls: type, fin
     settings = section.get("init_args")
     if in_file == cls.__name__ or not isinstance(settings, dict) or not settings:
         return
-    kept = [f"{name}={final[name]}" for name in settings if name in final]
+    kept = [f"{name}={getattr(final[name], 'class_path', final[name])}" for name in settings if name in final]
     left = [name for name in settings if name not in final]
     print(
         f"{file} has settings for {in_file}, and the {part} is {cls.__name__}, which takes over "

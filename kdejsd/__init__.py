@@ -64,5 +64,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    modules = ("data", "diversity", "metrics", "models", "ops", "plots", "reference", "runs", "targets")
+    modules = ["diversity", "models", "ops", "reference", "runs", "targets"]
+    if find_spec("lightning") is not None:  # of the extra `train`
+        modules += ["data", "metrics", "plots"]
     return sorted([*__all__, *modules])

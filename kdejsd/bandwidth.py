@@ -405,7 +405,7 @@ def _for_normal(dim: int, count: int, smoothed: bool) -> float:
         return best
     try:
         return _root(lambda h: -slope(h), best, 1e-4, _WIDEST)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # the wider, the more points a grid has
         raise _too_few_centers(dim, count) from error
 
 

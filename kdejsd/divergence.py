@@ -70,8 +70,8 @@ def jsd_loss(
     which is 0 where p_e = p_t and at most log 2. The p_e of m lagged codes is never quite p_t, and the loss of codes
     that do follow the target is mostly below 0: -0.19 for l = 8 and m = 2000 at the optimal bandwidth. `matched_loss`
     computes it. With target_samples the loss is the sum of both such terms, log 2 + log 2 + both means: twice the
-    Jensen-Shannon divergence (eq. 2). "kl" is the mean of log p_e - log p_t, whose gradient has
-    no factor that dampens it.
+    Jensen-Shannon divergence (eq. 2). "kl" is the mean of log p_e - log p_t, whose gradient has no
+    factor that dampens it.
 
     Two properties of "js" matter in training. First, its gradient carries the factor 1 - r = p_t / (p_e + p_t), so
     codes bunched where p_e >> p_t do not move (the dead zone: a bunch of deviation 0.1 at distance 10, l = 8, is pulled

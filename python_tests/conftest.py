@@ -1,14 +1,20 @@
 """Workers of a parallel run (`-n`) take one thread each: two OpenMP teams on the same cores wait for each other.
 
+Bandwidths that an earlier run has kept on disk are not read: they would be those of other code.
+
 Property tests run the same examples every time; `--hypothesis-profile=search` looks for new ones, many more.
 """
 
 import os
+import tempfile
+
+from hypothesis import HealthCheck, settings
+
+_cache = tempfile.TemporaryDirectory(prefix="kdejsd-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which comes later
-
-from hypothesis import HealthCheck, settings
 
 # No deadline: the first call of an op takes longest. Hangs are the watchdog's, in test_properties.py.
 settings.register_profile("ci", deadline=None, derandomize=True, database=None, max_examples=100)

@@ -47,9 +47,8 @@ class GEN(Autoencoder):
     `train/latent_excess` and `train/gradient_weight`. The excess is the latent term less what codes that follow the
     target have in the mean (`matched_latent`): near 0 for a match. The weight is the mean of 1 - r = p_t / (p_e + p_t),
     by which the JSD's gradient is multiplied: 0.5 at p_e = p_t; near 0 the codes are in the dead zone, where nothing
-    pulls them. Per epoch it logs `val/reconstruction`
-    and `val/jsd` (`LaggedKDE.jsd`) of the validation set, and `train/latent_time_share`, the share of the step that the
-    latent term takes: refresh, value and gradient.
+    pulls them. Per epoch it logs `val/reconstruction` and `val/jsd` (`LaggedKDE.jsd`) of the validation set, and
+    `train/latent_time_share`, the share of the step that the latent term takes: refresh, value and gradient.
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.

@@ -7,7 +7,7 @@ import sys
 import time
 
 from .report import write_report
-from .saved import load
+from .saved import loaded_model
 from .settings import FitCLI
 
 
@@ -32,7 +32,7 @@ def fit(args: list[str]) -> int:
     # The report is of what the checkpoint holds, as evaluate and score read it: in float32, whatever the precision was,
     # and without the validation that Lightning adds where a limit of time stops a run, which renews a GEN's codes.
     checkpoint = cli.checkpoint.path
-    model = load(checkpoint) if checkpoint.exists() else cli.model.float()
+    model = loaded_model(checkpoint) if checkpoint.exists() else cli.model.float()
     run = {
         "epochs": cli.trainer.current_epoch,
         "steps": cli.trainer.global_step,

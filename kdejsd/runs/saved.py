@@ -22,7 +22,7 @@ with train_extra():
 
 def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> GenerativeModel:
     """Loads the model of a run, for `kdejsd.load`."""
-    return _model(_opened(path)[0], device)
+    return loaded_model(_opened(path)[0], device)
 
 
 def open_checkpoint(
@@ -53,7 +53,7 @@ def open_checkpoint(
     config = parser.parse_args(args)
     if path is None or checkpoint is None:
         raise ValueError(f"RUN must stand before the options, got {args[0]} there")
-    model = _model(path)
+    model = loaded_model(path)
     data_module = parser.instantiate_classes(config).data
     if data_module.image_shape != tuple(model.hparams["image_shape"]):
         raise ValueError(
@@ -74,7 +74,8 @@ def _opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     return file, checkpoint
 
 
-def _model(checkpoint: Path, device: str | torch.device | None = None) -> GenerativeModel:
+def loaded_model(checkpoint: Path, device: str | torch.device | None = None) -> GenerativeModel:
+    """Returns the model of a checkpoint that `kdejsd fit` has written, as `load` does, without a look at the file."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model: GenerativeModel = ImageModel.load_from_checkpoint(checkpoint, map_location="cpu")

@@ -32,8 +32,8 @@ from papers.quiet import quiet_trainer
 from torch import Tensor
 
 from kdejsd import LaggedKDE
-from kdejsd.data.base import BatchLoader, BatchOrder, ImageSet
-from kdejsd.models.images import GEN
+from kdejsd.data.base import BatchLoader, BatchOrder, ExampleSet
+from kdejsd.models.built import GEN
 
 N, DIM = 256, 64
 BANDWIDTH = 1.9  # with which a million kernels still reach each other in so many dimensions
@@ -150,7 +150,7 @@ class Course(pl.Callback):
             self.ms.append(1e3 * (time.perf_counter() - self.started))
 
 
-def training_row(images: ImageSet, codes: str, refresh: str, steps: int, device: str) -> harness.Row:
+def training_row(images: ExampleSet, codes: str, refresh: str, steps: int, device: str) -> harness.Row:
     m = len(images)
     course, load = Course(), machine.OthersLoad()
     with machine.peak_memory(device) as peak:
@@ -162,7 +162,7 @@ def training_row(images: ImageSet, codes: str, refresh: str, steps: int, device:
             refresh=refresh,
             refresh_every=100,
             lagged_dtype=codes,
-            keep_images=False,
+            keep_examples=False,
         )
         trainer = quiet_trainer(accelerator="gpu" if device == "cuda" else "cpu", max_steps=steps, callbacks=[course])
         trainer.fit(model, BatchLoader(images, BatchOrder(m, min(N, m), 0)))
@@ -183,7 +183,7 @@ def print_training(row: harness.Row) -> None:
     )
 
 
-def random_images(count: int) -> ImageSet:
+def random_images(count: int) -> ExampleSet:
     """Smooth ones, of five numbers each, so that there is something to learn."""
     generator = torch.Generator().manual_seed(0)
     waves = torch.randn(5, math.prod(SHAPE), generator=generator)
@@ -191,7 +191,7 @@ def random_images(count: int) -> ImageSet:
     for part in images.split(10_000):
         mixed = torch.randn(len(part), 5, generator=generator) @ waves
         part.copy_(255 * mixed.sigmoid().unflatten(1, SHAPE))
-    return ImageSet(images, torch.zeros(count, dtype=torch.int64))
+    return ExampleSet(images, torch.zeros(count, dtype=torch.int64))
 
 
 def main() -> None:

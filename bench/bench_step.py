@@ -26,7 +26,7 @@ from papers.quiet import quiet_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from kdejsd.models.images import AE, GEN, ImageModel
+from kdejsd.models.built import AE, GEN, BuiltModel
 
 SHAPE = (1, 28, 28)
 PERIOD = 10  # k_b
@@ -74,7 +74,7 @@ def turn(step: str, size: tuple[int, int, int], images: Images, device: str, per
     batch, m, dim = size
     pl.seed_everything(0, verbose=False)
     if step == PLAIN:  # the same networks, normalisation and optimiser, and no latent term
-        model: ImageModel = AE(SHAPE, latent_dim=dim, normalize_codes=True)
+        model: BuiltModel = AE(SHAPE, latent_dim=dim, normalize_codes=True)
     else:
         model = GEN(SHAPE, latent_dim=dim, num_lagged=m, bandwidth=0.5, refresh_every=PERIOD, refresh=step)
     loader = DataLoader(images, batch_size=batch, shuffle=True, drop_last=True)

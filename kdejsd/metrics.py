@@ -1,4 +1,4 @@
-"""Measures a trained model: its codes, its discriminator's judgement, and the images that it generates."""
+"""Measures a trained model: its codes, its discriminator's judgement, and the examples that it generates."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ with train_extra():
 
 @dataclass(frozen=True)
 class Encoded:
-    """Holds a set of images after a pass through a model in evaluation mode.
+    """Holds a set of examples after a pass through a model in evaluation mode.
 
     Attributes:
         codes: [n, l], on the model's device.
         labels: [n] int64, -1 for none.
-        reconstruction_error: mean squared error per pixel.
-        posterior: [n, l], a sample of each image's posterior where the model has one.
+        reconstruction_error: mean squared error per value.
+        posterior: [n, l], a sample of each example's posterior where the model has one.
 
     Example:
         >>> import torch
@@ -50,8 +50,8 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode_set(model: Autoencoder, images: Any, *, seed: int = 0) -> Encoded:
-    """Encodes an image set (`kdejsd.data.ImageSet`) and returns its codes, labels and reconstruction error.
+def encode_set(model: Autoencoder, examples: Any, *, seed: int = 0) -> Encoded:
+    """Encodes an example set (`kdejsd.data.ExampleSet`) and returns its codes, labels and reconstruction error.
 
     The seed is that of the posterior's samples.
 
@@ -66,8 +66,8 @@ def encode_set(model: Autoencoder, images: Any, *, seed: int = 0) -> Encoded:
     codes, labels, posterior, squared = [], [], [], 0.0
     rng = torch.Generator(model.device).manual_seed(seed)
     with evaluating(model):
-        for index in torch.arange(len(images)).split(CHUNK):
-            batch, batch_labels, _ = images[index]
+        for index in torch.arange(len(examples)).split(CHUNK):
+            batch, batch_labels, _ = examples[index]
             batch = batch.to(model.device, model.dtype)
             codes.append(model.encode(batch))
             labels.append(batch_labels)
@@ -77,7 +77,7 @@ def encode_set(model: Autoencoder, images: Any, *, seed: int = 0) -> Encoded:
             if samples is not None:
                 posterior.append(samples)
     return Encoded(
-        torch.cat(codes), torch.cat(labels), squared / len(images), torch.cat(posterior) if posterior else None
+        torch.cat(codes), torch.cat(labels), squared / len(examples), torch.cat(posterior) if posterior else None
     )
 
 
@@ -91,8 +91,8 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
         seed: seeds the samples that the codes are compared with.
 
     Returns:
-        * count: number of images.
-        * reconstruction_error: mean squared error per pixel.
+        * count: number of examples.
+        * reconstruction_error: mean squared error per value.
         * latent_term, latent_term_of_target: the training loss's, in nats, and the mean of codes that follow the target
           (GEN; `matched_loss`).
         * gradient_weight: mean of 1 - r = p_t / (p_e + p_t); 0.5 where p_e = p_t, near 0 in the dead zone (GEN).
@@ -106,7 +106,7 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
         * mean: of each dimension.
         * covariance_eigenvalues: ascending.
         * posterior: for a model whose encoder gives a law (VAE, StochasticGEN), the numbers of one sample of each
-          image's posterior, which are what should follow the target. latent_term and gradient_weight are of these
+          example's posterior, which are what should follow the target. latent_term and gradient_weight are of these
           samples; the others above are of the posterior means.
 
     Example:
@@ -163,16 +163,16 @@ def _entropy(codes: Tensor) -> float | None:
 
 
 @torch.no_grad()
-def divergence_measures(model: GAN, images: Any, *, seed: int = 0) -> dict[str, Any]:
-    """Measures, by a GAN's own discriminator, how far its generated images are from a set (`kdejsd.data.ImageSet`).
+def divergence_measures(model: GAN, examples: Any, *, seed: int = 0) -> dict[str, Any]:
+    """Measures, by a GAN's own discriminator, how far its generated examples are from a set (`kdejsd.data.ExampleSet`).
 
     Args:
         model: the trained model, in evaluation mode during the call.
-        images: the set.
-        seed: seeds the latents of as many generated images.
+        examples: the set.
+        seed: seeds the latents of as many generated examples.
 
     Returns:
-        * count: of images, at most 10 000, and a multiple of the model's packing.
+        * count: of examples, at most 10 000, and a multiple of the model's packing.
         * divergence: `GAN.divergence`; NaN for a count of 0.
 
     Example:
@@ -183,12 +183,12 @@ def divergence_measures(model: GAN, images: Any, *, seed: int = 0) -> dict[str, 
         >>> divergence_measures(model, Digits().held_out)["count"]
         359
     """
-    count = min(len(images), JSD_SAMPLES) // model.packing * model.packing
+    count = min(len(examples), JSD_SAMPLES) // model.packing * model.packing
     rng = torch.Generator().manual_seed(seed)
     total = 0.0 if count else math.nan
     with evaluating(model):
         for index in torch.arange(count).split(max(1, CHUNK // model.packing) * model.packing):
-            real = images[index][0].to(model.device, model.dtype)
+            real = examples[index][0].to(model.device, model.dtype)
             generated = model.decode(model.target_samples(len(real), rng))
             total += len(real) * float(model.divergence(real, generated))
     return {"count": count, "divergence": total / max(count, 1)}

@@ -605,5 +605,5 @@ def test_every_ingredient_of_the_recipe_can_be_changed(monkeypatch):
         model, trained_on = make(data)
         assert len(model.lagged.codes) == len(trained_on.training) == (150 if name.endswith("apart") else 300)
     model, halves = table2.lagged_apart(data)
-    together = torch.cat([halves.training.images, model.apart]).flatten(1)
-    assert len(together.unique(dim=0)) == len(data.training.images.flatten(1).unique(dim=0)) == 300
+    together = torch.cat([halves.training.examples, model.apart]).flatten(1)
+    assert len(together.unique(dim=0)) == len(data.training.examples.flatten(1).unique(dim=0)) == 300

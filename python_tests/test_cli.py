@@ -30,7 +30,7 @@ import kdejsd
 from kdejsd import __version__, diversity_report, novelty_score, plots, residual_variance
 from kdejsd.cli import main
 from kdejsd.data import MNIST, Digits, FashionMNIST
-from kdejsd.models import ImageGEN, ImageModel
+from kdejsd.models import BuiltModel, built
 from kdejsd.runs import progress
 
 SMALL = [
@@ -122,7 +122,7 @@ def test_load_gives_the_model_of_a_run(trained, monkeypatch):
     out = trained[0] / "runs" / "digits-1"
     model = kdejsd.load(out)
     assert type(model) is kdejsd.models.GEN and not model.training and model.dtype == torch.float32
-    images = torch.rand(5, *model.hparams["image_shape"])
+    images = torch.rand(5, *model.hparams["example_shape"])
     with torch.no_grad():
         assert model.encode(images).shape == (5, 2) and model.decode(model.encode(images)).shape == images.shape
     assert model.sample(7).shape == (7, 1, 8, 8)
@@ -132,7 +132,7 @@ def test_load_gives_the_model_of_a_run(trained, monkeypatch):
         kdejsd.load("runs/digits-1"),
         kdejsd.load(str(checkpoint), device="cpu"),
         kdejsd.models.GEN.load_from_checkpoint(checkpoint),
-        kdejsd.models.images.GEN.load_from_checkpoint(checkpoint),
+        kdejsd.models.built.GEN.load_from_checkpoint(checkpoint),
         kdejsd.models.GenerativeModel.load_from_checkpoint(str(checkpoint)),
     ):
         assert type(other) is kdejsd.models.GEN
@@ -150,7 +150,7 @@ def test_load_says_what_it_lacks(tmp_path):
     (tmp_path / "x.ckpt").write_text("no checkpoint")
     with pytest.raises(ValueError, match=r"x\.ckpt is damaged or no checkpoint of plain values"):
         kdejsd.load(tmp_path / "x.ckpt")
-    model = kdejsd.models.images.AE((1, 8, 8))
+    model = kdejsd.models.built.AE((1, 8, 8))
     trainer = pl.Trainer(max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.fit(model, Digits())
     trainer.save_checkpoint(tmp_path / "own.ckpt")
@@ -271,7 +271,7 @@ def test_evaluate_with_a_classifier_reports_the_diversity(run, classifier, tmp_p
     report = metrics(out)
     assert report["held_out"] == metrics(tmp_path / "run")["held_out"] and "diversity" not in metrics(tmp_path / "run")
 
-    model = ImageGEN.load_from_checkpoint(checkpoint).eval()
+    model = built.GEN.load_from_checkpoint(checkpoint).eval()
     data = Digits(train_size=300)
     data.setup()
     with torch.no_grad():
@@ -346,7 +346,7 @@ def test_score_writes_the_density_of_each_image(run, trained, tmp_path, split):
         f"scores: {len(table(path))} of {len(table(path))} images\n"
     )
     rows = table(path)
-    model = ImageGEN.load_from_checkpoint(checkpoint)
+    model = built.GEN.load_from_checkpoint(checkpoint)
     data = Digits(train_size=300)
     images, labels, _ = getattr(data, split)[torch.arange(len(rows))]
     variance = residual_variance(model.encode, model.decode, data.training[torch.arange(300)][0])
@@ -382,7 +382,7 @@ def test_score_of_other_images(run, tmp_path):
         "fashion_least_likely.png",
     }
     rows = table(tmp_path / "new/fashion.csv")
-    model = ImageGEN.load_from_checkpoint(tmp_path / checkpoint)
+    model = built.GEN.load_from_checkpoint(tmp_path / checkpoint)
     training = MNIST(str(tmp_path), batch_size=20).training[torch.arange(60)][0]
     variance = residual_variance(model.encode, model.decode, training)
     assert f"the residual's variance is {variance:.4g}" in done.out
@@ -523,7 +523,7 @@ def test_the_diversity_of_a_vae_is_that_of_what_its_flow_and_decoder_make(run, c
     run("fit", *args, cwd=tmp_path)
     checkpoint = tmp_path / "run/checkpoints/last.ckpt"
     run("evaluate", checkpoint, f"--classifier={classifier[0]}", "--out=out", cwd=tmp_path)
-    model = ImageModel.load_from_checkpoint(checkpoint).eval()
+    model = BuiltModel.load_from_checkpoint(checkpoint).eval()
     z = torch.randn(20_000, 2, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         labels = classifier[1](model.decode(z)).argmax(1)
@@ -613,10 +613,10 @@ FILES = {
         (["--model.latent_dim=three"], "--model.latent_dim: expected an integer, got three"),
         (["--model.latent_dim=0"], "latent_dim must be at least 1, got 0"),
         (["--model.target=GaussianMixture"], "--model.target.means must be given"),
-        (["--model.network=Conv"], r"Conv takes square images of side 28, 32 or 64, got image_shape \[1, 8, 8\].*"),
+        (["--model.network=Conv"], r"Conv takes square images of side 28, 32 or 64, got example_shape \[1, 8, 8\].*"),
         (
             [*PICTURES, "--data.size=33", "--model=AE", "--model.network=Conv"],
-            r"Conv takes square images of side 28, 32 or 64, got image_shape \[3, 33, 33\]; FC takes any",
+            r"Conv takes square images of side 28, 32 or 64, got example_shape \[3, 33, 33\]; FC takes any",
         ),
         (["--model.network=Nope"], "--model.network: expected the name or the import path of a class, got Nope"),
         (["--model.network.hiden=[3]"], "there is no setting --model.network.hiden"),
@@ -855,7 +855,7 @@ def test_help_names_the_settings(run, tmp_path):
     assert "--trainer.num_nodes" not in text and "--help-all" in text
     assert "--trainer.num_nodes" in run("fit", "--help-all", cwd=tmp_path).out
     (tmp_path / "aae.yaml").write_text("model: {class_path: AAE}")
-    for chosen in (["--model", "AAE"], ["--model=kdejsd.models.images.AAE"], ["--config=aae.yaml"]):
+    for chosen in (["--model", "AAE"], ["--model=kdejsd.models.built.AAE"], ["--config=aae.yaml"]):
         text = run("fit", *chosen, "--help", cwd=tmp_path).out
         assert "--model.discriminator_hidden" in text and "--model.num_lagged" not in text
     assert "--data.channels" in run("fit", "--data=ImageFolder", "--help", cwd=tmp_path).out

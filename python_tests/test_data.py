@@ -24,8 +24,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from kdejsd._plain import plain
-from kdejsd.data import MNIST, SVHN, CelebA, Digits, FashionMNIST, Grid2D, ImageData, ImageFolder, files
-from kdejsd.models import images
+from kdejsd.data import MNIST, SVHN, CelebA, Digits, ExampleData, FashionMNIST, Grid2D, ImageFolder, files
+from kdejsd.models import built
 
 FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 
@@ -87,10 +87,10 @@ def test_digits():
     assert (images.min(), images.max()) == (0, 1)
     assert labels.unique().tolist() == list(range(10))
     assert index.tolist() == list(range(359))
-    both = torch.cat([data.training.images, data.held_out.images]).flatten(1)
+    both = torch.cat([data.training.examples, data.held_out.examples]).flatten(1)
     assert len(both.unique(dim=0)) == 1797  # no digit is in both parts
     other = Digits(seed=1)
-    assert not torch.equal(other.held_out.images, data.held_out.images)
+    assert not torch.equal(other.held_out.examples, data.held_out.examples)
 
 
 def test_batches_are_shuffled_by_seed_and_epoch():
@@ -113,7 +113,7 @@ def test_the_last_batch_of_training_is_whole_and_of_validation_is_not():
 
 def test_train_size_is_a_subset_drawn_by_the_seed():
     def images(seed):
-        return {image.numpy().tobytes() for image in Digits(train_size=200, seed=seed).training.images}
+        return {image.numpy().tobytes() for image in Digits(train_size=200, seed=seed).training.examples}
 
     assert len(images(0)) > 190 and images(0) == images(0)
     assert images(0) != images(1)
@@ -164,7 +164,7 @@ def test_missing_file(tmp_path, name):
     assert f"to get it: curl -O https://storage.googleapis.com/cvdf-datasets/mnist/{name}.gz" in text
 
 
-def in_folder(root) -> list[ImageData]:
+def in_folder(root) -> list[ExampleData]:
     return [kind(root) for kind in (MNIST, FashionMNIST, SVHN, CelebA, ImageFolder)]
 
 
@@ -270,13 +270,13 @@ def test_settings_become_plain_values(tmp_path):
         assert type(data.batch_size) is int and type(data.seed) is int
         state = data.train_dataloader().state_dict() if data is grid else {}
         assert {type(value) for value in state.values()} <= {int}
-    assert [type(value) for value in folder.image_shape] == [int] * 3
+    assert [type(value) for value in folder.example_shape] == [int] * 3
     with pytest.raises(TypeError, match=r"train_size must be an integer, got \{300\} of type set"):
         Digits(train_size={300})
 
 
 def test_what_a_subclass_takes_beside_settings_is_left_out_of_checkpoints():
-    class Of(ImageData):
+    class Of(ExampleData):
         def __init__(self, images, scale, **kwargs):
             super().__init__(**kwargs)
 
@@ -322,7 +322,7 @@ def test_image_folder(tmp_path):
         Image.new("RGB", (20 + 10 * place, 30), color).save(path)
     (tmp_path / "notes.txt").write_text("no picture")
     data = ImageFolder(str(tmp_path), size=16, held_out=0.3, batch_size=2)
-    assert data.image_shape == (3, 16, 16)
+    assert data.example_shape == (3, 16, 16)
     assert len(data.training) == 2 and len(data.held_out) == 1
     images = torch.cat([data.training[torch.arange(2)][0], data.held_out[torch.arange(1)][0]])
     labels = torch.cat([data.training.labels, data.held_out.labels])
@@ -331,9 +331,9 @@ def test_image_folder(tmp_path):
         mean = means[labels == label][0]
         assert mean.argmax() == channel and mean.max() > 0.95
     again = ImageFolder(str(tmp_path), size=16, held_out=0.3, batch_size=2)
-    assert torch.equal(again.held_out.images, data.held_out.images)
+    assert torch.equal(again.held_out.examples, data.held_out.examples)
     grey = ImageFolder(str(tmp_path), size=8, channels=1, batch_size=1)
-    assert grey.training.images.shape == (2, 1, 8, 8)
+    assert grey.training.examples.shape == (2, 1, 8, 8)
 
 
 def test_image_folder_refusals(tmp_path):
@@ -375,7 +375,7 @@ def as_read(folder, content: bytes, channels: int, size: int = 2) -> torch.Tenso
     """Returns what ImageFolder makes of a file: [channels, size, size]."""
     for name in ("a.png", "b.png"):
         (folder / name).write_bytes(content)
-    return ImageFolder(folder, size=size, channels=channels, batch_size=1).training.images[0]
+    return ImageFolder(folder, size=size, channels=channels, batch_size=1).training.examples[0]
 
 
 GREY = np.array([[65535, 40000], [300, 0]])
@@ -535,7 +535,7 @@ def found_by(capsys, root, **settings) -> tuple[list[tuple[int, int]], list[tupl
     """(value, label) of the pictures trained on and held out, and what is said."""
     data = ImageFolder(root, size=2, channels=1, batch_size=1, **settings)
     parts = [
-        sorted(zip(part.images[:, 0, 0, 0].tolist(), part.labels.tolist(), strict=True))
+        sorted(zip(part.examples[:, 0, 0, 0].tolist(), part.labels.tolist(), strict=True))
         for part in (data.training, data.held_out)
     ]
     out, err = capsys.readouterr()
@@ -680,7 +680,7 @@ def test_folders_of_classes_named_as_parts_are_no_split_elsewhere(tmp_path, caps
 def test_svhn(tmp_path, below):
     arrays = write_svhn(tmp_path / below)
     data = SVHN(str(tmp_path), batch_size=10)
-    assert data.image_shape == (3, 32, 32) and data.training.images.dtype == torch.uint8
+    assert data.example_shape == (3, 32, 32) and data.training.examples.dtype == torch.uint8
     for part, held in (("train", data.training), ("test", data.held_out)):
         images, labels, _ = held[torch.arange(len(held))]
         expected, numbers = arrays[part]
@@ -726,10 +726,10 @@ def test_damaged_svhn(tmp_path, damage, text):
 def test_celeba(tmp_path, below):
     write_celeba(tmp_path / below)
     data = CelebA(str(tmp_path), batch_size=2)
-    assert data.training.images.shape == (7, 3, 64, 64) and data.held_out.images.shape == (3, 3, 64, 64)
-    assert data.training.images.dtype == torch.uint8 and data.training.labels.unique().tolist() == [-1]
+    assert data.training.examples.shape == (7, 3, 64, 64) and data.held_out.examples.shape == (3, 3, 64, 64)
+    assert data.training.examples.dtype == torch.uint8 and data.training.labels.unique().tolist() == [-1]
     for part, numbers in ((data.training, range(7)), (data.held_out, range(9, 12))):
-        for image, number in zip(part.images.float(), numbers, strict=True):
+        for image, number in zip(part.examples.float(), numbers, strict=True):
             # The centre reaches to the very edge, where cutting it a pixel wider would mix in grey.
             expected = torch.tensor([20.0 * number, 0, 255])[:, None, None]
             assert (image - expected).abs().mean() < 3 and (image - expected).abs().max() < 6
@@ -759,7 +759,7 @@ def test_celeba_uses_its_own_partition(tmp_path, capsys, pictures, partition):
     (folder / "._000001.jpg").touch()
     data = CelebA(tmp_path, batch_size=2)
     for part, numbers in ((data.training, range(1, 7)), (data.held_out, range(9, 12))):
-        assert [round(float(image[0].float().mean()) / 20) for image in part.images] == list(numbers)
+        assert [round(float(image[0].float().mean()) / 20) for image in part.examples] == list(numbers)
     assert capsys.readouterr().err == (
         f"CelebA: 6 pictures to train on and 3 held out in {folder}, by {file}; left out: 2 for validation, 1 that it "
         "does not name\n"
@@ -769,12 +769,12 @@ def test_celeba_uses_its_own_partition(tmp_path, capsys, pictures, partition):
 def test_celeba_reads_only_what_is_trained_on(tmp_path):
     write_celeba(tmp_path)
     chosen = CelebA(str(tmp_path), batch_size=2, train_size=3, seed=1)
-    numbers = [round(float(image[0].float().mean()) / 20) for image in chosen.training.images]
+    numbers = [round(float(image[0].float().mean()) / 20) for image in chosen.training.examples]
     assert len(set(numbers)) == 3 and numbers == sorted(numbers)
     for number in set(range(7)) - set(numbers):
         (tmp_path / "img_align_celeba" / f"{number + 1:06}.jpg").write_bytes(b"not to be read")
     again = CelebA(str(tmp_path), batch_size=2, train_size=3, seed=1)
-    assert torch.equal(again.training.images, chosen.training.images)
+    assert torch.equal(again.training.examples, chosen.training.examples)
     with pytest.raises(ValueError, match="is no picture"):
         CelebA(str(tmp_path), batch_size=2).setup()
 
@@ -788,7 +788,7 @@ def test_celeba_without_a_partition_holds_out_one_in_ten(tmp_path, capsys):
     assert capsys.readouterr().err == (
         f"CelebA: 20 pictures in {folder}, and no list_eval_partition: one in ten is held out\n"
     )
-    assert not torch.equal(CelebA(str(tmp_path), batch_size=2, seed=3).held_out.images, data.held_out.images)
+    assert not torch.equal(CelebA(str(tmp_path), batch_size=2, seed=3).held_out.examples, data.held_out.examples)
 
 
 def test_celeba_refusals(tmp_path):
@@ -825,7 +825,7 @@ def test_celeba_refusals(tmp_path):
 
 def test_labels_are_hidden_but_for_some_drawn_by_the_seed():
     everything, some = Digits(train_size=500), Digits(train_size=500, labelled_size=120)
-    assert torch.equal(some.training.images, everything.training.images)
+    assert torch.equal(some.training.examples, everything.training.examples)
     known = some.training.labels >= 0
     assert int(known.sum()) == 120 and (some.training.labels[~known] == -1).all()
     assert torch.equal(some.training.labels[known], everything.training.labels[known])
@@ -879,7 +879,7 @@ def test_grid_has_the_law_of_its_modes():
     data = Grid2D(1, 200_000, held_out=0.25)
     assert len(data.training) == 150_000 and len(data.held_out) == 50_000
     images, labels, _ = data.training[torch.arange(150_000)]
-    assert images.shape == (150_000, 2, 1, 1) and images.dtype == torch.float32 and data.image_shape == (2, 1, 1)
+    assert images.shape == (150_000, 2) and images.dtype == torch.float32 and data.example_shape == (2,)
     expected = [[x, y] for y in (-2.0, 0.0, 2.0) for x in (-2.0, 0.0, 2.0)]
     assert data.modes.tolist() == expected and labels.unique().tolist() == list(range(9))
     counts = labels.bincount()
@@ -890,22 +890,22 @@ def test_grid_has_the_law_of_its_modes():
         assert ((points.mean(0) - data.modes[label]).abs() < 4 * error).all()
         assert ((points.T.cov() - 0.0025 * torch.eye(2)).abs() < 5 * 0.0025 * math.sqrt(2 / len(points))).all()
     assert torch.equal(data.classify(images), labels)  # no point is 20 standard deviations away
-    assert len(torch.cat([data.training.images, data.held_out.images]).flatten(1).unique(dim=0)) > 199_000
-    assert torch.equal(Grid2D(1, 200_000, held_out=0.25).training.images, data.training.images)
-    assert not torch.equal(Grid2D(1, 200_000, held_out=0.25, seed=1).training.images, data.training.images)
+    assert len(torch.cat([data.training.examples, data.held_out.examples]).flatten(1).unique(dim=0)) > 199_000
+    assert torch.equal(Grid2D(1, 200_000, held_out=0.25).training.examples, data.training.examples)
+    assert not torch.equal(Grid2D(1, 200_000, held_out=0.25, seed=1).training.examples, data.training.examples)
     assert len(Grid2D(3, 100).modes) == 49 and Grid2D(0, 100).modes.tolist() == [[0.0, 0.0]]
     assert len(Grid2D(train_size=500, batch_size=100).training) == 500
 
 
 def test_the_classifier_of_a_grid_gives_the_posterior_of_the_modes():
     data = Grid2D(1, 100)
-    points = torch.rand(50, 2, 1, 1, generator=generator()).double() * 6 - 3
+    points = torch.rand(50, 2, generator=generator()).double() * 6 - 3
     parts = torch.distributions.Normal(data.modes.double()[None], 0.05).log_prob(points.flatten(1)[:, None]).sum(2)
     for form in (points, points.flatten(1)):
         torch.testing.assert_close(data.classifier()(form).log_softmax(1), parts.log_softmax(1))
     assert data.logits(points.float()).dtype == torch.float32
     assert torch.equal(data.classify(points + 100), torch.full((50,), 8))
-    with pytest.raises(ValueError, match=r"images must have shape \[n, 2, 1, 1\] or \[n, 2\], got \[4, 3, 1, 1\]"):
+    with pytest.raises(ValueError, match=r"points must have shape \[n, 2\], got \[4, 3, 1, 1\]"):
         data.logits(torch.zeros(4, 3, 1, 1))
 
 
@@ -924,7 +924,7 @@ def test_measures_of_the_modes():
         "high_quality_share": 0.5,
         "reverse_kl": pytest.approx(expected),
     }
-    own = data.sample_measures(data.training.images)
+    own = data.sample_measures(data.training.examples)
     assert own["modes_captured"] == 25 and own["high_quality_share"] == pytest.approx(1 - math.exp(-4.5), abs=0.002)
     assert 0 < own["reverse_kl"] < 3 * 24 / (2 * len(data.training))
     points[2, 1] = math.nan
@@ -947,10 +947,10 @@ def test_a_grid_refuses(call, text):
 
 
 def test_data_with_images_that_are_not_finite_are_refused():
-    class Spoiled(ImageData):
+    class Spoiled(ExampleData):
         def load(self):
             training, held_out = Digits().load()
-            training.images[[3, 5], 0, 0, 0] = torch.nan
+            training.examples[[3, 5], 0, 0, 0] = torch.nan
             return training, held_out
 
     with pytest.raises(
@@ -996,5 +996,5 @@ def test_to_overfit_the_same_minibatches_come_in_every_epoch():
         enable_model_summary=False,
     )
     with pytest.warns(UserWarning, match="You requested to overfit"):
-        trainer.fit(images.AE(Digits.image_shape, 2), Digits(batch_size=50, train_size=150))
+        trainer.fit(built.AE(Digits.example_shape, 2), Digits(batch_size=50, train_size=150))
     assert seen.batches == 2 * [list(range(50)), list(range(50, 100))]

@@ -164,8 +164,8 @@ def test_classifier_refusals(tmp_path):
         classifier_for(Digits(), tmp_path / "b.ckpt")
 
 
-@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32), (2, 5, 7), (1, 1, 1)])
-def test_classifier_of_any_images(image_shape):
-    classifier = ImageClassifier(image_shape, 4, "none").eval()
-    assert classifier(torch.rand(3, *image_shape)).shape == (3, 4)
+@pytest.mark.parametrize("example_shape", [(1, 28, 28), (3, 32, 32), (2, 5, 7), (1, 1, 1)])
+def test_classifier_of_any_images(example_shape):
+    classifier = ImageClassifier(example_shape, 4, "none").eval()
+    assert classifier(torch.rand(3, *example_shape)).shape == (3, 4)
     assert math.isnan(float(classifier.accuracy))

@@ -14,9 +14,9 @@ from torch.distributions import Normal
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kdejsd.cli import main
-from kdejsd.data import Digits, Grid2D, ImageData, ImageSet
+from kdejsd.data import Digits, ExampleData, ExampleSet, Grid2D
 from kdejsd.metrics import divergence_measures
-from kdejsd.models import FC, GAN, Conv, GenerativeModel, f_divergences, for_images, images
+from kdejsd.models import FC, GAN, Conv, GenerativeModel, built, f_divergences, with_built_networks
 from kdejsd.models.gan import gradient_penalty, losses, pack
 from kdejsd.runs.report import write_report
 
@@ -29,9 +29,9 @@ pytestmark = pytest.mark.filterwarnings(
 OBJECTIVES = ["minimax", "non-saturating", "wgan", "wgan-gp", *(f"f-{name}" for name in f_divergences.NAMES)]
 
 
-def make(objective: str = "non-saturating", seed: int = 0, shape=Digits.image_shape, **options) -> GAN:
+def make(objective: str = "non-saturating", seed: int = 0, shape=Digits.example_shape, **options) -> GAN:
     pl.seed_everything(seed, verbose=False)
-    return images.GAN(shape, objective=objective, **{"latent_dim": 2} | options)
+    return built.GAN(shape, objective=objective, **{"latent_dim": 2} | options)
 
 
 def grid(**options) -> Grid2D:
@@ -247,15 +247,15 @@ def test_what_is_logged():
         assert float(run.callback_metrics["val/divergence"]) == pytest.approx(measured["divergence"], rel=1e-4)
 
 
-class Normals(ImageData):
+class Normals(ExampleData):
     """Points of a normal with unit variance and mean (1, -0.5)."""
 
-    image_shape = (2, 1, 1)
+    example_shape = (2,)
 
     def load(self):
-        shift = torch.tensor([1.0, -0.5])[:, None, None]
+        shift = torch.tensor([1.0, -0.5])
         return tuple(
-            ImageSet(points(count, 2, 1, 1, dtype=torch.float32, seed=count) + shift, torch.zeros(count).long())
+            ExampleSet(points(count, 2, dtype=torch.float32, seed=count) + shift, torch.zeros(count).long())
             for count in (2000, 1000)
         )
 
@@ -299,7 +299,7 @@ def test_checkpoints_and_samples(tmp_path):
     model = make("wgan", packing=2, clip=0.02)
     train(model, 1).save_checkpoint(tmp_path / "a.ckpt")
     torch.load(tmp_path / "a.ckpt", weights_only=True)
-    restored = images.GAN.load_from_checkpoint(tmp_path / "a.ckpt")
+    restored = built.GAN.load_from_checkpoint(tmp_path / "a.ckpt")
     assert_same_state(restored, model)
     assert restored.clip == 0.02 and restored.betas == model.betas == (0.0, 0.9)
     assert restored.settings() == model.settings()
@@ -321,7 +321,7 @@ def test_convolutional_networks():
 
 def test_points_are_not_kept_between_0_and_1():
     latents = 100 * torch.randn(200, 2, generator=generator())
-    for shape, kept in (((2, 1, 1), False), ((2, 1, 2), True), ((1, 8, 8), True)):
+    for shape, kept in (((2,), False), ((3, 4), False), ((2, 1, 1), True), ((1, 8, 8), True)):
         decoded = FC(shape, 2).decoder(latents).detach()
         assert decoded.shape == (200, *shape)
         assert (bool(((decoded >= 0) & (decoded <= 1)).all())) == kept
@@ -383,7 +383,7 @@ def test_the_command_trains_evaluates_and_resumes_a_gan_of_points(tmp_path, monk
     report = json.loads((tmp_path / "half/metrics.json").read_text())
     assert report["model"]["name"] == "GAN" and report["model"]["objective"] == "wgan-gp"
     assert report["run"]["steps"] == 6 and report["held_out"]["count"] == 200 and report["training"]["count"] == 1800
-    model = images.GAN.load_from_checkpoint(tmp_path / "half/checkpoints/last.ckpt")
+    model = built.GAN.load_from_checkpoint(tmp_path / "half/checkpoints/last.ckpt")
     expected = Grid2D().sample_measures(model.sample(10_000, generator()))
     assert report["samples"] == {"count": 10_000, **expected}
     assert f"{report['held_out']['divergence']:.4g}" in out and "modes captured" in out
@@ -420,7 +420,7 @@ def test_the_command_trains_a_gan_of_images_and_a_gen_of_points(tmp_path, monkey
     assert cli("evaluate", "images/checkpoints/last.ckpt", "--classifier=digits.pt2", "--out=classes") == 0
     found = json.loads((tmp_path / "classes/metrics.json").read_text())
     assert found["held_out"] == report["held_out"] and found["diversity"]["holes"] is None
-    model = images.GAN.load_from_checkpoint(tmp_path / "images/checkpoints/last.ckpt")
+    model = built.GAN.load_from_checkpoint(tmp_path / "images/checkpoints/last.ckpt")
     drawn = network(model.sample(20_000, generator(1))).argmax(1).bincount(minlength=10) / 20_000
     assert worst(torch.tensor(found["diversity"]["probabilities"]), drawn) < 0.03
     assert {path.name for path in (tmp_path / "classes").iterdir()} == {
@@ -459,7 +459,7 @@ def test_the_defaults_are_those_of_the_chosen_classes(tmp_path, monkeypatch):
 
 
 def test_a_gan_that_has_diverged_still_has_a_report(tmp_path):
-    model = make(shape=(2, 1, 1))
+    model = make(shape=(2,))
     with torch.no_grad():
         model.generator[0].weight.fill_(math.nan)
     text = write_report(tmp_path, model, grid(), {})
@@ -477,13 +477,13 @@ def test_a_model_of_ones_own_has_a_report_of_its_samples(tmp_path):
             self.target = torch.distributions.Independent(Normal(torch.zeros(latent_dim), torch.ones(latent_dim)), 1)
 
         @staticmethod
-        def build_networks(network, image_shape, latent_dim, settings):
-            return network(image_shape, latent_dim).decoder, nn.Identity()
+        def build_networks(network, example_shape, latent_dim, settings):
+            return network(example_shape, latent_dim).decoder, nn.Identity()
 
         def training_step(self, batch, batch_idx):
             raise NotImplementedError
 
-    model = for_images(Decoder)((2, 1, 1))
+    model = with_built_networks(Decoder)((2,))
     write_report(tmp_path, model, grid(), {"steps": 0})
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert report.keys() == {"samples", "model", "run", "diversity"}

@@ -16,7 +16,7 @@ from torch import nn
 from kdejsd import GaussianMixture
 from kdejsd.data import Digits
 from kdejsd.metrics import code_measures, encode_set
-from kdejsd.models import FC, GEN, Conv, ImageGEN, images
+from kdejsd.models import FC, GEN, Conv, built
 from kdejsd.models.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.filterwarnings(
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def make(seed: int = 0, **options) -> ImageGEN:
+def make(seed: int = 0, **options) -> built.GEN:
     pl.seed_everything(seed, verbose=False)
     settings = {"latent_dim": 2, "num_lagged": 200, "bandwidth": 0.4, "learning_rate": 1e-3} | options
-    return ImageGEN(Digits.image_shape, **settings)
+    return built.GEN(Digits.example_shape, **settings)
 
 
 def trainer(epochs: int, *callbacks: pl.Callback) -> pl.Trainer:
@@ -81,7 +81,7 @@ def test_refresh_is_in_evaluation_mode_and_leaves_the_modes_as_they_were():
             seen.append(self.training)
             return x
 
-    networks = FC(Digits.image_shape, 2)
+    networks = FC(Digits.example_shape, 2)
     encoder = nn.Sequential(Spy(), nn.Dropout(0.5), networks.encoder)
     model = GEN(encoder, networks.decoder, 2, num_lagged=200, bandwidth=0.4)
     train(model, 1)
@@ -135,7 +135,7 @@ def test_the_queue_holds_the_last_examples_and_encodes_nothing_twice():
     assert recorder.refreshed == [-1]  # to begin with
     seen = list(chain(*recorder.batches))
     assert sorted(model.lagged.indices.tolist()) == sorted(seen[-200:])
-    assert model._kept_images is None and model._training_set is None
+    assert model._kept_examples is None and model._training_set is None
 
 
 @pytest.mark.parametrize("decay", [True, False])
@@ -164,7 +164,7 @@ def test_the_encoder_does_not_see_all_pixels_of_a_minibatch():
             self.seen[self.training].append((float(x.gt(0).float().mean()), float(x.mean())))
             return x
 
-    spy, networks = Spy(), FC(Digits.image_shape, 2)
+    spy, networks = Spy(), FC(Digits.example_shape, 2)
     encoder = nn.Sequential(spy, networks.encoder)
     train(GEN(encoder, networks.decoder, 2, num_lagged=300, bandwidth=0.4, input_dropout=0.4), 2)
     (lit, mean), (all_lit, all_mean) = (torch.tensor(spy.seen[mode]).mean(0).tolist() for mode in (True, False))
@@ -210,8 +210,8 @@ def test_same_seed_same_weights_and_another_seed_others():
 class DropoutFC(FC):
     """Uses the random state in training."""
 
-    def __init__(self, image_shape, latent_dim):
-        super().__init__(image_shape, latent_dim, hidden=(32,))
+    def __init__(self, example_shape, latent_dim):
+        super().__init__(example_shape, latent_dim, hidden=(32,))
         self.encoder.insert(1, nn.Dropout(0.1))
 
 
@@ -242,7 +242,7 @@ class StopAt(pl.Callback):
     [
         (7, "full", {"lagged_dtype": "bfloat16"}),
         (7, "queue", {"lagged_dtype": "bfloat16", "lagged_device": "cpu"}),
-        (7, "rolling", {"lagged_dtype": "bfloat16", "keep_images": False}),
+        (7, "rolling", {"lagged_dtype": "bfloat16", "keep_examples": False}),
     ],
 )
 def test_a_frugal_run_learns_and_resumes_bit_for_bit(tmp_path, step, refresh, storage):
@@ -267,8 +267,8 @@ def test_a_frugal_run_learns_and_resumes_bit_for_bit(tmp_path, step, refresh, st
 @pytest.mark.parametrize("by_batches", [True, False])
 def test_images_that_are_read_again_train_as_images_that_are_kept(refresh, by_batches):
     models = []
-    for keep_images in (True, False):
-        model = make(refresh=refresh, refresh_every=3, keep_images=keep_images)
+    for keep_examples in (True, False):
+        model = make(refresh=refresh, refresh_every=3, keep_examples=keep_examples)
         pl.seed_everything(5, verbose=False)
         if by_batches:
             train(model, 2)
@@ -276,7 +276,7 @@ def test_images_that_are_read_again_train_as_images_that_are_kept(refresh, by_ba
             items = torch.utils.data.Subset(Digits(train_size=300).training, range(300))
             order = torch.Generator().manual_seed(0)
             trainer(2).fit(model, torch.utils.data.DataLoader(items, 100, shuffle=True, generator=order))
-        assert (model._kept_images is not None) == keep_images
+        assert (model._kept_examples is not None) == keep_examples
         models.append(model)
     assert_same_state(*models)
 
@@ -286,7 +286,7 @@ def test_a_second_fit_keeps_the_images_of_its_own_training_set():
     for seed in (0, 1):
         data = Digits(train_size=300, seed=seed)
         train(model, 1, data=data)
-        assert torch.equal(model._kept_images, data.training[model.lagged.indices][0])
+        assert torch.equal(model._kept_examples, data.training[model.lagged.indices][0])
 
 
 def test_calibration_by_parts_is_that_by_the_whole():
@@ -315,10 +315,10 @@ def test_checkpoint_holds_plain_values_and_restores_the_model(tmp_path):
     train(model, 1).save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert checkpoint["state_dict"]["lagged.codes"].shape == (200, 2)
-    restored = ImageGEN.load_from_checkpoint(tmp_path / "a.ckpt")
+    restored = built.GEN.load_from_checkpoint(tmp_path / "a.ckpt")
     assert_same_state(restored, model)
     own = GEN(
-        *(getattr(FC(Digits.image_shape, 2), part) for part in ("encoder", "decoder")), latent_dim=2, bandwidth=0.4
+        *(getattr(FC(Digits.example_shape, 2), part) for part in ("encoder", "decoder")), latent_dim=2, bandwidth=0.4
     )
     assert "encoder" not in own.hparams
 
@@ -333,7 +333,7 @@ def model_of(kind: str, bandwidth: float = 0.4, **options) -> pl.LightningModule
         options = {"num_lagged": 100, "bandwidth": bandwidth} | options
     if kind == "SemiSupervisedGEN":
         options["target"] = MIXTURE
-    return getattr(images, kind)(Digits.image_shape, 2, **options)
+    return getattr(built, kind)(Digits.example_shape, 2, **options)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -413,7 +413,7 @@ def test_numbers_of_numpy_reach_no_checkpoint(tmp_path):
     assert found | {"latent_dim": 2, "refresh_every": 3, "learning_rate": 1e-3, "input_dropout": 0.125} == found
     assert {type(found[name]) for name in ("latent_dim", "num_lagged", "refresh_every")} == {int}
     assert {type(value) for value in model.settings().values()} <= {int, float, bool, str}
-    assert_same_state(ImageGEN.load_from_checkpoint(tmp_path / "a.ckpt", network=Small), model)
+    assert_same_state(built.GEN.load_from_checkpoint(tmp_path / "a.ckpt", network=Small), model)
 
 
 @pytest.mark.parametrize(
@@ -437,11 +437,11 @@ def test_what_no_checkpoint_can_hold_is_refused_or_left_out():
     with pytest.raises(TypeError, match=r"betas must be a plain value.*got ndarray of shape"):
         make(betas=np.array([0.5, 0.999]))
 
-    class Own(ImageGEN):
-        def __init__(self, image_shape, judge, **kwargs):
-            super().__init__(image_shape, **kwargs)
+    class Own(built.GEN):
+        def __init__(self, example_shape, judge, **kwargs):
+            super().__init__(example_shape, **kwargs)
 
-    model = Own(Digits.image_shape, nn.Linear(2, 2), num_lagged=200, bandwidth=0.4, target=MIXTURE)
+    model = Own(Digits.example_shape, nn.Linear(2, 2), num_lagged=200, bandwidth=0.4, target=MIXTURE)
     assert not {"judge", "target", "network"} & model.hparams.keys() and model.hparams["num_lagged"] == 200
 
 
@@ -479,18 +479,18 @@ def test_encode_decode_sample_reconstruct():
     assert torch.equal(samples, model.sample(3, torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32), (1, 64, 64), (3, 64, 64)])
+@pytest.mark.parametrize("example_shape", [(1, 28, 28), (3, 32, 32), (1, 64, 64), (3, 64, 64)])
 @pytest.mark.parametrize("network", [FC, Conv])
-def test_networks_fit_the_images(network, image_shape):
-    networks = network(image_shape, 5)
-    images = torch.rand(2, *image_shape)
+def test_networks_fit_the_images(network, example_shape):
+    networks = network(example_shape, 5)
+    images = torch.rand(2, *example_shape)
     assert networks.encoder(images).shape == (2, 5)
     assert networks(images).shape == images.shape
 
 
 def test_a_convolutional_gen_learns():
-    model = ImageGEN((1, 28, 28), 2, Conv, num_lagged=100, bandwidth=0.5, learning_rate=1e-3)
-    images = torch.nn.functional.interpolate(Digits().training.images[:200], size=28)
+    model = built.GEN((1, 28, 28), 2, Conv, num_lagged=100, bandwidth=0.5, learning_rate=1e-3)
+    images = torch.nn.functional.interpolate(Digits().training.examples[:200], size=28)
     items = [(image, -1, i) for i, image in enumerate(images)]  # any dataset and loader will do
     loader = torch.utils.data.DataLoader(items, batch_size=50, shuffle=True)
     before = torch.nn.functional.mse_loss(model.reconstruct(images), images)
@@ -507,9 +507,9 @@ def test_a_convolutional_gen_learns():
         (lambda: make(lagged_dtype="half"), r"lagged_dtype must be \"float32\" or \"bfloat16\", got 'half'"),
         (lambda: make(input_dropout=1.0), r"input_dropout must be at least 0 and below 1, got 1\.0"),
         (lambda: make(num_lagged=301) and train(make(num_lagged=301), 1), "num_lagged must be at most 300, .* got 301"),
-        (lambda: FC((8, 8), 2), r"image_shape must be \(channels, height, width\), .* got \[8, 8\]"),
+        (lambda: FC((8, 8), 2), r"example_shape must be \(channels, height, width\), .* got \[8, 8\]"),
         (lambda: FC((1, 8, 8), 2, hidden=()), "hidden must have one width at least"),
-        (lambda: Conv((1, 30, 30), 2), r"side 28, 32 or 64, got image_shape \[1, 30, 30\]; FC takes any"),
+        (lambda: Conv((1, 30, 30), 2), r"side 28, 32 or 64, got example_shape \[1, 30, 30\]; FC takes any"),
         (lambda: GEN(nn.Flatten(), nn.Identity(), 2, bandwidth=1.0).encode(torch.zeros(3, 1, 8, 8)), r"got \[3, 64\]"),
         (lambda: train(GEN(FC((1, 8, 8), 2).encoder, nn.Identity(), 2, 200, bandwidth=1.0), 1), "decoder must return"),
     ],

@@ -18,7 +18,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from kdejsd import omega
 from kdejsd.data import Digits
-from kdejsd.models import FC, LCVAE, DeepConv, HalfDeepConv, images
+from kdejsd.models import FC, LCVAE, DeepConv, HalfDeepConv, built
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
@@ -49,7 +49,7 @@ def layers(encoder: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize("options", [{}, FLOW], ids=["normal", "flow"])
 def test_the_loss_is_its_parts(options, scale_free):
     model = make(
-        images.LCVAE, omega_weight=7.0, scale_free=scale_free, observation_variance=0.07, constraint="none", **options
+        built.LCVAE, omega_weight=7.0, scale_free=scale_free, observation_variance=0.07, constraint="none", **options
     ).double()
     if model.flow is not None:
         with torch.no_grad():
@@ -81,7 +81,7 @@ def test_the_loss_is_its_parts(options, scale_free):
 
 @pytest.mark.parametrize("options", [{}, FLOW], ids=["normal", "flow"])
 def test_without_penalty_and_constraint_it_is_a_vae(options):
-    plain, model = make(images.VAE, **options), make(images.LCVAE, omega_weight=0.0, constraint="none", **options)
+    plain, model = make(built.VAE, **options), make(built.LCVAE, omega_weight=0.0, constraint="none", **options)
     for each in (plain, model):
         pl.seed_everything(7, verbose=False)
         train(each, 2)
@@ -92,7 +92,7 @@ def test_the_penalty_spreads_codes_by_the_distance_of_images():
     found = []
     for weight in (0.0, 1e3):
         options = {"observation_variance": 0.02, "learning_rate": 3e-3, "scale_free": True}
-        each = make(images.LCVAE, omega_weight=weight, constraint="none", **options)
+        each = make(built.LCVAE, omega_weight=weight, constraint="none", **options)
         pl.seed_everything(7, verbose=False)
         train(each, 8, data=Digits())
         batch = Digits().held_out[torch.arange(300)][0]
@@ -105,7 +105,7 @@ def test_plain_omega_falls_with_the_scale_of_the_codes_and_scale_free_omega_does
     batch = digits(40)[0].double()
     mean = points(40, 2)
     for scale_free, power in ((False, 2), (True, 0)):
-        model = make(images.LCVAE, scale_free=scale_free)
+        model = make(built.LCVAE, scale_free=scale_free)
         scale = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         value = model.penalty(batch, scale * mean)
         assert float(value) == pytest.approx(0.1**power * float(model.penalty(batch, mean)), rel=1e-12)
@@ -115,15 +115,15 @@ def test_plain_omega_falls_with_the_scale_of_the_codes_and_scale_free_omega_does
 
 def test_equal_images_count_as_nothing_and_equal_codes_have_no_scale():
     batch = digits(20)[0].repeat(2, 1, 1, 1).double()
-    assert float(make(images.LCVAE).penalty(batch, points(40, 2))) == 0
+    assert float(make(built.LCVAE).penalty(batch, points(40, 2))) == 0
     other, same = digits(40)[0].double(), torch.ones(40, 2).double()
-    assert float(make(images.LCVAE).penalty(other, same)) == 0
-    assert math.isnan(make(images.LCVAE, scale_free=True).penalty(other, same))
+    assert float(make(built.LCVAE).penalty(other, same)) == 0
+    assert math.isnan(make(built.LCVAE, scale_free=True).penalty(other, same))
 
 
 def test_the_penalty_in_half_precision_is_that_of_the_rounded_codes():
     batch, mean = digits(40)[0], points(40, 2, dtype=torch.bfloat16)
-    model = make(images.LCVAE)
+    model = make(built.LCVAE)
     assert torch.equal(model.penalty(batch, mean), model.penalty(batch, mean.float()))
 
 
@@ -173,7 +173,7 @@ def test_spectral_normalisation_bounds_the_singular_values_after_every_step():
 
 def test_a_spectrally_normalised_encoder_of_linear_layers_puts_no_images_farther_apart():
     batch = digits(200)[0]
-    model = make(images.LCVAE, constraint="spectral", omega_weight=0.0)
+    model = make(built.LCVAE, constraint="spectral", omega_weight=0.0)
     train(model, 5)
     with torch.no_grad():
         for layer in layers(model.encoder):
@@ -187,9 +187,9 @@ def test_a_spectrally_normalised_encoder_of_linear_layers_puts_no_images_farther
 
 @pytest.mark.parametrize("options", CONSTRAINTS)
 def test_checkpoints_and_settings(tmp_path, options):
-    made = make(images.LCVAE, omega_weight=3.0, **options)
+    made = make(built.LCVAE, omega_weight=3.0, **options)
     train(made, 1).save_checkpoint(tmp_path / "a.ckpt")
-    restored = images.LCVAE.load_from_checkpoint(tmp_path / "a.ckpt").eval()
+    restored = built.LCVAE.load_from_checkpoint(tmp_path / "a.ckpt").eval()
     assert_same_state(restored, made)
     batch = digits(20)[0]
     assert torch.equal(restored.encode(batch), made.eval().encode(batch))
@@ -221,13 +221,13 @@ def test_networks(network, first):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: make(images.LCVAE, omega_weight=-1.0), r"omega_weight must be at least 0 and finite, got -1\.0"),
-        (lambda: make(images.LCVAE, constraint="l2"), 'constraint must be "clip", "spectral" or "none", got \'l2\''),
-        (lambda: make(images.LCVAE, clip=0.0), r"clip must be positive and finite, got 0\.0"),
-        (lambda: make(images.LCVAE, clip=math.inf), "clip must be positive and finite, got inf"),
-        (lambda: make(images.LCVAE).training_step(digits(1), 0), "LCVAE must have at least 2 images, got 1"),
-        (lambda: DeepConv((1, 32, 32), 2), r"^DeepConv takes images of 28 x 28, got image_shape \[1, 32, 32\]; FC"),
-        (lambda: HalfDeepConv((1, 8, 8), 2), r"^HalfDeepConv takes images of 28 x 28, got image_shape \[1, 8, 8\]"),
+        (lambda: make(built.LCVAE, omega_weight=-1.0), r"omega_weight must be at least 0 and finite, got -1\.0"),
+        (lambda: make(built.LCVAE, constraint="l2"), 'constraint must be "clip", "spectral" or "none", got \'l2\''),
+        (lambda: make(built.LCVAE, clip=0.0), r"clip must be positive and finite, got 0\.0"),
+        (lambda: make(built.LCVAE, clip=math.inf), "clip must be positive and finite, got inf"),
+        (lambda: make(built.LCVAE).training_step(digits(1), 0), "LCVAE must have at least 2 images, got 1"),
+        (lambda: DeepConv((1, 32, 32), 2), r"^DeepConv takes images of 28 x 28, got example_shape \[1, 32, 32\]; FC"),
+        (lambda: HalfDeepConv((1, 8, 8), 2), r"^HalfDeepConv takes images of 28 x 28, got example_shape \[1, 8, 8\]"),
         (lambda: DeepConv((1, 28, 28), 0), "latent_dim must be at least 1, got 0"),
         (lambda: DeepConv((1, 28, 28), 2, channels=0), "channels must be at least 1, got 0"),
     ],

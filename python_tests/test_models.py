@@ -15,7 +15,7 @@ from kdejsd import GaussianMixture, LaggedKDE, StandardNormal
 from kdejsd.data import Digits
 from kdejsd.divergence import target_jsd
 from kdejsd.metrics import code_measures, encode_set
-from kdejsd.models import FC, Autoencoder, ImageModel, for_images, images
+from kdejsd.models import FC, Autoencoder, BuiltModel, built, with_built_networks
 from kdejsd.models.aae import AAE
 from kdejsd.models.ae import AE
 from kdejsd.models.vae import VAE, kl_to_normal, normal_entropy
@@ -30,18 +30,18 @@ pytestmark = pytest.mark.filterwarnings(
 
 FLOW = {"prior": "flow", "flow_layers": 4, "flow_hidden": 16}
 MODELS = [
-    pytest.param(images.AE, {}, id="AE"),
-    pytest.param(images.AAE, {}, id="AAE"),
-    pytest.param(images.VAE, {}, id="VAE"),
-    pytest.param(images.VAE, FLOW, id="VAE-flow"),
-    pytest.param(images.WAE, {}, id="WAE"),
+    pytest.param(built.AE, {}, id="AE"),
+    pytest.param(built.AAE, {}, id="AAE"),
+    pytest.param(built.VAE, {}, id="VAE"),
+    pytest.param(built.VAE, FLOW, id="VAE-flow"),
+    pytest.param(built.WAE, {}, id="WAE"),
 ]
 MIXTURE = GaussianMixture([[-3.0, 1.0], [5.0, 1.0]], 0.5, [0.75, 0.25])
 
 
-def make(model: type[ImageModel], seed: int = 0, **options) -> Autoencoder:
+def make(model: type[BuiltModel], seed: int = 0, **options) -> Autoencoder:
     pl.seed_everything(seed, verbose=False)
-    return model(Digits.image_shape, **{"latent_dim": 2, "learning_rate": 1e-3} | options)
+    return model(Digits.example_shape, **{"latent_dim": 2, "learning_rate": 1e-3} | options)
 
 
 def digits(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -66,7 +66,7 @@ def test_kl_and_entropy_against_torch_distributions(dim):
 
 @pytest.mark.parametrize("options", [{}, FLOW], ids=["normal", "flow"])
 def test_the_loss_of_a_vae_is_the_negative_evidence_lower_bound(options):
-    model = make(images.VAE, observation_variance=0.07, **options)
+    model = make(built.VAE, observation_variance=0.07, **options)
     if model.flow is not None:
         with torch.no_grad():
             for parameter in model.flow.parameters():
@@ -89,7 +89,7 @@ def test_the_loss_of_a_vae_is_the_negative_evidence_lower_bound(options):
 
 
 def test_the_kl_of_a_flow_that_is_the_identity_is_that_of_the_normal_in_the_mean():
-    model = make(images.VAE, **FLOW)
+    model = make(built.VAE, **FLOW)
     mean, log_variance = posterior(5, 2)
     z = mean + (log_variance / 2).exp() * points(20_000, 5, 2, seed=3)
     terms = -(normal_entropy(log_variance) + model.flow.double().log_prob(z.flatten(0, 1)).reshape(-1, 5))
@@ -99,7 +99,7 @@ def test_the_kl_of_a_flow_that_is_the_identity_is_that_of_the_normal_in_the_mean
 
 @pytest.mark.parametrize("options", [{}, FLOW], ids=["normal", "flow"])
 def test_codes_of_a_vae(options):
-    model = make(images.VAE, **options)
+    model = make(built.VAE, **options)
     train(model, 3)
     model.eval()
     batch = digits(200)[0]
@@ -153,15 +153,15 @@ def test_mmd_is_zero_in_the_mean_for_equal_laws_and_positive_for_others():
 def test_the_kernels_of_a_wae_have_the_width_of_its_target():
     first, second = MIXTURE.sample(100_000, generator(1)), MIXTURE.sample(100_000, generator(2))
     expected = float((first - second).square().sum(1).mean())
-    assert make(images.WAE, target=MIXTURE).mean_square == pytest.approx(expected, rel=0.01)
-    assert make(images.WAE).mean_square == 4
+    assert make(built.WAE, target=MIXTURE).mean_square == pytest.approx(expected, rel=0.01)
+    assert make(built.WAE).mean_square == 4
 
 
 # AAE
 
 
 def test_the_losses_of_an_aae_are_cross_entropies():
-    model = make(images.AAE)
+    model = make(built.AAE)
     codes, samples = points(30, 2, dtype=torch.float32), 2 * points(40, 2, dtype=torch.float32, seed=1)
     told = binary_cross_entropy_with_logits(model.discriminator(samples), torch.ones(40))
     fooled = binary_cross_entropy_with_logits(model.discriminator(codes), torch.zeros(30))
@@ -171,7 +171,7 @@ def test_the_losses_of_an_aae_are_cross_entropies():
 
 
 def test_each_step_of_an_aae_touches_its_own_networks_alone():
-    model = make(images.AAE)
+    model = make(built.AAE)
     touched, changed, backward = [], [], model.manual_backward
 
     def weights():
@@ -199,7 +199,7 @@ def test_each_step_of_an_aae_touches_its_own_networks_alone():
 
 
 def test_a_minibatch_is_one_step_of_every_model():
-    for model in (images.AAE, images.AE):
+    for model in (built.AAE, built.AE):
         run = train(make(model), 2)
         assert run.global_step == 6 == run.estimated_stepping_batches
 
@@ -215,18 +215,18 @@ def test_training_lowers_the_error_and_the_divergence(model, options):
     assert float(run.callback_metrics["val/reconstruction"]) == pytest.approx(after.reconstruction_error, rel=1e-3)
     assert all(math.isfinite(value) for value in run.callback_metrics.values())
     assert {"loss/reconstruction", "val/reconstruction", "val/jsd"} <= set(run.callback_metrics)
-    assert ("loss/latent" in run.callback_metrics) == (model is not images.AE)
-    assert ("loss/discriminator" in run.callback_metrics) == (model is images.AAE)
+    assert ("loss/latent" in run.callback_metrics) == (model is not built.AE)
+    assert ("loss/discriminator" in run.callback_metrics) == (model is built.AAE)
 
     first, last = (code_measures(trained, encoded, training=False) for encoded in (before, after))
     assert "gradient_weight" not in last and last["reconstruction_error"] == after.reconstruction_error
-    assert ("posterior" in last) == (model is images.VAE)
-    if model is images.VAE:
+    assert ("posterior" in last) == (model is built.VAE)
+    if model is built.VAE:
         first, last = first["posterior"], last["posterior"]
     assert float(run.callback_metrics["val/jsd"]) == pytest.approx(last["jsd"], abs=0.05)
-    if model is not images.AE:
+    if model is not built.AE:
         assert last["jsd"] < 0.12
-        assert model is images.VAE or last["jsd"] < 0.5 * first["jsd"]  # a VAE's samples begin at its prior
+        assert model is built.VAE or last["jsd"] < 0.5 * first["jsd"]  # a VAE's samples begin at its prior
         assert max(abs(variance - 1) for variance in last["variance"]) < 0.5
 
 
@@ -235,14 +235,14 @@ def test_the_divergence_depends_on_codes_and_target_alone():
     for target in (StandardNormal(2), MIXTURE):
         expected = LaggedKDE(300, 2, None, target).jsd(codes, generator(1))
         assert torch.equal(target_jsd(codes, target, generator(1)), expected)
-        assert torch.equal(make(images.AE, target=target).jsd(codes, generator(1)), expected)
+        assert torch.equal(make(built.AE, target=target).jsd(codes, generator(1)), expected)
     law = Independent(Normal(torch.zeros(2), torch.ones(2)), 1)  # which cannot be smoothed
     close = target_jsd(law.sample((300,)), law, generator(1))
     assert 0 < float(close) < 0.1 < float(target_jsd(codes + 1, law, generator(1)))
 
 
 def test_a_trained_gen_reports_the_matched_divergence_too():
-    model = make(images.GEN, num_lagged=200, bandwidth=0.9)
+    model = make(built.GEN, num_lagged=200, bandwidth=0.9)
     train(model, 1)
     encoded = encode_set(model, Digits().held_out)
     measures = code_measures(model, encoded, training=False)
@@ -284,7 +284,7 @@ def test_encode_decode_sample_and_checkpoint(tmp_path, model, options):
     torch.testing.assert_close(samples, expected)
 
 
-@pytest.mark.parametrize("model", [images.AE, images.AAE, images.WAE])
+@pytest.mark.parametrize("model", [built.AE, built.AAE, built.WAE])
 def test_a_mixture_as_the_target_and_normalised_codes(model):
     made = make(model, target=MIXTURE, normalize_codes=True)
     train(made, 1)
@@ -302,15 +302,15 @@ def test_a_model_of_ones_own_takes_the_form_for_images():
         def encode(self, images):
             return super().encode(images) / 2
 
-    model = make(for_images(Halved))
-    assert type(model) is Halved and issubclass(for_images(Halved), ImageModel)
+    model = make(with_built_networks(Halved))
+    assert type(model) is Halved and issubclass(with_built_networks(Halved), BuiltModel)
 
-    class Derived(for_images(Halved)):
+    class Derived(with_built_networks(Halved)):
         pass
 
     assert type(make(Derived)) is Derived  # of which the command knows the name
     with pytest.raises(TypeError, match="model must take its networks as arguments, got Derived, which builds them"):
-        for_images(Derived)
+        with_built_networks(Derived)
     assert model.encode(torch.rand(4, 1, 8, 8)).shape == (4, 2)
 
 
@@ -350,14 +350,14 @@ def test_refusals(call, text):
 
 def test_batches_without_indices_are_refused():
     with pytest.raises(TypeError, match=r"must be \(images, labels, indices in the training set\), got 2 parts"):
-        make(images.AAE).training_step((torch.zeros(2, 1, 8, 8), torch.zeros(2)), 0)
+        make(built.AAE).training_step((torch.zeros(2, 1, 8, 8), torch.zeros(2)), 0)
 
 
 @pytest.mark.parametrize("kind", ["images", "of a tuple", "data"])
 def test_predictions_are_codes_and_reconstructions_by_name(kind):
-    model = make(images.VAE)
+    model = make(built.VAE)
     data = Digits()
-    pixels = data.held_out.images
+    pixels = data.held_out.examples
     loaders = {"images": pixels, "of a tuple": torch.utils.data.TensorDataset(pixels)}
     loader = data if kind == "data" else torch.utils.data.DataLoader(loaders[kind], batch_size=100)
     run = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -373,7 +373,7 @@ def test_predictions_are_codes_and_reconstructions_by_name(kind):
 
 
 def test_a_gan_predicts_from_latents():
-    model = make(images.GAN)
+    model = make(built.GAN)
     latents = torch.randn(5, 2)
     assert torch.equal(model.predict_step([latents], 0)["samples"], model.decode(latents))
     with pytest.raises(ValueError, match=r"latents must have shape \[n, latent_dim = 2\], got \[3, 1, 8, 8\]"):
@@ -383,7 +383,7 @@ def test_a_gan_predicts_from_latents():
 
 
 def test_a_model_samples_in_its_own_precision():
-    model = make(images.AE).double()
+    model = make(built.AE).double()
     assert model.sample(3).dtype == torch.float64
     data = Digits(train_size=300)
     encoded = encode_set(model, data.training)

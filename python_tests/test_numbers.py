@@ -13,7 +13,7 @@ from helpers import points
 import kdejsd
 from kdejsd import plots
 from kdejsd.data import Digits, Grid2D, ImageFolder
-from kdejsd.models import FC, GAN, GEN, VAE, WAE, Conv, DeepConv, RealNVP, images
+from kdejsd.models import FC, GAN, GEN, VAE, WAE, Conv, DeepConv, RealNVP, built
 from kdejsd.targets import IsotropicNormal, as_law
 
 Q, C = points(4, 2), points(8, 2, seed=1)
@@ -83,8 +83,8 @@ REAL = {
     "held_out of ImageFolder": (lambda h: ImageFolder("x", held_out=h).held_out_share, 0.5),
     "learning_rate of VAE": (lambda r: VAE(HALVES, HALVES, 2, learning_rate=r).learning_rate, 0.5),
     "observation_variance of VAE": (lambda v: VAE(HALVES, HALVES, 2, v).observation_variance, 1),
-    "omega_weight of LCVAE": (lambda w: images.LCVAE((1, 8, 8), latent_dim=2, omega_weight=w).omega_weight, 1),
-    "clip of LCVAE": (lambda c: images.LCVAE((1, 8, 8), latent_dim=2, clip=c).clip, 1),
+    "omega_weight of LCVAE": (lambda w: built.LCVAE((1, 8, 8), latent_dim=2, omega_weight=w).omega_weight, 1),
+    "clip of LCVAE": (lambda c: built.LCVAE((1, 8, 8), latent_dim=2, clip=c).clip, 1),
     "weight of WAE": (lambda w: WAE(HALVES, HALVES, 2, weight=w).weight, 1),
     "weight of GEN": (lambda w: gen(weight=w).weight, 1),
     "input_dropout of GEN": (lambda p: gen(input_dropout=p).input_dropout, 0.5),
@@ -132,8 +132,8 @@ INTEGER = {
     "seed of Digits": (lambda n: Digits(seed=n).seed, 2),
     "n of Grid2D": (lambda n: len(Grid2D(n).modes), 2),
     "num_samples of Grid2D": (lambda n: Grid2D(num_samples=n).num_samples, 2),
-    "size of ImageFolder": (lambda n: ImageFolder("x", size=n).image_shape[1], 2),
-    "channels of ImageFolder": (lambda n: ImageFolder("x", channels=n).image_shape[0], 3),
+    "size of ImageFolder": (lambda n: ImageFolder("x", size=n).example_shape[1], 2),
+    "channels of ImageFolder": (lambda n: ImageFolder("x", channels=n).example_shape[0], 3),
     "latent_dim of VAE": (lambda n: VAE(HALVES, HALVES, n).latent_dim, 2),
     "layers of RealNVP": (lambda n: len(RealNVP(2, n).couplings), 2),
     "hidden of RealNVP": (lambda n: sum(p.numel() for p in RealNVP(2, 1, n).parameters()), 2),
@@ -141,7 +141,7 @@ INTEGER = {
     "packing of GAN": (lambda n: gan(packing=n).packing, 2),
     "discriminator_steps of GAN": (lambda n: gan(discriminator_steps=n).discriminator_steps, 2),
     "discriminator_hidden of AAE": (
-        lambda n: images.AAE((1, 8, 8), latent_dim=2, discriminator_hidden=[n]).discriminator[0].out_features,
+        lambda n: built.AAE((1, 8, 8), latent_dim=2, discriminator_hidden=[n]).discriminator[0].out_features,
         2,
     ),
 }

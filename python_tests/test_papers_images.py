@@ -69,7 +69,7 @@ def test_frechet_table(tmp_path):
     assert again.returncode == 0 and (tmp_path / "gen_table3.csv").read_text() == lines  # nothing is trained twice
     assert again.stdout.splitlines()[-1].split("   (")[0] == done.stdout.splitlines()[-1].split("   (")[0]
     assert matplotlib.image.imread(tmp_path / "digits_gen.png").std() > 0.05
-    for wrong, text in ((["NONE"], "kdejsd.models.images has no NONE"), (["GEN"], "MNIST needs --root")):
+    for wrong, text in ((["NONE"], "kdejsd.models.built has no NONE"), (["GEN"], "MNIST needs --root")):
         refused = run(PAPERS / "gen_table3.py", *wrong, cwd=tmp_path)
         assert refused.returncode == 2 and text in refused.stderr
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import points
 
-from kdejsd.data import ImageSet
+from kdejsd.data import ExampleSet
 
 PAPERS = Path(__file__).resolve().parent.parent / "bench" / "papers"
 
@@ -47,7 +47,7 @@ def test_gen_novelty(script, tmp_path, capsys):
 def test_gen_novelty_divides_the_classes(script):
     gen_novelty = script("gen_novelty")
     labels = torch.arange(40) % 5
-    images = ImageSet(torch.arange(40.0).reshape(40, 1, 1, 1), labels)
+    images = ExampleSet(torch.arange(40.0).reshape(40, 1, 1, 1), labels)
     made = gen_novelty.class_experiment(images, images, [1, 3], "1 and 3")
     assert set(made.training.labels.tolist()) == set(made.normal.labels.tolist()) == {1, 3}
     assert set(made.novel.labels.tolist()) == {0, 2, 4}
@@ -99,12 +99,12 @@ def test_gen_interpolation(script, tmp_path, capsys):
 
 def test_interpolation_is_between_classes(script):
     gen_interpolation = script("gen_interpolation")
-    images = ImageSet(points(30, 1, 2, 2).float(), torch.arange(30) % 3)
+    images = ExampleSet(points(30, 1, 2, 2).float(), torch.arange(30) % 3)
     starts, ends = gen_interpolation.pairs(images, 10, seed=0)
     assert len(set(starts.tolist())) == len(set(ends.tolist())) == 10
     assert (images.labels[starts] != images.labels[ends]).all()
-    unknown = ImageSet(images.images, torch.full((30,), -1))
+    unknown = ExampleSet(images.examples, torch.full((30,), -1))
     starts, ends = gen_interpolation.pairs(unknown, 10, seed=0)
     assert len(ends) == 10 and (starts != ends).all()
     with pytest.raises(ValueError, match="no image"):
-        gen_interpolation.pairs(ImageSet(images.images, torch.zeros(30, dtype=torch.int64)), 10, seed=0)
+        gen_interpolation.pairs(ExampleSet(images.examples, torch.zeros(30, dtype=torch.int64)), 10, seed=0)

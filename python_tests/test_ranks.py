@@ -23,7 +23,7 @@ from torch import nn
 from kdejsd import GaussianMixture
 from kdejsd.data import Digits
 from kdejsd.lagged import LaggedKDE
-from kdejsd.models import GEN, images
+from kdejsd.models import GEN, built
 from kdejsd.models.base import noise_like
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")
@@ -362,7 +362,7 @@ PLAIN = {"bandwidth": 0.5, "kernel_noise": False}
 # Without noise, which is another on each rank: these are to do what one process does.
 TRAINED = {
     "full": ("GEN", PLAIN | {"num_lagged": 151, "refresh": "full", "refresh_every": 4}),
-    "rolling": ("GEN", PLAIN | {"num_lagged": 240, "refresh": "rolling", "refresh_every": 4, "keep_images": False}),
+    "rolling": ("GEN", PLAIN | {"num_lagged": 240, "refresh": "rolling", "refresh_every": 4, "keep_examples": False}),
     "queue": ("GEN", PLAIN | {"num_lagged": 240, "refresh": "queue"}),
     "not normalised": ("GEN", PLAIN | {"num_lagged": 150, "normalize_codes": False}),
     "autoencoder": ("AE", {}),
@@ -392,7 +392,7 @@ def trained(kind, settings, ranks, precision="64-true", save=None, ckpt_path=Non
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     pl.seed_everything(3, verbose=False)
-    model = getattr(images, kind)(Digits.image_shape, 2, **settings)
+    model = getattr(built, kind)(Digits.example_shape, 2, **settings)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=ranks,

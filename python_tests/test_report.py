@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_gen import assert_same_state
 
-from kdejsd.data import Digits, Grid2D, ImageSet
-from kdejsd.models import images
+from kdejsd.data import Digits, ExampleSet, Grid2D
+from kdejsd.models import built
 from kdejsd.runs import boards
 from kdejsd.runs.boards import RunPictures
 from kdejsd.runs.measures import MEASURES, explained
@@ -35,7 +35,7 @@ def data(kind: type) -> Digits | Grid2D:
 
 def make(kind: str, of: type = Digits, **options):
     pl.seed_everything(0, verbose=False)
-    return getattr(images, kind)(of.image_shape, **(GEN if "GEN" in kind else {}) | options)
+    return getattr(built, kind)(of.example_shape, **(GEN if "GEN" in kind else {}) | options)
 
 
 def train(model, *, of: type = Digits, epochs: int = 1, logger: object = False, callbacks=()) -> pl.Trainer:
@@ -201,10 +201,10 @@ def test_pictures_change_nothing_of_the_run_and_need_no_board(tmp_path):
 class FourChannels(Digits):
     """Images that no picture can show."""
 
-    image_shape = (4, 8, 8)
+    example_shape = (4, 8, 8)
 
     def load(self):
-        return tuple(ImageSet(part.images.expand(-1, 4, -1, -1), part.labels) for part in super().load())
+        return tuple(ExampleSet(part.examples.expand(-1, 4, -1, -1), part.labels) for part in super().load())
 
 
 def test_a_run_whose_images_cannot_be_drawn_goes_on(tmp_path):

@@ -26,7 +26,7 @@ from torch import nn
 
 from kdejsd.cli import main
 from kdejsd.data import MNIST, Digits
-from kdejsd.models import GAN, images
+from kdejsd.models import GAN, built
 from kdejsd.models.base import LOSSES_KEPT
 from kdejsd.runs import checkpoints
 from kdejsd.runs.checkpoints import RunCheckpoint, WholeCheckpointIO, load_checkpoint
@@ -199,22 +199,22 @@ def test_a_run_told_to_end_saves_its_last_step(tmp_path, processes):
 
 GEN = {"num_lagged": 200, "bandwidth": 0.4, "refresh_every": 3}
 MODELS = {
-    "full": (images.GEN, GEN),
-    "rolling": (images.GEN, GEN | {"refresh": "rolling"}),
-    "queue": (images.GEN, GEN | {"refresh": "queue"}),
-    "frugal": (images.GEN, GEN | {"refresh": "rolling", "lagged_dtype": "bfloat16", "keep_images": False}),
-    "stochastic": (images.StochasticGEN, GEN | {"refresh": "rolling", "bandwidth": 1.0}),
-    "ae": (images.AE, {}),
-    "vae": (images.VAE, {}),
-    "flow": (images.VAE, {"prior": "flow", "flow_layers": 2}),
-    "clipped": (images.LCVAE, {"constraint": "clip", "clip": 0.03}),
-    "spectral": (images.LCVAE, {"constraint": "spectral"}),
-    "scale-free": (images.LCVAE, {"constraint": "none", "scale_free": True}),
-    "wae": (images.WAE, {}),
-    "aae": (images.AAE, {"discriminator_hidden": (16,)}),
-    "gan": (images.GAN, {"discriminator_steps": 3}),
-    "wgan": (images.GAN, {"objective": "wgan", "discriminator_steps": 3}),
-    "wgan-gp": (images.GAN, {"objective": "wgan-gp", "discriminator_steps": 3}),
+    "full": (built.GEN, GEN),
+    "rolling": (built.GEN, GEN | {"refresh": "rolling"}),
+    "queue": (built.GEN, GEN | {"refresh": "queue"}),
+    "frugal": (built.GEN, GEN | {"refresh": "rolling", "lagged_dtype": "bfloat16", "keep_examples": False}),
+    "stochastic": (built.StochasticGEN, GEN | {"refresh": "rolling", "bandwidth": 1.0}),
+    "ae": (built.AE, {}),
+    "vae": (built.VAE, {}),
+    "flow": (built.VAE, {"prior": "flow", "flow_layers": 2}),
+    "clipped": (built.LCVAE, {"constraint": "clip", "clip": 0.03}),
+    "spectral": (built.LCVAE, {"constraint": "spectral"}),
+    "scale-free": (built.LCVAE, {"constraint": "none", "scale_free": True}),
+    "wae": (built.WAE, {}),
+    "aae": (built.AAE, {"discriminator_hidden": (16,)}),
+    "gan": (built.GAN, {"discriminator_steps": 3}),
+    "wgan": (built.GAN, {"objective": "wgan", "discriminator_steps": 3}),
+    "wgan-gp": (built.GAN, {"objective": "wgan-gp", "discriminator_steps": 3}),
 }
 
 
@@ -230,7 +230,7 @@ class EachStep(RunCheckpoint):
 def make(kind: str, seed: int = 0, **options):
     pl.seed_everything(seed, verbose=False)
     model, settings = MODELS[kind]
-    return model(Digits.image_shape, 2, DropoutFC, **settings | options)
+    return model(Digits.example_shape, 2, DropoutFC, **settings | options)
 
 
 def train(model, folder: Path, ckpt_path=None, data=None, callbacks=(), **limits) -> pl.Trainer:
@@ -592,7 +592,7 @@ def test_codes_that_spoiled_weights_give_are_explained(tmp_path, monkeypatch, re
 @pytest.mark.parametrize("kind", ["full", "queue", "vae", "gan"])
 def test_images_that_are_not_finite_are_named(tmp_path, kind):
     digits = Digits(train_size=500).training
-    pixels = digits.images.clone()
+    pixels = digits.examples.clone()
     pixels[[17, 333], 0, 3, 4] = torch.tensor([torch.nan, torch.inf])
     loader = torch.utils.data.DataLoader(list(zip(pixels, digits.labels, range(500), strict=True)), batch_size=100)
     trainer = pl.Trainer(
@@ -617,7 +617,7 @@ def test_a_run_needs_its_files_when_it_starts_and_not_later(command, tmp_path):
 
     data = MNIST(str(tmp_path), batch_size=20)
     pl.seed_everything(0, verbose=False)
-    train(images.AE(MNIST.image_shape, 2, DropoutFC), tmp_path / "run", data=data, callbacks=[Vanish()], max_epochs=2)
+    train(built.AE(MNIST.example_shape, 2, DropoutFC), tmp_path / "run", data=data, callbacks=[Vanish()], max_epochs=2)
     shutil.move(tmp_path / "elsewhere", tmp_path / "mnist")
     assert command(*args, "--trainer.max_steps=2", "--out=a")[0] == 0
     (tmp_path / "mnist/train-labels-idx1-ubyte.gz").unlink()

@@ -11,7 +11,7 @@ from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader, IterableDataset
 
 from kdejsd.data import Digits
-from kdejsd.models import FC, images
+from kdejsd.models import FC, built
 from kdejsd.models.schedule import HalfCosine
 
 pytestmark = [
@@ -39,9 +39,9 @@ class Rates(pl.Callback):
         self.used.append([group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups])
 
 
-def make(model=images.AE, **options):
+def make(model=built.AE, **options):
     pl.seed_everything(0, verbose=False)
-    return model(Digits.image_shape, 2, small, **{"learning_rate": 0.01} | options)
+    return model(Digits.example_shape, 2, small, **{"learning_rate": 0.01} | options)
 
 
 def trainer(*callbacks: pl.Callback, **options) -> pl.Trainer:
@@ -70,7 +70,7 @@ def half_cosine(total: int, rate: float = 0.01) -> list[float]:
 
 @pytest.mark.parametrize(
     ("model", "options"),
-    [(images.AE, {}), (images.AAE, {}), (images.GAN, {"discriminator_steps": 3})],
+    [(built.AE, {}), (built.AAE, {}), (built.GAN, {"discriminator_steps": 3})],
     ids=["AE", "AAE", "GAN"],
 )
 def test_every_rate_falls_to_zero_along_a_half_cosine(model, options):

@@ -25,7 +25,7 @@ def ring(count: int = 10) -> GaussianMixture:
 
 def make(target=None, **options) -> SemiSupervisedGEN:
     pl.seed_everything(0, verbose=False)
-    networks = FC(Digits.image_shape, 2)
+    networks = FC(Digits.example_shape, 2)
     settings = {"num_lagged": 200, "bandwidth": 0.2, "learning_rate": 1e-3} | options
     return SemiSupervisedGEN(networks.encoder, networks.decoder, 2, target or ring(), **settings)
 

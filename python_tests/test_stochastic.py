@@ -10,7 +10,7 @@ from torch import nn
 from kdejsd import GaussianMixture, optimal_bandwidth
 from kdejsd.data import Digits
 from kdejsd.metrics import code_measures, encode_set
-from kdejsd.models import StochasticGEN, images
+from kdejsd.models import StochasticGEN, built
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
@@ -20,10 +20,10 @@ pytestmark = pytest.mark.filterwarnings(
 MIXTURE = GaussianMixture([[-3.0, 1.0], [5.0, 1.0]], 0.5, [0.75, 0.25])
 
 
-def make(latent_dim: int = 2, seed: int = 0, **options) -> images.StochasticGEN:
+def make(latent_dim: int = 2, seed: int = 0, **options) -> built.StochasticGEN:
     pl.seed_everything(seed, verbose=False)
     settings = {"num_lagged": 300, "bandwidth": 1.2} | options
-    return images.StochasticGEN(Digits.image_shape, latent_dim, **settings)
+    return built.StochasticGEN(Digits.example_shape, latent_dim, **settings)
 
 
 class Given(nn.Module):
@@ -80,7 +80,7 @@ def test_it_fills_dimensions_that_a_map_of_the_images_cannot():
     found = {}
     for name, model in (
         ("random", make(32, num_lagged=500, bandwidth=3.0, learning_rate=2e-3)),
-        ("map", images.GEN(Digits.image_shape, 32, num_lagged=500, bandwidth=3.0, kernel_noise=False)),
+        ("map", built.GEN(Digits.example_shape, 32, num_lagged=500, bandwidth=3.0, kernel_noise=False)),
     ):
         pl.seed_everything(1, verbose=False)
         train(model, 25, data=Digits())

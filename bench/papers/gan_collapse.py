@@ -42,7 +42,7 @@ from scipy.stats import spearmanr
 from kdejsd import diversity_report, plots
 from kdejsd.data import Grid2D
 from kdejsd.drawing import draw
-from kdejsd.models import FC, images
+from kdejsd.models import FC, built
 
 OBJECTIVES = (
     *("non-saturating", "minimax", "wgan", "wgan-gp"),
@@ -62,10 +62,10 @@ FIELDS = (
 )
 
 
-def train(data: Grid2D, objective: Any, width: int, packing: int, seed: int, steps: int) -> images.GAN:
+def train(data: Grid2D, objective: Any, width: int, packing: int, seed: int, steps: int) -> built.GAN:
     pl.seed_everything(seed, verbose=False)
     network = partial(FC, hidden=(width, width, width))
-    model = images.GAN(data.image_shape, 2, network, objective=objective, packing=packing)
+    model = built.GAN(data.example_shape, 2, network, objective=objective, packing=packing)
     trainer = quiet_trainer(max_steps=steps, limit_val_batches=0)
     try:
         trainer.fit(model, datamodule=data)
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     if covering:
         for name, row in (("fewest", covering[0]), ("median", covering[len(covering) // 2]), ("most", covering[-1])):
             hidden = (int(row["width"]),) * 3
-            generator = FC(data.image_shape, 2, hidden).decoder
+            generator = FC(data.example_shape, 2, hidden).decoder
             generator.load_state_dict(torch.load(options.out / f"gan_{row['seed']}.pt", weights_only=True))
             plots.latent_classes(generator, data.classifier()).savefig(options.out / f"gan_collapse_{name}_classes.png")
             with torch.no_grad():

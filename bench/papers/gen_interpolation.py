@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdejsd import plots
 from kdejsd._modes import evaluating
-from kdejsd.data import ImageSet
+from kdejsd.data import ExampleSet
 from kdejsd.runs.fit import fit
 from kdejsd.runs.saved import open_checkpoint
 
@@ -35,7 +35,7 @@ QUICK = [
 ]
 
 
-def pairs(images: ImageSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def pairs(images: ExampleSet, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices [count] of images, and of as many others, none of the class of its partner."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     labels = images.labels.tolist()

@@ -43,9 +43,9 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from kdejsd import optimal_bandwidth
-from kdejsd.data import MNIST, Digits, FashionMNIST, ImageData
+from kdejsd.data import MNIST, Digits, ExampleData, FashionMNIST
 from kdejsd.metrics import encode_set, frechet_distance
-from kdejsd.models import images
+from kdejsd.models import built
 
 LATENT_DIMS, QUICK_DIMS = (8, 32, 64, 128, 256), (4,)
 CENTERS, QUICK_CENTERS = 5000, 500
@@ -100,12 +100,12 @@ def normal_samples(count: int, dim: int, seed: int) -> Tensor:
 
 
 def measured(
-    data: ImageData, dim: int, kind: str, settings: dict[str, Any], epochs: int, seed: int, features: Any
+    data: ExampleData, dim: int, kind: str, settings: dict[str, Any], epochs: int, seed: int, features: Any
 ) -> dict[str, Any]:
     """Trains a model and measures it: the columns of its row from "error_per_pixel" on."""
     began = time.perf_counter()
     pl.seed_everything(seed, verbose=False)
-    model = getattr(images, kind)(data.image_shape, dim, **settings)
+    model = getattr(built, kind)(data.example_shape, dim, **settings)
     try:
         quiet_trainer(max_epochs=epochs, check_val_every_n_epoch=epochs).fit(model, datamodule=data)
     except FloatingPointError:
@@ -181,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--data DIR is needed: the folder of the sets' idx files (or KDEJSD_DATA)")
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    sets: list[ImageData] = (
+    sets: list[ExampleData] = (
         [Digits()] if options.quick else [kind(options.data, train_size=TRAIN_SIZE) for kind in (MNIST, FashionMNIST)]
     )
     centers, epochs = (QUICK_CENTERS, QUICK_EPOCHS) if options.quick else (CENTERS, EPOCHS)

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from kdejsd import NoveltyScore, novelty_score, plots, residual_variance
 from kdejsd._modes import evaluating
-from kdejsd.data import MNIST, BatchLoader, BatchOrder, Digits, FashionMNIST, ImageSet
-from kdejsd.models import ImageGEN
+from kdejsd.data import MNIST, BatchLoader, BatchOrder, Digits, ExampleSet, FashionMNIST
+from kdejsd.models import built
 
 SCORES = {
     "density": "all three parts: the negative log-density of eq. 11",
@@ -46,9 +46,9 @@ class Experiment:
     """Returns what counts as normal, and held-out images of both kinds."""
 
     name: str
-    training: ImageSet
-    normal: ImageSet
-    novel: ImageSet
+    training: ExampleSet
+    normal: ExampleSet
+    novel: ExampleSet
 
 
 @dataclass(frozen=True)
@@ -70,28 +70,28 @@ class Row(NamedTuple):
     novel_share: float
 
 
-def images_of(data: ImageSet) -> Tensor:
+def images_of(data: ExampleSet) -> Tensor:
     return data[torch.arange(len(data))][0]
 
 
-def of_classes(data: ImageSet, classes: Sequence[int]) -> ImageSet:
+def of_classes(data: ExampleSet, classes: Sequence[int]) -> ExampleSet:
     return data.subset(torch.isin(data.labels, torch.tensor(classes)).nonzero().flatten())
 
 
-def class_experiment(training: ImageSet, held_out: ImageSet, classes: Sequence[int], name: str) -> Experiment:
+def class_experiment(training: ExampleSet, held_out: ExampleSet, classes: Sequence[int], name: str) -> Experiment:
     """The given classes are normal, and all others novel."""
     others = sorted(set(held_out.labels.tolist()) - set(classes))
     return Experiment(name, of_classes(training, classes), of_classes(held_out, classes), of_classes(held_out, others))
 
 
-def trained(experiment: Experiment, setting: Setting) -> ImageGEN:
+def trained(experiment: Experiment, setting: Setting) -> built.GEN:
     """A GEN of the normal training images."""
     pl.seed_everything(setting.seed, verbose=False)
     shape = images_of(experiment.training.subset(torch.arange(1)))[0].shape
     count = len(experiment.training)
     num_lagged = min(setting.num_lagged, count)
     training_settings = {"weight": 0.1, "learning_rate": 2e-4, "decay": False}
-    model = ImageGEN(shape, setting.latent_dim, num_lagged=num_lagged, **training_settings)
+    model = built.GEN(shape, setting.latent_dim, num_lagged=num_lagged, **training_settings)
     trainer = quiet_trainer(max_steps=setting.steps, accelerator="cpu")
     training = BatchLoader(experiment.training, BatchOrder(count, min(setting.batch_size, count), setting.seed))
     trainer.fit(model, training)
@@ -99,7 +99,7 @@ def trained(experiment: Experiment, setting: Setting) -> ImageGEN:
     return model
 
 
-def scores_of(model: ImageGEN, images: Tensor, variance: float) -> tuple[NoveltyScore, dict[str, Tensor]]:
+def scores_of(model: built.GEN, images: Tensor, variance: float) -> tuple[NoveltyScore, dict[str, Tensor]]:
     """The score of each image, and every score that is compared, higher for what is more novel."""
     found = novelty_score(model.encode, model.decode, images, variance=variance, target=model.lagged.target)
     with torch.no_grad(), evaluating(model):

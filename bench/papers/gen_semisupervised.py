@@ -27,7 +27,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from kdejsd import GaussianMixture, plots
-from kdejsd.data import MNIST, Digits, ImageData
+from kdejsd.data import MNIST, Digits, ExampleData
 from kdejsd.metrics import encode_set
 from kdejsd.models import FC, SemiSupervisedGEN
 
@@ -42,9 +42,9 @@ def ring() -> GaussianMixture:
     return GaussianMixture(RADIUS * torch.stack([angle.cos(), angle.sin()], 1), SCALE)
 
 
-def train(images: ImageData, num_lagged: int, epochs: int, learning_rate: float, seed: int) -> SemiSupervisedGEN:
+def train(images: ExampleData, num_lagged: int, epochs: int, learning_rate: float, seed: int) -> SemiSupervisedGEN:
     pl.seed_everything(seed, verbose=False)
-    networks = FC(images.image_shape, 2)
+    networks = FC(images.example_shape, 2)
     model = SemiSupervisedGEN(
         networks.encoder,
         networks.decoder,
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
 
-    def images_of(train_size: int, labelled_size: int) -> ImageData:
+    def images_of(train_size: int, labelled_size: int) -> ExampleData:
         kind = {"batch_size": 50} if options.quick else {"root": options.root}
         return (Digits if options.quick else MNIST)(**kind, train_size=train_size, labelled_size=labelled_size)
 

@@ -43,8 +43,8 @@ from torch import Tensor
 
 from kdejsd import StandardNormal, jsd_loss, optimal_bandwidth
 from kdejsd._modes import evaluating
-from kdejsd.data import MNIST, BatchLoader, Digits, ImageData
-from kdejsd.models import ImageGEN
+from kdejsd.data import MNIST, BatchLoader, Digits, ExampleData
+from kdejsd.models import built
 
 FAMILIES = ("linear", "free", "kernel", "GEN", "held-out", "k_b = 10")
 POPULATIONS = 2
@@ -92,13 +92,13 @@ def steady_codes(
 
 
 def gen_codes(
-    data: ImageData, dim: int, num_lagged: int, bandwidth: float, smoothed: bool, every: int, steps: int, seed: int
+    data: ExampleData, dim: int, num_lagged: int, bandwidth: float, smoothed: bool, every: int, steps: int, seed: int
 ) -> tuple[Tensor, Tensor]:
     """Codes [n, l] of training and held-out images from a GEN whose latent term weighs ten times the usual: the
     reconstruction would move the steady state."""
     pl.seed_everything(seed, verbose=False)
-    model = ImageGEN(
-        data.image_shape,
+    model = built.GEN(
+        data.example_shape,
         dim,
         num_lagged=num_lagged,
         refresh_every=every,

@@ -35,9 +35,9 @@ from quiet import quiet_trainer
 
 import kdejsd
 from kdejsd import kde_entropy
-from kdejsd.data import MNIST, Digits, ImageData, ImageSet
+from kdejsd.data import MNIST, Digits, ExampleData, ExampleSet
 from kdejsd.metrics import encode_set
-from kdejsd.models import images
+from kdejsd.models import built
 
 LATENT_DIM = 8
 BATCH = 100
@@ -53,7 +53,7 @@ MOST_CODES = 10_000
 FIELDS = ("row", "train_size", "seed", "codes", "count", "entropy", "normal", "error_per_pixel", "steps", "seconds")
 
 Row = dict[str, Any]
-Maker = Callable[[ImageData], tuple[pl.LightningModule, ImageData]]
+Maker = Callable[[ExampleData], tuple[pl.LightningModule, ExampleData]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,27 +61,27 @@ Maker = Callable[[ImageData], tuple[pl.LightningModule, ImageData]]
 
 
 def by_name(name: str, **changes: Any) -> Maker:
-    """Makes a model for a data set by its name in kdejsd.models.images, with these settings and else its own."""
+    """Makes a model for a data set by its name in kdejsd.models.built, with these settings and else its own."""
 
-    def make(data: ImageData) -> tuple[pl.LightningModule, ImageData]:
+    def make(data: ExampleData) -> tuple[pl.LightningModule, ExampleData]:
         settings = recipe(data) if name == "GEN" else {}
-        return getattr(images, name)(data.image_shape, LATENT_DIM, **settings | changes), data
+        return getattr(built, name)(data.example_shape, LATENT_DIM, **settings | changes), data
 
     return make
 
 
-def recipe(data: ImageData) -> dict[str, Any]:
+def recipe(data: ExampleData) -> dict[str, Any]:
     """Returns the settings of a GEN that go by the training set: all its codes are lagged codes."""
     count = len(data.training)
     return {"num_lagged": count, "input_dropout": INPUT_DROPOUT.get(count, 0.0)}
 
 
-def wider(data: ImageData) -> tuple[pl.LightningModule, ImageData]:
+def wider(data: ExampleData) -> tuple[pl.LightningModule, ExampleData]:
     h = kdejsd.optimal_bandwidth(LATENT_DIM, len(data.training)).value
     return by_name("GEN", bandwidth=1.5 * h)(data)
 
 
-class OwnCopies(images.GEN):
+class OwnCopies(built.GEN):
     """A GEN that leaves no code's own lagged copy out."""
 
     def latent_terms(self, codes: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
@@ -89,27 +89,27 @@ class OwnCopies(images.GEN):
         return terms
 
 
-def own_copies(data: ImageData) -> tuple[pl.LightningModule, ImageData]:
-    return OwnCopies(data.image_shape, LATENT_DIM, **recipe(data)), data
+def own_copies(data: ExampleData) -> tuple[pl.LightningModule, ExampleData]:
+    return OwnCopies(data.example_shape, LATENT_DIM, **recipe(data)), data
 
 
-class Halves(ImageData):
+class Halves(ExampleData):
     """Of the training images of a data set one half to train on, the other for the lagged codes alone."""
 
-    def __init__(self, data: ImageData) -> None:
+    def __init__(self, data: ExampleData) -> None:
         super().__init__(data.batch_size, seed=data.seed)
-        self.image_shape = data.image_shape
+        self.example_shape = data.example_shape
         self.whole = data
         order = torch.randperm(len(data.training), generator=torch.Generator().manual_seed(data.seed))
         used, lagged = order.chunk(2)
         self.lagged_images = data.training.subset(lagged)
         self._used = data.training.subset(used)
 
-    def load(self) -> tuple[ImageSet, ImageSet]:
+    def load(self) -> tuple[ExampleSet, ExampleSet]:
         return self._used, self.whole.held_out
 
 
-class LaggedApart(images.GEN):
+class LaggedApart(built.GEN):
     """A GEN whose lagged codes are those of images that it is not trained on, given as `apart` [m, C, H, W]."""
 
     apart: torch.Tensor
@@ -117,12 +117,12 @@ class LaggedApart(images.GEN):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._lagged_examples.fill_(-1)
-        self._kept_images = self.apart
+        self._kept_examples = self.apart
 
 
-def lagged_apart(data: ImageData) -> tuple[pl.LightningModule, ImageData]:
+def lagged_apart(data: ExampleData) -> tuple[pl.LightningModule, ExampleData]:
     halves = Halves(data)
-    model = LaggedApart(data.image_shape, LATENT_DIM, **recipe(data) | {"num_lagged": len(halves.lagged_images)})
+    model = LaggedApart(data.example_shape, LATENT_DIM, **recipe(data) | {"num_lagged": len(halves.lagged_images)})
     model.apart = halves.lagged_images[torch.arange(len(halves.lagged_images))][0]
     return model, halves
 
@@ -162,7 +162,7 @@ def normal_entropy(count: int, seed: int) -> float:
     return entropy(torch.randn(count, LATENT_DIM, generator=torch.Generator().manual_seed(seed)))
 
 
-def train_and_measure(row: str, make: Maker, data: ImageData, seed: int, steps: int) -> list[Row]:
+def train_and_measure(row: str, make: Maker, data: ExampleData, seed: int, steps: int) -> list[Row]:
     """Trains one model and measures its codes: a row for the training images, one for the held-out ones."""
     seed_everything(seed, verbose=False)
     size = len(data.training)
@@ -340,7 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     todo = [key for key in itertools.product(range(trials), sizes, names) if key not in done]
     start = time.perf_counter()
     for number, (seed, size, name) in enumerate(todo, 1):
-        data: ImageData
+        data: ExampleData
         if options.quick:
             data, steps = Digits(batch_size=BATCH, train_size=size, seed=seed), QUICK_STEPS
         else:

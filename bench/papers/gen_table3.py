@@ -51,10 +51,10 @@ FIELDS = ("data", "run", "model", "part", "seed", "factor", "distance", "reconst
 
 def model_class(name: str) -> Any:
     """The model in the form whose networks are built for images."""
-    return getattr(models.images, name)
+    return getattr(models.built, name)
 
 
-def features_for(images: data.ImageData, folder: Path, epochs: int) -> tuple[nn.Module, str]:
+def features_for(images: data.ExampleData, folder: Path, epochs: int) -> tuple[nn.Module, str]:
     """The feature network, and what the distance is called with it."""
     try:
         return InceptionFeatures(), "FID (Inception v3)"
@@ -64,15 +64,15 @@ def features_for(images: data.ImageData, folder: Path, epochs: int) -> tuple[nn.
         return classifier.features, f"Frechet distance (features: {classifier})"
 
 
-class Part(data.ImageData):
+class Part(data.ExampleData):
     """Of a data set's training images a part to train on and the rest in place of the held-out ones."""
 
-    def __init__(self, whole: data.ImageData) -> None:
+    def __init__(self, whole: data.ExampleData) -> None:
         super().__init__(whole.batch_size, seed=whole.seed)
-        self.image_shape = whole.image_shape
+        self.example_shape = whole.example_shape
         self.whole = whole
 
-    def load(self) -> tuple[data.ImageSet, data.ImageSet]:
+    def load(self) -> tuple[data.ExampleSet, data.ExampleSet]:
         return self._split(self.whole.training, held_out=0.2)
 
 
@@ -82,15 +82,15 @@ def weighted(name: str, factor: float, settings: dict[str, Any]) -> dict[str, An
     return settings | {weight: factor * inspect.signature(getattr(models, name)).parameters[weight].default}
 
 
-def train(name: str, images: data.ImageData, network: Any, latent_dim: int, settings: dict, epochs: int, seed: int):
+def train(name: str, images: data.ExampleData, network: Any, latent_dim: int, settings: dict, epochs: int, seed: int):
     pl.seed_everything(seed, verbose=False)
-    model = model_class(name)(images.image_shape, latent_dim, network, **settings)
+    model = model_class(name)(images.example_shape, latent_dim, network, **settings)
     trainer = quiet_trainer(max_epochs=epochs)
     trainer.fit(model, datamodule=images)
     return model.to("cpu")
 
 
-def as_tensor(images: data.ImageSet, count: int) -> Tensor:
+def as_tensor(images: data.ExampleSet, count: int) -> Tensor:
     """So many images, drawn by a fixed seed."""
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]][0]
 
@@ -98,7 +98,7 @@ def as_tensor(images: data.ImageSet, count: int) -> Tensor:
 class Study:
     """The rows of one data set, those of an earlier run in the same folder among them; each is written once known."""
 
-    def __init__(self, set_name: str, images: data.ImageData, options: argparse.Namespace) -> None:
+    def __init__(self, set_name: str, images: data.ExampleData, options: argparse.Namespace) -> None:
         self.set_name = set_name
         self.parts = {"test": images, "tuning": Part(images)}
         self.options = options
@@ -189,10 +189,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         options.data, options.latent_dim, options.epochs, options.seeds = ["Digits"], 2, 5, 2
     for name in options.models:
-        if not hasattr(models.images, name):
-            parser.error(f"kdejsd.models.images has no {name}")
+        if not hasattr(models.built, name):
+            parser.error(f"kdejsd.models.built has no {name}")
     for name in options.data:
-        if not (isinstance(getattr(data, name, None), type) and issubclass(getattr(data, name), data.ImageData)):
+        if not (isinstance(getattr(data, name, None), type) and issubclass(getattr(data, name), data.ExampleData)):
             parser.error(f"kdejsd.data has no {name}")
         if name != "Digits" and options.root is None:
             parser.error(f"{name} needs --root")

@@ -45,7 +45,7 @@ from quiet import quiet_trainer
 from torch import Tensor, nn
 
 from kdejsd import diversity_report, latent_holes, models, omega, plots
-from kdejsd.data import MNIST, Digits, ImageData
+from kdejsd.data import MNIST, Digits, ExampleData
 from kdejsd.metrics import encode_set, frechet_distance
 from kdejsd.models.image_classifier import ImageClassifier, classifier_for
 from kdejsd.models.vae import kl_to_normal
@@ -81,19 +81,19 @@ MEASURES = {  # and what they are called in the table
 
 
 def train(
-    name: str, images: ImageData, network: Any, omega_weight: float, epochs: int, seed: int, **shared: Any
+    name: str, images: ExampleData, network: Any, omega_weight: float, epochs: int, seed: int, **shared: Any
 ) -> models.LCVAE:
     pl.seed_everything(seed, verbose=False)
     factor, settings = MODELS[name]
     settings = {"omega_weight": factor * omega_weight, **settings, **shared}
-    model = models.images.LCVAE(images.image_shape, LATENT_DIM, network, **settings)
+    model = models.built.LCVAE(images.example_shape, LATENT_DIM, network, **settings)
     pl.seed_everything(seed, verbose=False)  # the same noise for all: spectral normalisation has drawn some
     quiet_trainer(max_epochs=epochs, accelerator="cpu").fit(model, datamodule=images)
     return model.eval()
 
 
 @torch.no_grad()
-def measures(model: models.LCVAE, images: ImageData, classifier: ImageClassifier, samples: int) -> dict[str, float]:
+def measures(model: models.LCVAE, images: ExampleData, classifier: ImageClassifier, samples: int) -> dict[str, float]:
     """The numbers of `MEASURES`."""
     held_out, training = encode_set(model, images.held_out), encode_set(model, images.training)
     batch = some(images.held_out, 10_000)
@@ -130,7 +130,7 @@ def some(images: Any, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def figures(model: models.LCVAE, images: ImageData, classifier: ImageClassifier) -> dict[str, Figure]:
+def figures(model: models.LCVAE, images: ExampleData, classifier: ImageClassifier) -> dict[str, Figure]:
     """The paper's figures of one model, by the number that they have there."""
     encoded = encode_set(model, images.held_out)
     quantiles = torch.special.ndtri((torch.arange(13) + 0.5) / 13)

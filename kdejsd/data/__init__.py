@@ -1,11 +1,10 @@
-"""Provides images to train on, as LightningDataModules that hold the whole set in memory.
+"""Provides examples to train on, as LightningDataModules that hold the whole set in memory.
 
-A batch is (images [n, C, H, W] float32 in [0, 1], labels [n] int64, indices [n] int64). Labels are -1 where there are
-none, and an index is the example's place in its set, training or held-out. The points of `Grid2D` are images of one
-pixel, whose values may lie outside [0, 1].
+A batch is (examples [n, ...] float32, labels [n] int64, indices [n] int64). Images are [n, C, H, W] with values in [0,
+1]. Labels are -1 where there are none, and an index is the example's place in its set, training or held-out.
 """
 
-from .base import Batch, BatchLoader, BatchOrder, ImageData, ImageSet
+from .base import Batch, BatchLoader, BatchOrder, ExampleData, ExampleSet
 from .digits import Digits
 from .grid import Grid2D
 from .idx import MNIST, FashionMNIST
@@ -20,9 +19,9 @@ __all__ = [
     "BatchOrder",
     "CelebA",
     "Digits",
+    "ExampleData",
+    "ExampleSet",
     "FashionMNIST",
     "Grid2D",
-    "ImageData",
     "ImageFolder",
-    "ImageSet",
 ]

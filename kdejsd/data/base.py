@@ -1,4 +1,4 @@
-"""Defines the parts that all sets of images share: the set in memory, the order of its batches, the data module."""
+"""Defines the parts that all sets of examples share: the set in memory, the order of its batches, the data module."""
 
 from __future__ import annotations
 
@@ -19,59 +19,59 @@ with train_extra():
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-class ImageSet(Dataset[Batch]):
-    """Holds images and labels in memory, and returns a batch by one index operation.
+class ExampleSet(Dataset[Batch]):
+    """Holds examples and labels in memory, and returns a batch by one index operation.
 
     Args:
-        images: [N, C, H, W], uint8 (0 to 255) or float32 (0 to 1).
+        examples: [N, ...], uint8 (0 to 255) or float32 (0 to 1).
         labels: [N] int64.
 
     Example:
         >>> import torch
-        >>> from kdejsd.data import ImageSet
-        >>> images = ImageSet(torch.full((5, 1, 2, 2), 255, dtype=torch.uint8), torch.arange(5))
-        >>> batch, labels, indices = images[torch.tensor([3, 0])]
+        >>> from kdejsd.data import ExampleSet
+        >>> examples = ExampleSet(torch.full((5, 1, 2, 2), 255, dtype=torch.uint8), torch.arange(5))
+        >>> batch, labels, indices = examples[torch.tensor([3, 0])]
         >>> batch.shape, float(batch.max()), labels
         (torch.Size([2, 1, 2, 2]), 1.0, tensor([3, 0]))
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
+    def __init__(self, examples: Tensor, labels: Tensor) -> None:
+        self.examples = examples
         self.labels = labels
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.examples)
 
     def __getitem__(self, index: int | Tensor) -> Batch:
         """Returns the example of an index, or the batch of a tensor of indices."""
         index = torch.as_tensor(index)
-        images = self.images[index]
-        if images.dtype == torch.uint8:
-            images = images.float() / 255
-        return images, self.labels[index], index
+        examples = self.examples[index]
+        if examples.dtype == torch.uint8:
+            examples = examples.float() / 255
+        return examples, self.labels[index], index
 
-    def subset(self, indices: Tensor) -> ImageSet:
+    def subset(self, indices: Tensor) -> ExampleSet:
         """Returns the set of the given examples, which are numbered anew."""
-        return ImageSet(self.images[indices], self.labels[indices])
+        return ExampleSet(self.examples[indices], self.labels[indices])
 
-    def read(self) -> ImageSet:
+    def read(self) -> ExampleSet:
         """Returns the set itself, which has been read."""
         return self
 
 
-class ImageSource(Protocol):
-    """Describes images that may still be in their files, so that only those that are used need to be read."""
+class ExampleSource(Protocol):
+    """Describes examples that may still be in their files, so that only those that are used need to be read."""
 
     def __len__(self) -> int: ...
 
     def subset(self: Source, indices: Tensor) -> Source:
-        """Returns the images of the given indices."""
+        """Returns the examples of the given indices."""
 
-    def read(self) -> ImageSet:
-        """Returns all of the images in memory."""
+    def read(self) -> ExampleSet:
+        """Returns all of the examples in memory."""
 
 
-Source = TypeVar("Source", bound=ImageSource)
+Source = TypeVar("Source", bound=ExampleSource)
 
 
 class BatchOrder(DistributedSampler[Tensor]):
@@ -132,22 +132,22 @@ class BatchLoader(DataLoader[Batch]):
     There are no workers, since an index operation takes less time than handing a batch over.
 
     Args:
-        dataset: the images.
+        dataset: the examples.
         order: the order of the batches.
         sampler: the sampler that Lightning puts in when it makes the loader anew. A SequentialSampler leads to batches
-            in the order of the images; any other leaves `order` as it is.
+            in the order of the examples; any other leaves `order` as it is.
 
     Example:
         >>> from kdejsd.data import Digits
         >>> loader = Digits(batch_size=50).train_dataloader()
-        >>> images, labels, indices = next(iter(loader))
-        >>> images.shape, len(loader), loader.state_dict()["position"]
+        >>> examples, labels, indices = next(iter(loader))
+        >>> examples.shape, len(loader), loader.state_dict()["position"]
         (torch.Size([50, 1, 8, 8]), 28, 1)
     """
 
-    def __init__(self, dataset: ImageSet, order: BatchOrder, sampler: object = None, **_: object) -> None:
-        # Lightning makes a loader anew with what it finds in it and another sampler: that of the images as they stand,
-        # for the same minibatches in every epoch (`overfit_batches`), and the order itself for predictions.
+    def __init__(self, dataset: ExampleSet, order: BatchOrder, sampler: object = None, **_: object) -> None:
+        # Lightning makes a loader anew with what it finds in it and another sampler: that of the examples as they
+        # stand, for the same minibatches in every epoch (`overfit_batches`), and the order itself for predictions.
         if isinstance(sampler, SequentialSampler):
             order = BatchOrder(order.count, order.batch_size, None, order.rank, order.num_replicas)
         # A generator of its own, so that making an iterator does not advance the global random state.
@@ -178,27 +178,27 @@ class BatchLoader(DataLoader[Batch]):
         if changed and state["position"] < state["count"] // state["batch_size"]:
             raise ValueError(
                 f"the checkpoint is from within an epoch, after {state['position']} batches, and the rest of the epoch "
-                f"needs the same batches: {'; '.join(changed)} (batch_size: of all ranks; count: of training images)"
+                f"needs the same batches: {'; '.join(changed)} (batch_size: of all ranks; count: of training examples)"
             )
         self.order.start = (state["epoch"], state["position"])
 
 
-class ImageData(pl.LightningDataModule):
-    """Provides images to train on: a training set, a held-out set, and batches of them.
+class ExampleData(pl.LightningDataModule):
+    """Provides examples to train on: a training set, a held-out set, and batches of them.
 
-    A subclass defines `image_shape` and `load`. Its settings go into checkpoints, as Python's own numbers and text; any
-    other argument of its constructor, such as an object, is left out there.
+    A subclass defines `example_shape` and `load`. Its settings go into checkpoints, as Python's own numbers and text;
+    any other argument of its constructor, such as an object, is left out there.
 
     Args:
-        batch_size: images per training step, on each device.
-        train_size: train on this many images, drawn by the seed; None takes all.
-        labelled_size: keep the labels of this many training images, drawn by the seed, and hide the others (-1); None
-            keeps all. Held-out images keep theirs.
+        batch_size: examples per training step, on each device.
+        train_size: train on this many examples, drawn by the seed; None takes all.
+        labelled_size: keep the labels of this many training examples, drawn by the seed, and hide the others (-1); None
+            keeps all. Held-out examples keep theirs.
         seed: the seed of the draws and of the order of the batches.
 
     Raises:
         ValueError: if batch_size or train_size is below 1 or larger than the training set, or labelled_size is below 0
-            or larger than the number of images trained on.
+            or larger than the number of examples trained on.
         TypeError: if a number is no integer.
 
     Example:
@@ -208,7 +208,7 @@ class ImageData(pl.LightningDataModule):
         (1000, 10, 359)
     """
 
-    image_shape: tuple[int, int, int]
+    example_shape: tuple[int, ...]
     report_samples: ClassVar[int] = 100  # of a model, drawn and measured in its report
 
     def __init__(
@@ -231,7 +231,7 @@ class ImageData(pl.LightningDataModule):
         self.train_size = train_size
         self.labelled_size = labelled_size
         self.seed = seed
-        self._sets: tuple[ImageSet, ImageSet] | None = None
+        self._sets: tuple[ExampleSet, ExampleSet] | None = None
         self.save_hyperparameters(logger=False)  # so that a checkpoint says what it was trained on
         for name, value in list(self.hparams.items()):
             try:
@@ -239,36 +239,36 @@ class ImageData(pl.LightningDataModule):
             except TypeError:
                 del self.hparams[name]
 
-    def load(self) -> tuple[ImageSource, ImageSource]:
-        """Returns all training images and the held-out images."""
+    def load(self) -> tuple[ExampleSource, ExampleSource]:
+        """Returns all training examples and the held-out examples."""
         raise NotImplementedError(f"{type(self).__name__} must define load()")
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the images once; later calls do nothing."""
+        """Reads the examples once; later calls do nothing."""
         if self._sets is not None:
             return
         training, held_out = self.load()
         count = len(training)
         for name, size in (("train_size", self.train_size), ("batch_size", self.batch_size)):
             if size is not None and size > count:
-                raise ValueError(f"{name} must be at most {count}, the number of training images, got {size}")
+                raise ValueError(f"{name} must be at most {count}, the number of training examples, got {size}")
         if self.train_size is not None:
             training = training.subset(self._shuffled(count)[: self.train_size].sort().values)
-        images = training.read()
+        examples = training.read()
         if self.labelled_size is not None:
-            images = ImageSet(images.images, self._hidden(images.labels, self.labelled_size))
-        self._sets = _finite(self, "training", images), _finite(self, "held-out", held_out.read())
+            examples = ExampleSet(examples.examples, self._hidden(examples.labels, self.labelled_size))
+        self._sets = _finite(self, "training", examples), _finite(self, "held-out", held_out.read())
 
     @property
-    def training(self) -> ImageSet:
-        """Returns the images trained on."""
+    def training(self) -> ExampleSet:
+        """Returns the examples trained on."""
         self.setup()
         assert self._sets is not None
         return self._sets[0]
 
     @property
-    def held_out(self) -> ImageSet:
-        """Returns the images kept out of training."""
+    def held_out(self) -> ExampleSet:
+        """Returns the examples kept out of training."""
         self.setup()
         assert self._sets is not None
         return self._sets[1]
@@ -278,27 +278,27 @@ class ImageData(pl.LightningDataModule):
         count = len(self.training)
         if self.batch_size * ranks > count:
             raise ValueError(
-                f"batch_size must be at most {count // ranks}, {count} training images for {ranks} devices, got "
+                f"batch_size must be at most {count // ranks}, {count} training examples for {ranks} devices, got "
                 f"{self.batch_size}"
             )
         return BatchLoader(self.training, BatchOrder(count, self.batch_size, self.seed, rank, ranks))
 
     def val_dataloader(self) -> BatchLoader:
-        """Returns batches of all held-out images, on every rank: so measures do not depend on the number of ranks."""
+        """Returns batches of all held-out examples, on every rank: so measures do not depend on the number of ranks."""
         return BatchLoader(self.held_out, BatchOrder(len(self.held_out), max(self.batch_size, 1000), None))
 
     def predict_dataloader(self) -> BatchLoader:
-        """Returns batches of the held-out images."""
+        """Returns batches of the held-out examples."""
         return self.val_dataloader()
 
-    # What a set knows of images that a model makes like its own
+    # What a set knows of examples that a model makes like its own
 
-    def sample_measures(self, images: Tensor) -> dict[str, float]:
-        """Measures generated images [n, C, H, W] by the known law of the set; most sets know none and return {}."""
+    def sample_measures(self, examples: Tensor) -> dict[str, float]:
+        """Measures generated examples [n, ...] by the known law of the set; most sets know none and return {}."""
         return {}
 
     def classifier(self) -> Callable[[Tensor], Tensor] | None:
-        """Returns the set's own classifier, images [n, C, H, W] -> logits [n, K], or None: most sets have none."""
+        """Returns the set's own classifier, examples [n, ...] -> logits [n, K], or None: most sets have none."""
         return None
 
     def _shuffled(self, count: int) -> Tensor:
@@ -312,21 +312,21 @@ class ImageData(pl.LightningDataModule):
         chosen = known[self._shuffled(len(known))[:kept]]
         return torch.full_like(labels, -1).index_copy(0, chosen, labels[chosen])
 
-    def _split(self, images: Source, held_out: float) -> tuple[Source, Source]:
-        """Splits images into two parts drawn by the seed; the second has the share `held_out` of them, at least one."""
-        order = self._shuffled(len(images))
-        count = max(1, round(held_out * len(images)))
-        return images.subset(order[count:].sort().values), images.subset(order[:count].sort().values)
+    def _split(self, examples: Source, held_out: float) -> tuple[Source, Source]:
+        """Splits examples into two parts drawn by the seed; the second has the share `held_out`, at least one."""
+        order = self._shuffled(len(examples))
+        count = max(1, round(held_out * len(examples)))
+        return examples.subset(order[count:].sort().values), examples.subset(order[:count].sort().values)
 
 
-def _finite(data: ImageData, part: str, images: ImageSet) -> ImageSet:
-    """Returns the images if all their values are finite."""
-    if images.images.is_floating_point():
-        bad = (~images.images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+def _finite(data: ExampleData, part: str, examples: ExampleSet) -> ExampleSet:
+    """Returns the examples if all their values are finite."""
+    if examples.examples.is_floating_point():
+        bad = (~examples.examples.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
         if bad:
             some = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
             raise ValueError(
-                f"{type(data).__name__} must have finite images, and {len(bad)} of its {len(images)} {part} images "
-                f"have NaN or infinity: {some}"
+                f"{type(data).__name__} must have finite examples, and {len(bad)} of its {len(examples)} {part} "
+                f"examples have NaN or infinity: {some}"
             )
-    return images
+    return examples

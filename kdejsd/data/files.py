@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .._extras import train_extra
 from .._plain import plain
-from .base import ImageData
+from .base import ExampleData
 
 with train_extra():
     from lightning.pytorch.utilities import rank_zero_only
@@ -31,7 +31,7 @@ def folder_of(root: str | os.PathLike[str]) -> Path:
 
 
 def find(
-    data: ImageData,
+    data: ExampleData,
     root: Path,
     folders: Sequence[str],
     names: Sequence[str],
@@ -71,12 +71,12 @@ def damaged(path: Path, expected: str, found: str, url: str) -> ValueError:
     return ValueError(f"{path} is damaged: expected {expected}, found {found}; {how_to_get(url)}")
 
 
-def unreadable(data: ImageData, path: Path, error: OSError, url: str) -> OSError:
+def unreadable(data: ExampleData, path: Path, error: OSError, url: str) -> OSError:
     """Returns the error for a file that was found but cannot be read."""
     return type(error)(f"{type(data).__name__} cannot read {path}: {error.strerror}; {how_to_get(url)}")
 
 
 @rank_zero_only
-def note(data: ImageData, text: str) -> None:
+def note(data: ExampleData, text: str) -> None:
     """Tells the user, once for all ranks, which files were found."""
     print(f"{type(data).__name__}: {text}", file=sys.stderr)

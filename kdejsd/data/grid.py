@@ -10,31 +10,30 @@ import torch
 from torch import Tensor
 
 from .._numbers import between, integer
-from .base import ImageData, ImageSet
+from .base import ExampleData, ExampleSet
 
 
-class Grid2D(ImageData):
+class Grid2D(ExampleData):
     """Draws points of a mixture of (2n + 1)^2 normals on a square grid, to count the modes that a model reaches.
 
     The normals of 2D-Grid have equal weights, a variance of 0.0025 in each direction, and means at the places of a
     square grid of spacing 2 around 0. A model's collapse onto some of the modes can be seen and counted.
 
-    For the data modules, networks and models a point is an image of one pixel with two channels, (2, 1, 1), not kept in
-    [0, 1]. Its label is its mode: 0 to (2n + 1)^2 - 1, y before x.
+    An example is a point (x, y). Its label is its mode: 0 to (2n + 1)^2 - 1, y before x.
 
     Args:
         n: the number of places on either side of the middle; 2 makes 25 modes.
         num_samples: the number of points, held-out ones included.
         held_out: the share of the points held out.
         batch_size: points per training step.
-        kwargs: as in `ImageData`; the seed draws the points too.
+        kwargs: as in `ExampleData`; the seed draws the points too.
 
     Attributes:
         modes: [(2n + 1)^2, 2] float32, the means.
 
     Raises:
         ValueError: if n is negative, num_samples is below 2, the share is not between 0 and 1 or leaves no point on
-            either side, and in the cases of `ImageData`.
+            either side, and in the cases of `ExampleData`.
 
     Example:
         >>> import torch
@@ -47,7 +46,7 @@ class Grid2D(ImageData):
         1
     """
 
-    image_shape = (2, 1, 1)
+    example_shape = (2,)
     report_samples = 10_000
     spacing: ClassVar[float] = 2.0
     std: ClassVar[float] = 0.05
@@ -65,37 +64,36 @@ class Grid2D(ImageData):
         line = self.spacing * torch.arange(-n, n + 1.0)
         self.modes = torch.cartesian_prod(line, line).flip(1)
 
-    def load(self) -> tuple[ImageSet, ImageSet]:
+    def load(self) -> tuple[ExampleSet, ExampleSet]:
         rng = torch.Generator().manual_seed(self.seed)
         labels = torch.randint(len(self.modes), (self.num_samples,), generator=rng)
         points = self.modes[labels] + self.std * torch.randn(self.num_samples, 2, generator=rng)
-        return self._split(ImageSet(points[:, :, None, None], labels), self.share_held_out)
+        return self._split(ExampleSet(points, labels), self.share_held_out)
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Returns the logits [n, K] of the modes for points [n, 2, 1, 1] or [n, 2].
+    def logits(self, points: Tensor) -> Tensor:
+        """Returns the logits [n, K] of the modes for points [n, 2].
 
         Their softmax is a mode's exact probability, and the largest logit is the nearest mode's.
 
         Raises:
             ValueError: if the points have another shape.
         """
-        if images.shape[1:] not in ((2,), (2, 1, 1)):
-            raise ValueError(f"images must have shape [n, 2, 1, 1] or [n, 2], got {list(images.shape)}")
-        points = images.flatten(1)
+        if points.ndim != 2 or points.shape[1] != 2:
+            raise ValueError(f"points must have shape [n, 2], got {list(points.shape)}")
         # Not by products, as torch.cdist would for many modes: they lose digits.
         squared = (points[:, None] - self.modes.to(points)).square().sum(2)
         return -squared / (2 * self.std**2)
 
-    def classify(self, images: Tensor) -> Tensor:
-        """Returns the nearest mode of points [n, 2, 1, 1] or [n, 2], as [n] int64."""
-        return self.logits(images).argmax(1)
+    def classify(self, points: Tensor) -> Tensor:
+        """Returns the nearest mode of points [n, 2], as [n] int64."""
+        return self.logits(points).argmax(1)
 
     def classifier(self) -> Callable[[Tensor], Tensor]:
         """Returns `logits`, which classifies points exactly."""
         return self.logits
 
-    def sample_measures(self, images: Tensor) -> dict[str, float]:
-        """Measures how well generated points [n, 2, 1, 1] or [n, 2] cover the modes.
+    def sample_measures(self, points: Tensor) -> dict[str, float]:
+        """Measures how well generated points [n, 2] cover the modes.
 
         The measures are those of VEEGAN (Srivastava et al., arXiv 1705.07761) and PacGAN (Lin et al., arXiv
         1712.04086). A point is of high quality if it is within three standard deviations of its nearest mode; of the
@@ -108,7 +106,7 @@ class Grid2D(ImageData):
               its nearest one, and P the equal shares of the law. It is between 0 and log((2n + 1)^2). For N points of
               the law itself it is about (K - 1) / (2 N), K being the number of modes.
         """
-        best, nearest = self.logits(images).max(1)
+        best, nearest = self.logits(points).max(1)
         if bool(best.isnan().any()):
             return dict.fromkeys(("modes_captured", "high_quality_share", "reverse_kl"), math.nan)
         good = best >= -4.5  # a squared distance of nine variances

@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import ImageData, ImageSet
+from .base import ExampleData, ExampleSet
 from .files import damaged, find, folder_of, how_to_get, unreadable
 
 
-class MNIST(ImageData):
+class MNIST(ExampleData):
     """Reads the handwritten digits of MNIST, 28x28: 60 000 to train on, and the test set's 10 000 held out.
 
     Args:
         root: a folder with the four idx files, as they are or gzipped (train-images-idx3-ubyte or
             train-images.idx3-ubyte and so on), or with a folder mnist/ or MNIST/raw/ that has them. `~` and environment
             variables are put in.
-        kwargs: as in `ImageData`.
+        kwargs: as in `ExampleData`.
 
     Raises:
         FileNotFoundError: if a file is not there.
-        ValueError: if a file is damaged, and in the cases of `ImageData`.
+        ValueError: if a file is damaged, and in the cases of `ExampleData`.
 
     Example:
         >>> from kdejsd.data import MNIST
@@ -37,7 +37,7 @@ class MNIST(ImageData):
         (5000, 10000)
     """
 
-    image_shape = (1, 28, 28)
+    example_shape = (1, 28, 28)
     folders: ClassVar[tuple[str, ...]] = ("", "mnist", "MNIST/raw", "raw")  # torchvision's are the last two
     source: ClassVar[str] = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 
@@ -45,19 +45,19 @@ class MNIST(ImageData):
         super().__init__(**kwargs)
         self.root = folder_of(root)
 
-    def load(self) -> tuple[ImageSet, ImageSet]:
+    def load(self) -> tuple[ExampleSet, ExampleSet]:
         return self._part("train"), self._part("t10k")
 
-    def _part(self, part: str) -> ImageSet:
+    def _part(self, part: str) -> ExampleSet:
         images_path, labels_path = (self._find(f"{part}-{name}-ubyte") for name in ("images-idx3", "labels-idx1"))
         images, labels = self._read(images_path, dimensions=3), self._read(labels_path, dimensions=1)
-        if images.shape[1:] != self.image_shape[1:]:
+        if images.shape[1:] != self.example_shape[1:]:
             raise self._damaged(images_path, "images of 28 x 28 pixels", f"{images.shape[1]} x {images.shape[2]}")
         if len(images) != len(labels):
             raise self._damaged(
                 labels_path, f"{len(images)} labels, one per image of {images_path.name}", f"{len(labels)}"
             )
-        return ImageSet(images[:, None], labels.long())
+        return ExampleSet(images[:, None], labels.long())
 
     def _find(self, name: str) -> Path:
         dotted = name.replace("-idx", ".idx")  # as it is unpacked by some programs
@@ -95,11 +95,11 @@ class FashionMNIST(MNIST):
 
     Args:
         root: as in `MNIST`, but the folders are fashion-mnist/ and FashionMNIST/raw/.
-        kwargs: as in `ImageData`.
+        kwargs: as in `ExampleData`.
 
     Raises:
         FileNotFoundError: if a file is not there.
-        ValueError: if a file is damaged, and in the cases of `ImageData`.
+        ValueError: if a file is damaged, and in the cases of `ExampleData`.
 
     Example:
         >>> from kdejsd.data import FashionMNIST

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._extras import train_extra
 from .._numbers import between, integer
-from .base import ImageData, ImageSet
+from .base import ExampleData, ExampleSet
 from .files import find, folder_of, note
 from .tree import Tree, check_whole, classes_of, left_out, parts_of, read_tree, shortened
 
@@ -87,7 +87,7 @@ class Pictures:
     def subset(self, indices: Tensor) -> Pictures:
         return Pictures([self.paths[i] for i in indices.tolist()], self.labels[indices], self.prepare, self.hint)
 
-    def read(self) -> ImageSet:
+    def read(self) -> ExampleSet:
         """Reads all of the pictures as bytes.
 
         Raises:
@@ -99,7 +99,7 @@ class Pictures:
             if place == 0:  # room for all at once: a list of images would need twice the memory when they are joined
                 images = image.new_empty(len(self.paths), *image.shape)
             images[place] = image
-        return ImageSet(images, self.labels)
+        return ExampleSet(images, self.labels)
 
     def _read(self, path: Path) -> Tensor:
         try:
@@ -121,7 +121,7 @@ class Pictures:
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
-class ImageFolder(ImageData):
+class ImageFolder(ExampleData):
     """Reads a folder of pictures; if they are in subfolders, the first subfolder is the class.
 
     Classes are numbered in the order of their names as text: 10 comes before 2. A root may hold a split: a folder train
@@ -140,7 +140,7 @@ class ImageFolder(ImageData):
         size: the side in pixels; a picture is cut to a square around its centre and resized.
         channels: 3 for colour, 1 for grey.
         held_out: the share of the pictures held out, drawn by the seed, where the root holds no split.
-        kwargs: as in `ImageData`.
+        kwargs: as in `ExampleData`.
 
     Raises:
         FileNotFoundError: if there is no such folder, no picture in it, or a link to nothing.
@@ -174,7 +174,7 @@ class ImageFolder(ImageData):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
         self.root = folder_of(root)
         self.held_out_share = between("held_out", held_out, 0, 1)
-        self.image_shape = (channels, size, size)
+        self.example_shape = (channels, size, size)
 
     def load(self) -> tuple[Pictures, Pictures]:
         if not self.root.is_dir():
@@ -217,11 +217,11 @@ class ImageFolder(ImageData):
         return Pictures(paths, torch.tensor(labels), self._prepare)
 
     def _prepare(self, picture: Image.Image) -> Image.Image:
-        channels, size, _ = self.image_shape
+        channels, size, _ = self.example_shape
         return ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), (size, size))
 
 
-class CelebA(ImageData):
+class CelebA(ExampleData):
     """Reads CelebA's faces in colour, 64x64: the 162 770 training images, and the test set's 19 962 held out.
 
     The pictures are aligned and cropped faces of celebrities (Liu et al., Deep Learning Face Attributes in the Wild,
@@ -233,12 +233,12 @@ class CelebA(ImageData):
         root: a folder with the folder img_align_celeba and the file list_eval_partition.txt or .csv (beside the folder,
             in it, or in Eval/), or with a folder celeba/ or Img/ that has them. Without the file one in ten images is
             held out, drawn by the seed. `~` and environment variables are put in.
-        kwargs: as in `ImageData`.
+        kwargs: as in `ExampleData`.
 
     Raises:
         FileNotFoundError: if there is no such folder, or a picture is not there.
         ValueError: if a picture or a line of the file cannot be read, a picture has another size, and in the cases of
-            `ImageData`.
+            `ExampleData`.
 
     Example:
         >>> from kdejsd.data import CelebA
@@ -247,7 +247,7 @@ class CelebA(ImageData):
         (10000, 19962)
     """
 
-    image_shape = (3, 64, 64)
+    example_shape = (3, 64, 64)
     crop: ClassVar[tuple[int, int, int, int]] = (19, 39, 159, 179)
     how_to_get: ClassVar[str] = (
         "to get it: unpack img_align_celeba.zip (Align&Cropped Images) from "

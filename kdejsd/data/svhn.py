@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from scipy.io import loadmat
 
-from .base import ImageData, ImageSet
+from .base import ExampleData, ExampleSet
 from .files import damaged, find, folder_of, how_to_get, unreadable
 
 
-class SVHN(ImageData):
+class SVHN(ExampleData):
     """Reads the digits of house numbers in colour, 32x32: 73 257 to train on, and the test set's 26 032 held out.
 
     The set is by Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, 2011. Labels are
@@ -23,11 +23,11 @@ class SVHN(ImageData):
     Args:
         root: a folder with train_32x32.mat and test_32x32.mat, or with a folder svhn/ that has them. `~` and
             environment variables are put in.
-        kwargs: as in `ImageData`.
+        kwargs: as in `ExampleData`.
 
     Raises:
         FileNotFoundError: if a file is not there.
-        ValueError: if a file is damaged, and in the cases of `ImageData`.
+        ValueError: if a file is damaged, and in the cases of `ExampleData`.
 
     Example:
         >>> from kdejsd.data import SVHN
@@ -36,17 +36,17 @@ class SVHN(ImageData):
         (73257, 26032)
     """
 
-    image_shape = (3, 32, 32)
+    example_shape = (3, 32, 32)
     source: ClassVar[str] = "http://ufldl.stanford.edu/housenumbers/"
 
     def __init__(self, root: str | os.PathLike[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.root = folder_of(root)
 
-    def load(self) -> tuple[ImageSet, ImageSet]:
+    def load(self) -> tuple[ExampleSet, ExampleSet]:
         return self._part("train_32x32.mat"), self._part("test_32x32.mat")
 
-    def _part(self, name: str) -> ImageSet:
+    def _part(self, name: str) -> ExampleSet:
         url = self.source + name
         path = find(self, self.root, ("", "svhn"), (name,), how_to_get(url))
         try:
@@ -65,4 +65,4 @@ class SVHN(ImageData):
         if not np.isin(labels, np.arange(1, 11)).all():
             raise damaged(path, "labels y from 1 to 10", f"{labels.min()} to {labels.max()}", url)
         images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)))
-        return ImageSet(images, torch.from_numpy(labels.astype(np.int64) % 10))
+        return ExampleSet(images, torch.from_numpy(labels.astype(np.int64) % 10))

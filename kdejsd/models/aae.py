@@ -28,17 +28,17 @@ class AAE(Autoencoder):
     turn, each of which lowers its loss:
 
         the discriminator:        -mean log D(samples of the target) - mean log(1 - D(codes))
-        encoder and decoder:      mean squared error per pixel + weight * -mean log D(codes)
+        encoder and decoder:      mean squared error per value + weight * -mean log D(codes)
 
     The encoder's adversarial loss is the one that does not saturate.
 
-    It logs per step `loss/reconstruction` (error per pixel), `loss/latent` (-log D(codes), nats: log 2 = 0.69 where the
+    It logs per step `loss/reconstruction` (error per value), `loss/latent` (-log D(codes), nats: log 2 = 0.69 where the
     discriminator cannot tell codes from samples) and `loss/discriminator` (its loss, nats: 2 log 2 = 1.39 there), and
     per epoch the measures of `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim: as in `Autoencoder`.
-        weight: the weight of the encoder's adversarial loss beside the error per pixel.
+        weight: the weight of the encoder's adversarial loss beside the error per value.
         target: law of the codes; None is the standard normal.
         discriminator_hidden: widths of the discriminator's hidden layers.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
@@ -85,9 +85,9 @@ class AAE(Autoencoder):
         return self.adam(chain(self.encoder.parameters(), self.decoder.parameters()), self.discriminator.parameters())
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        images = checked(batch)[0]
+        examples = checked(batch)[0]
         autoencoder, discriminator = cast("list[LightningOptimizer]", self.optimizers())
-        codes = self.encode(images)
+        codes = self.encode(examples)
 
         told = self.discriminator_loss(codes.detach(), self.target_samples(len(codes)))
         self.log("loss/discriminator", told, prog_bar=True)
@@ -96,7 +96,7 @@ class AAE(Autoencoder):
         # Not discriminator.step(), which the trainer would count as a training step of its own.
         self.trainer.strategy.optimizer_step(discriminator.optimizer, lambda: None)
 
-        error = reconstruction_error(self.decode(codes), images)
+        error = reconstruction_error(self.decode(codes), examples)
         with autoencoder.toggle_model():  # the discriminator's weights get no gradient
             latent = self.adversarial_loss(codes)
             self.log_dict({"loss/reconstruction": error, "loss/latent": latent}, prog_bar=True)

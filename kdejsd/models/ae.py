@@ -11,7 +11,7 @@ from .base import checked
 
 
 class AE(Autoencoder):
-    """Trains a plain autoencoder: its loss is the error per pixel, and nothing makes its codes follow the target.
+    """Trains a plain autoencoder: its loss is the error per value, and nothing makes its codes follow the target.
 
     It logs `loss/reconstruction` per step, and per epoch the measures of `Autoencoder`.
 
@@ -48,7 +48,7 @@ class AE(Autoencoder):
         self._aim_at(target, normalize_codes)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images = checked(batch)[0]
-        error = reconstruction_error(self.reconstruct(images), images)
+        examples = checked(batch)[0]
+        error = reconstruction_error(self.reconstruct(examples), examples)
         self.log("loss/reconstruction", error, prog_bar=True)
         return error

@@ -20,16 +20,16 @@ JSD_SAMPLES = 10_000  # a measured divergence is of at most this many codes: its
 
 
 class Autoencoder(GenerativeModel):
-    """Encodes images to codes that are to follow a target, and decodes them; it is the base of the autoencoders.
+    """Encodes examples to codes that are to follow a target, and decodes them; it is the base of the autoencoders.
 
     A model adds its constructor, which sets the target, and its `training_step`. Every model's reconstruction error is
-    the mean squared error per pixel, logged as `loss/reconstruction`; the term that a model adds to it is logged as
+    the mean squared error per value, logged as `loss/reconstruction`; the term that a model adds to it is logged as
     `loss/latent`. Per epoch it logs on the validation set `val/reconstruction`, and `val/jsd`, the divergence of the
     codes from the target (`jsd`), or of samples of the posterior where the encoder has one.
 
     Args:
-        encoder: images [n, C, H, W] -> codes [n, l].
-        decoder: codes [n, l] -> images [n, C, H, W].
+        encoder: examples [n, ...] -> codes [n, l].
+        decoder: codes [n, l] -> examples [n, ...].
         latent_dim: l, the dimension of the codes.
         learning_rate, decay, betas: as in `GenerativeModel`. Without the decay, the noise of the last steps is a part
             of the distance between the codes and the target.
@@ -43,8 +43,8 @@ class Autoencoder(GenerativeModel):
         >>> from kdejsd.models import AE, FC, Autoencoder
         >>> networks = FC((1, 8, 8), latent_dim=2)
         >>> model = AE(networks.encoder, networks.decoder, latent_dim=2)
-        >>> images = torch.rand(5, 1, 8, 8)
-        >>> isinstance(model, Autoencoder), model.encode(images).shape, model.reconstruct(images).shape
+        >>> examples = torch.rand(5, 1, 8, 8)
+        >>> isinstance(model, Autoencoder), model.encode(examples).shape, model.reconstruct(examples).shape
         (True, torch.Size([5, 2]), torch.Size([5, 1, 8, 8]))
     """
 
@@ -69,32 +69,32 @@ class Autoencoder(GenerativeModel):
 
     @staticmethod
     def build_networks(
-        network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
+        network: Network, example_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
-        networks = network(image_shape, latent_dim)
+        networks = network(example_shape, latent_dim)
         return networks.encoder, networks.decoder
 
     # Use
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Returns codes [n, l] of images [n, C, H, W].
+    def encode(self, examples: Tensor) -> Tensor:
+        """Returns codes [n, l] of examples [n, ...].
 
         Raises:
             ValueError: if the encoder's output has another shape.
         """
-        codes: Tensor = self.norm(self._encoded(images, self.latent_dim))
+        codes: Tensor = self.norm(self._encoded(examples, self.latent_dim))
         return codes
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns codes [n, l] of images [n, C, H, W], by `encode`."""
-        return self.encode(images)
+    def forward(self, examples: Tensor) -> Tensor:
+        """Returns codes [n, l] of examples [n, ...], by `encode`."""
+        return self.encode(examples)
 
-    def _encoded(self, images: Tensor, width: int) -> Tensor:
-        output: Tensor = self.encoder(images)
-        if output.shape != (len(images), width):
+    def _encoded(self, examples: Tensor, width: int) -> Tensor:
+        output: Tensor = self.encoder(examples)
+        if output.shape != (len(examples), width):
             times = "" if width == self.latent_dim else f"{width // self.latent_dim} x "
             raise ValueError(
-                f"encoder must return [{len(images)}, {times}latent_dim = {width}], got {list(output.shape)}"
+                f"encoder must return [{len(examples)}, {times}latent_dim = {width}], got {list(output.shape)}"
             )
         return output
 
@@ -103,18 +103,18 @@ class Autoencoder(GenerativeModel):
         """Returns the decoder, after the modules that stand before it."""
         return self.decoder
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Returns the images after encoding and decoding."""
-        return self.decode(self.encode(images))
+    def reconstruct(self, examples: Tensor) -> Tensor:
+        """Returns the examples after encoding and decoding."""
+        return self.decode(self.encode(examples))
 
-    def posterior_samples(self, images: Tensor, rng: torch.Generator) -> Tensor | None:
-        """Returns codes [n, l] drawn from each image's posterior, or None where the encoder gives a code and no law."""
+    def posterior_samples(self, examples: Tensor, rng: torch.Generator) -> Tensor | None:
+        """Returns codes [n, l] drawn from each example's posterior; None where the encoder gives a code and no law."""
         return None
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Returns the "codes" [n, l] and "reconstructions" [n, C, H, W] of images [n, C, H, W].
+        """Returns the "codes" [n, l] and "reconstructions" [n, ...] of examples [n, ...].
 
-        The images are the batch or stand first in it.
+        The examples are the batch or stand first in it.
 
         Raises:
             TypeError: if there is no tensor.
@@ -148,7 +148,7 @@ class Autoencoder(GenerativeModel):
     def latent_measures(self, codes: Tensor, index: Tensor | None) -> dict[str, float]:
         """Returns further measures that the model takes of codes [n, l].
 
-        `index` [n] are their training examples, None for other images.
+        `index` [n] are their training examples, None for other examples.
         """
         return {}
 
@@ -162,11 +162,11 @@ class Autoencoder(GenerativeModel):
         self._rng = torch.Generator(self.device).manual_seed(0)  # the same samples every time
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images = checked(batch)[0]
-        codes = self.encode(images)
-        error = reconstruction_error(self.decode(codes), images)
-        self.log("val/reconstruction", error, prog_bar=True, batch_size=len(images), sync_dist=True)
-        samples = self.posterior_samples(images, self._rng)
+        examples = checked(batch)[0]
+        codes = self.encode(examples)
+        error = reconstruction_error(self.decode(codes), examples)
+        self.log("val/reconstruction", error, prog_bar=True, batch_size=len(examples), sync_dist=True)
+        samples = self.posterior_samples(examples, self._rng)
         self._codes.append(codes if samples is None else samples)
 
     def on_validation_epoch_end(self) -> None:
@@ -250,14 +250,14 @@ def _merged_moments(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[T
     return count, mean, spread.sum(0)
 
 
-def reconstruction_error(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Returns the mean squared error per pixel, 0-dim.
+def reconstruction_error(reconstruction: Tensor, examples: Tensor) -> Tensor:
+    """Returns the mean squared error per value, 0-dim.
 
     Raises:
-        ValueError: if the decoder's output has another shape than the images.
+        ValueError: if the decoder's output has another shape than the examples.
     """
-    if reconstruction.shape != images.shape:
+    if reconstruction.shape != examples.shape:
         raise ValueError(
-            f"decoder must return the shape of the images, {list(images.shape)}, got {list(reconstruction.shape)}"
+            f"decoder must return the shape of the examples, {list(examples.shape)}, got {list(reconstruction.shape)}"
         )
-    return mse_loss(reconstruction, images)
+    return mse_loss(reconstruction, examples)

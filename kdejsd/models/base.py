@@ -18,7 +18,7 @@ from .._numbers import integer, not_negative
 from .._plain import plain
 from .._ranks import rank_and_size
 from .._version import __version__
-from ..data import Batch, ImageData
+from ..data import Batch, ExampleData
 from ..targets import Law, as_law, is_target
 from .networks import Network
 from .schedule import HalfCosine
@@ -29,15 +29,15 @@ with train_extra():
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-CHUNK = 1000  # images encoded or decoded at a time where no gradient is wanted
+CHUNK = 1000  # examples encoded or decoded at a time where no gradient is wanted
 _FORMAT = 1  # of checkpoints, as they are written and read here
 LOSSES_KEPT = {"cpu": 1, "cuda": 50}  # before they are looked at: a GPU would have to be waited for
 
 
 class GenerativeModel(pl.LightningModule, ABC):
-    """Decodes images from latents that are to follow a target; it is the base of all models.
+    """Decodes examples from latents that are to follow a target; it is the base of all models.
 
-    A batch is (images [n, C, H, W], labels [n], indices [n] int64 in the training set), as the data modules of
+    A batch is (examples [n, ...], labels [n], indices [n] int64 in the training set), as the data modules of
     `kdejsd.data` give it. A model sets `target` and `generator`, and adds its `training_step`.
 
     Args:
@@ -53,7 +53,7 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     Attributes:
         target: the law of the latents; `sample` decodes its samples.
-        generator: the module latents [n, l] -> images [n, C, H, W].
+        generator: the module latents [n, l] -> examples [n, ...].
 
     Example:
         >>> import torch
@@ -94,15 +94,15 @@ class GenerativeModel(pl.LightningModule, ABC):
     @staticmethod
     @abstractmethod
     def build_networks(
-        network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
+        network: Network, example_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
-        """Returns the two networks that the model's constructor takes, for images of a shape (C, H, W).
+        """Returns the two networks that the model's constructor takes, for examples of a shape, without their number.
 
         `settings` are those of the constructor's other arguments that are given.
         """
 
     @classmethod
-    def check_data(cls, settings: Mapping[str, Any], data: ImageData) -> None:
+    def check_data(cls, settings: Mapping[str, Any], data: ExampleData) -> None:
         """Refuses data that no model of these settings can be trained on, before one is built, which may take long.
 
         Raises:
@@ -112,9 +112,9 @@ class GenerativeModel(pl.LightningModule, ABC):
     # Use
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Returns images [n, C, H, W] decoded from codes [n, l]."""
-        images: Tensor = self.generator(codes)
-        return images
+        """Returns examples [n, ...] decoded from codes [n, l]."""
+        examples: Tensor = self.generator(codes)
+        return examples
 
     def target_samples(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """Draws n samples [n, l] of the target, in the model's dtype and on its device.
@@ -130,7 +130,7 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     @torch.no_grad()
     def sample(self, n: int, rng: torch.Generator | None = None) -> Tensor:
-        """Returns images [n, C, H, W] decoded from n samples of the target, drawn as in `target_samples`."""
+        """Returns examples [n, ...] decoded from n samples of the target, drawn as in `target_samples`."""
         codes = self.target_samples(n, rng)
         with evaluating(self):
             return torch.cat([self.decode(chunk) for chunk in codes.split(CHUNK)])
@@ -223,7 +223,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         losses or before the next checkpoint: the weights may be spoiled then, but the last checkpoint is not.
 
         Raises:
-            FloatingPointError: if a loss is not finite. The error names the batch, the terms, and images or weights
+            FloatingPointError: if a loss is not finite. The error names the batch, the terms, and examples or weights
                 that are not finite.
         """
         self._losses.append(_Loss(loss.detach(), dict(self._terms), self._place))
@@ -239,7 +239,7 @@ class GenerativeModel(pl.LightningModule, ABC):
             examples: [n], the training examples that the values come from; None if they come from all weights.
 
         Raises:
-            FloatingPointError: in place of the ValueError, if images or weights are to blame. It names them.
+            FloatingPointError: in place of the ValueError, if examples or weights are to blame. It names them.
         """
         try:
             yield
@@ -256,7 +256,7 @@ class GenerativeModel(pl.LightningModule, ABC):
             return
         first = next(item for item in losses if not bool(item.value.isfinite()))
         terms = ", ".join(f"{name} is {float(value):.4g}" for name, value in first.terms.items())
-        cause = self._cause(first.place.examples) or "its images and the weights are finite"
+        cause = self._cause(first.place.examples) or "its examples and the weights are finite"
         raise FloatingPointError(f"the loss is {float(first.value)} in {self._named(first.place)}: {terms}; {cause}")
 
     def _named(self, place: _Place) -> str:
@@ -275,7 +275,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         if examples is not None and loader is not None:
             bad = [str(i) for i in examples.tolist() if not bool(loader.dataset[i][0].isfinite().all())]
         if bad:
-            return f"images that are not finite in the training set: {', '.join(bad)}"
+            return f"examples that are not finite in the training set: {', '.join(bad)}"
         weights = self._strange_weights()
         return f"weights that are not finite: {', '.join(weights)}" if weights else None
 
@@ -307,17 +307,17 @@ class GenerativeModel(pl.LightningModule, ABC):
         Raises:
             TypeError: if the checkpoint is of another class.
         """
-        from .images import ImageModel, for_images
+        from .built import BuiltModel, with_built_networks
 
         settings: Mapping[str, Any] = {}
         networks = {"encoder", "decoder", "generator", "discriminator"} & kwargs.keys()
-        if not (networks or issubclass(cls, ImageModel)):
+        if not (networks or issubclass(cls, BuiltModel)):
             settings = torch.load(checkpoint_path, map_location="cpu", weights_only=True).get("hyper_parameters", {})
             if not isinstance(checkpoint_path, (str, os.PathLike)):
                 checkpoint_path.seek(0)  # of an open file
-        if "image_shape" not in settings:
+        if "example_shape" not in settings:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        form = ImageModel if "_class_path" in settings else for_images(cls)
+        form = BuiltModel if "_class_path" in settings else with_built_networks(cls)
         model = form.load_from_checkpoint(checkpoint_path, *args, **kwargs)
         if not isinstance(model, cls):
             raise TypeError(f"{checkpoint_path} must be of a {cls.__name__}, got one of a {type(model).__name__}")
@@ -404,9 +404,9 @@ def checked(batch: Any) -> Batch:
     """
     if not isinstance(batch, (tuple, list)) or len(batch) != 3:
         got = f"{len(batch)} parts" if isinstance(batch, (tuple, list)) else type(batch).__name__
-        raise TypeError(f"a batch must be (images, labels, indices in the training set), got {got}")
-    images, labels, index = batch
-    return images, labels, index
+        raise TypeError(f"a batch must be (examples, labels, indices in the training set), got {got}")
+    examples, labels, index = batch
+    return examples, labels, index
 
 
 def inputs(batch: Any) -> Tensor:

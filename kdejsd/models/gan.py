@@ -1,4 +1,4 @@
-"""Defines generative adversarial networks: a discriminator teaches a generator to make images like real ones."""
+"""Defines generative adversarial networks: a discriminator teaches a generator to make examples like real ones."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 class GAN(GenerativeModel):
     """Trains a generative adversarial network; the objective selects the divergence that it minimises.
 
-    The discriminator V gives each image a number. It learns to tell real images x from generated ones G(z), z standard
-    normal, by raising a lower bound on a divergence between them; the generator learns to lower it.
+    The discriminator V gives each example a number. It learns to tell real examples x from generated ones G(z), z
+    standard normal, by raising a lower bound on a divergence between them; the generator learns to lower it.
 
-    With softplus(v) = log(1 + exp v), and sigmoid(V) the probability that an image is real, the objectives are:
+    With softplus(v) = log(1 + exp v), and sigmoid(V) the probability that an example is real, the objectives are:
 
         objective        the discriminator lowers                              the generator lowers
         minimax          mean softplus(-V(x)) + mean softplus(V(G(z)))         -mean softplus(V(G(z)))
@@ -57,8 +57,8 @@ class GAN(GenerativeModel):
     the bound itself (the paper's Algorithm 1), so that the named divergence is the one that is minimised. The heuristic
     of its section 3.2 is there for f = "gan" alone, where it is "non-saturating" ("f-gan" itself is "minimax").
 
-    With packing p the discriminator sees p images at a time, side by side as channels: it recognises more easily a
-    generator that makes few different images (PacGAN, Lin, Khetan, Fanti, Oh, arXiv 1712.04086).
+    With packing p the discriminator sees p examples at a time, side by side as channels: it recognises more easily a
+    generator that makes few different examples (PacGAN, Lin, Khetan, Fanti, Oh, arXiv 1712.04086).
 
     A step is a minibatch, in which the discriminator trains. In every `discriminator_steps`-th one the generator trains
     too, with latents of its own. Both are trained by Adam.
@@ -67,20 +67,21 @@ class GAN(GenerativeModel):
     `loss/divergence`, the minibatch's estimate of the divergence by the discriminator as it is. That is the JSD in nats
     for "minimax" and "non-saturating" (0 to log 2), mean V(x) - mean V(G(z)) for the WGANs (the Wasserstein distance
     times V's unknown Lipschitz constant, which is about 1 for "wgan-gp"), and else the bound of the f-divergence. Per
-    epoch it logs `val/divergence`, the estimate on held-out images. With batch normalisation in the discriminator that
-    is a looser bound, since its running statistics are those of real and generated images together.
+    epoch it logs `val/divergence`, the estimate on held-out examples. With batch normalisation in the discriminator
+    that is a looser bound, since its running statistics are those of real and generated examples together.
 
     Args:
-        generator: latents [n, l] -> images [n, C, H, W].
-        discriminator: images [n, p C, H, W] -> V, [n] or [n, 1], any real number.
+        generator: latents [n, l] -> examples [n, ...].
+        discriminator: examples [n, p C, ...] -> V, [n] or [n, 1], any real number.
         latent_dim: l, the dimension of the latents.
         objective: the divergence and its losses, as in the table above.
-        packing: p, the number of images that the discriminator sees at a time; the minibatch must be a multiple of it.
-        discriminator_steps: the number of steps of the discriminator for one of the generator; None is 5 for the WGANs,
-            as in their papers, and else 1.
+        packing: p, the number of examples that the discriminator sees at a time; the minibatch must be a multiple of
+            it.
+        discriminator_steps: the number of steps of the discriminator for one of the generator; None is 5 for the
+            WGANs, as in their papers, and else 1.
         clip: c, the largest absolute value of the discriminator's weights for "wgan".
-        gradient_penalty: the weight of the penalty of "wgan-gp". The default is the paper's, for images; points of the
-            plane (`kdejsd.data.Grid2D`) are learnt much faster by 0.1.
+        gradient_penalty: the weight of the penalty of "wgan-gp". The default is the paper's, for images; points of
+            the plane (`kdejsd.data.Grid2D`) are learnt much faster by 0.1.
         learning_rate: the learning rate of Adam. The default is for small fully connected networks; convolutions are
             usually trained by 2e-4. "f-kl" and "f-pearson", whose f* grows faster than V, can diverge by either.
         decay: as in `GenerativeModel`.
@@ -91,7 +92,7 @@ class GAN(GenerativeModel):
     Raises:
         ValueError: if the objective is unknown, packing or discriminator_steps is below 1, clip is not positive,
             gradient_penalty is negative, or a discriminator for "wgan-gp" has batch normalisation: the gradient of an
-            image's output would depend on the other images.
+            example's output would depend on the other examples.
 
     Example:
         >>> import torch
@@ -128,7 +129,7 @@ class GAN(GenerativeModel):
         if objective == "wgan-gp" and any(isinstance(part, _BATCH_NORMS) for part in discriminator.modules()):
             raise ValueError(
                 'discriminator must have no batch normalisation for objective "wgan-gp", whose penalty is of each '
-                "image's own gradient; Conv leaves it out with --model.network.encoder_batch_norm false"
+                "example's own gradient; Conv leaves it out with --model.network.encoder_batch_norm false"
             )
         wasserstein = objective in ("wgan", "wgan-gp")
         if betas is None:
@@ -148,21 +149,21 @@ class GAN(GenerativeModel):
 
     @staticmethod
     def build_networks(
-        network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
+        network: Network, example_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
-        """Returns the decoder of one pair, and the encoder of another one, from packed images to one number."""
+        """Returns the decoder of one pair, and the encoder of another one, from packed examples to one number."""
         packing = integer("packing", settings.get("packing", 1), 1)
-        channels, *size = image_shape
-        return network(image_shape, latent_dim).decoder, network((packing * channels, *size), 1).encoder
+        channels, *size = example_shape
+        return network(example_shape, latent_dim).decoder, network((packing * channels, *size), 1).encoder
 
     # Use
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Returns images [n, C, H, W] decoded from latents [n, l]."""
+        """Returns examples [n, ...] decoded from latents [n, l]."""
         return self.decode(latents)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Returns the "samples" [n, C, H, W] decoded from latents [n, l], which are the batch or stand first in it.
+        """Returns the "samples" [n, ...] decoded from latents [n, l], which are the batch or stand first in it.
 
         Raises:
             TypeError: if there is no tensor.
@@ -173,13 +174,13 @@ class GAN(GenerativeModel):
             raise ValueError(f"latents must have shape [n, latent_dim = {self.latent_dim}], got {list(latents.shape)}")
         return {"samples": self.decode(latents)}
 
-    def discriminate(self, images: Tensor) -> Tensor:
-        """Returns V of images [n, C, H, W], p at a time, as [n / p].
+    def discriminate(self, examples: Tensor) -> Tensor:
+        """Returns V of examples [n, ...], p at a time, as [n / p].
 
         Raises:
             ValueError: if n is no multiple of p, or the discriminator's output has another shape.
         """
-        packed = pack(images, self.packing)
+        packed = pack(examples, self.packing)
         output: Tensor = self.discriminator(packed)
         if output.shape not in ((len(packed),), (len(packed), 1)):
             raise ValueError(
@@ -187,13 +188,13 @@ class GAN(GenerativeModel):
             )
         return output.reshape(-1)
 
-    def divergence(self, images: Tensor, generated: Tensor) -> Tensor:
-        """Returns the objective's estimate of the divergence between real and generated images, each [n, C, H, W].
+    def divergence(self, examples: Tensor, generated: Tensor) -> Tensor:
+        """Returns the objective's estimate of the divergence between real and generated examples, each [n, ...].
 
         It is 0-dim, and taken by the discriminator as it is. `divergence_name` says which divergence it estimates, and
         in which unit.
         """
-        return self.losses.divergence(self.discriminate(images), self.discriminate(generated))
+        return self.losses.divergence(self.discriminate(examples), self.discriminate(generated))
 
     @property
     def divergence_name(self) -> str:
@@ -206,20 +207,20 @@ class GAN(GenerativeModel):
         return self.adam(self.generator.parameters(), self.discriminator.parameters())
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        images = checked(batch)[0]
+        examples = checked(batch)[0]
         generator, discriminator = cast("list[LightningOptimizer]", self.optimizers())
 
         with torch.no_grad():
-            generated = self.decode(self.target_samples(len(images)))
-        if generated.shape != images.shape:
+            generated = self.decode(self.target_samples(len(examples)))
+        if generated.shape != examples.shape:
             raise ValueError(
-                f"generator must return the shape of the images, {list(images.shape)}, got {list(generated.shape)}"
+                f"generator must return the shape of the examples, {list(examples.shape)}, got {list(generated.shape)}"
             )
-        real, fake = self.discriminate(images), self.discriminate(generated)
+        real, fake = self.discriminate(examples), self.discriminate(generated)
         told = self.losses.discriminator(real, fake)
         if self.objective == "wgan-gp":
             told = told + self.gradient_penalty * gradient_penalty(
-                self.discriminator, pack(images, self.packing), pack(generated, self.packing)
+                self.discriminator, pack(examples, self.packing), pack(generated, self.packing)
             )
         divergence = self.losses.divergence(real, fake).detach()
         self.log_dict({"loss/discriminator": told, "loss/divergence": divergence}, prog_bar=True)
@@ -233,7 +234,7 @@ class GAN(GenerativeModel):
 
         if self.trainer.global_step % self.discriminator_steps == 0:
             with generator.toggle_model():  # the discriminator's weights get no gradient
-                fooled = self.losses.generator(self.discriminate(self.decode(self.target_samples(len(images)))))
+                fooled = self.losses.generator(self.discriminate(self.decode(self.target_samples(len(examples)))))
                 self.log("loss/generator", fooled, prog_bar=True)
                 generator.zero_grad()
                 self.manual_backward(fooled)
@@ -247,11 +248,11 @@ class GAN(GenerativeModel):
         self._rng = torch.Generator().manual_seed(0)  # the same latents every time
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        images = checked(batch)[0]
-        images = images[: len(images) // self.packing * self.packing]
-        if len(images):  # the last batch can be smaller than a pack
-            generated = self.decode(self.target_samples(len(images), self._rng))
-            self.log("val/divergence", self.divergence(images, generated), prog_bar=True, batch_size=len(images))
+        examples = checked(batch)[0]
+        examples = examples[: len(examples) // self.packing * self.packing]
+        if len(examples):  # the last batch can be smaller than a pack
+            generated = self.decode(self.target_samples(len(examples), self._rng))
+            self.log("val/divergence", self.divergence(examples, generated), prog_bar=True, batch_size=len(examples))
 
     # Reports
 
@@ -327,29 +328,30 @@ def losses(objective: Objective) -> Wasserstein | Variational:
     return Variational(by_name(objective.removeprefix("f-")))
 
 
-def pack(images: Tensor, packing: int) -> Tensor:
-    """Reshapes images [n, C, H, W] to [n / p, p C, H, W]: p in a row stand side by side as channels.
+def pack(examples: Tensor, packing: int) -> Tensor:
+    """Reshapes examples [n, ...] to [n / p, p C, ...]: p in a row stand side by side as channels, or as columns.
 
     Raises:
         ValueError: if n is no multiple of p.
     """
-    if len(images) % packing:
-        raise ValueError(f"a batch must be a multiple of packing = {packing} images, got {len(images)}")
-    return images.reshape(-1, packing * images.shape[1], *images.shape[2:])
+    if len(examples) % packing:
+        raise ValueError(f"a batch must be a multiple of packing = {packing} examples, got {len(examples)}")
+    return examples.reshape(-1, packing * examples.shape[1], *examples.shape[2:])
 
 
-def gradient_penalty(discriminator: nn.Module, images: Tensor, generated: Tensor) -> Tensor:
-    """Returns the mean of (|grad V| - 1)^2 between real and generated images (Gulrajani et al., arXiv 1704.00028).
+def gradient_penalty(discriminator: nn.Module, examples: Tensor, generated: Tensor) -> Tensor:
+    """Returns the mean of (|grad V| - 1)^2 between real and generated examples (Gulrajani et al., arXiv 1704.00028).
 
-    As in their Algorithm 1 each pair has one point, evenly distributed on the straight line between its images. The
+    As in their Algorithm 1 each pair has one point, evenly distributed on the straight line between its examples. The
     result is 0-dim and differentiable in the discriminator's weights.
 
     Args:
-        discriminator: images [n, C, H, W] -> V, [n] or [n, 1]; an image's output must depend on that image alone.
-        images, generated: [n, C, H, W] each.
+        discriminator: examples [n, ...] -> V, [n] or [n, 1]; an example's output must depend on that example alone.
+        examples, generated: [n, ...] each.
     """
-    share = torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
-    between = torch.lerp(images.detach(), generated.detach().to(images), share).requires_grad_()
+    one_each = [len(examples), *[1] * (examples.ndim - 1)]
+    share = torch.rand(one_each, dtype=examples.dtype, device=examples.device)
+    between = torch.lerp(examples.detach(), generated.detach().to(examples), share).requires_grad_()
     (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
     lengths: Tensor = torch.linalg.vector_norm(slope.flatten(1), dim=1)
     return (lengths - 1).square().mean()

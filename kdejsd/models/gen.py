@@ -14,7 +14,7 @@ from .._extras import train_extra
 from .._modes import evaluating
 from .._numbers import integer, not_negative, real
 from .._ranks import of_first
-from ..data import Batch, ImageData
+from ..data import Batch, ExampleData
 from ..lagged import LaggedKDE
 from ..targets import Target
 from .autoencoder import Autoencoder, CodeNorm, reconstruction_error
@@ -28,13 +28,13 @@ with train_extra():
 class GEN(Autoencoder):
     """Trains a Generative Encoding Network by Algorithm 1 of GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283).
 
-    The loss is the mean squared error per pixel + weight * `LaggedKDE.loss` (eq. 3). The m lagged examples are drawn
+    The loss is the mean squared error per value + weight * `LaggedKDE.loss` (eq. 3). The m lagged examples are drawn
     once from the training set. Every k_b minibatches the encoder as it then is encodes them anew, in evaluation mode
     and without gradient. `refresh` chooses between this and two other ways to keep the lagged codes young: a part of
     them is encoded anew in every minibatch, or the codes of the minibatches themselves take the place of the oldest
     ones, so that nothing is encoded twice.
 
-    For millions of lagged codes take `refresh="queue"` or "rolling"; the memory decides about `keep_images`,
+    For millions of lagged codes take `refresh="queue"` or "rolling"; the memory decides about `keep_examples`,
     `lagged_dtype` and `lagged_device`. All m codes are encoded by one encoder at the start and before each validation
     ("queue": at the start only). With bfloat16 they are encoded twice: first for their mean and variance.
 
@@ -43,7 +43,7 @@ class GEN(Autoencoder):
     On several devices (Lightning's "ddp") each keeps and encodes its share of the lagged codes (`LaggedKDE.shard`). The
     codes are normalised over the minibatches of all, and the steps are those of one device with the whole minibatch.
 
-    It logs per step `loss/reconstruction` (error per pixel), `loss/latent` (the latent term, nats),
+    It logs per step `loss/reconstruction` (error per value), `loss/latent` (the latent term, nats),
     `train/latent_excess` and `train/gradient_weight`. The excess is the latent term less what codes that follow the
     target have in the mean (`matched_latent`): near 0 for a match. The weight is the mean of 1 - r = p_t / (p_e + p_t),
     by which the JSD's gradient is multiplied: 0.5 at p_e = p_t; near 0 the codes are in the dead zone, where nothing
@@ -57,26 +57,26 @@ class GEN(Autoencoder):
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
             k_b steps. "queue": the codes of the last m training examples, each as it was in its minibatch.
         refresh_every: k_b, the number of minibatches between refreshes; "queue" has no use for it.
-        weight: lambda, the weight of the latent term beside the error per pixel.
+        weight: lambda, the weight of the latent term beside the error per value.
         target: law of the codes; None is the standard normal.
         bandwidth: h, the kernel's standard deviation; None is the optimal one for (l, m, target).
         smoothed: compare the kernel density with the target smoothed by the same kernel; False is the paper's loss.
         divergence: "js" (the paper's) or "kl", whose gradient does not fade where p_e >> p_t.
         kernel_noise: add the kernel's noise to the codes, so that they are samples of p_e (`LaggedKDE.loss`). Without
             it (False, as in the paper) the codes of a small training set are pushed apart without bound, and those of
-            held-out images do not follow. From some 16 dimensions on the noise shrinks the codes instead; use False
+            held-out examples do not follow. From some 16 dimensions on the noise shrinks the codes instead; use False
             there, with twice `optimal_bandwidth(l, m, smoothed=True)` as the bandwidth.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
             Without it the codes soon leave the region where the loss has a gradient. At evaluation its running
             statistics are used.
         lagged_dtype: "float32" or "bfloat16", in which the lagged codes are kept (`LaggedKDE`).
         lagged_device: "cpu" keeps the lagged codes on the host, None on the module's device.
-        keep_images: keep the m lagged images on the module's device. False reads them from the training set whenever
-            they are encoded; for the image sets of `kdejsd.data`, which are in memory, that costs a tenth of the
+        keep_examples: keep the m lagged examples on the module's device. False reads them from the training set
+            whenever they are encoded; for the sets of `kdejsd.data`, which are in memory, that costs a tenth of the
             encoding. "queue" never keeps them.
-        input_dropout: share of the pixels of a minibatch's images that the encoder does not see, drawn anew each time.
-            It is for training sets of a few thousand images or fewer: it keeps their codes from being placed one by
-            one, more even than samples of the target.
+        input_dropout: share of the values of a minibatch's examples that the encoder does not see, drawn anew each
+            time. It is for training sets of a few thousand examples or fewer: it keeps their codes from being placed
+            one by one, more even than samples of the target.
 
     Raises:
         ValueError: if a size is below 1, the weight is negative, input_dropout is outside [0, 1), and in the cases of
@@ -113,7 +113,7 @@ class GEN(Autoencoder):
         input_dropout: float = 0.0,
         lagged_dtype: Literal["float32", "bfloat16"] = "float32",
         lagged_device: Literal["cpu"] | None = None,
-        keep_images: bool = True,
+        keep_examples: bool = True,
         learning_rate: float = 1e-3,
         decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
@@ -148,16 +148,16 @@ class GEN(Autoencoder):
         self.weight = weight
         self.kernel_noise = kernel_noise
         self.input_dropout = input_dropout
-        self.keep_images = keep_images
+        self.keep_examples = keep_examples
         self.stopwatch: Stopwatch | None = None
         self._matched_latent = 0.0
         self._training_set: Dataset[Batch] | None = None
         self._lagged_examples: Tensor | None = None
         self._takes_index_tensors = False
-        self._kept_images: Tensor | None = None
+        self._kept_examples: Tensor | None = None
 
     @classmethod
-    def check_data(cls, settings: Mapping[str, Any], data: ImageData) -> None:
+    def check_data(cls, settings: Mapping[str, Any], data: ExampleData) -> None:
         _check_num_lagged(settings["num_lagged"], len(data.training))
 
     # Training
@@ -196,8 +196,8 @@ class GEN(Autoencoder):
             self._lagged_examples = self._drawn_examples(count)
         self.lagged.reserve(count)
         self._training_set, self._takes_index_tensors = dataset, loader.batch_size is None
-        if self.keep_images and self.refresh_policy != "queue":
-            self._kept_images = torch.cat(list(self._read_images(0, len(self._lagged_examples))))
+        if self.keep_examples and self.refresh_policy != "queue":
+            self._kept_examples = torch.cat(list(self._read_examples(0, len(self._lagged_examples))))
         if not resumed and self.refresh_policy != "full":
             self.refresh()
         if self.refresh_policy == "queue":
@@ -241,8 +241,8 @@ class GEN(Autoencoder):
 
     def _encoded_parts(self) -> Iterator[Tensor]:
         """Yields the codes of all lagged examples before their normalisation, in parts."""
-        for images in self._lagged_images(0, len(self.lagged.codes)):
-            yield self._encoded(images, self.latent_dim)
+        for examples in self._lagged_batches(0, len(self.lagged.codes)):
+            yield self._encoded(examples, self.latent_dim)
 
     @torch.no_grad()
     def _refresh_part(self, part: int) -> None:
@@ -250,19 +250,19 @@ class GEN(Autoencoder):
         m = len(self.lagged.codes)
         start, end = m * part // self.refresh_every, m * (part + 1) // self.refresh_every
         with evaluating(self.encoder, self.norm), self.explaining("lagged codes", self._lagged_examples):
-            for images in self._lagged_images(start, end):
-                self.lagged.update(self.training_codes(images), start)
-                start += len(images)
+            for examples in self._lagged_batches(start, end):
+                self.lagged.update(self.training_codes(examples), start)
+                start += len(examples)
 
-    def _lagged_images(self, start: int, end: int) -> Iterator[Tensor]:
-        """Yields images of the lagged examples from place `start` to before `end`, in parts, on the model's device."""
-        if self._kept_images is not None:
-            yield from self._kept_images[start:end].split(CHUNK)
+    def _lagged_batches(self, start: int, end: int) -> Iterator[Tensor]:
+        """Yields the lagged examples from place `start` to before `end`, in parts, on the model's device."""
+        if self._kept_examples is not None:
+            yield from self._kept_examples[start:end].split(CHUNK)
         else:
-            yield from self._read_images(start, end)
+            yield from self._read_examples(start, end)
 
-    def _read_images(self, start: int, end: int) -> Iterator[Tensor]:
-        """Yields the images of `_lagged_images`, read from the training set."""
+    def _read_examples(self, start: int, end: int) -> Iterator[Tensor]:
+        """Yields the examples of `_lagged_batches`, read from the training set."""
         assert self._training_set is not None and self._lagged_examples is not None
         for chosen in self._lagged_examples[start:end].cpu().split(CHUNK):
             if self._takes_index_tensors:
@@ -279,7 +279,7 @@ class GEN(Autoencoder):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.stopwatch is not None
-        images, labels, index = checked(batch)
+        examples, labels, index = checked(batch)
         self.stopwatch.start("latent")
         if self.refresh_policy == "full" and batch_idx % self.refresh_every == 0:
             self.refresh()
@@ -287,8 +287,8 @@ class GEN(Autoencoder):
             self._refresh_part(self.trainer.global_step % self.refresh_every)
         self.stopwatch.stop("latent")
 
-        codes = self.training_codes(dropout(images, self.input_dropout))
-        error = reconstruction_error(self.decode(codes), images)
+        codes = self.training_codes(dropout(examples, self.input_dropout))
+        error = reconstruction_error(self.decode(codes), examples)
 
         # The forward of the latent term gives its gradient too; the backward is a scaling and is not counted.
         self.stopwatch.start("latent")
@@ -311,9 +311,9 @@ class GEN(Autoencoder):
         """Returns an addition to the loss for codes [n, l] of a minibatch with labels [n]; a GEN's own is 0."""
         return 0.0
 
-    def training_codes(self, images: Tensor) -> Tensor:
-        """Returns the codes [n, l] of images [n, C, H, W] that the latent term compares with the target."""
-        return self.encode(images)
+    def training_codes(self, examples: Tensor) -> Tensor:
+        """Returns the codes [n, l] of examples [n, ...] that the latent term compares with the target."""
+        return self.encode(examples)
 
     def on_after_backward(self) -> None:
         assert self.stopwatch is not None
@@ -342,7 +342,7 @@ class GEN(Autoencoder):
     def latent_terms(self, codes: Tensor, index: Tensor | None) -> Tensor:
         """Returns the latent term of each code [n, l] in nats, as [n].
 
-        `index` [n] are the training examples of the codes, None for other images.
+        `index` [n] are the training examples of the codes, None for other examples.
         """
         noise = noise_like(codes, self.rng()) if self.kernel_noise else None
         return self.lagged.loss(codes, index, noise=noise, reduction="none")

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from .._extras import train_extra
 from .._plain import plain
-from ..data import Batch, ImageData
+from ..data import Batch, ExampleData
 
 with train_extra():
     import lightning.pytorch as pl
@@ -28,7 +28,7 @@ class ImageClassifier(pl.LightningModule):
     weights_only=True)` reads it.
 
     Args:
-        image_shape: (C, H, W).
+        example_shape: (C, H, W).
         num_classes: K, the number of classes.
         data: the name of the set of images.
         num_features: the width of the hidden layer.
@@ -51,7 +51,7 @@ class ImageClassifier(pl.LightningModule):
 
     def __init__(
         self,
-        image_shape: Sequence[int],
+        example_shape: Sequence[int],
         num_classes: int,
         data: str,
         num_features: int = 128,
@@ -60,7 +60,7 @@ class ImageClassifier(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.hparams.update({name: plain(value, name) for name, value in self.hparams.items()})
-        channels, height, width = image_shape
+        channels, height, width = example_shape
         self.features = nn.Sequential(
             *(nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
             *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
@@ -97,7 +97,7 @@ class ImageClassifier(pl.LightningModule):
         return f"{self.data} classifier, {100 * float(self.accuracy):.1f} % of held-out images right"
 
 
-def classifier_for(data: ImageData, path: Path, epochs: int = 5, seed: int = 0) -> ImageClassifier:
+def classifier_for(data: ExampleData, path: Path, epochs: int = 5, seed: int = 0) -> ImageClassifier:
     """Returns the classifier in a file, in evaluation mode; if there is no such file, trains one and stores it there.
 
     Args:
@@ -120,7 +120,7 @@ def classifier_for(data: ImageData, path: Path, epochs: int = 5, seed: int = 0) 
         raise ValueError(f"a classifier needs a label for every image, and {int((labels < 0).sum())} have none")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        classifier = ImageClassifier(data.image_shape, int(labels.max()) + 1, name)
+        classifier = ImageClassifier(data.example_shape, int(labels.max()) + 1, name)
         trainer = pl.Trainer(
             max_epochs=epochs,
             logger=False,

@@ -1,4 +1,4 @@
-"""Defines LC-VAE, a variational autoencoder that pays for codes farther apart than their images are."""
+"""Defines LC-VAE, a variational autoencoder that pays for codes farther apart than their examples are."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .vae import VAE
 class LCVAE(VAE):
     """Trains Manoj's LC-VAE: a VAE with a Lipschitz penalty on its encoder f and a constraint on the encoder's weights.
 
-    The loss is the VAE's with lambda omega beside the KL, everything in nats of one image, times 2 s^2 / D:
+    The loss is the VAE's with lambda omega beside the KL, everything in nats of one example, times 2 s^2 / D:
 
-        mean squared error per pixel + (2 s^2 / D) (KL(posterior | prior) + lambda omega)
+        mean squared error per value + (2 s^2 / D) (KL(posterior | prior) + lambda omega)
 
         omega = mean over the minibatch's pairs (i, i + b/2) of |f(x_i) - f(x_j)|^2 / |x_i - x_j|^2
 
     With the default s^2 = 1/2 that is the sum of squared errors + KL + lambda omega, divided by D. The paper's text was
-    not at hand. That it sums squared errors over the pixels and averages omega over the pairs is taken from the size
+    not at hand. That it sums squared errors over the values and averages omega over the pairs is taken from the size
     that lambda = 30 then has, about a nat on MNIST. f(x) is the code of `encode`, the posterior's mean: omega bounds a
-    map, and samples would add their variance to it. The last image of an odd minibatch is in no pair. Equal images in a
-    pair count as 0.
+    map, and samples would add their variance to it. The last example of an odd minibatch is in no pair. Equal examples
+    in a pair count as 0.
 
     omega is at most the square of f's Lipschitz constant, and it falls with the square of the codes' scale, whatever
-    their arrangement. On MNIST nothing else happens (bench/results/papers): images are about equally far apart, so
+    their arrangement. On MNIST nothing else happens (bench/results/papers): examples are about equally far apart, so
     omega is little else than the variance of the codes, the encoder shrinks them, and the prior is left with holes.
     `scale_free` divides omega by the variance of the minibatch's codes (the mean over the dimensions), which gives
     omega of codes divided by their standard deviation. (One scale serves all dimensions: one for each would blow up
     those that the posterior leaves to the prior.) Codes then keep their scale, but there is little left to win: a
-    heavier omega is met by a few far codes of images that are far from all others.
+    heavier omega is met by a few far codes of examples that are far from all others.
 
     The constraints bound the following:
 
@@ -60,7 +60,7 @@ class LCVAE(VAE):
 
     Raises:
         ValueError: if omega_weight is negative, the constraint is unknown, clip is not positive and finite, a minibatch
-            has a single image, and in the cases of `VAE`.
+            has a single example, and in the cases of `VAE`.
 
     Example:
         >>> import torch
@@ -98,13 +98,13 @@ class LCVAE(VAE):
             for layer in self._weighted:
                 spectral_norm(layer)
 
-    def penalty(self, images: Tensor, mean: Tensor) -> Tensor:
+    def penalty(self, examples: Tensor, mean: Tensor) -> Tensor:
         """Returns lambda omega, 0-dim, after logging omega."""
-        even = len(images) - len(images) % 2
+        even = len(examples) - len(examples) % 2
         if even == 0:
-            raise ValueError(f"a minibatch of LCVAE must have at least 2 images, got {len(images)}")
-        codes = self._code(mean)[:even].to(images.dtype)  # which mixed precision has made another
-        value = omega(images[:even], codes, pairs="halves", reduction="mean")
+            raise ValueError(f"a minibatch of LCVAE must have at least 2 examples, got {len(examples)}")
+        codes = self._code(mean)[:even].to(examples.dtype)  # which mixed precision has made another
+        value = omega(examples[:even], codes, pairs="halves", reduction="mean")
         if self.scale_free:
             value = value / codes.var(0).mean()
         self.log("loss/omega", value, prog_bar=True)

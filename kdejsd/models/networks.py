@@ -1,4 +1,4 @@
-"""Builds encoder and decoder pairs for images: fully connected and convolutional."""
+"""Builds encoder and decoder pairs: fully connected ones for examples of any shape, convolutional ones for images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .._numbers import integer
 
 
 class AutoencoderNetworks(nn.Module):
-    """Pairs an encoder, images [n, C, H, W] -> codes [n, l], with a decoder back to images in [0, 1].
+    """Pairs an encoder, examples [n, ...] -> codes [n, l], with a decoder back to examples.
 
     Example:
         >>> import torch
@@ -29,26 +29,26 @@ class AutoencoderNetworks(nn.Module):
     encoder: nn.Module
     decoder: nn.Module
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the images after encoding and decoding."""
-        reconstruction: Tensor = self.decoder(self.encoder(images))
+    def forward(self, examples: Tensor) -> Tensor:
+        """Returns the examples after encoding and decoding."""
+        reconstruction: Tensor = self.decoder(self.encoder(examples))
         return reconstruction
 
 
-Network = Callable[[Sequence[int], int], AutoencoderNetworks]  # from (image_shape, latent_dim)
+Network = Callable[[Sequence[int], int], AutoencoderNetworks]  # from (example_shape, latent_dim)
 
 
 class FC(AutoencoderNetworks):
-    """Builds fully connected networks: pixels - 512 - 256 - l and back, with ReLU between and a sigmoid at the end.
+    """Builds fully connected networks from an example's values to l codes and back, with ReLU between.
 
-    Images of one pixel are points, anywhere (`kdejsd.data.Grid2D`): there is no sigmoid for them, and the hidden layers
-    are narrower and one more.
+    For images (C, H, W), whose values are in [0, 1], the decoder ends with a sigmoid. Examples of any other shape, such
+    as rows of columns (d,), can have any values, and there is none.
 
     Args:
-        image_shape: (C, H, W), any.
+        example_shape: the shape of one example.
         latent_dim: l.
-        hidden: widths of the encoder's hidden layers, in order; the decoder has them in reverse. None is (512, 256),
-            and (128, 128, 128) for points.
+        hidden: widths of the encoder's hidden layers, in order; the decoder has them in reverse. None is (512, 256) for
+            images and (128, 128, 128) for examples of any other shape.
 
     Raises:
         ValueError: if a size is below 1, or there is no hidden layer.
@@ -61,19 +61,21 @@ class FC(AutoencoderNetworks):
         (torch.Size([5, 2]), torch.Size([5, 1, 8, 8]))
     """
 
-    def __init__(self, image_shape: Sequence[int], latent_dim: int, hidden: Sequence[int] | None = None) -> None:
+    def __init__(self, example_shape: Sequence[int], latent_dim: int, hidden: Sequence[int] | None = None) -> None:
         super().__init__()
-        shape = _image_shape(image_shape)
-        points = shape[1:] == (1, 1)
+        shape = tuple(integer("example_shape", size, 1) for size in example_shape)
+        if not shape:
+            raise ValueError("example_shape must have at least one dimension, got none")
+        images = len(shape) == 3
         if hidden is None:
-            hidden = (128, 128, 128) if points else (512, 256)
+            hidden = (512, 256) if images else (128, 128, 128)
         if not hidden:
             raise ValueError("hidden must have one width at least, got none")
         hidden = [integer("hidden", width, 1) for width in hidden]
         latent_dim = integer("latent_dim", latent_dim, 1)
         widths = [math.prod(shape), *hidden, latent_dim]
         self.encoder = nn.Sequential(nn.Flatten(), *linear_stack(widths))
-        end = [] if points else [nn.Sigmoid()]
+        end = [nn.Sigmoid()] if images else []
         self.decoder = nn.Sequential(*linear_stack(widths[::-1]), *end, nn.Unflatten(1, shape))
 
 
@@ -84,7 +86,7 @@ class Conv(AutoencoderNetworks):
     is 4 (3 for 28), and a linear layer follows. The decoder mirrors it. Batch normalisation and ReLU stand between.
 
     Args:
-        image_shape: (C, H, W), H = W = 28, 32 or 64.
+        example_shape: (C, H, W), H = W = 28, 32 or 64.
         latent_dim: l.
         channels: of the first layer.
         encoder_batch_norm: False leaves batch normalisation out of the encoder. For the discriminator of a GAN with a
@@ -102,13 +104,13 @@ class Conv(AutoencoderNetworks):
     """
 
     def __init__(
-        self, image_shape: Sequence[int], latent_dim: int, channels: int = 32, encoder_batch_norm: bool = True
+        self, example_shape: Sequence[int], latent_dim: int, channels: int = 32, encoder_batch_norm: bool = True
     ) -> None:
         super().__init__()
-        shape = _image_shape(image_shape)
+        shape = _image_shape(example_shape)
         if shape[1] != shape[2] or shape[1] not in (28, 32, 64):
             raise ValueError(
-                f"Conv takes square images of side 28, 32 or 64, got image_shape {list(shape)}; FC takes any"
+                f"Conv takes square images of side 28, 32 or 64, got example_shape {list(shape)}; FC takes any"
             )
         channels, latent_dim = integer("channels", channels, 1), integer("latent_dim", latent_dim, 1)
         down: list[nn.Module] = []
@@ -136,7 +138,7 @@ class DeepConv(AutoencoderNetworks):
     a sigmoid at the end. (Of the paper's decoder nothing but its first shape is known here.)
 
     Args:
-        image_shape: (C, 28, 28).
+        example_shape: (C, 28, 28).
         latent_dim: l.
         channels: of the first convolution; all others are multiples of it.
 
@@ -151,12 +153,12 @@ class DeepConv(AutoencoderNetworks):
         torch.Size([2, 1, 28, 28])
     """
 
-    def __init__(self, image_shape: Sequence[int], latent_dim: int, channels: int = 128) -> None:
+    def __init__(self, example_shape: Sequence[int], latent_dim: int, channels: int = 128) -> None:
         super().__init__()
-        colors, *sides = _image_shape(image_shape)
+        colors, *sides = _image_shape(example_shape)
         if sides != [28, 28]:
             raise ValueError(
-                f"{type(self).__name__} takes images of 28 x 28, got image_shape {list(image_shape)}; FC takes any"
+                f"{type(self).__name__} takes images of 28 x 28, got example_shape {list(example_shape)}; FC takes any"
             )
         channels, latent_dim = integer("channels", channels, 1), integer("latent_dim", latent_dim, 1)
         widths = [colors, channels, 2 * channels, 4 * channels, 8 * channels]
@@ -183,8 +185,8 @@ class HalfDeepConv(DeepConv):
         [64, 128, 256, 512]
     """
 
-    def __init__(self, image_shape: Sequence[int], latent_dim: int) -> None:
-        super().__init__(image_shape, latent_dim, channels=64)
+    def __init__(self, example_shape: Sequence[int], latent_dim: int) -> None:
+        super().__init__(example_shape, latent_dim, channels=64)
 
 
 def _halving(inputs: int, outputs: int, batch_norm: bool = True) -> list[nn.Module]:
@@ -200,8 +202,8 @@ def linear_stack(widths: Sequence[int]) -> list[nn.Module]:
     return layers[:-1]
 
 
-def _image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"image_shape must be (channels, height, width), each at least 1, got {list(image_shape)}")
-    channels, height, width = image_shape
+def _image_shape(example_shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(example_shape) != 3 or min(example_shape) < 1:
+        raise ValueError(f"example_shape must be (channels, height, width), each at least 1, got {list(example_shape)}")
+    channels, height, width = example_shape
     return channels, height, width

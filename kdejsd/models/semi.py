@@ -22,17 +22,18 @@ class SemiSupervisedGEN(GEN):
 
         KL(p_e(z, y) | p_t(z, y)) = KL(p_e(z) | p_t(z)) + E log p_e(y | z) - E log p_t(y | z).
 
-    The first term is the latent term of a GEN, which needs no labels: all images take part. The second is at most 0,
+    The first term is the latent term of a GEN, which needs no labels: all examples take part. The second is at most 0,
     and 0 where a code has one class alone; leaving it out gives an upper bound. The third is a cross entropy, estimated
-    by the labelled images:
+    by the labelled examples:
 
-        loss = error per pixel + weight * latent term + label_weight * mean of -log p_t(y | z).
+        loss = error per value + weight * latent term + label_weight * mean of -log p_t(y | z).
 
     The density of a code within its mode, -log p(z | y), is not minimised. It differs from the third term by log w_y -
     log p_t(z), which the latent term holds already, and by itself would draw every code to its mode's mean.
 
-    Beside a GEN's measures it logs per step `loss/label`, the third term in nats over the minibatch's labelled images,
-    and per epoch, if the validation set has labels, `val/accuracy`, the share of them that `classify` gets right.
+    Beside a GEN's measures it logs per step `loss/label`, the third term in nats over the minibatch's labelled
+    examples, and per epoch, if the validation set has labels, `val/accuracy`, the share of them that `classify` gets
+    right.
 
     Args:
         encoder, decoder, latent_dim: as in `GEN`.

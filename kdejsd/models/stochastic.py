@@ -1,4 +1,4 @@
-"""Defines a GEN with a random encoder, which fills with noise the part of a latent space that images do not need."""
+"""Defines a GEN with a random encoder, which fills with noise the part of a latent space that examples do not need."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ BANDWIDTH_FACTOR = 1.5
 
 
 class StochasticGEN(GEN):
-    """Trains a GEN with a random encoder, for latent spaces of more dimensions than the images have.
+    """Trains a GEN with a random encoder, for latent spaces of more dimensions than the examples have.
 
-    Images that vary in a few ways cannot fill many dimensions by a map: the codes of a GEN lie on a surface, which a
+    Examples that vary in a few ways cannot fill many dimensions by a map: the codes of a GEN lie on a surface, which a
     kernel density can hide and a classifier finds. Here the encoder gives two numbers for each dimension: a signal u,
-    normalised over the training images to mean 0 and variance 1, and a share s between 0 and 1 of noise in the
+    normalised over the training examples to mean 0 and variance 1, and a share s between 0 and 1 of noise in the
     variance:
 
         code = target's mean + target's standard deviation * (sqrt(1 - s) u + sqrt(s) noise),    noise standard normal
 
     So every dimension has the target's mean and variance whatever the shares are, if they do not depend on the signal.
-    The latent term is that of a GEN at such codes, and its lagged codes are such codes too. The error per pixel lowers
+    The latent term is that of a GEN at such codes, and its lagged codes are such codes too. The error per value lowers
     the shares where the decoder has use for the signal. As for a VAE, `encode` gives the means of the codes, and
     samples of the codes' laws are to follow the target (`posterior_samples`; `val/jsd` is theirs).
 
@@ -39,8 +39,8 @@ class StochasticGEN(GEN):
     shows the effect of larger ones.
 
     Args:
-        encoder: images [n, C, H, W] -> [n, 2 l], the signals and the logits of the shares.
-        decoder: codes [n, l] -> images [n, C, H, W].
+        encoder: examples [n, ...] -> [n, 2 l], the signals and the logits of the shares.
+        decoder: codes [n, l] -> examples [n, ...].
         latent_dim: l, the dimension of the codes.
         num_lagged: m, the number of lagged codes.
         bandwidth: h, the kernel's standard deviation; None is 1.5 times `optimal_bandwidth(l, m, target,
@@ -92,13 +92,13 @@ class StochasticGEN(GEN):
 
     build_networks = staticmethod(VAE.build_networks)  # an encoder to twice the latent dimension
 
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns means and standard deviations, each [n, l], of the normal laws of the codes of images [n, C, H, W].
+    def posterior(self, examples: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns means and standard deviations, each [n, l], of the normal laws of the codes of examples [n, ...].
 
         Raises:
             ValueError: if the encoder's output has another shape.
         """
-        return self._law(self._encoded(images, 2 * self.latent_dim))
+        return self._law(self._encoded(examples, 2 * self.latent_dim))
 
     def _law(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         signal, logits = encoded.chunk(2, 1)
@@ -107,19 +107,19 @@ class StochasticGEN(GEN):
         shift = self.norm.shift
         return shift + kept * (self.norm(signal) - shift), self.norm.scale * added
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Returns the means [n, l] of the codes of images [n, C, H, W]."""
-        return self.posterior(images)[0]
+    def encode(self, examples: Tensor) -> Tensor:
+        """Returns the means [n, l] of the codes of examples [n, ...]."""
+        return self.posterior(examples)[0]
 
-    def posterior_samples(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        return _drawn(self.posterior(images), rng)
+    def posterior_samples(self, examples: Tensor, rng: torch.Generator) -> Tensor:
+        return _drawn(self.posterior(examples), rng)
 
-    def training_codes(self, images: Tensor) -> Tensor:
-        return _drawn(self.posterior(images), self.rng())
+    def training_codes(self, examples: Tensor) -> Tensor:
+        return _drawn(self.posterior(examples), self.rng())
 
     def _lagged_codes(self) -> Iterator[Tensor]:
         width = 2 * self.latent_dim
-        encoded = [self._encoded(images, width) for images in self._lagged_images(0, len(self.lagged.codes))]
+        encoded = [self._encoded(examples, width) for examples in self._lagged_batches(0, len(self.lagged.codes))]
         self.norm.calibrate(part[:, : self.latent_dim] for part in encoded)
         rng = self.rng()
         for part in encoded:

@@ -21,30 +21,30 @@ from .networks import Network
 class VAE(Autoencoder):
     """Trains a variational autoencoder (Kingma, Welling, arXiv 1312.6114) with a diagonal normal posterior.
 
-    Let the pixels be normal around the decoder's, with a variance s^2. The loss is the negative evidence lower bound of
-    an image of D pixels, times 2 s^2 / D and without constants:
+    Let the values be normal around the decoder's, with a variance s^2. The loss is the negative evidence lower bound of
+    an example of D values, times 2 s^2 / D and without constants:
 
-        mean squared error per pixel + (2 s^2 / D) KL(posterior | prior)
+        mean squared error per value + (2 s^2 / D) KL(posterior | prior)
 
-    The KL is a sum over the latent dimensions and a mean over the images, in nats. With the standard normal prior it
+    The KL is a sum over the latent dimensions and a mean over the examples, in nats. With the standard normal prior it
     has a closed form. With a flow f the prior is the law of f^-1(u), u standard normal. The KL is then the negative
     entropy of the posterior, in closed form, less log p(z) = log N(f(z); 0, I) + log|det J_f(z)| of one sample of the
     posterior.
 
-    The codes of images are f(posterior mean), and a code u is decoded as decoder(f^-1(u)). So codes are always to
+    The codes of examples are f(posterior mean), and a code u is decoded as decoder(f^-1(u)). So codes are always to
     follow the standard normal, and every measure, picture and sample is made from them as from other models' codes (the
     Jensen-Shannon divergence of two laws does not change under f). In a good VAE not the law of the means matches the
     prior but that of samples of the posterior (`posterior_samples`): `val/jsd` is theirs.
 
-    It logs per step `loss/reconstruction` (error per pixel, of a sample of the posterior) and `loss/latent` (the KL,
+    It logs per step `loss/reconstruction` (error per value, of a sample of the posterior) and `loss/latent` (the KL,
     nats), and per epoch the measures of `Autoencoder`; `val/reconstruction` is of the means.
 
     Args:
-        encoder: images [n, C, H, W] -> [n, 2 l], the posterior's means and the logarithms of its variances.
-        decoder: z [n, l] -> images [n, C, H, W].
+        encoder: examples [n, ...] -> [n, 2 l], the posterior's means and the logarithms of its variances.
+        decoder: z [n, l] -> examples [n, ...].
         latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
-        observation_variance: s^2, the variance of the pixels. The default, 1/2, gives the common loss: sum of squared
-            errors + KL. The most likely value is the error per pixel itself, but so little weight of the prior leaves
+        observation_variance: s^2, the variance of the values. The default, 1/2, gives the common loss: sum of squared
+            errors + KL. The most likely value is the error per value itself, but so little weight of the prior leaves
             the codes far from it for thousands of steps.
         prior: "normal", or "flow" for a `RealNVP` that is learned along.
         flow_layers: the number of layers of the flow.
@@ -87,18 +87,18 @@ class VAE(Autoencoder):
 
     @staticmethod
     def build_networks(
-        network: Network, image_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
+        network: Network, example_shape: Sequence[int], latent_dim: int, settings: Mapping[str, Any]
     ) -> tuple[nn.Module, nn.Module]:
         """Returns the encoder of a pair of twice the latent dimension, and the decoder of another pair."""
-        return network(image_shape, 2 * latent_dim).encoder, network(image_shape, latent_dim).decoder
+        return network(example_shape, 2 * latent_dim).encoder, network(example_shape, latent_dim).decoder
 
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns means and log-variances, each [n, l], of the posterior of z for images [n, C, H, W].
+    def posterior(self, examples: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns means and log-variances, each [n, l], of the posterior of z for examples [n, ...].
 
         Raises:
             ValueError: if the encoder's output has another shape.
         """
-        mean, log_variance = self._encoded(images, 2 * self.latent_dim).chunk(2, 1)
+        mean, log_variance = self._encoded(examples, 2 * self.latent_dim).chunk(2, 1)
         return mean, log_variance
 
     def _code(self, z: Tensor) -> Tensor:
@@ -107,12 +107,12 @@ class VAE(Autoencoder):
         codes: Tensor = self.flow(z)[0]
         return codes
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Returns codes [n, l] of images [n, C, H, W]: the posterior's means, after the flow where there is one."""
-        return self._code(self.posterior(images)[0])
+    def encode(self, examples: Tensor) -> Tensor:
+        """Returns codes [n, l] of examples [n, ...]: the posterior's means, after the flow where there is one."""
+        return self._code(self.posterior(examples)[0])
 
-    def posterior_samples(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        mean, log_variance = self.posterior(images)
+    def posterior_samples(self, examples: Tensor, rng: torch.Generator) -> Tensor:
+        mean, log_variance = self.posterior(examples)
         return self._code(mean + (log_variance / 2).exp() * noise_like(mean, rng))
 
     @property
@@ -121,22 +121,22 @@ class VAE(Autoencoder):
         return self.decoder if self.flow is None else nn.Sequential(Inverse(self.flow), self.decoder)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images = checked(batch)[0]
-        mean, log_variance = self.posterior(images)
+        examples = checked(batch)[0]
+        mean, log_variance = self.posterior(examples)
         z = mean + (log_variance / 2).exp() * noise_like(mean, self.rng())
-        error = reconstruction_error(self.decoder(z), images)
+        error = reconstruction_error(self.decoder(z), examples)
         if self.flow is None:
             latent = kl_to_normal(mean, log_variance).mean()
         else:
             latent = -(normal_entropy(log_variance) + self.flow.log_prob(z)).mean()
         self.log_dict({"loss/reconstruction": error, "loss/latent": latent}, prog_bar=True)
-        latent = latent + self.penalty(images, mean)
-        return error + 2 * self.observation_variance / images[0].numel() * latent
+        latent = latent + self.penalty(examples, mean)
+        return error + 2 * self.observation_variance / examples[0].numel() * latent
 
-    def penalty(self, images: Tensor, mean: Tensor) -> Tensor | float:
+    def penalty(self, examples: Tensor, mean: Tensor) -> Tensor | float:
         """Returns an addition to the KL, in nats; a VAE's own is 0.
 
-        `mean` [n, l] is that of the posterior of the images.
+        `mean` [n, l] is that of the posterior of the examples.
         """
         return 0.0
 

@@ -17,16 +17,16 @@ SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernels, times the mean 
 class WAE(Autoencoder):
     """Trains the Wasserstein autoencoder of Tolstikhin, Bousquet, Gelly, Schoelkopf (arXiv 1711.01558), Algorithm 2.
 
-    The loss is the mean squared error per pixel + weight * `imq_mmd` of the minibatch's codes and as many samples of
-    the target. (The authors' code takes the sum over pixels, times 0.05, and the weight 10; for 28 x 28 images that is
+    The loss is the mean squared error per value + weight * `imq_mmd` of the minibatch's codes and as many samples of
+    the target. (The authors' code takes the sum over values, times 0.05, and the weight 10; for 28 x 28 images that is
     a weight of 0.26 beside the mean. The default here is larger; with it the error is about that of an AAE or GEN.)
 
-    It logs per step `loss/reconstruction` (error per pixel) and `loss/latent` (the MMD; 0 in the mean for codes that
+    It logs per step `loss/reconstruction` (error per value) and `loss/latent` (the MMD; 0 in the mean for codes that
     follow the target), and per epoch the measures of `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
-        weight: lambda, the weight of the MMD beside the error per pixel.
+        weight: lambda, the weight of the MMD beside the error per value.
         target: law of the codes; None is the standard normal.
         normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
 
@@ -63,9 +63,9 @@ class WAE(Autoencoder):
         self.mean_square = 2 * float(finite_moments(self.target, "the scale of WAE's kernel")[1].sum())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        images = checked(batch)[0]
-        codes = self.encode(images)
-        error = reconstruction_error(self.decode(codes), images)
+        examples = checked(batch)[0]
+        codes = self.encode(examples)
+        error = reconstruction_error(self.decode(codes), examples)
         latent = imq_mmd(codes, self.target_samples(len(codes)), self.mean_square)
         self.log_dict({"loss/reconstruction": error, "loss/latent": latent}, prog_bar=True)
         return error + self.weight * latent

@@ -20,7 +20,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
 
     Returns:
         The model, of its own class (`kdejsd.models.GEN`, say), in float32 and in evaluation mode. Its images are of
-        shape `hparams["image_shape"]`, with values in [0, 1].
+        shape `hparams["example_shape"]`, with values in [0, 1].
 
     Raises:
         FileNotFoundError: if there is no checkpoint.

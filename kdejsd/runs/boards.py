@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._extras import train_extra
-from ..data import ImageData
+from ..data import ExampleData
 from ..metrics import encode_set
 from ..models import Autoencoder, GenerativeModel
 from .pictures import pictures
@@ -30,13 +30,13 @@ _RESOLUTION = 100  # dots per inch
 class RunPictures(pl.Callback):
     """Logs pictures and results of a run to TensorBoard; other loggers get none.
 
-    The pictures are those of a report: samples, and for an autoencoder codes and reconstructions of held-out images.
-    The latents of the samples and the held-out images are the same every time, so that one sees what changes. They are
-    drawn after a validation, as long as all pictures together take at most a hundredth of the run's time, and at the
-    end of the run; each set comes after at least a quarter more steps than the one before. A run of some minutes has a
-    handful of them.
+    The pictures are those of a report: samples, and for an autoencoder codes and reconstructions of held-out examples.
+    The latents of the samples and the held-out examples are the same every time, so that one sees what changes. They
+    are drawn after a validation, as long as all pictures together take at most a hundredth of the run's time, and at
+    the end of the run; each set comes after at least a quarter more steps than the one before. A run of some minutes
+    has a handful of them.
 
-    Pictures that cannot be drawn, as of images of four channels, are a warning: the run goes on without them.
+    Pictures that cannot be drawn, as of examples of four channels, are a warning: the run goes on without them.
 
     At the end the run's settings are logged with the last values of the validation, as `result/...`, for TensorBoard's
     table of hyperparameters.
@@ -86,7 +86,7 @@ class RunPictures(pl.Callback):
 
     def _draw(self, trainer: pl.Trainer, model: pl.LightningModule) -> None:
         boards, data = _boards(trainer), getattr(trainer, "datamodule", None)
-        if not (boards and self._possible and isinstance(model, GenerativeModel) and isinstance(data, ImageData)):
+        if not (boards and self._possible and isinstance(model, GenerativeModel) and isinstance(data, ExampleData)):
             return
         begun = time.perf_counter()
         try:
@@ -105,7 +105,7 @@ class RunPictures(pl.Callback):
 
     @staticmethod
     @torch.no_grad()
-    def _figures(model: GenerativeModel, data: ImageData) -> dict[str, Figure]:
+    def _figures(model: GenerativeModel, data: ExampleData) -> dict[str, Figure]:
         samples = model.sample(data.report_samples, torch.Generator().manual_seed(0))
         held_out = None
         if isinstance(model, Autoencoder):

@@ -119,7 +119,7 @@ class RunCheckpoint(Checkpoint):
         >>> from pathlib import Path
         >>> import lightning.pytorch as pl
         >>> from kdejsd.data import Digits
-        >>> from kdejsd.models.images import AE
+        >>> from kdejsd.models.built import AE
         >>> from kdejsd.runs.checkpoints import RunCheckpoint, WholeCheckpointIO
         >>> checkpoint = RunCheckpoint(Path("run", "last.ckpt"))
         >>> trainer = pl.Trainer(callbacks=[checkpoint], plugins=[WholeCheckpointIO()])  # doctest: +SKIP

@@ -24,7 +24,7 @@ def evaluate(args: list[str]) -> int:
         "what the model makes. Loading a file can run code that is in it; use none that you do not trust.",
     )
     config, checkpoint, model, data_module, path = open_checkpoint(parser, args)
-    classifier = None if config.classifier is None else load_classifier(config.classifier, data_module.image_shape)
+    classifier = None if config.classifier is None else load_classifier(config.classifier, data_module.example_shape)
     folder = fresh_folder(config.out, run_folder(path) / "evaluation")
     begun = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["started"]  # "epoch" may be the one before
     run = {"checkpoint": str(path), "epochs": begun, "steps": checkpoint["global_step"]}

@@ -13,7 +13,7 @@ _HOW = (
 )
 
 
-def load_classifier(path: str, image_shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+def load_classifier(path: str, example_shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """Loads a classifier written by `torch.export.save`, images [n, C, H, W] -> logits [n, K], for any n.
 
     The images are float32 in [0, 1]. It runs on the device it was exported on; the images are brought there and the
@@ -40,13 +40,13 @@ def load_classifier(path: str, image_shape: Sequence[int]) -> Callable[[Tensor],
         logits: Tensor = program(images.to(device)).to(images.device)
         return logits
 
-    images = torch.rand(5, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(5, *example_shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
             logits, first, again = classify(images), classify(images[:3]), classify(images[:3])
     except Exception as error:
         raise ValueError(
-            f"classifier {path} must take float32 images [n, {', '.join(map(str, image_shape))}] for any n, and gave "
+            f"classifier {path} must take float32 images [n, {', '.join(map(str, example_shape))}] for any n, and gave "
             f"an error ({error}); {_HOW}"
         ) from error
     if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:

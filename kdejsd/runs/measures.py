@@ -26,9 +26,9 @@ class Measure(NamedTuple):
 
 _OF_CODES = {
     "reconstruction_error": Measure(
-        "reconstruction error per pixel",
-        "The mean squared error per pixel between an image and what is decoded from its code.",
-        "Lower is better. Far higher for held-out images than for training images, it tells of images learnt by heart.",
+        "reconstruction error, mean squared",
+        "The mean squared error between an example and what is decoded from its code.",
+        "Lower is better. Far higher for held-out examples than for training ones, it tells of learning by heart.",
     ),
     "latent_term": Measure(
         "latent loss, nats",
@@ -101,7 +101,7 @@ _OF_CODES = {
 }
 
 MEASURES = {
-    "count": Measure("images", "The number of images that were measured."),
+    "count": Measure("examples", "The number of examples that were measured."),
     **_OF_CODES,
     **{
         f"posterior.{key}": Measure(*(text.replace("codes", "posterior samples") for text in measure))
@@ -109,8 +109,8 @@ MEASURES = {
     },
     "divergence": Measure(
         "divergence by the discriminator",
-        "How far generated images are from these, as the model's own discriminator tells them apart.",
-        "Lower is better. A discriminator that has learnt training images by heart tells them better than held-out "
+        "How far generated examples are from these, as the model's own discriminator tells them apart.",
+        "Lower is better. A discriminator that has learnt training examples by heart tells them better than held-out "
         "ones.",
     ),
     "samples.count": Measure("number", "The number of generated samples that were measured."),
@@ -130,15 +130,15 @@ MEASURES = {
         "Near 0.",
     ),
     "diversity.num_samples": Measure(
-        "number of samples", "The number of latent samples whose images a classifier has told the classes of."
+        "number of samples", "The number of latent samples whose examples a classifier has told the classes of."
     ),
     "diversity.prior": Measure("law of the latents", "The law that the latent samples were drawn from."),
     "diversity.probabilities": Measure(
-        "class probabilities", "The share of the generated images in each class.", "As in the training images."
+        "class probabilities", "The share of the generated examples in each class.", "As in the training examples."
     ),
     "diversity.collision_entropy": Measure(
         "collision entropy, nats",
-        "Minus the logarithm of the probability that two generated images are of one class.",
+        "Minus the logarithm of the probability that two generated examples are of one class.",
         "Higher is more diverse; the logarithm of the number of classes is the most.",
     ),
     "diversity.collision_entropy_interval": Measure(

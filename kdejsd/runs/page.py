@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
-from ..data import ImageData
+from ..data import ExampleData
 from ..models import Autoencoder, GenerativeModel
 from .measures import Measure
 from .pictures import CAPTIONS
@@ -29,7 +29,7 @@ class Table(NamedTuple):
 def write_page(
     path: Path,
     model: GenerativeModel,
-    data: ImageData,
+    data: ExampleData,
     numbers: Mapping[str, Any],
     explained: Callable[[str], Measure],
     main: Sequence[str],
@@ -41,10 +41,10 @@ def write_page(
     Args:
         path: the file, which stands in the folder of the run or of the report.
         model: the trained model.
-        data: its images.
+        data: its examples.
         numbers: the content of metrics.json.
         explained: gives the words for a measure.
-        main: the measures of images that stand first.
+        main: the measures of examples that stand first.
         pictures: the pictures as PNG files, by their names.
         notes: sentences that stand below the figures.
     """
@@ -71,7 +71,7 @@ def write_page(
         commands=[] if named is None else _commands(model, folder, named),
         settings={
             "Model": _shown(_public(model.hparams) | numbers["model"]),  # in which None has become what it stands for
-            "Data": _shown({"name": type(data).__name__, "image_shape": data.image_shape} | _public(data.hparams)),
+            "Data": _shown({"name": type(data).__name__, "example_shape": data.example_shape} | _public(data.hparams)),
             "Run": {
                 explained(f"run.{key}").label: shown(value)
                 for key, value in _flat(run).items()
@@ -86,19 +86,17 @@ def write_page(
 
 def _tables(numbers: Mapping[str, Any], explained: Callable[[str], Measure], main: Sequence[str]) -> dict[str, Table]:
     """Returns the tables by their titles; the one of the main measures has none, and comes first."""
-    of_images = {
+    of_sets = {
         column: _flat(numbers[part])
         for part, column in (("held_out", "held-out"), ("training", "training"))
         if part in numbers
     }
     tables: dict[str, Table] = {}
-    keys = next(iter(of_images.values()), {})
+    keys = next(iter(of_sets.values()), {})
     for key in sorted(keys, key=lambda key: main.index(key) if key in main else len(main)):
         further = "posterior" if key.startswith("posterior.") else "codes"
-        table = tables.setdefault(
-            "" if key in main else f"Further measures of the {further}", Table(list(of_images), [])
-        )
-        table.rows.append((explained(key), [shown(values[key]) for values in of_images.values()]))
+        table = tables.setdefault("" if key in main else f"Further measures of the {further}", Table(list(of_sets), []))
+        table.rows.append((explained(key), [shown(values[key]) for values in of_sets.values()]))
     for part, title in (("samples", "Generated samples"), ("diversity", "Diversity of what is generated")):
         flat = {key: value for key, value in _flat(numbers.get(part, {}), f"{part}.").items() if value is not None}
         if flat:
@@ -135,17 +133,17 @@ def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not name.startswith("_")}
 
 
-def _code(model: GenerativeModel, data: ImageData, named: str) -> str:
+def _code(model: GenerativeModel, data: ExampleData, named: str) -> str:
     """Returns lines of Python that load the model and use it."""
     lines = ["import torch", "import kdejsd", "", f"model = kdejsd.load({named!r})", "with torch.no_grad():"]
     if isinstance(model, Autoencoder):
-        shape = ", ".join(map(str, data.image_shape))
+        shape = ", ".join(map(str, data.example_shape))
         lines += [
-            f"    images = torch.rand(10, {shape})  # yours, with pixels from 0 to 1",
-            f"    codes = model.encode(images)  # [10, {model.latent_dim}]",
-            "    decoded = model.decode(codes)  # the shape of the images",
+            f"    examples = torch.rand(10, {shape})  # yours, with pixels from 0 to 1",
+            f"    codes = model.encode(examples)  # [10, {model.latent_dim}]",
+            "    decoded = model.decode(codes)  # the shape of the examples",
         ]
-    return "\n".join([*lines, "    samples = model.sample(100)  # new images"])
+    return "\n".join([*lines, "    samples = model.sample(100)  # new examples"])
 
 
 def _commands(model: GenerativeModel, folder: Path, named: str) -> list[tuple[str, str]]:
@@ -159,7 +157,7 @@ def _commands(model: GenerativeModel, folder: Path, named: str) -> list[tuple[st
         ),
     ]
     if isinstance(model, Autoencoder):
-        commands.append(("Score how novel each image is:", f"kdejsd score {run}"))
+        commands.append(("Score how novel each example is:", f"kdejsd score {run}"))
     if any(folder.glob("events.out.tfevents*")):
         commands.append(("See how the training went:", f"tensorboard --logdir {shlex.quote(str(folder))}"))
     return commands

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import plots
 from .._extras import train_extra
 from .._modes import evaluating
-from ..data import ImageData
+from ..data import ExampleData
 from ..drawing import draw, draw_reconstructions
 from ..metrics import Encoded
 from ..models import Autoencoder, GenerativeModel
@@ -17,25 +17,25 @@ with train_extra():
     from matplotlib.figure import Figure
 
 CAPTIONS = {
-    "latent": "The codes of held-out images. Codes that follow their target are spread as it is: for a normal target "
+    "latent": "The codes of held-out examples. Codes that follow their target are spread as it is: for a normal target "
     "they are densest in the middle, grow sparse outwards, and leave no empty places between the classes.",
-    "reconstructions": "Held-out images, and what is decoded from their codes.",
+    "reconstructions": "Held-out examples, and what is decoded from their codes.",
     "samples": "What the model makes of samples of the target. None of it is in the data.",
     "classes": "The latent space, coloured by the class of what is made from each of its places. A dot, of an "
-    "autoencoder, is the code of an image, and one on another colour is decoded to an image of another class.",
+    "autoencoder, is the code of an example, and one on another colour is decoded to an example of another class.",
 }
 
 
 def pictures(
-    model: GenerativeModel, data: ImageData, samples: Tensor, held_out: Encoded | None = None
+    model: GenerativeModel, data: ExampleData, samples: Tensor, held_out: Encoded | None = None
 ) -> dict[str, Figure]:
     """Draws samples of a model, and for an autoencoder held-out codes and reconstructions.
 
     Args:
         model: the model.
-        data: its images.
-        samples: [n, C, H, W], generated.
-        held_out: the held-out images with their codes, for an autoencoder.
+        data: its examples.
+        samples: [n, ...], generated.
+        held_out: the held-out examples with their codes, for an autoencoder.
 
     Returns:
         The pictures by the names of their files, in the order in which they are shown.
@@ -52,9 +52,9 @@ def pictures(
     """
     drawn: dict[str, Figure] = {}
     if isinstance(model, Autoencoder) and held_out is not None:
-        images = data.held_out[torch.arange(min(data.report_samples, len(data.held_out)))][0]
+        examples = data.held_out[torch.arange(min(data.report_samples, len(data.held_out)))][0]
         with torch.no_grad(), evaluating(model):
-            reconstructions = model.reconstruct(images.to(model.device, model.dtype)).cpu()  # type: ignore[arg-type]
+            reconstructions = model.reconstruct(examples.to(model.device, model.dtype)).cpu()  # type: ignore[arg-type]
         drawn["latent"] = plots.latent(held_out.codes, held_out.labels, model.target)
-        drawn["reconstructions"] = draw_reconstructions(data, images, reconstructions)
+        drawn["reconstructions"] = draw_reconstructions(data, examples, reconstructions)
     return drawn | {"samples": draw(data, samples)}

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from .._extras import train_extra
-from ..data import ImageSet
+from ..data import ExampleSet
 
 with train_extra():
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
     from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-_CHUNK = 1000  # images at a time
+_CHUNK = 1000  # examples at a time
 _LINE_INTERVAL = 10.0  # seconds between two lines of progress, where it is written to a file
 
 _SHORT = {
@@ -156,15 +156,15 @@ class RunProgressLines(ProgressBar):
             print(", ".join(figures), file=sys.stderr, flush=True)
 
 
-def batches(images: ImageSet, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields images and labels in order, and shows how far they are."""
-    chunks = torch.arange(len(images)).split(_CHUNK)
+def batches(examples: ExampleSet, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields examples and labels in order, and shows how far they are."""
+    chunks = torch.arange(len(examples)).split(_CHUNK)
     if sys.stderr.isatty():
         chunks = Tqdm(chunks, desc=name, unit=" batches", dynamic_ncols=True)
     due = time.monotonic() + _LINE_INTERVAL
     for index in chunks:
-        yield images[index][:2]
+        yield examples[index][:2]
         done = int(index[-1]) + 1
-        if not sys.stderr.isatty() and (time.monotonic() >= due or done == len(images)):
+        if not sys.stderr.isatty() and (time.monotonic() >= due or done == len(examples)):
             due = time.monotonic() + _LINE_INTERVAL
-            print(f"{name}: {done} of {len(images)} images", file=sys.stderr, flush=True)
+            print(f"{name}: {done} of {len(examples)} examples", file=sys.stderr, flush=True)

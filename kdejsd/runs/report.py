@@ -19,7 +19,7 @@ from .. import plots
 from .._extras import train_extra
 from .._modes import Map
 from .._version import __version__
-from ..data import ImageData
+from ..data import ExampleData
 from ..diversity.report import diversity_report
 from ..metrics import Encoded, code_measures, divergence_measures, encode_set
 from ..models import GAN, Autoencoder, GenerativeModel
@@ -39,9 +39,9 @@ _WIDTH = 80  # columns of a terminal
 
 
 def write_report(
-    folder: Path, model: GenerativeModel, data: ImageData, run: Mapping[str, Any], classifier: Map | None = None
+    folder: Path, model: GenerativeModel, data: ExampleData, run: Mapping[str, Any], classifier: Map | None = None
 ) -> str:
-    """Measures the model on the held-out images and on those it was trained on, and draws its pictures.
+    """Measures the model on the held-out examples and on those it was trained on, and draws its pictures.
 
     It writes into the folder metrics.json, in which numbers that are not finite are null, and samples.png; for
     autoencoders also latent.png and reconstructions.png, and with a classifier and 2-D latents classes.png. All of them
@@ -50,10 +50,10 @@ def write_report(
     Args:
         folder: an existing folder.
         model: the trained model.
-        data: its images.
+        data: its examples.
         run: further facts about the run, which are written down with the measures.
-        classifier: images [n, C, H, W] -> logits [n, K], for the diversity of the images that the model makes; None
-            takes the images' own classifier, if there is one.
+        classifier: examples [n, ...] -> logits [n, K], for the diversity of the examples that the model makes; None
+            takes the examples' own classifier, if there is one.
 
     Returns:
         The main numbers as a table of at most 80 columns.
@@ -63,7 +63,7 @@ def write_report(
         >>> from pathlib import Path
         >>> from kdejsd.data import Digits
         >>> from kdejsd.models import FC
-        >>> from kdejsd.models.images import GAN
+        >>> from kdejsd.models.built import GAN
         >>> from kdejsd.runs.report import write_report
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     model = GAN((1, 8, 8), network=lambda shape, dim: FC(shape, dim, hidden=[16]))
@@ -71,7 +71,7 @@ def write_report(
         ...     sorted(os.listdir(folder))
         ['metrics.json', 'report.html', 'samples.png']
         >>> print(table.splitlines()[1])
-        images                                                       359             200
+        examples                                                       359             200
     """
     report: Report[Any]
     if isinstance(model, Autoencoder):
@@ -114,30 +114,30 @@ class Report(Generic[Model]):
     """Measures and draws the samples of a model, of any kind.
 
     Attributes:
-        samples: [n, C, H, W], generated.
-        measures: the measures by part: of the "held_out" and "training" images, and of the "samples", where there are
+        samples: [n, ...], generated.
+        measures: the measures by part: of the "held_out" and "training" examples, and of the "samples", where there are
             any.
-        training: the training images with their codes, None for a model without an encoder.
+        training: the training examples with their codes, None for a model without an encoder.
     """
 
     training: Encoded | None = None
 
-    def __init__(self, model: Model, data: ImageData) -> None:
+    def __init__(self, model: Model, data: ExampleData) -> None:
         self.model = model
         self.data = data
         self.samples = model.sample(data.report_samples, torch.Generator().manual_seed(0))
-        self.measures: dict[str, Measures] = self.image_measures()
+        self.measures: dict[str, Measures] = self.set_measures()
         of_samples = data.sample_measures(self.samples)
         if of_samples:
             self.measures["samples"] = {"count": len(self.samples), **of_samples}
 
-    def image_measures(self) -> dict[str, Measures]:
-        """Returns the measures of the "held_out" and the "training" images."""
+    def set_measures(self) -> dict[str, Measures]:
+        """Returns the measures of the "held_out" and the "training" examples."""
         return {}
 
     @property
     def main(self) -> list[str]:
-        """Returns the measures of images that the table shows, by their places in `image_measures`."""
+        """Returns the measures of examples that the table shows, by their places in `set_measures`."""
         return []
 
     def explained(self, key: str) -> Measure:
@@ -145,7 +145,7 @@ class Report(Generic[Model]):
         return explained(key)
 
     def table(self) -> str:
-        """Returns the main numbers of held-out and training images, and those of the samples."""
+        """Returns the main numbers of held-out and training examples, and those of the samples."""
         columns = [self.measures[part] for part in ("held_out", "training") if part in self.measures]
         lines = [f"{'':48}{'held-out':>16}{'training':>16}"] if columns else []
         for key in self.main:
@@ -168,7 +168,7 @@ class Report(Generic[Model]):
 class AutoencoderReport(Report[Autoencoder]):
     """Adds the reconstructions, and measures of how well the codes follow the target."""
 
-    def image_measures(self) -> dict[str, Measures]:
+    def set_measures(self) -> dict[str, Measures]:
         self.held_out = encode_set(self.model, self.data.held_out)
         self.training = encode_set(self.model, self.data.training)
         return {
@@ -198,10 +198,10 @@ class AutoencoderReport(Report[Autoencoder]):
 class GANReport(Report[GAN]):
     """Adds the divergence as the discriminator sees it.
 
-    That of training images exceeds that of held-out ones by as much as the discriminator has learnt by heart.
+    That of training examples exceeds that of held-out ones by as much as the discriminator has learnt by heart.
     """
 
-    def image_measures(self) -> dict[str, Measures]:
+    def set_measures(self) -> dict[str, Measures]:
         return {
             "held_out": divergence_measures(self.model, self.data.held_out),
             "training": divergence_measures(self.model, self.data.training),

@@ -1,4 +1,4 @@
-"""Opens a saved run again: its settings, model and images."""
+"""Opens a saved run again: its settings, model and examples."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .._extras import train_extra
-from ..data import ImageData
-from ..models import GenerativeModel, ImageModel
+from ..data import ExampleData
+from ..models import BuiltModel, GenerativeModel
 from .checkpoints import load_checkpoint
 from .classes import class_at, class_named
 from .folders import checkpoint_of
@@ -27,18 +27,18 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
 
 def open_checkpoint(
     parser: ArgumentParser, args: list[str]
-) -> tuple[Any, dict[str, Any], GenerativeModel, ImageData, Path]:
+) -> tuple[Any, dict[str, Any], GenerativeModel, ExampleData, Path]:
     """Opens the checkpoint that the arguments name.
 
-    The parser gets the arguments RUN and --data; by default the images are those of the checkpoint's run.
+    The parser gets the arguments RUN and --data; by default the examples are those of the checkpoint's run.
 
     Returns:
-        The settings, the content of the checkpoint, its model, the images, and the path of the checkpoint.
+        The settings, the content of the checkpoint, its model, the examples, and the path of the checkpoint.
     """
     parser.add_argument(
         "run", type=str, metavar="RUN", help="The folder of a run of kdejsd fit, or the file of its checkpoint."
     )
-    parser.add_subclass_arguments(ImageData, "data", help="Other images than the run's own.", required=False)
+    parser.add_subclass_arguments(ExampleData, "data", help="Other examples than the run's own.", required=False)
     path, checkpoint = None, None
     if args and not args[0].startswith("-"):
         path, checkpoint = _opened(args[0])
@@ -49,16 +49,16 @@ def open_checkpoint(
     first_look.add_argument("--data")
     data_named = first_look.parse_known_args(args)[0].data
     if data_named is not None:
-        class_named("data", data_named, ImageData)
+        class_named("data", data_named, ExampleData)
     config = parser.parse_args(args)
     if path is None or checkpoint is None:
         raise ValueError(f"RUN must stand before the options, got {args[0]} there")
     model = loaded_model(path)
     data_module = parser.instantiate_classes(config).data
-    if data_module.image_shape != tuple(model.hparams["image_shape"]):
+    if data_module.example_shape != tuple(model.hparams["example_shape"]):
         raise ValueError(
-            f"--data must have images of shape {tuple(model.hparams['image_shape'])}, as the run's model, "
-            f"got {data_module.image_shape}"
+            f"--data must have examples of shape {tuple(model.hparams['example_shape'])}, as the run's model, "
+            f"got {data_module.example_shape}"
         )
     return config, checkpoint, model, data_module, path
 
@@ -67,7 +67,10 @@ def _opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """Returns the path and the content of the checkpoint of a run."""
     file = checkpoint_of(path)
     checkpoint = load_checkpoint(file)
-    for settings, what in (("datamodule_hyper_parameters", "on which images it"), ("hyper_parameters", "which model")):
+    for settings, what in (
+        ("datamodule_hyper_parameters", "on which examples it"),
+        ("hyper_parameters", "which model"),
+    ):
         if "_class_path" not in checkpoint.get(settings, {}):
             raise ValueError(f"{file} was not written by kdejsd fit: it does not say {what} was trained")
         class_at(checkpoint[settings]["_class_path"], f"{file} is of")  # imports the module of a class of one's own
@@ -78,5 +81,5 @@ def loaded_model(checkpoint: Path, device: str | torch.device | None = None) -> 
     """Returns the model of a checkpoint that `kdejsd fit` has written, as `load` does, without a look at the file."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: GenerativeModel = ImageModel.load_from_checkpoint(checkpoint, map_location="cpu")
+    model: GenerativeModel = BuiltModel.load_from_checkpoint(checkpoint, map_location="cpu")
     return model.to(device).eval()

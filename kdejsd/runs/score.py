@@ -1,4 +1,4 @@
-"""Defines `kdejsd score`, which writes how novel each image of a set is."""
+"""Defines `kdejsd score`, which writes how novel each example of a set is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._extras import train_extra
-from ..data import ImageData, ImageSet
+from ..data import ExampleData, ExampleSet
 from ..drawing import draw
 from ..models import Autoencoder
 from ..novelty import NoveltyScore, novelty_score, residual_variance
@@ -25,29 +25,29 @@ with train_extra():
 
 
 def score(args: list[str]) -> int:
-    """Writes the novelty of each image of a set and prints the most and least likely ones; returns the exit code."""
+    """Writes the novelty of each example of a set and prints the most and least likely ones; returns the exit code."""
     parser = ArgumentParser(
         prog="kdejsd score",
-        description="Writes how novel each image is to a run's model: a CSV of kdejsd.novelty_score (nats, "
+        description="Writes how novel each example is to a run's model: a CSV of kdejsd.novelty_score (nats, "
         "higher is more novel), its three parts and the reconstruction error; and pictures of the 100 most and least "
         "likely.",
         exit_on_error=False,
     )
-    parser.add_argument("--split", type=Literal["held_out", "training"], default="held_out", help="Which images.")
+    parser.add_argument("--split", type=Literal["held_out", "training"], default="held_out", help="Which examples.")
     parser.add_argument(
         "--variance",
         type=PositiveFloat | None,
-        help="Of the residual in each dimension; default: measured on the training images, those of --data if it is "
+        help="Of the residual in each dimension; default: measured on the training examples, those of --data if it is "
         "the run's kind of data and else the run's own.",
     )
     parser.add_argument("--out", type=str, metavar="FILE.csv", help="Default: scores.csv in a fresh folder of the run.")
     config, _, model, data_module, checkpoint = open_checkpoint(parser, args)
     if not isinstance(model, Autoencoder):
         raise ValueError(
-            f"RUN must have a model with an encoder, which the density of an image needs, and {config.run} has a "
+            f"RUN must have a model with an encoder, which the density of an example needs, and {config.run} has a "
             f"{type(model).__name__}"
         )
-    images = data_module.held_out if config.split == "held_out" else data_module.training
+    examples = data_module.held_out if config.split == "held_out" else data_module.training
     variance = config.variance
     if variance is None:
         own = parser.get_defaults()
@@ -60,42 +60,42 @@ def score(args: list[str]) -> int:
         if path.exists():
             raise ValueError(f"out must be a new file, and {path} exists")
         path.parent.mkdir(parents=True, exist_ok=True)
-    scores = _write_scores(path, model, images, variance)
-    print(f"{len(scores)} images, mean score {scores.mean():.5g} nats; the residual's variance is {variance:.4g}")
+    scores = _write_scores(path, model, examples, variance)
+    print(f"{len(scores)} examples, mean score {scores.mean():.5g} nats; the residual's variance is {variance:.4g}")
     known = scores.isfinite().nonzero().flatten()
     if len(known) < len(scores):
-        print(f"{len(scores) - len(known)} images have no finite score, and are not among the following")
+        print(f"{len(scores) - len(known)} examples have no finite score, and are not among the following")
     order = known[scores[known].argsort()]
     for name, chosen in (("most", order[:100]), ("least", order.flip(0)[:100])):
         print(f"{name} likely: {', '.join(map(str, chosen[:10].tolist()))}")
         if len(chosen):
-            draw(data_module, images[chosen][0]).savefig(path.with_name(f"{path.stem}_{name}_likely.png"))
+            draw(data_module, examples[chosen][0]).savefig(path.with_name(f"{path.stem}_{name}_likely.png"))
     print(f"scores: {path}")
     return 0
 
 
-def _training_variance(model: Autoencoder, data: ImageData) -> float:
+def _training_variance(model: Autoencoder, data: ExampleData) -> float:
     try:
-        images = data.training
+        examples = data.training
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"the images that the model was trained on are not there, and the residual's variance is measured on them "
-            f"unless --variance gives it: {error}"
+            f"the examples that the model was trained on are not there, and the residual's variance is measured on "
+            f"them unless --variance gives it: {error}"
         ) from error
     total = 0.0
-    for batch, _ in batches(images, "residuals"):
+    for batch, _ in batches(examples, "residuals"):
         total += len(batch) * residual_variance(model.encode, model.decode, batch.to(model.device))
-    return total / len(images)
+    return total / len(examples)
 
 
-def _write_scores(path: Path, model: Autoencoder, images: ImageSet, variance: float) -> Tensor:
-    """Writes one line for each image, and returns the scores [n]."""
+def _write_scores(path: Path, model: Autoencoder, examples: ExampleSet, variance: float) -> Tensor:
+    """Writes one line for each example, and returns the scores [n]."""
     scores: list[Tensor] = []
     count = itertools.count()
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("index", "label", *NoveltyScore._fields))
-        for batch, labels in batches(images, "scores"):
+        for batch, labels in batches(examples, "scores"):
             batch = batch.to(model.device)
             found = novelty_score(model.encode, model.decode, batch, variance=variance, target=model.target)
             for label, row in zip(labels.tolist(), torch.stack(found, 1).tolist(), strict=True):

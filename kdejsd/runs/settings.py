@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .._extras import train_extra
-from ..data import ImageData
-from ..models import ImageModel
+from ..data import ExampleData
+from ..models import BuiltModel
 from .boards import RunPictures
 from .checkpoints import RunCheckpoint, WholeCheckpointIO, load_checkpoint
 from .classes import class_at, class_named, subclasses
@@ -27,14 +27,14 @@ with train_extra():
     from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.utilities import rank_zero_only
 
-_BASES: dict[str, type] = {"model": ImageModel, "data": ImageData}
-_DEFAULT_CLASSES = {"data": "kdejsd.data.Digits", "model": "kdejsd.models.images.GEN"}
+_BASES: dict[str, type] = {"model": BuiltModel, "data": ExampleData}
+_DEFAULT_CLASSES = {"data": "kdejsd.data.Digits", "model": "kdejsd.models.built.GEN"}
 _USAGE = (
     "kdejsd fit [--config FILE] [--data NAME] [--data.SETTING ...] [--model NAME] [--model.SETTING ...] "
     "[--trainer.SETTING ...] [--out DIR] [--debug]"
 )
 _DESCRIPTION = (
-    "Trains a model on images and writes a report; without settings, a Generative Encoding Network on scikit-learn's "
+    "Trains a model on examples and writes a report; without settings, a Generative Encoding Network on scikit-learn's "
     "digits in about a minute."
 )
 _TRAINER_DEFAULTS = {
@@ -61,15 +61,15 @@ class FitCLI(LightningCLI):
     """
 
     config: Any
-    model: ImageModel
-    datamodule: ImageData
+    model: BuiltModel
+    datamodule: ExampleData
 
     def __init__(self, args: list[str]) -> None:
         self.ckpt_path: Path | None = None
         self.begun = 0
         super().__init__(
-            ImageModel,
-            ImageData,
+            BuiltModel,
+            ExampleData,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
@@ -81,10 +81,10 @@ class FitCLI(LightningCLI):
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(ImageData, "data", subclass_mode=True)
-        parser.add_lightning_class_args(ImageModel, "model", subclass_mode=True)
+        parser.add_lightning_class_args(ExampleData, "data", subclass_mode=True)
+        parser.add_lightning_class_args(BuiltModel, "model", subclass_mode=True)
         parser.add_lightning_class_args(pl.Trainer, "trainer")
-        parser.link_arguments("data.image_shape", "model.init_args.image_shape", apply_on="instantiate")
+        parser.link_arguments("data.example_shape", "model.init_args.example_shape", apply_on="instantiate")
         parser.set_defaults(
             {
                 **{part: {"class_path": path} for part, path in _DEFAULT_CLASSES.items()},
@@ -159,10 +159,10 @@ class FitCLI(LightningCLI):
         data = self.parser.instantiate_classes(Namespace(data=self.config.data)).data  # type: ignore[no-untyped-call]
         data.setup()
         model = class_at(self.config.model.class_path)
-        if issubclass(model, ImageModel):
+        if issubclass(model, BuiltModel):
             model.check_data(self.config.model.init_args, data)
         super().instantiate_classes()
-        self.datamodule = data  # which has read its images
+        self.datamodule = data  # which has read its examples
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         config = self.config
@@ -316,7 +316,7 @@ def _settings_of(chosen: Mapping[str, type], trainer_skips: set[str]) -> Argumen
     for part, cls in (*chosen.items(), ("trainer", pl.Trainer)):
         group = parser.add_argument_group(f"{part}: {cls.__name__}")
         group.add_class_arguments(
-            cls, part, as_group=False, skip=trainer_skips if part == "trainer" else {"image_shape"}
+            cls, part, as_group=False, skip=trainer_skips if part == "trainer" else {"example_shape"}
         )
     parser.set_defaults({name: value for name, value in _TRAINER_DEFAULTS.items() if name[8:] not in trainer_skips})
     return parser

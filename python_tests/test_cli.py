@@ -222,7 +222,7 @@ def test_evaluate_refuses(run, trained, tmp_path):
     write_mnist(tmp_path, compressed=True)
     checkpoint = folder / "runs/digits-1/checkpoints/last.ckpt"
     done = run("evaluate", checkpoint, "--data=MNIST", f"--data.root={tmp_path}", cwd=tmp_path, status=1)
-    assert "--data must have images of shape (1, 8, 8), as the run's model, got (1, 28, 28)" in done.err
+    assert "--data must have examples of shape (1, 8, 8), as the run's model, got (1, 28, 28)" in done.err
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     done = run("evaluate", "--out=out", checkpoint, cwd=tmp_path, status=1)
     assert done.err == "kdejsd evaluate: error: RUN must stand before the options, got --out=out there\n"
@@ -343,7 +343,7 @@ def test_score_writes_the_density_of_each_image(run, trained, tmp_path, split):
     done = run("score", checkpoint, f"--split={split}", cwd=tmp_path)
     path = tmp_path / "score-1" / "scores.csv"
     assert f"scores: {path}" in done.out and done.err.endswith(
-        f"scores: {len(table(path))} of {len(table(path))} images\n"
+        f"scores: {len(table(path))} of {len(table(path))} examples\n"
     )
     rows = table(path)
     model = built.GEN.load_from_checkpoint(checkpoint)
@@ -400,10 +400,10 @@ def test_score_of_other_images(run, tmp_path):
     torch.save(state, tmp_path / "collapsed.ckpt")
     (tmp_path / "mnist").rename(tmp_path / "elsewhere")
     gone = run("score", "collapsed.ckpt", *other, "--out=gone.csv", cwd=tmp_path, status=1)
-    assert "the images that the model was trained on are not there" in gone.err and "--variance" in gone.err
+    assert "the examples that the model was trained on are not there" in gone.err and "--variance" in gone.err
     assert not (tmp_path / "gone.csv").exists()
     done = run("score", "collapsed.ckpt", *other, "--variance=0.1", "--out=none.csv", cwd=tmp_path)
-    assert "20 images have no finite score" in done.out
+    assert "20 examples have no finite score" in done.out
     assert {row["log_det"] for row in table(tmp_path / "none.csv")} == {-math.inf}
     assert not (tmp_path / "none_most_likely.png").exists()
 
@@ -412,7 +412,7 @@ def test_score_refuses(run, trained, tmp_path):
     checkpoint = trained[0] / "runs/digits-1/checkpoints/last.ckpt"
     write_mnist(tmp_path, compressed=True)
     done = run("score", checkpoint, "--data=MNIST", f"--data.root={tmp_path}", cwd=tmp_path, status=1)
-    assert "--data must have images of shape (1, 8, 8), as the run's model, got (1, 28, 28)" in done.err
+    assert "--data must have examples of shape (1, 8, 8), as the run's model, got (1, 28, 28)" in done.err
     assert "PositiveFloat" in run("score", checkpoint, "--variance=-1", cwd=tmp_path, status=2).err
     assert "held_out" in run("score", checkpoint, "--split=all", cwd=tmp_path, status=2).err
     assert "run must be given" in run("score", cwd=tmp_path, status=2).err

@@ -860,7 +860,7 @@ def test_a_batch_of_all_devices_is_no_larger_than_the_training_set():
     data.trainer = SimpleNamespace(global_rank=1, world_size=2)
     assert len(data.train_dataloader()) == 1
     data.trainer.world_size = 4
-    with pytest.raises(ValueError, match="batch_size must be at most 75, 300 training images for 4 devices, got 150"):
+    with pytest.raises(ValueError, match="batch_size must be at most 75, 300 training examples for 4 devices, got 150"):
         data.train_dataloader()
 
 
@@ -885,7 +885,7 @@ def test_grid_has_the_law_of_its_modes():
     counts = labels.bincount()
     assert (((counts - 150_000 / 9) / math.sqrt(150_000 / 9)).abs() < 4).all()
     for label in range(9):
-        points = images[labels == label].flatten(1).double()
+        points = images[labels == label].double()
         error = 0.05 / math.sqrt(len(points))
         assert ((points.mean(0) - data.modes[label]).abs() < 4 * error).all()
         assert ((points.T.cov() - 0.0025 * torch.eye(2)).abs() < 5 * 0.0025 * math.sqrt(2 / len(points))).all()
@@ -900,9 +900,8 @@ def test_grid_has_the_law_of_its_modes():
 def test_the_classifier_of_a_grid_gives_the_posterior_of_the_modes():
     data = Grid2D(1, 100)
     points = torch.rand(50, 2, generator=generator()).double() * 6 - 3
-    parts = torch.distributions.Normal(data.modes.double()[None], 0.05).log_prob(points.flatten(1)[:, None]).sum(2)
-    for form in (points, points.flatten(1)):
-        torch.testing.assert_close(data.classifier()(form).log_softmax(1), parts.log_softmax(1))
+    parts = torch.distributions.Normal(data.modes.double()[None], 0.05).log_prob(points[:, None]).sum(2)
+    torch.testing.assert_close(data.classifier()(points).log_softmax(1), parts.log_softmax(1))
     assert data.logits(points.float()).dtype == torch.float32
     assert torch.equal(data.classify(points + 100), torch.full((50,), 8))
     with pytest.raises(ValueError, match=r"points must have shape \[n, 2\], got \[4, 3, 1, 1\]"):
@@ -914,7 +913,7 @@ def test_measures_of_the_modes():
     modes = data.modes
     perfect = data.sample_measures(modes.repeat(4, 1))
     assert perfect == {"modes_captured": 25, "high_quality_share": 1.0, "reverse_kl": pytest.approx(0, abs=1e-15)}
-    collapsed = data.sample_measures(modes[7].repeat(10, 1)[:, :, None, None])
+    collapsed = data.sample_measures(modes[7].repeat(10, 1))
     assert collapsed == {"modes_captured": 1, "high_quality_share": 1.0, "reverse_kl": pytest.approx(math.log(25))}
     # Three standard deviations are 0.15: two good points, one that counts for mode 1 but is not good, one far outside.
     points = modes[[0, 0, 1, 24]] + torch.tensor([[0.149, 0.0], [0.0, -0.149], [0.11, 0.11], [50.0, 50.0]])
@@ -938,7 +937,7 @@ def test_measures_of_the_modes():
         (lambda: Grid2D(num_samples=1), "num_samples must be at least 2, got 1"),
         (lambda: Grid2D(held_out=1.0), r"held_out must be above 0 and below 1, got 1\.0"),
         (lambda: Grid2D(num_samples=3, held_out=0.9), r"held_out must leave points to train on, got 0\.9"),
-        (lambda: Grid2D(num_samples=100).training, "batch_size must be at most 90, the number of training images"),
+        (lambda: Grid2D(num_samples=100).training, "batch_size must be at most 90, the number of training examples"),
     ],
 )
 def test_a_grid_refuses(call, text):
@@ -954,7 +953,7 @@ def test_data_with_images_that_are_not_finite_are_refused():
             return training, held_out
 
     with pytest.raises(
-        ValueError, match=r"Spoiled must have finite images, and 2 of its 1438 training images .*: 3, 5"
+        ValueError, match=r"Spoiled must have finite examples, and 2 of its 1438 training examples .*: 3, 5"
     ):
         Spoiled().setup()
 

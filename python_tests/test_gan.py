@@ -268,7 +268,7 @@ class Shift(nn.Module):
         self.by = nn.Parameter(torch.zeros(2))
 
     def forward(self, latents):
-        return (latents + self.by)[:, :, None, None]
+        return latents + self.by
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -343,7 +343,7 @@ def networks(packing: int = 1) -> tuple[nn.Module, nn.Module]:
             lambda: make("wgan-gp", shape=(1, 28, 28), network=Conv),
             "discriminator must have no batch normalisation for .*--model.network.encoder_batch_norm false",
         ),
-        (lambda: train(make(packing=3), 1), "a batch must be a multiple of packing = 3 images, got 100"),
+        (lambda: train(make(packing=3), 1), "a batch must be a multiple of packing = 3 examples, got 100"),
         (
             lambda: GAN(*networks(), 2, packing=2).discriminate(torch.zeros(4, 1, 8, 8)),
             None,
@@ -354,7 +354,7 @@ def networks(packing: int = 1) -> tuple[nn.Module, nn.Module]:
         ),
         (
             lambda: train(GAN(FC((1, 4, 4), 2).decoder, networks()[1], 2), 1),
-            r"generator must return the shape of the images, \[100, 1, 8, 8\], got \[100, 1, 4, 4\]",
+            r"generator must return the shape of the examples, \[100, 1, 8, 8\], got \[100, 1, 4, 4\]",
         ),
     ],
 )

@@ -507,7 +507,7 @@ def test_a_convolutional_gen_learns():
         (lambda: make(lagged_dtype="half"), r"lagged_dtype must be \"float32\" or \"bfloat16\", got 'half'"),
         (lambda: make(input_dropout=1.0), r"input_dropout must be at least 0 and below 1, got 1\.0"),
         (lambda: make(num_lagged=301) and train(make(num_lagged=301), 1), "num_lagged must be at most 300, .* got 301"),
-        (lambda: FC((8, 8), 2), r"example_shape must be \(channels, height, width\), .* got \[8, 8\]"),
+        (lambda: FC((), 2), "example_shape must have at least one dimension, got none"),
         (lambda: FC((1, 8, 8), 2, hidden=()), "hidden must have one width at least"),
         (lambda: Conv((1, 30, 30), 2), r"side 28, 32 or 64, got example_shape \[1, 30, 30\]; FC takes any"),
         (lambda: GEN(nn.Flatten(), nn.Identity(), 2, bandwidth=1.0).encode(torch.zeros(3, 1, 8, 8)), r"got \[3, 64\]"),
@@ -521,7 +521,7 @@ def test_refusals(call, text):
 
 def test_batches_without_indices_are_refused():
     loader = torch.utils.data.DataLoader([(torch.zeros(1, 8, 8), 0)] * 300, batch_size=100)
-    with pytest.raises(TypeError, match=r"must be \(images, labels, indices in the training set\), got 2 parts"):
+    with pytest.raises(TypeError, match=r"must be \(examples, labels, indices in the training set\), got 2 parts"):
         trainer(1).fit(make(), loader)
 
 

@@ -225,7 +225,7 @@ def test_networks(network, first):
         (lambda: make(built.LCVAE, constraint="l2"), 'constraint must be "clip", "spectral" or "none", got \'l2\''),
         (lambda: make(built.LCVAE, clip=0.0), r"clip must be positive and finite, got 0\.0"),
         (lambda: make(built.LCVAE, clip=math.inf), "clip must be positive and finite, got inf"),
-        (lambda: make(built.LCVAE).training_step(digits(1), 0), "LCVAE must have at least 2 images, got 1"),
+        (lambda: make(built.LCVAE).training_step(digits(1), 0), "LCVAE must have at least 2 examples, got 1"),
         (lambda: DeepConv((1, 32, 32), 2), r"^DeepConv takes images of 28 x 28, got example_shape \[1, 32, 32\]; FC"),
         (lambda: HalfDeepConv((1, 8, 8), 2), r"^HalfDeepConv takes images of 28 x 28, got example_shape \[1, 8, 8\]"),
         (lambda: DeepConv((1, 28, 28), 0), "latent_dim must be at least 1, got 0"),

@@ -339,7 +339,7 @@ def networks(width: int = 2) -> tuple[nn.Module, nn.Module]:
             lambda: AE(*networks(3), 2).encode(torch.zeros(3, 1, 8, 8)),
             r"must return \[3, latent_dim = 2\], got \[3, 3\]",
         ),
-        (lambda: train(AE(networks()[0], nn.Identity(), 2), 1), "decoder must return the shape of the images"),
+        (lambda: train(AE(networks()[0], nn.Identity(), 2), 1), "decoder must return the shape of the examples"),
         (lambda: imq_mmd(torch.zeros(1, 2), torch.zeros(5, 2), 4.0), "codes and samples must be at least 2 .* 1 and 5"),
     ],
 )
@@ -349,7 +349,7 @@ def test_refusals(call, text):
 
 
 def test_batches_without_indices_are_refused():
-    with pytest.raises(TypeError, match=r"must be \(images, labels, indices in the training set\), got 2 parts"):
+    with pytest.raises(TypeError, match=r"must be \(examples, labels, indices in the training set\), got 2 parts"):
         make(built.AAE).training_step((torch.zeros(2, 1, 8, 8), torch.zeros(2)), 0)
 
 

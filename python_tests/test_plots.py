@@ -420,6 +420,6 @@ def test_a_data_set_that_draws_by_a_method_is_told_to_register_it():
         def draw(self, images):
             return None
 
-    assert len(drawing.draw(Own(n=1, num_samples=20, batch_size=5), torch.zeros(2, 2, 1, 1)).axes[0].patches) == 9
+    assert len(drawing.draw(Own(n=1, num_samples=20, batch_size=5), torch.zeros(2, 2)).axes[0].patches) == 9
     with pytest.raises(TypeError, match=r"^Other.draw is not .*: kdejsd.drawing.draw.register\(Other, function\)"):
         drawing.draw(Other(), torch.zeros(2, 1, 8, 8))

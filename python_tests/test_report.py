@@ -143,7 +143,7 @@ def test_the_page_says_how_to_go_on_and_takes_nothing_for_html(tmp_path):
     assert not page.tags & {"b", "i", "u", "script"} and "note: </pre><script>alert(1)</script>" in page.words
     assert "AE on <i>Digits" in page.words and "<u>&amp;" in page.words and "0.125" in page.words
     assert f"kdejsd fit --ckpt_path '{folder}'" in page.words
-    code = re.search(r"import torch\n.*?new images", page.words, re.DOTALL)[0]
+    code = re.search(r"import torch\n.*?new examples", page.words, re.DOTALL)[0]
     load = f"kdejsd.load({str(folder)!r})"
     values = {"loaded": model}
     exec(code.replace(load, "loaded"), values)

@@ -535,7 +535,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights_are_spoiled(t
     text = str(error.value)
     assert "the loss is nan in epoch 2, batch 3 of 5 (after 7 steps): " in text
     term = "discriminator" if "gan" in kind else "reconstruction"
-    assert f"loss/{term} is nan" in text and "images and the weights are finite" in text
+    assert f"loss/{term} is nan" in text and "examples and the weights are finite" in text
     for name, value in model.named_parameters():
         assert torch.equal(value, spoil.before[name]) or (kind, name.split(".")[0]) == ("aae", "discriminator"), name
     assert max(path.name for path in tmp_path.glob("*.ckpt")) == "07.ckpt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -291,7 +292,16 @@ class ExampleData(pl.LightningDataModule):
         """Returns batches of the held-out examples."""
         return self.val_dataloader()
 
-    # What a set knows of examples that a model makes like its own
+    # What a set knows of its examples, and of those that a model makes like them
+
+    @property
+    def columns(self) -> list[str]:
+        """Returns the names of an example's values where it is a row of them; by default they are numbered from 1."""
+        return [str(number) for number in range(1, math.prod(self.example_shape) + 1)]
+
+    def restored(self, examples: Tensor) -> Tensor:
+        """Returns examples [n, ...] in the units of their files; most sets have changed nothing and return them."""
+        return examples
 
     def sample_measures(self, examples: Tensor) -> dict[str, float]:
         """Measures generated examples [n, ...] by the known law of the set; most sets know none and return {}."""

@@ -21,6 +21,7 @@ __all__ = [
     "ClassRadius",
     "GaussianMixture",
     "LaggedKDE",
+    "LaggedRefresh",
     "NoveltyScore",
     "RadiusBiasWarning",
     "StandardNormal",

@@ -28,6 +28,7 @@ from .ops.kde import kde_log_prob as kde_log_prob
 from .ops.nearest import nearest_other_class as nearest_other_class
 from .ops.omega import omega as omega
 from .ops.radius import class_radius_bound as class_radius_bound
+from .refresh import LaggedRefresh as LaggedRefresh
 from .runs import load as load
 from .targets import GaussianMixture as GaussianMixture
 from .targets import StandardNormal as StandardNormal

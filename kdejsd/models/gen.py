@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from .._extras import train_extra
 from .._modes import evaluating
@@ -16,6 +16,7 @@ from .._numbers import integer, not_negative, real
 from .._ranks import of_first
 from ..data import Batch, ExampleData
 from ..lagged import LaggedKDE
+from ..refresh import read
 from ..targets import Target
 from .autoencoder import Autoencoder, CodeNorm, reconstruction_error
 from .base import CHUNK, checked, noise_like
@@ -264,13 +265,13 @@ class GEN(Autoencoder):
     def _read_examples(self, start: int, end: int) -> Iterator[Tensor]:
         """Yields the examples of `_lagged_batches`, read from the training set."""
         assert self._training_set is not None and self._lagged_examples is not None
-        for chosen in self._lagged_examples[start:end].cpu().split(CHUNK):
-            if self._takes_index_tensors:
-                batch = self._training_set[chosen]
-            else:
-                examples = Subset(self._training_set, chosen.tolist())
-                batch = next(iter(DataLoader(examples, batch_size=len(chosen), generator=torch.Generator())))
-            yield checked(batch)[0].to(self.device, self.dtype)  # type: ignore[arg-type]
+        chosen = self._lagged_examples[start:end].cpu()
+        if self._takes_index_tensors:
+            parts: Iterator[Tensor] = (self._training_set[part][0] for part in chosen.split(CHUNK))
+        else:
+            parts = read(self._training_set, chosen)
+        for part in parts:
+            yield part.to(self.device, self.dtype)  # type: ignore[arg-type]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None

@@ -51,7 +51,9 @@ def reals(name: str, values: Any) -> Any:
     if isinstance(values, (np.ndarray, Tensor)):
         try:
             # torch takes no negative strides, and warns of an array that is not to be written.
-            tensor = values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements="CW"))
+            tensor = (
+                values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))
+            )
         except TypeError:  # an array of objects
             return reals(name, values.tolist())
         if tensor.dtype == torch.bool or tensor.is_complex():

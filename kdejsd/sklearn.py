@@ -24,7 +24,6 @@ with extra("sklearn"):
 
 __all__ = ["KernelDensity"]
 
-_RULES = ("scott", "silverman", "entropy")
 _PAIRS = 2**22  # of a query and a center that `cdf` looks at together, which bounds its memory
 _NUMPY_DTYPE = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -154,20 +153,19 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
         for name in ("whiten", "debias"):
             if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        samples, self._home = self._checked(X), X.device if isinstance(X, Tensor) else None
-        samples, weights = self._weighted(samples, sample_weight)
-        effective = len(samples) if sample_weight is None else float(1 / weights.square().sum())
+        self._home = X.device if isinstance(X, Tensor) else None
+        samples, weights = _weighted(self._checked(X).detach().clone(), sample_weight)
         log_weights = None if sample_weight is None else weights.log().to(samples.dtype)
-        self._frame, bandwidth = self._kernel(samples, weights)
+        origin = weights @ samples.double()
+        self._frame = _Frame(origin, self._root(samples, weights, origin))
         points = self._frame.into(samples)
-        if isinstance(bandwidth, str):
-            bandwidth = self._by_rule(bandwidth, points, log_weights, effective)
+        h = self._isotropic_bandwidth(points, weights, log_weights)
         if self.debias:
             query = points.clone().requires_grad_()
-            (score,) = torch.autograd.grad(kde_log_prob(query, points, bandwidth, log_weights=log_weights).sum(), query)
-            points = points + bandwidth**2 / 2 * score
-        self._points, self._scale, self._weights, self._log_weights = points, bandwidth, weights, log_weights
-        self.bandwidth_ = bandwidth if np.ndim(self.bandwidth) == 0 else self.bandwidth
+            (score,) = torch.autograd.grad(kde_log_prob(query, points, h, log_weights=log_weights).sum(), query)
+            points = points + h**2 / 2 * score
+        self._points, self._h, self._weights, self._log_weights = points, h, weights, log_weights
+        self.bandwidth_ = self.bandwidth if self._is_array() else h
         return self
 
     def score_samples(self, X: Any) -> Any:
@@ -183,7 +181,7 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
             array([-0.91893853, -1.41893853])
         """
         query = self._coordinates(X)
-        found = kde_log_prob(query, self._points, self._scale, log_weights=self._log_weights)
+        found = kde_log_prob(query, self._points, self._h, log_weights=self._log_weights)
         return _like(X, found - self._frame.log_volume)
 
     @torch.no_grad()
@@ -220,7 +218,7 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
         kernels = random.choice(len(self._weights), size=n_samples, p=self._weights.numpy(force=True))
         noise = torch.from_numpy(random.normal(size=(n_samples, self.n_features_in_))).to(self._points)
         points = self._points[torch.from_numpy(kernels).to(noise.device)]
-        return self._given(self._frame.out_of(points + self._scale * noise))
+        return self._given(self._frame.out_of(points + self._h * noise))
 
     def cdf(self, X: Any) -> Any:
         """Returns the probability of a value below each point [n, 1], as [n]; for data of one dimension.
@@ -243,7 +241,7 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
         query = self._coordinates(X).double()
         centers = self._points.double().squeeze(1)
         parts = query.split(max(1, _PAIRS // len(centers)))
-        below = [(torch.special.ndtr((z - centers) / self._scale) * self._weights).sum(1) for z in parts]
+        below = [(torch.special.ndtr((z - centers) / self._h) * self._weights).sum(1) for z in parts]
         return _like(X, torch.cat(below).clamp(max=1).to(self._points.dtype))
 
     @property
@@ -254,98 +252,68 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
     def weights_(self) -> Any:
         return self._given(self._weights)
 
-    # The steps of `fit`
-
-    def _checked(self, X: Any, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns data as a tensor of their own on the device: of this dtype later on, of theirs where it is None."""
-        first = dtype is None
+    def _checked(self, X: Any, like: Tensor | None = None) -> Tensor:
+        """Returns data as a finite tensor [n, l], with another's dtype and device or, in `fit`, with their own."""
+        device = self._chosen_device(X) if like is None else like.device
         if not isinstance(X, Tensor):
-            dtypes = [np.float64, np.float32] if dtype is None else _NUMPY_DTYPE[dtype]
-            array = validate_data(self, X, dtype=dtypes, order="C", reset=first)
-            return torch.tensor(array, device=self._device(torch.device("cpu")) if first else self._points.device)
-        dtype = compute_dtype("X", check_tensor("X", X)) if dtype is None else dtype
+            wanted = [np.float64, np.float32] if like is None else _NUMPY_DTYPE[like.dtype]
+            return torch.tensor(validate_data(self, X, dtype=wanted, order="C", reset=like is None), device=device)
+        dtype = compute_dtype("X", check_tensor("X", X))
         if X.ndim != 2 or 0 in X.shape:
             raise ValueError(f"X must have shape [n, l] with n and l at least 1, got {list(X.shape)}")
-        validate_data(self, X, skip_check_array=True, reset=first)
-        device = self._device(X.device) if first else self._points.device
-        x = X.detach().to(device, dtype, copy=True) if first else X.to(device, dtype)
+        validate_data(self, X, skip_check_array=True, reset=like is None)
+        x = X.to(device, dtype if like is None else like.dtype)
         check_finite("X", x)
         return x
 
-    def _device(self, usual: torch.device) -> torch.device:
+    def _chosen_device(self, X: Any) -> torch.device:
+        usual = X.device if isinstance(X, Tensor) else torch.device("cpu")
         device = usual if self.device is None else torch.device(self.device)
         if device.type == "cuda" and (problem := cuda_problem()):
             raise RuntimeError(f"device {str(device)!r} cannot be used: {problem}")
         return device
 
-    def _weighted(self, samples: Tensor, sample_weight: Any) -> tuple[Tensor, Tensor]:
-        """Returns the samples of positive weight, and these weights in float64, with a sum of 1."""
-        if sample_weight is None:
-            return samples, samples.new_full((len(samples),), 1 / len(samples), dtype=torch.float64)
-        if isinstance(sample_weight, Tensor):
-            sample_weight = sample_weight.numpy(force=True)
-        values = _check_sample_weight(sample_weight, np.empty((len(samples), 0)), dtype=np.float64)
-        if (values < 0).any() or not (values > 0).any():
-            raise ValueError(
-                "sample_weight must not be negative, and not 0 for all samples, "
-                f"got {values.min():g} to {values.max():g}"
-            )
-        used = torch.from_numpy(values > 0).to(samples.device)
-        weights = torch.from_numpy(values / values.max()).to(samples.device)[used]
-        return samples[used], weights / weights.sum()
+    def _is_array(self) -> bool:
+        """Tells whether the bandwidth is an array, which has the kernel's whole covariance in it."""
+        return np.ndim(self.bandwidth) > 0
 
-    def _kernel(self, samples: Tensor, weights: Tensor) -> tuple[_Frame, float | str]:
-        """Returns the coordinates in which the kernel is isotropic, and its bandwidth there, which may be a rule."""
-        dim = samples.shape[1]
-        origin = weights @ samples.double()
-        if isinstance(self.bandwidth, str) and self.bandwidth not in _RULES:
-            raise ValueError(
-                f"bandwidth must be a number, an array or one of {', '.join(_RULES)}, got {self.bandwidth!r}"
-            )
-        if np.ndim(self.bandwidth) == 0:
-            rule = isinstance(self.bandwidth, str)
-            root = _root_of_covariance(samples, weights, origin) if self.whiten else None
-            return _Frame(origin, root), self.bandwidth if rule else positive("bandwidth", self.bandwidth)
+    def _root(self, samples: Tensor, weights: Tensor, mean: Tensor) -> Tensor | None:
+        """Returns the root of the frame in which the kernel is isotropic."""
+        if not self._is_array():
+            return _root_of_covariance(samples, weights, mean) if self.whiten else None
         if self.whiten:
             raise ValueError(
                 "whiten=True needs a bandwidth that is a number or a rule, got an array, which has units of its own; "
                 "pass whiten=False"
             )
-        kernel = torch.as_tensor(reals("bandwidth", self.bandwidth), dtype=origin.dtype, device=origin.device)
-        if kernel.shape == (dim,):
-            if not bool(((kernel > 0) & kernel.isfinite()).all()):
-                raise ValueError(f"bandwidth must be positive and finite in each dimension, got {kernel.tolist()}")
-            return _Frame(origin, kernel.diag()), 1.0
-        if kernel.shape != (dim, dim):
-            raise ValueError(
-                f"bandwidth must be a number, or have shape [{dim}] or [{dim}, {dim}] for X with {dim} columns, "
-                f"got {list(kernel.shape)}"
-            )
-        symmetric = torch.allclose(kernel, kernel.mT, rtol=1e-6, atol=0)
-        root, problem = torch.linalg.cholesky_ex(kernel)
-        if not symmetric or bool(problem) or not bool(root.isfinite().all()):
-            raise ValueError("bandwidth must be symmetric and positive definite where it is a matrix, a covariance")
-        return _Frame(origin, root), 1.0
+        return _root_of_kernel(self.bandwidth, mean)
 
-    def _by_rule(self, rule: str, points: Tensor, log_weights: Tensor | None, count: float) -> float:
-        """Returns the bandwidth of a rule for samples that count as so many."""
+    def _isotropic_bandwidth(self, points: Tensor, weights: Tensor, log_weights: Tensor | None) -> float:
+        """Returns the bandwidth for samples in the frame's coordinates."""
+        if self._is_array():
+            return 1.0
+        if not isinstance(self.bandwidth, str):
+            return positive("bandwidth", self.bandwidth)
+        if self.bandwidth == "entropy":
+            if len(points) < 2:
+                raise ValueError(
+                    f'bandwidth="entropy" needs 2 samples of positive weight or more, got n_samples={len(points)}'
+                )
+            return named_entropy_bandwidth("rows of X", points, log_weights)
+        count = len(points) if log_weights is None else float(1 / weights.square().sum())
         dim = points.shape[1]
-        if rule == "scott":
+        if self.bandwidth == "scott":
             return float(count ** (-1 / (dim + 4)))
-        if rule == "silverman":
+        if self.bandwidth == "silverman":
             return float((count * (dim + 2) / 4) ** (-1 / (dim + 4)))
-        if len(points) < 2:
-            raise ValueError(
-                f'bandwidth="entropy" needs 2 samples of positive weight or more, got n_samples={len(points)}'
-            )
-        return named_entropy_bandwidth("rows of X", points, log_weights)
-
-    # What comes after it
+        raise ValueError(
+            f'bandwidth must be a number, an array, "scott", "silverman" or "entropy", got {self.bandwidth!r}'
+        )
 
     def _coordinates(self, X: Any) -> Tensor:
-        """Returns points in the coordinates in which the kernel is isotropic."""
+        """Returns points in the coordinates in which the kernel is isotropic, once there is one."""
         check_is_fitted(self, "bandwidth_")
-        return self._frame.into(self._checked(X, self._points.dtype))
+        return self._frame.into(self._checked(X, self._points))
 
     def _given(self, values: Tensor) -> Any:
         """Returns a tensor where `fit` was given one, and an array otherwise."""
@@ -355,6 +323,22 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
 def _like(X: Any, values: Tensor) -> Any:
     """Returns a tensor on the device of X if X is one, and an array otherwise."""
     return values.to(X.device) if isinstance(X, Tensor) else values.numpy(force=True)
+
+
+def _weighted(samples: Tensor, sample_weight: Any) -> tuple[Tensor, Tensor]:
+    """Returns the samples of positive weight, and these weights in float64, with a sum of 1."""
+    if sample_weight is None:
+        return samples, samples.new_full((len(samples),), 1 / len(samples), dtype=torch.float64)
+    if isinstance(sample_weight, Tensor):
+        sample_weight = sample_weight.numpy(force=True)
+    values = _check_sample_weight(sample_weight, np.empty((len(samples), 0)), dtype=np.float64)
+    if (values < 0).any() or not (values > 0).any():
+        raise ValueError(
+            f"sample_weight must not be negative, and not 0 for all samples, got {values.min():g} to {values.max():g}"
+        )
+    used = torch.from_numpy(values > 0).to(samples.device)
+    weights = torch.from_numpy(values / values.max()).to(samples.device)[used]
+    return samples[used], weights / weights.sum()
 
 
 def _root_of_covariance(samples: Tensor, weights: Tensor, mean: Tensor) -> Tensor:
@@ -371,4 +355,24 @@ def _root_of_covariance(samples: Tensor, weights: Tensor, mean: Tensor) -> Tenso
             f"covariance has rank {rank}; drop what is constant or repeated, or pass whiten=False"
         )
     root: Tensor = torch.linalg.cholesky(covariance)
+    return root
+
+
+def _root_of_kernel(bandwidth: Any, like: Tensor) -> Tensor:
+    """Returns a root of the kernel's covariance, which is given as [l, l] or by standard deviations [l]."""
+    kernel = torch.as_tensor(reals("bandwidth", bandwidth), dtype=like.dtype, device=like.device)
+    dim = len(like)
+    if kernel.shape == (dim,):
+        if not bool(((kernel > 0) & kernel.isfinite()).all()):
+            raise ValueError(f"bandwidth must be positive and finite in each dimension, got {kernel.tolist()}")
+        return kernel.diag()
+    if kernel.shape != (dim, dim):
+        raise ValueError(
+            f"bandwidth must be a number, or have shape [{dim}] or [{dim}, {dim}] for X with {dim} columns, "
+            f"got {list(kernel.shape)}"
+        )
+    root: Tensor
+    root, problem = torch.linalg.cholesky_ex(kernel)
+    if bool(problem) or not bool(root.isfinite().all()) or not torch.allclose(kernel, kernel.mT, rtol=1e-6, atol=0):
+        raise ValueError("bandwidth must be symmetric and positive definite where it is a matrix, a covariance")
     return root

@@ -275,7 +275,7 @@ def test_arrays_keep_their_dtype(dtype):
     expected = np.float32 if dtype == np.float32 else np.float64
     for found in (density.score_samples(x), density.cdf(x.tolist()), density.sample(2), density.centers_):
         assert isinstance(found, np.ndarray) and found.dtype == expected
-    assert density.score_samples(torch.from_numpy(x)).dtype == getattr(torch, expected.__name__)
+    assert density.score_samples(torch.zeros(1, 1)).dtype == getattr(torch, expected.__name__)
 
 
 def test_half_tensors_become_float32():
@@ -359,7 +359,7 @@ DUPLICATES = np.repeat(QUERY, 2, axis=0)
     ("settings", "x", "error", "said"),
     [
         ({"bandwidth": 0.0}, QUERY, ValueError, "bandwidth must be positive and finite, got 0.0"),
-        ({"bandwidth": "wide"}, QUERY, ValueError, "bandwidth must be a number, an array or one of scott, silverman"),
+        ({"bandwidth": "wide"}, QUERY, ValueError, 'bandwidth must be a number, an array, "scott", "silverman" or'),
         ({"bandwidth": None}, QUERY, TypeError, "bandwidth must be a real number, got None"),
         ({"bandwidth": [1.0, -1.0, 1.0]}, QUERY, ValueError, "positive and finite in each dimension"),
         ({"bandwidth": [1.0, 1.0]}, QUERY, ValueError, r"shape \[3\] or \[3, 3\] for X with 3 columns, got \[2\]"),

@@ -70,18 +70,19 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
     and `cdf` of a tensor are differentiable in it. The dtype is that of the data that `fit` was given: float32 stays
     float32 and float64 float64 (half tensors become float32, everything else float64). Later data are converted to it.
 
+    The bandwidth is the kernel's standard deviation h, or says how to find it:
+
+    * A positive number.
+    * "scott" is n^(-1/(l+4)), and "silverman" (n (l+2)/4)^(-1/(l+4)). Both are meant for data of unit variance, and as
+      in scikit-learn they are used as they are; `whiten` makes them follow the data. With weights, n is the effective
+      number (sum w)^2 / sum w^2, as in SciPy.
+    * "entropy" is the bandwidth that maximises the leave-one-out likelihood, by `kdejsd.entropy_bandwidth`. With
+      weights, the log-likelihoods are averaged by them, and a sample is left out with all its weight.
+    * An array [l] has a standard deviation for each dimension.
+    * A matrix [l, l] is the kernel's covariance, symmetric and positive definite.
+
     Args:
-        bandwidth: the kernel's standard deviation h, or how to find it:
-
-            * a positive number.
-            * "scott": n^(-1/(l+4)), and "silverman": (n (l+2)/4)^(-1/(l+4)). They are meant for data of unit variance,
-              and as in scikit-learn they are used as they are; `whiten` makes them follow the data. With weights, n is
-              the effective number (sum w)^2 / sum w^2, as in SciPy.
-            * "entropy": the bandwidth that maximises the leave-one-out likelihood, by `kdejsd.entropy_bandwidth`. With
-              weights it is their mean of the log-likelihoods, and a sample is left out with all its weight.
-            * [l]: a standard deviation for each dimension.
-            * [l, l]: the kernel's covariance, symmetric and positive definite.
-
+        bandwidth: h, one of these.
         whiten: whether the bandwidth is in units of the data: the kernel's covariance is then h^2 times the data's
             (n - 1 in its denominator; with weights, 1 - sum w^2 for weights that sum to 1, as in SciPy).
             `KernelDensity("scott", whiten=True)` is `scipy.stats.gaussian_kde`. It goes with a number or a rule, not
@@ -336,9 +337,9 @@ def _weighted(samples: Tensor, sample_weight: Any) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"sample_weight must not be negative, and not 0 for all samples, got {values.min():g} to {values.max():g}"
         )
-    used = torch.from_numpy(values > 0).to(samples.device)
-    weights = torch.from_numpy(values / values.max()).to(samples.device)[used]
-    return samples[used], weights / weights.sum()
+    shares = values / values.max()
+    weights = torch.from_numpy(shares / shares.sum()).to(samples.device)
+    return samples[weights > 0], weights[weights > 0]
 
 
 def _root_of_covariance(samples: Tensor, weights: Tensor, mean: Tensor) -> Tensor:

@@ -154,6 +154,8 @@ def test_zero_weights_leave_samples_out():
         first = KernelDensity(**settings).fit(x[:120], sample_weight=weights[:120])
         assert some.centers_.shape == (120, 3)
         np.testing.assert_allclose(some.score_samples(QUERY), first.score_samples(QUERY), rtol=1e-12)
+    tiny = KernelDensity().fit(x[:2], sample_weight=[1e300, 1e-300])
+    np.testing.assert_allclose(tiny.score_samples(QUERY), KernelDensity().fit(x[:1]).score_samples(QUERY))
 
 
 @pytest.mark.parametrize("debias", [False, True])

@@ -183,7 +183,7 @@ class Problem:
             return Result(provider.name, harness.error_line(error))
         with np.errstate(invalid="ignore"):
             difference = np.abs(found[self.rows] - self.truth(provider.debiased))
-        result.error = float(np.nan_to_num(difference, nan=math.inf).max())
+        result.error = float(np.where(np.isnan(difference), math.inf, difference).max())
         return result
 
 

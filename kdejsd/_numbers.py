@@ -50,10 +50,7 @@ def reals(name: str, values: Any) -> Any:
         return real(name, values)
     if isinstance(values, (np.ndarray, Tensor)):
         try:
-            # torch takes no negative strides, and warns of an array that is not to be written.
-            tensor = (
-                values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))
-            )
+            tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
         except TypeError:  # an array of objects
             return reals(name, values.tolist())
         if tensor.dtype == torch.bool or tensor.is_complex():

@@ -361,6 +361,8 @@ def _root_of_covariance(samples: Tensor, weights: Tensor, mean: Tensor) -> Tenso
 
 def _root_of_kernel(bandwidth: Any, like: Tensor) -> Tensor:
     """Returns a root of the kernel's covariance, which is given as [l, l] or by standard deviations [l]."""
+    if isinstance(bandwidth, np.ndarray):  # torch takes no negative strides, and warns of what is not to be written
+        bandwidth = bandwidth.copy()
     kernel = torch.as_tensor(reals("bandwidth", bandwidth), dtype=like.dtype, device=like.device)
     dim = len(like)
     if kernel.shape == (dim,):

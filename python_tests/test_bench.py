@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import importlib
 import math
 import os
@@ -14,6 +15,7 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -555,6 +557,23 @@ def test_density_bench_times_and_finds_errors(tmp_path):
     assert float(rows["300", "sklearn"]["error"]) > 0.1  # wrong in many dimensions
     assert re.fullmatch(r"left out: about \d+ s a call", rows["5000", "scipy"]["note"])
     assert done.stdout.count("kdejsd float32") == 3 and "commit" in done.stdout
+
+
+def test_density_bench_tells_the_wrong_from_the_right(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    bench = importlib.import_module("bench_density")
+    problem = bench.Problem((200, 3))
+
+    def measured(fit, debiased=False):
+        return problem.measure(bench.Provider("peer", fit, debiased=debiased), 0.01)
+
+    plain = functools.partial(bench.ours, np.float64)
+    debiased = functools.partial(bench.ours, np.float64, debias=True)
+    assert measured(plain).error < 1e-12 and measured(debiased, True).error < 1e-12
+    assert measured(plain, True).error > 0.1 < measured(debiased).error
+    assert measured(lambda x, h: lambda query: np.full(len(query), -np.inf)).error == math.inf
+    broken = measured(lambda x, h: 1 / 0)
+    assert broken.note == "ZeroDivisionError: division by zero" and not broken.score
 
 
 def test_threads_bench_compares_busy_with_quiet():

@@ -3,9 +3,11 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import importlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import types
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -537,6 +540,40 @@ def test_large_m_bench_keeps_memory_small_and_says_what_rounding_does(tmp_path):
         ("bfloat16", "rolling"),
     ]
     assert all(float(row["last_rec"]) < 0.8 * float(row["first_rec"]) for row in trained)
+
+
+def test_density_bench_times_and_finds_errors(tmp_path):
+    table = tmp_path / "density.csv"
+    options = ["--sizes", "200,1", "300,40", "5000,40", "--limit", "0.05", "--budget", "0.02", "--csv", str(table)]
+    done = run(*options, "--providers", "sklearn", "sklearn exact", "scipy", script="bench_density.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with table.open(newline="") as file:
+        rows = {(row["n"], row["provider"]): row for row in csv.DictReader(file)}
+    for n in ("200", "300"):
+        ours, exact, scipy = (rows[n, name] for name in ("kdejsd", "sklearn exact", "scipy"))
+        assert all(float(row["error"]) < 1e-10 and float(row["score_ms"]) > 0 for row in (ours, exact, scipy))
+        assert float(ours["ratio"]) == 1 and float(ours["fit_ms"]) > 0
+        assert 1e-9 < float(rows[n, "kdejsd float32"]["error"]) < 1e-4
+    assert float(rows["300", "sklearn"]["error"]) > 0.1  # wrong in many dimensions
+    assert re.fullmatch(r"left out: about \d+ s a call", rows["5000", "scipy"]["note"])
+    assert done.stdout.count("kdejsd float32") == 3 and "commit" in done.stdout
+
+
+def test_density_bench_tells_the_wrong_from_the_right(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    bench = importlib.import_module("bench_density")
+    problem = bench.Problem((200, 3))
+
+    def measured(fit, debiased=False):
+        return problem.measure(bench.Provider("peer", fit, debiased=debiased), 0.01)
+
+    plain = functools.partial(bench.ours, np.float64)
+    debiased = functools.partial(bench.ours, np.float64, debias=True)
+    assert measured(plain).error < 1e-12 and measured(debiased, True).error < 1e-12
+    assert measured(plain, True).error > 0.1 < measured(debiased).error
+    assert measured(lambda x, h: lambda query: np.full(len(query), -np.inf)).error == math.inf
+    broken = measured(lambda x, h: 1 / 0)
+    assert broken.note == "ZeroDivisionError: division by zero" and not broken.score
 
 
 def test_threads_bench_compares_busy_with_quiet():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from .._extras import train_extra
 from .._numbers import Integer, integer
 from .._tensors import COMPUTE_DTYPE, check_companion, check_finite, check_tensor, compute_dtype
+from ._rows import MOST, RowsMeasure
 
 _DIRECTIONS = 50  # projected on at a time
 _FOLDS = 5
@@ -139,6 +140,99 @@ def two_sample_accuracy(first: Tensor, second: Tensor, *, seed: Integer = 0) -> 
     )
     correlation = math.sqrt(1 + _FOLDS / (_FOLDS - 1))
     return TwoSampleResult(float((judged == is_second).mean()), correlation * 0.5 / math.sqrt(2 * count))
+
+
+class _TwoSampleMeasure(RowsMeasure):
+    """Keeps real and generated samples."""
+
+    higher_is_better = False
+    plot_lower_bound = 0.0
+
+    def __init__(self, seed: Integer, max_samples: Integer, **kwargs: Any) -> None:
+        super().__init__(integer("max_samples", max_samples, _FOLDS), "real", "generated", **kwargs)
+        self.seed = integer("seed", seed, 0)
+
+    def update(self, samples: Tensor, real: bool) -> None:
+        """Adds real or generated samples [n, ...] of any floating dtype; n may be 0."""
+        compute_dtype("samples", check_tensor("samples", samples))
+        if samples.ndim < 2 or math.prod(samples.shape[1:]) == 0:
+            raise ValueError(f"samples must have shape [n, ...] with values in a sample, got {list(samples.shape)}")
+        self.keep("real" if real else "generated", samples.flatten(1))
+
+
+class TwoSampleAccuracy(_TwoSampleMeasure):
+    """Measures how well a classifier tells generated samples from real ones, as `two_sample_accuracy` does.
+
+    It is NaN for fewer than 5 samples of a set. Batches, ranks, dtype and memory are as in `CodeJSD`.
+
+    Args:
+        seed: seeds the choice of samples, the parts and the trees.
+        max_samples: the number of samples of each set that are measured, drawn by a fixed seed if there are more.
+        kwargs: as in torchmetrics.Metric.
+
+    Attributes:
+        standard_error: that of the value last computed, where both sets are of one law; NaN before.
+
+    Raises:
+        TypeError, ValueError: if a number is no integer or too small; by `update` for samples of another shape or
+            dtype.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.metrics import TwoSampleAccuracy
+        >>> metric, rng = TwoSampleAccuracy(), torch.Generator().manual_seed(0)
+        >>> for batch in range(5):
+        ...     metric.update(torch.randn(100, 3, generator=rng), real=True)
+        ...     metric.update(torch.randn(100, 3, generator=rng) + 1, real=False)
+        >>> print(f"{metric.compute():.1f}, of samples of one law 0.5 +- {metric.standard_error:.2f}")
+        0.8, of samples of one law 0.5 +- 0.02
+    """
+
+    plot_upper_bound = 1.0
+
+    def __init__(self, *, seed: Integer = 0, max_samples: Integer = MOST, **kwargs: Any) -> None:
+        super().__init__(seed, max_samples, **kwargs)
+        self.standard_error = math.nan
+
+    def measure(self, real: Tensor, generated: Tensor) -> float:  # type: ignore[override]
+        accuracy, self.standard_error = two_sample_accuracy(real, generated, seed=self.seed)
+        return accuracy
+
+
+class SlicedWasserstein(_TwoSampleMeasure):
+    """Measures how far generated samples are from real ones by `sliced_wasserstein`, in the units of their values.
+
+    Batches, ranks, dtype and memory are as in `CodeJSD`.
+
+    Args:
+        projections: the number of directions.
+        seed: seeds the directions.
+        max_samples: the number of samples of each set that are measured, drawn by a fixed seed if there are more.
+        kwargs: as in torchmetrics.Metric.
+
+    Raises:
+        TypeError, ValueError: if a number is no integer or too small; by `update` for samples of another shape or
+            dtype.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.metrics import SlicedWasserstein
+        >>> metric, rng = SlicedWasserstein(), torch.Generator().manual_seed(0)
+        >>> for batch in range(10):
+        ...     metric.update(torch.randn(100, 3, generator=rng), real=True)
+        ...     metric.update(3 * torch.randn(100, 3, generator=rng), real=False)
+        >>> print(f"{metric.compute():.1f}")
+        2.0
+    """
+
+    def __init__(
+        self, *, projections: Integer = 500, seed: Integer = 0, max_samples: Integer = MOST, **kwargs: Any
+    ) -> None:
+        super().__init__(seed, max_samples, **kwargs)
+        self.projections = integer("projections", projections, 1)
+
+    def measure(self, real: Tensor, generated: Tensor) -> float:  # type: ignore[override]
+        return sliced_wasserstein(real, generated, projections=self.projections, seed=self.seed)
 
 
 def _checked(first: Tensor, second: Tensor, least: int) -> tuple[Tensor, Tensor]:

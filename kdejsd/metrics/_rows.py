@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Measure(Metric):
 
 
 class RowsMeasure(Measure):
-    """Keeps sets of rows until they are measured by `measure`, which a metric defines.
+    """Keeps sets of rows until they are measured by `_measure`, which a metric defines.
 
     The value does not depend on how the rows come, in which order, in how many batches or on which ranks: those of a
     set are sorted before it is computed, and if there are too many, some are drawn of the sorted ones by a fixed seed.
@@ -46,8 +46,13 @@ class RowsMeasure(Measure):
         most: the number of rows of a set that are measured.
         sets: the names of the sets.
         kwargs: as in torchmetrics.Metric.
+
+    Attributes:
+        _measure: returns the value of the sets, each [n, d], n at least 1 and sorted; a ValueError says that they have
+            none.
     """
 
+    _measure: Callable[..., float | Tensor]
     width: Tensor
 
     def __init__(self, most: int, *sets: str, **kwargs: Any) -> None:
@@ -59,41 +64,33 @@ class RowsMeasure(Measure):
             self.add_state(name, [], "cat")
         self.add_state("width", torch.tensor(0), _common_width)
 
-    def keep(self, name: str, rows: Tensor) -> None:
+    def _keep(self, name: str, rows: Tensor) -> None:
         """Adds rows [n, d] to a set, in the metric's dtype and on its device."""
         self.width = _common_width(torch.stack([self.width, self.width.new_tensor(rows.shape[1])]))
         if len(rows):
             getattr(self, name).append(rows.detach().to(self.device, self.dtype).flatten())
 
-    def measure(self, *sets: Tensor) -> float | Tensor:
-        """Returns the value of the sets, each [n, d], n at least 1 and sorted.
-
-        Raises:
-            ValueError: if they have none.
-        """
-        raise NotImplementedError
-
     def compute(self) -> Tensor:
         """Returns the value, 0-dim in the metric's dtype; NaN, with a warning that says why, where there is none."""
         # An error here would end a training run, and leave a metric of several ranks with the samples of all of them.
         try:
-            value = self.measure(*map(self.kept, self.sets))
+            value = self._measure(*map(self._kept, self.sets))
         except ValueError as error:
             warnings.warn(f"{type(self).__name__} is NaN: {error}", stacklevel=2)
             value = math.nan
         return torch.as_tensor(value, dtype=self.dtype, device=self.device)
 
-    def kept(self, name: str) -> Tensor:
+    def _kept(self, name: str) -> Tensor:
         """Returns the rows [n, d] of a set that are to be measured, sorted.
 
         Raises:
             ValueError: if there is none.
         """
         parts = getattr(self, name)
-        values = parts if isinstance(parts, Tensor) else torch.cat([torch.empty(0, device=self.device), *parts])
-        if not len(values):
-            raise ValueError(f"update must be given {name} samples first")
-        rows = values.view(-1, int(self.width))
+        parts = [parts] if isinstance(parts, Tensor) else parts  # a tensor where ranks have been gathered
+        if not sum(map(len, parts)):
+            raise ValueError(f"update must be given {name.replace('_', ' ')} first")
+        rows = torch.cat(parts).view(-1, int(self.width))
         order = torch.arange(len(rows), device=rows.device)
         for column in reversed(rows.unbind(1)):
             order = order[column[order].argsort(stable=True)]

@@ -25,7 +25,7 @@ class _CodesMeasure(RowsMeasure):
 
     def update(self, codes: Tensor) -> None:
         """Adds codes [n, l] of any floating dtype; n may be 0."""
-        self.keep("codes", checked_rows("codes", codes))
+        self._keep("codes", checked_rows("codes", codes))
 
 
 class CodeJSD(_CodesMeasure):
@@ -59,12 +59,12 @@ class CodeJSD(_CodesMeasure):
         >>> metric, rng = CodeJSD(), torch.Generator().manual_seed(0)
         >>> for batch in range(10):
         ...     metric.update(torch.randn(100, 2, generator=rng))
-        >>> print(f"{metric.compute():.2f} nats")
-        0.00 nats
+        >>> print(f"{metric.compute():.3f} nats")
+        0.001 nats
         >>> metric.reset()
         >>> metric.update(torch.randn(1000, 2, generator=rng) + 1)
-        >>> print(f"{metric.compute():.2f} nats")
-        0.19 nats
+        >>> print(f"{metric.compute():.3f} nats")
+        0.194 nats
     """
 
     higher_is_better = False
@@ -93,7 +93,7 @@ class CodeJSD(_CodesMeasure):
         checked_target(self.target, checked_rows("codes", codes).shape[1], like="each code")
         super().update(codes)
 
-    def measure(self, codes: Tensor) -> Tensor:  # type: ignore[override]
+    def _measure(self, codes: Tensor) -> Tensor:
         target = checked_target(self.target, codes.shape[1])
         return target_jsd(codes, target, torch.Generator(codes.device).manual_seed(self.seed), self.bandwidth)
 
@@ -126,7 +126,7 @@ class CodeEntropy(_CodesMeasure):
     def __init__(self, *, max_codes: Integer = MOST, **kwargs: Any) -> None:
         super().__init__(max_codes, **kwargs)
 
-    def measure(self, codes: Tensor) -> Tensor:  # type: ignore[override]
+    def _measure(self, codes: Tensor) -> Tensor:
         return kde_entropy(codes)
 
 
@@ -172,9 +172,10 @@ class ClassRadius(RowsMeasure):
         numbers = labels.to(self.device, self.dtype)
         if not torch.equal(numbers.long(), labels.to(self.device)):
             raise ValueError(f"labels must be exact in {self.dtype}, got {int(labels.abs().max())}: number them from 0")
-        self.keep("latents", torch.cat([latents.to(numbers), numbers.unsqueeze(1)], 1))
+        self._keep("latents", torch.cat([latents.to(numbers), numbers.unsqueeze(1)], 1))
 
-    def measure(self, rows: Tensor) -> float:  # type: ignore[override]
+    def _measure(self, rows: Tensor) -> float:
+        self.standard_error = math.nan
         radius = class_radius(rows[:, :-1].contiguous(), rows[:, -1].long())
         self.standard_error = radius.standard_error
         return radius.mean

@@ -22,10 +22,10 @@ class TwoSampleResult(NamedTuple):
 
     Attributes:
         accuracy: the share of samples that are put into the set they are from.
-        standard_error: the standard deviation that the accuracy has, at most, where both sets are of one law. It is
-            1 / (2 sqrt(N)) for N samples that are judged independently of each other, times 1.5, since the forests
-            that judge them have most of their samples in common (Nadeau, Bengio, Inference for the Generalization
-            Error, 2003, whose factor for k parts is sqrt(1 + k / (k - 1))).
+        standard_error: the standard deviation of the accuracy where both sets are of one law, rather too large than too
+            small. It is 1 / (2 sqrt(N)) for N samples that are judged independently of each other, times 1.5, since
+            the forests that judge them have most of their samples in common (Nadeau, Bengio, Inference for the
+            Generalization Error, 2003, whose factor for k parts is sqrt(1 + k / (k - 1))).
 
     Example:
         >>> import torch
@@ -149,7 +149,7 @@ class _TwoSampleMeasure(RowsMeasure):
     plot_lower_bound = 0.0
 
     def __init__(self, seed: Integer, max_samples: Integer, **kwargs: Any) -> None:
-        super().__init__(integer("max_samples", max_samples, _FOLDS), "real", "generated", **kwargs)
+        super().__init__(integer("max_samples", max_samples, _FOLDS), "real_samples", "generated_samples", **kwargs)
         self.seed = integer("seed", seed, 0)
 
     def update(self, samples: Tensor, real: bool) -> None:
@@ -157,7 +157,9 @@ class _TwoSampleMeasure(RowsMeasure):
         compute_dtype("samples", check_tensor("samples", samples))
         if samples.ndim < 2 or math.prod(samples.shape[1:]) == 0:
             raise ValueError(f"samples must have shape [n, ...] with values in a sample, got {list(samples.shape)}")
-        self.keep("real" if real else "generated", samples.flatten(1))
+        if not isinstance(real, bool):
+            raise TypeError(f"real must be True or False, got {type(real).__name__}")
+        self._keep("real_samples" if real else "generated_samples", samples.flatten(1))
 
 
 class TwoSampleAccuracy(_TwoSampleMeasure):
@@ -190,11 +192,12 @@ class TwoSampleAccuracy(_TwoSampleMeasure):
 
     plot_upper_bound = 1.0
 
-    def __init__(self, *, seed: Integer = 0, max_samples: Integer = MOST, **kwargs: Any) -> None:
+    def __init__(self, *, seed: Integer = 0, max_samples: Integer = 2000, **kwargs: Any) -> None:
         super().__init__(seed, max_samples, **kwargs)
         self.standard_error = math.nan
 
-    def measure(self, real: Tensor, generated: Tensor) -> float:  # type: ignore[override]
+    def _measure(self, real: Tensor, generated: Tensor) -> float:
+        self.standard_error = math.nan
         accuracy, self.standard_error = two_sample_accuracy(real, generated, seed=self.seed)
         return accuracy
 
@@ -231,7 +234,7 @@ class SlicedWasserstein(_TwoSampleMeasure):
         super().__init__(seed, max_samples, **kwargs)
         self.projections = integer("projections", projections, 1)
 
-    def measure(self, real: Tensor, generated: Tensor) -> float:  # type: ignore[override]
+    def _measure(self, real: Tensor, generated: Tensor) -> float:
         return sliced_wasserstein(real, generated, projections=self.projections, seed=self.seed)
 
 

@@ -355,7 +355,7 @@ def test_values_over_steps_are_drawn(name):
 
 def test_collections_and_trackers_take_them():
     collection = MetricCollection([CodeJSD(), CodeEntropy()])
-    tracker = MetricTracker(collection)
+    tracker = MetricTracker(collection, maximize=[metric.higher_is_better for metric in collection.values()])
     for scale in (1.0, 0.2):
         tracker.increment()
         for update in batches(codes=scale * CODES):

@@ -281,14 +281,15 @@ def codes_jsd(codes: Tensor, bandwidth: float, law: Target, rng: torch.Generator
     return jsd(codes + bandwidth * noise, codes, bandwidth, law_samples, target=law)
 
 
-def target_jsd(codes: Tensor, target: Target, rng: torch.Generator) -> Tensor:
+def target_jsd(codes: Tensor, target: Target, rng: torch.Generator, bandwidth: float | None = None) -> Tensor:
     """Measures by `codes_jsd` how well codes follow the target, with a kernel that depends on the target alone.
 
-    The bandwidth is optimal for as many samples of the target (`optimal_bandwidth`), and the codes are compared with
-    the target smoothed by that kernel, or with the target itself where it has no `smoothed`.
+    A bandwidth of None is the optimal one for as many samples of the target (`optimal_bandwidth`). The codes are
+    compared with the target smoothed by the kernel, or with the target itself where it has no `smoothed`.
     """
-    count, dim = codes.shape
-    bandwidth = optimal_bandwidth(dim, count, target=target).value
+    if bandwidth is None:
+        count, dim = codes.shape
+        bandwidth = optimal_bandwidth(dim, count, target=target).value
     return codes_jsd(codes, bandwidth, smoothed_where_possible(as_law(target), bandwidth), rng)
 
 

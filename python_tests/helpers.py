@@ -1,11 +1,17 @@
-"""Shared by the tests: devices, dtypes, makers of inputs, and how errors are judged."""
+"""Shared by the tests: devices, dtypes, makers of inputs, how errors are judged, and groups of processes."""
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -43,3 +49,24 @@ def operators(call: Callable[[], object]) -> list[str]:
         if event.name.startswith("aten::")
         and not (event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::"))
     ]
+
+
+def _started(rank: int, ranks: int, port: int, folder: Path, work: Callable[[int, int], object]) -> None:
+    """One process of a group, whose results go into a file."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    torch.save(work(rank, ranks), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def results_of_ranks(ranks: int, folder: Path, work: Callable[[int, int], object]) -> list[Any]:
+    """Returns what `work(rank, ranks)` gives in each process of a group, in the order of the ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    mp.spawn(_started, (ranks, port, folder, work), nprocs=ranks)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]

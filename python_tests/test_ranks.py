@@ -5,8 +5,6 @@ import functools
 import itertools
 import logging
 import math
-import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -16,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from helpers import points
+from helpers import points, results_of_ranks
 from torch import nn
 
 from kdejsd import GaussianMixture
@@ -30,27 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "
 
 DIM, H = 4, 0.7
 N = 6  # queries of all ranks
-
-
-def started(rank, ranks, port, folder, work):
-    """One process of a group, whose results go into a file."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    torch.save(work(rank, ranks), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def results(ranks, folder, work):
-    """Returns what `work(rank, ranks)` gives in each process of a group, in the order of the ranks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder.mkdir(exist_ok=True)
-    mp.spawn(started, (ranks, port, folder, work), nprocs=ranks)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 # ---- The density and the loss. Each case gives a module and its queries; run on one process and on several.
@@ -249,7 +225,7 @@ def everything(rank, ranks, folder):
 def group(request, tmp_path_factory):
     """Finds everything on each rank of one group, as starting processes takes longest; returns it and the folder."""
     folder = tmp_path_factory.mktemp("ranks")
-    return results(request.param, folder, functools.partial(everything, folder=folder)), folder
+    return results_of_ranks(request.param, folder, functools.partial(everything, folder=folder)), folder
 
 
 @pytest.fixture(scope="module")

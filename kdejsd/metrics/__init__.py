@@ -1,0 +1,29 @@
+"""Measures codes, the classes of what is generated, and how far it is from real examples.
+
+Names with a capital are metrics of torchmetrics, for a loop, `MetricCollection`, or `log` of a LightningModule.
+"""
+
+from .classes import CollisionEntropy
+from .codes import ClassRadius, CodeEntropy, CodeJSD
+from .frechet import InceptionFeatures, frechet_distance
+from .two_samples import (
+    SlicedWasserstein,
+    TwoSampleAccuracy,
+    TwoSampleResult,
+    sliced_wasserstein,
+    two_sample_accuracy,
+)
+
+__all__ = [
+    "ClassRadius",
+    "CodeEntropy",
+    "CodeJSD",
+    "CollisionEntropy",
+    "InceptionFeatures",
+    "SlicedWasserstein",
+    "TwoSampleAccuracy",
+    "TwoSampleResult",
+    "frechet_distance",
+    "sliced_wasserstein",
+    "two_sample_accuracy",
+]

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import points
-from test_ranks import results
+from helpers import points, results_of_ranks
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
@@ -147,7 +146,7 @@ def trained(rank: int, ranks: int) -> dict[str, torch.Tensor]:
 
 def test_two_ranks_train_as_one_does(tmp_path):
     alone = trained(0, 1)
-    for found in results(2, tmp_path / "ranks", trained):
+    for found in results_of_ranks(2, tmp_path / "ranks", trained):
         for name, value in alone.items():
             torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 

@@ -15,9 +15,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from kdejsd.cli import main
 from kdejsd.data import Digits, ExampleData, ExampleSet, Grid2D
-from kdejsd.metrics import divergence_measures
 from kdejsd.models import FC, GAN, Conv, GenerativeModel, built, f_divergences, with_built_networks
 from kdejsd.models.gan import gradient_penalty, losses, pack
+from kdejsd.runs.measuring import divergence_measures
 from kdejsd.runs.report import write_report
 
 pytestmark = pytest.mark.filterwarnings(

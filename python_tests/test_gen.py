@@ -15,9 +15,9 @@ from torch import nn
 
 from kdejsd import GaussianMixture
 from kdejsd.data import Digits
-from kdejsd.metrics import code_measures, encode_set
 from kdejsd.models import FC, GEN, Conv, built
 from kdejsd.models.stopwatch import Stopwatch
+from kdejsd.runs.measuring import code_measures, encode_set
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*GPU available but not used"

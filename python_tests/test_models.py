@@ -14,12 +14,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from kdejsd import GaussianMixture, LaggedKDE, StandardNormal
 from kdejsd.data import Digits
 from kdejsd.divergence import target_jsd
-from kdejsd.metrics import code_measures, encode_set
 from kdejsd.models import FC, Autoencoder, BuiltModel, built, with_built_networks
 from kdejsd.models.aae import AAE
 from kdejsd.models.ae import AE
 from kdejsd.models.vae import VAE, kl_to_normal, normal_entropy
 from kdejsd.models.wae import SCALES, WAE, imq_mmd
+from kdejsd.runs.measuring import code_measures, encode_set
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",

@@ -10,8 +10,8 @@ from test_gen import train
 
 from kdejsd import GaussianMixture, StandardNormal
 from kdejsd.data import Digits
-from kdejsd.metrics import encode_set
 from kdejsd.models import FC, SemiSupervisedGEN
+from kdejsd.runs.measuring import encode_set
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*GPU available but not used"

@@ -9,8 +9,8 @@ from torch import nn
 
 from kdejsd import GaussianMixture, optimal_bandwidth
 from kdejsd.data import Digits
-from kdejsd.metrics import code_measures, encode_set
 from kdejsd.models import StochasticGEN, built
+from kdejsd.runs.measuring import code_measures, encode_set
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",

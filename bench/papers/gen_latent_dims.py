@@ -44,8 +44,9 @@ from torch import Tensor
 
 from kdejsd import optimal_bandwidth
 from kdejsd.data import MNIST, Digits, ExampleData, FashionMNIST
-from kdejsd.metrics import encode_set, frechet_distance
+from kdejsd.metrics import frechet_distance
 from kdejsd.models import built
+from kdejsd.runs.measuring import encode_set
 
 LATENT_DIMS, QUICK_DIMS = (8, 32, 64, 128, 256), (4,)
 CENTERS, QUICK_CENTERS = 5000, 500

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from kdejsd import GaussianMixture, plots
 from kdejsd.data import MNIST, Digits, ExampleData
-from kdejsd.metrics import encode_set
 from kdejsd.models import FC, SemiSupervisedGEN
+from kdejsd.runs.measuring import encode_set
 
 CLASSES = 10
 RADIUS, SCALE = 4.0, 0.5  # neighbouring modes are 4.9 standard deviations apart

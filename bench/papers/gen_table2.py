@@ -36,8 +36,8 @@ from quiet import quiet_trainer
 import kdejsd
 from kdejsd import kde_entropy
 from kdejsd.data import MNIST, Digits, ExampleData, ExampleSet
-from kdejsd.metrics import encode_set
 from kdejsd.models import built
+from kdejsd.runs.measuring import encode_set
 
 LATENT_DIM = 8
 BATCH = 100

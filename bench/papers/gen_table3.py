@@ -34,8 +34,9 @@ from quiet import quiet_trainer
 from torch import Tensor, nn
 
 from kdejsd import data, models, plots
-from kdejsd.metrics import InceptionFeatures, encode_set, frechet_distance
+from kdejsd.metrics import InceptionFeatures, frechet_distance
 from kdejsd.models.image_classifier import classifier_for
+from kdejsd.runs.measuring import encode_set
 
 MODELS = ("GEN", "AAE", "VAE", "WAE")
 LATENT_DIM = 8

@@ -46,9 +46,10 @@ from torch import Tensor, nn
 
 from kdejsd import diversity_report, latent_holes, models, omega, plots
 from kdejsd.data import MNIST, Digits, ExampleData
-from kdejsd.metrics import encode_set, frechet_distance
+from kdejsd.metrics import frechet_distance
 from kdejsd.models.image_classifier import ImageClassifier, classifier_for
 from kdejsd.models.vae import kl_to_normal
+from kdejsd.runs.measuring import encode_set
 
 LATENT_DIM = 2
 # lambda as a multiple of --omega_weight, and the other settings. Of a weight of 0 without constraint it is a VAE.

@@ -10,8 +10,8 @@ import torch
 
 from .._extras import train_extra
 from ..data import ExampleData
-from ..metrics import encode_set
 from ..models import Autoencoder, GenerativeModel
+from .measuring import encode_set
 from .pictures import pictures
 
 with train_extra():

@@ -10,8 +10,8 @@ from .._extras import train_extra
 from .._modes import evaluating
 from ..data import ExampleData
 from ..drawing import draw, draw_reconstructions
-from ..metrics import Encoded
 from ..models import Autoencoder, GenerativeModel
+from .measuring import Encoded
 
 with train_extra():
     from matplotlib.figure import Figure
@@ -42,8 +42,8 @@ def pictures(
 
     Example:
         >>> from kdejsd.data import Digits
-        >>> from kdejsd.metrics import encode_set
         >>> from kdejsd.models import AE, FC
+        >>> from kdejsd.runs.measuring import encode_set
         >>> from kdejsd.runs.pictures import pictures
         >>> networks, data = FC((1, 8, 8), latent_dim=2), Digits()
         >>> model = AE(networks.encoder, networks.decoder, latent_dim=2)

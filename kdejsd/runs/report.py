@@ -21,9 +21,9 @@ from .._modes import Map
 from .._version import __version__
 from ..data import ExampleData
 from ..diversity.report import diversity_report
-from ..metrics import Encoded, code_measures, divergence_measures, encode_set
 from ..models import GAN, Autoencoder, GenerativeModel
 from .measures import Measure, explained
+from .measuring import Encoded, code_measures, divergence_measures, encode_set
 from .page import shown, write_page
 from .pictures import pictures
 

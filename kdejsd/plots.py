@@ -490,7 +490,7 @@ def _chosen(order: np.ndarray, words: str) -> tuple[list[int], str]:
     """Returns the columns to be drawn, the first by their order where there are too many for all, and a title."""
     count = len(order)
     if count <= _COLUMNS:
-        return list(range(count)), "The one column" if count == 1 else f"All {count} columns"
+        return list(range(count)), "1 column" if count == 1 else f"{count} columns"
     return order.argsort(kind="stable")[:_COLUMNS].tolist(), f"The {_COLUMNS} of {count} columns {words}"
 
 

@@ -334,7 +334,7 @@ def test_columns_are_drawn_beside_the_held_out_ones():
             assert histogram.get_data().values.sum() == pytest.approx(1, abs=0.02)
     legend = figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == ["100 held-out", "400 made"]
-    assert legend.get_title().get_text() == "All 3 columns; 1 of the made are not finite"
+    assert legend.get_title().get_text() == "3 columns; 1 of the made are not finite"
     assert pixels(figure).isfinite().all()
 
 
@@ -349,7 +349,7 @@ def test_a_decoded_column_is_drawn_against_its_original():
         torch.stack([examples[:, 0], decoded[:, 0]], 1),
     )
     assert (
-        figure.get_suptitle() == "All 2 columns; 1 of the reconstructions are not finite"
+        figure.get_suptitle() == "2 columns; 1 of the reconstructions are not finite"
         and pixels(figure).isfinite().all()
     )
 

@@ -69,7 +69,9 @@ def score(args: list[str]) -> int:
     for name, chosen in (("most", order[:100]), ("least", order.flip(0)[:100])):
         print(f"{name} likely: {', '.join(map(str, chosen[:10].tolist()))}")
         if len(chosen):
-            draw(data_module, examples[chosen][0]).savefig(path.with_name(f"{path.stem}_{name}_likely.png"))
+            draw(data_module, examples[chosen][0], f"{name} likely").savefig(
+                path.with_name(f"{path.stem}_{name}_likely.png")
+            )
     print(f"scores: {path}")
     return 0
 

@@ -29,6 +29,8 @@ BENCH = Path(__file__).resolve().parent
 # What the compiler is told for each instruction set. The limit of "amx" is that of its vectors, as float32 has no
 # multiply-adds by matrices: products of bfloat16 parts may pass it.
 ARCHITECTURES = {"base": "x86-64", "v3": "x86-64-v3", "v4": "x86-64-v4", "amx": "x86-64-v4"}
+PACKAGES = ("torch", "triton", "numpy", "scipy", "scikit-learn", "KDEpy", "pykeops", "torch-kde")
+PACKAGES += ("flash-sinkhorn", "flash-sd-kde")
 SOURCES = ("kdejsd", "csrc", "CMakeLists.txt", "bench/*.py", "bench/*.cpp")
 MIB = 2.0**20
 
@@ -53,7 +55,7 @@ def facts(device: str) -> dict[str, str]:
     else:
         found["kdejsd level"] = f"{info.get('cpu_level')} of {info.get('cpu_levels_built')}"
     versions = [f"kdejsd {kdejsd.__version__} ({info.get('compiler')})", f"python {platform.python_version()}"]
-    for package in ("torch", "triton", "numpy", "pykeops", "torch-kde", "flash-sinkhorn", "flash-sd-kde"):
+    for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{package} {importlib.metadata.version(package)}")
     found["versions"] = ", ".join(versions)

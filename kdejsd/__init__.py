@@ -67,4 +67,6 @@ def __dir__() -> list[str]:
     modules = ["diversity", "models", "ops", "reference", "runs", "targets"]
     if find_spec("lightning") is not None:  # of the extra `train`
         modules += ["data", "metrics", "plots"]
+    if find_spec("sklearn") is not None:  # of the extra `sklearn`, and of `train`
+        modules += ["sklearn"]
     return sorted([*__all__, *modules])

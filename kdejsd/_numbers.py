@@ -50,7 +50,10 @@ def reals(name: str, values: Any) -> Any:
         return real(name, values)
     if isinstance(values, (np.ndarray, Tensor)):
         try:
-            tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+            # torch takes no negative strides, and warns of an array that is not to be written.
+            tensor = (
+                values if isinstance(values, Tensor) else torch.from_numpy(np.require(values, requirements=["C", "W"]))
+            )
         except TypeError:  # an array of objects
             return reals(name, values.tolist())
         if tensor.dtype == torch.bool or tensor.is_complex():

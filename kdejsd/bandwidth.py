@@ -213,23 +213,33 @@ def entropy_bandwidth(codes: Tensor) -> float:
         (0.65, 6.5)
     """
     check_codes(codes)
+    return named_entropy_bandwidth("codes", codes)
+
+
+def named_entropy_bandwidth(name: str, codes: Tensor, log_weights: Tensor | None = None) -> float:
+    """Computes `entropy_bandwidth` for callers whose codes, already checked, have another name, and may have weights.
+
+    With log-weights [n] it maximises the weighted mean of the log-likelihoods of each code among the weighted others.
+    """
     with torch.inference_mode(False), torch.enable_grad():
         codes = codes.detach().clone()
         if codes.dtype in (torch.float16, torch.bfloat16):
             codes = codes.float()
         if bool((torch.unique(codes, dim=0, return_counts=True)[1] > 1).all()):
             raise ValueError(
-                "codes must not all have an exact duplicate: the leave-one-out likelihood then grows without bound as "
-                f"the bandwidth goes to 0 ({len(codes)} codes, each with a duplicate)"
+                f"{name} must not all have an exact duplicate: the leave-one-out likelihood then grows without bound "
+                f"as the bandwidth goes to 0; got {len(codes)}, each with a duplicate"
             )
         # In units of their spread neither tiny nor huge codes leave the range of their dtype.
         centered = codes.double() - codes.double().mean(0)
         scale = float(centered.square().mean().sqrt())
         codes = centered.div(scale).to(codes.dtype)
+        shares = None if log_weights is None else log_weights.softmax(0)
 
         def slope(h: float) -> float:
             bandwidth = torch.tensor(h, dtype=codes.dtype, device=codes.device, requires_grad=True)
-            log_likelihood = kde_log_prob(codes, codes, bandwidth, exclude_self=True).mean()
+            log_likelihoods = kde_log_prob(codes, codes, bandwidth, log_weights=log_weights, exclude_self=True)
+            log_likelihood = log_likelihoods.mean() if shares is None else shares @ log_likelihoods
             return h * float(torch.autograd.grad(log_likelihood, bandwidth)[0])
 
         return scale * _root(slope, _first_guess(*codes.shape))

@@ -101,13 +101,18 @@ def _whitened(centered: Tensor, covariance: Tensor, dtype: torch.dtype) -> Tenso
 
 def _check_rank(codes: Tensor, covariance: Tensor) -> None:
     count, dim = codes.shape
-    # Below this a direction's variance is what rounding leaves: of the products here, and of the codes in their dtype.
-    variances = torch.linalg.eigvalsh(covariance.detach())
-    rounding = torch.finfo(codes.dtype).eps * float(codes.detach().abs().max())
-    least = dim * max(torch.finfo(torch.float64).eps * float(variances[-1]), rounding**2)
-    rank = int((variances > least).sum())
+    rank = covariance_rank(codes, covariance)
     if rank < dim:
         raise ValueError(
             f"codes must vary in all their {dim} dimensions to be whitened, got {count} codes whose covariance has "
             f"rank {rank}; drop what is constant or repeated, or pass whiten=False"
         )
+
+
+def covariance_rank(samples: Tensor, covariance: Tensor) -> int:
+    """Returns in how many directions samples [n, l] of this covariance [l, l] vary by more than rounding does."""
+    # Below this a variance is what rounding leaves: of the products here, and of the samples in their dtype.
+    variances = torch.linalg.eigvalsh(covariance.detach())
+    rounding = torch.finfo(samples.dtype).eps * float(samples.detach().abs().max())
+    least = samples.shape[1] * max(torch.finfo(torch.float64).eps * float(variances[-1]), rounding**2)
+    return int((variances > least).sum())

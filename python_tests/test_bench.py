@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -537,6 +538,23 @@ def test_large_m_bench_keeps_memory_small_and_says_what_rounding_does(tmp_path):
         ("bfloat16", "rolling"),
     ]
     assert all(float(row["last_rec"]) < 0.8 * float(row["first_rec"]) for row in trained)
+
+
+def test_density_bench_times_and_finds_errors(tmp_path):
+    table = tmp_path / "density.csv"
+    options = ["--sizes", "200,1", "300,40", "5000,40", "--limit", "0.05", "--budget", "0.02", "--csv", str(table)]
+    done = run(*options, "--providers", "sklearn", "sklearn exact", "scipy", script="bench_density.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with table.open(newline="") as file:
+        rows = {(row["n"], row["provider"]): row for row in csv.DictReader(file)}
+    for n in ("200", "300"):
+        ours, exact, scipy = (rows[n, name] for name in ("kdejsd", "sklearn exact", "scipy"))
+        assert all(float(row["error"]) < 1e-10 and float(row["score_ms"]) > 0 for row in (ours, exact, scipy))
+        assert float(ours["ratio"]) == 1 and float(ours["fit_ms"]) > 0
+        assert 1e-9 < float(rows[n, "kdejsd float32"]["error"]) < 1e-4
+    assert float(rows["300", "sklearn"]["error"]) > 0.1  # wrong in many dimensions
+    assert re.fullmatch(r"left out: about \d+ s a call", rows["5000", "scipy"]["note"])
+    assert done.stdout.count("kdejsd float32") == 3 and "commit" in done.stdout
 
 
 def test_threads_bench_compares_busy_with_quiet():

@@ -60,8 +60,8 @@ def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
         >>> from kdejsd import plots
         >>> codes = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
         >>> figure = plots.latent(codes, labels=torch.arange(100) % 10, target=kdejsd.StandardNormal(8))
-        >>> [axes.get_xlabel() for axes in figure.axes if axes.get_xlabel()][0]
-        'component 1\nvariance 1...'
+        >>> [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+        ['component 2', 'component 7', 'component 8']
     """
     title = _counted(len(codes), "codes")
     codes, labels, law = codes[:_POINTS].double().cpu(), labels[:_POINTS].cpu(), as_law(target)

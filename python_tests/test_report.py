@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from helpers import generator, points
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_gen import assert_same_state
 
-from kdejsd.data import Digits, ExampleData, ExampleSet, Grid2D
+from kdejsd.data import Digits, ExampleData, ExampleSet, Grid2D, Table
 from kdejsd.models import built
 from kdejsd.runs import boards, pictures, rows
 from kdejsd.runs.boards import RunPictures
@@ -248,6 +249,22 @@ def test_the_page_says_how_to_go_on_and_takes_nothing_for_html(tmp_path, of, for
     exec(code.replace(load, "loaded"), values)
     assert load in code and form in code
     assert values["codes"].shape == (10, 2) and values["samples"].shape == (100, *of.example_shape)
+
+
+def test_the_page_brings_the_samples_of_a_table_into_their_units(tmp_path):
+    table = 1000 + points(60, 3).numpy()
+    np.savetxt(tmp_path / "table.csv", table, delimiter=",", header="a,b,c", comments="")
+    model = built.AE((3,), latent_dim=2)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    write_report(tmp_path, model, Table(str(tmp_path / "table.csv"), batch_size=10), {})
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    code = re.search(r"import torch\n.*?new examples", page.words, re.DOTALL)[0]
+    assert f"data = kdejsd.data.Table(batch_size=10, path='{tmp_path / 'table.csv'}')\n" in code
+    values = {"loaded": model}
+    exec(code.replace(f"kdejsd.load({str(tmp_path)!r})", "loaded"), values)
+    assert values["codes"].shape == (len(values["data"].held_out), 2)
+    assert values["samples"].shape == (100, 3) and (values["samples"] - 1000).abs().max() < 10
 
 
 def events(folder: Path) -> EventAccumulator:

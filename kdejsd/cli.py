@@ -21,9 +21,9 @@ from .runs.errors import did_you_mean, sentence
 # The commands that have a module of their name in kdejsd/runs, with a function of that name; they read their arguments
 # themselves.
 _ON_RUNS = {
-    "fit": "train a model on images; write a report",
+    "fit": "train a model on examples; write a report",
     "evaluate": "write the report of a run anew",
-    "score": "write how novel each image is to a run's model",
+    "score": "write how novel each example is to a run's model",
 }
 
 

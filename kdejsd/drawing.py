@@ -1,13 +1,14 @@
 """Draws examples of a data set, and examples that a model makes like them.
 
-A set that is not to be drawn as a grid of images registers its own functions: `kdejsd.drawing.draw.register(MyData,
-my_function)`.
+The shape of the examples decides how. A set that is to be drawn in another way registers its own functions:
+`kdejsd.drawing.draw.register(MyData, my_function)`.
 """
 
 from __future__ import annotations
 
 from functools import singledispatch
 
+import torch
 from torch import Tensor
 
 from . import plots
@@ -17,15 +18,35 @@ from .data import ExampleData, Grid2D
 with train_extra():
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "draw_reconstructions"]
+__all__ = ["are_images", "draw", "draw_reconstructions"]
+
+_ROWS = 10_000  # held-out examples that others are drawn beside
+
+
+def are_images(data: ExampleData) -> bool:
+    """Returns whether the examples of a set are drawn as images: those of shape (C, H, W), C = 1 or 3.
+
+    Example:
+        >>> from kdejsd.data import Digits, Grid2D
+        >>> from kdejsd.drawing import are_images
+        >>> are_images(Digits()), are_images(Grid2D())
+        (True, False)
+    """
+    return len(data.example_shape) == 3 and data.example_shape[0] in (1, 3)
 
 
 @singledispatch
-def draw(data: ExampleData, examples: Tensor) -> Figure:
+def draw(data: ExampleData, examples: Tensor, name: str = "generated") -> Figure:
     """Draws examples [n, ...] like those of a set.
 
-    They become a grid of images. For a `Grid2D` they become points, with circles of three standard deviations around
-    the modes.
+    Images become a grid. Of examples of any other shape the values of each column are drawn beside those of the
+    held-out ones, in the units of their file (`plots.column_histograms`). For a `Grid2D` they become points, with
+    circles of three standard deviations around the modes.
+
+    Args:
+        data: the set.
+        examples: [n, ...].
+        name: what the examples are, for a legend.
 
     Example:
         >>> import torch
@@ -37,14 +58,19 @@ def draw(data: ExampleData, examples: Tensor) -> Figure:
         9
     """
     _refuse_method(data, "draw")
-    return plots.grid(examples)
+    if are_images(data):
+        return plots.grid(examples)
+    held_out = data.held_out[torch.arange(min(len(data.held_out), _ROWS))][0]
+    return plots.column_histograms(_rows(data, examples), _rows(data, held_out), data.columns, name)
 
 
 @singledispatch
 def draw_reconstructions(data: ExampleData, examples: Tensor, reconstructions: Tensor) -> Figure:
-    """Draws the first 30 examples [n, ...] of a set above their reconstructions.
+    """Draws examples [n, ...] of a set beside their reconstructions.
 
-    For a `Grid2D` it draws all reconstructions as points, with a line from each original to its reconstruction.
+    The first 30 images stand above their reconstructions. Of examples of any other shape the decoded values of each
+    column are drawn against the original ones, in the units of their file (`plots.column_reconstructions`). For a
+    `Grid2D` it draws all reconstructions as points, with a line from each original to its reconstruction.
 
     Example:
         >>> import torch
@@ -57,7 +83,14 @@ def draw_reconstructions(data: ExampleData, examples: Tensor, reconstructions: T
         (36, 90)
     """
     _refuse_method(data, "draw_reconstructions")
-    return plots.reconstructions(examples[:30], reconstructions[:30])
+    if are_images(data):
+        return plots.reconstructions(examples[:30], reconstructions[:30])
+    return plots.column_reconstructions(_rows(data, examples), _rows(data, reconstructions), data.columns)
+
+
+def _rows(data: ExampleData, examples: Tensor) -> Tensor:
+    """Returns examples [n, ...] in the units of their file, as [n, d]."""
+    return data.restored(examples.detach().cpu()).flatten(1)
 
 
 def _refuse_method(data: ExampleData, name: str) -> None:
@@ -75,7 +108,7 @@ def _refuse_method(data: ExampleData, name: str) -> None:
 
 
 @draw.register
-def _(data: Grid2D, examples: Tensor) -> Figure:
+def _(data: Grid2D, examples: Tensor, name: str = "generated") -> Figure:
     return plots.points(examples, data.modes, 3 * data.std)
 
 

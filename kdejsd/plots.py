@@ -6,11 +6,14 @@ Nothing here touches matplotlib's backend or its global state.
 from __future__ import annotations
 
 import colorsys
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
+from scipy.stats import ks_2samp
 from torch import Tensor
 
 from ._extras import train_extra
@@ -30,15 +33,22 @@ with train_extra():
     from matplotlib.ticker import LogLocator, NullFormatter
 
 _POINTS = 5000  # more would only cover each other
+_COLUMNS = 12  # that a picture has room for
+_TARGET = {"color": "k", "label": "target"}
 _APART = 0.6  # the grey between images, which have black and white at their own edges
 
 
 def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
-    """Draws codes by class, with circles for the target.
+    """Draws codes by class beside the law that they should follow.
 
-    2-D codes are drawn as they are, others on their first two principal components, 1-D codes as a histogram. The
-    circles are of one, two and three standard deviations of a normal, or of two of each component of a mixture. The
-    title says all this, and how many codes are drawn: 5000 at most.
+    1-D codes are a histogram under the target's density, 2-D codes are points over the target's circles. Of more
+    dimensions their principal components are drawn, each as a histogram beside the target's, and each pair as points
+    over the target's circles: of l = 3 all components, of more the two of the largest and the two of the smallest
+    variance, where codes that do not follow their target differ the most from it.
+
+    The circles are of one, two and three standard deviations of a normal, or of two of each component of a mixture;
+    laws that tell of no circles have samples in their place. The title says all this, and how many codes are drawn:
+    5000 at most.
 
     Args:
         codes: [n, l].
@@ -50,35 +60,24 @@ def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
         >>> from kdejsd import plots
         >>> codes = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
         >>> figure = plots.latent(codes, labels=torch.arange(100) % 10, target=kdejsd.StandardNormal(8))
-        >>> figure.axes[0].get_xlabel()
-        'principal component 1 (... % of the variance)'
+        >>> [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+        ['component 2', 'component 7', 'component 8']
     """
     title = _counted(len(codes), "codes")
     codes, labels, law = codes[:_POINTS].double().cpu(), labels[:_POINTS].cpu(), as_law(target)
+    color = _class_colors(int(labels.max()) + 1 if len(labels) else 0)
+    if codes.shape[1] > 2:
+        return _principal_components(title, codes, labels, color, law)
     figure, axes = _square_figure()
     if codes.shape[1] == 1:
         figure.suptitle(f"{title}, and the density that they are to follow")
         _histogram(axes, codes[:, 0], law)
         return figure
-    shift, plane = torch.zeros(codes.shape[1]).double(), torch.eye(2).double()
-    names = ["code 1", "code 2"]
-    if codes.shape[1] > 2:
-        title += f" of {codes.shape[1]} dimensions, on their first two principal components"
-        shift = codes.mean(0)
-        _, singular, directions = torch.linalg.svd(codes - shift, full_matrices=False)
-        plane = directions[:2].T
-        shares = singular.square() / singular.square().sum()
-        names = [
-            f"principal component {i + 1} ({100 * share:.0f} % of the variance)" for i, share in enumerate(shares[:2])
-        ]
-    else:
-        title += ", and the law that they are to follow"
-    color = _class_colors(int(labels.max()) + 1 if len(labels) else 0)
-    _scatter(axes, (codes - shift) @ plane, labels, color)
-    _draw_law(axes, law, shift, plane)
-    figure.suptitle(title)
+    _scatter(axes, codes, labels, color)
+    _draw_law(axes, law, torch.zeros(2).double(), torch.eye(2).double())
+    figure.suptitle(f"{title}, and the law that they are to follow")
     axes.set_title(_circles(law), fontsize="medium")
-    axes.set(xlabel=names[0], ylabel=names[1])
+    axes.set(xlabel="code 1", ylabel="code 2")
     _fill_square(axes)
     _legend(axes, labels.unique().tolist(), color)
     return figure
@@ -342,6 +341,124 @@ def reconstructions(images: Tensor, reconstructions: Tensor, columns: int = 10) 
     return _image_figure(torch.cat(rows), ["image", "decoded"] * len(pairs))
 
 
+def column_histograms(examples: Tensor, held_out: Tensor, names: Sequence[str], label: str = "generated") -> Figure:
+    """Draws how the values of each column are distributed, as lines over the areas of held-out examples.
+
+    Of more than 12 columns it draws those that differ the most: by the Kolmogorov-Smirnov distance, the largest
+    difference of the two distribution functions, which stands in brackets behind a column's name. Values that are not
+    finite are left out, as are those far outside of the held-out ones that less than a hundredth of the examples have.
+
+    Args:
+        examples: [n, d].
+        held_out: [m, d], finite.
+        names: of the d columns.
+        label: what the examples are, for the legend.
+
+    Raises:
+        ValueError: if a shape is another, or a set is empty.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import plots
+        >>> generated, held_out = torch.rand(100, 2), torch.rand(50, 2) + torch.tensor([0.0, 2.0])
+        >>> figure = plots.column_histograms(generated, held_out, ["height", "weight"])
+        >>> figure.axes[1].get_title()
+        'weight (1.00)'
+    """
+    _check_columns(examples, held_out, names, "held_out", rows=None)
+    drawn, others = (rows.detach().double().cpu().numpy() for rows in (examples, held_out))
+    finite = [column[np.isfinite(column)] for column in drawn.T]
+    apart = np.array(
+        [
+            ks_2samp(column, other, method="asymp")[0] if len(column) else 1.0
+            for column, other in zip(finite, others.T, strict=True)
+        ]
+    )
+    chosen, title = _chosen(-apart, "that differ the most")
+    figure, panels = _panels(len(chosen))
+    for axes, number in zip(panels, chosen, strict=True):
+        other, column = others[:, number], finite[number]
+        ends = np.concatenate([other, np.quantile(column, (0.005, 0.995))]) if len(column) else other
+        edges = np.histogram_bin_edges(ends, bins=30)
+        shares = [np.histogram(values, edges)[0] / max(len(values), 1) for values in (other, column)]
+        axes.stairs(shares[0], edges, fill=True, color="0.75", label=f"{len(others)} held-out")
+        axes.stairs(shares[1], edges, color="C0", lw=1.2, label=f"{len(drawn)} {label}")
+        axes.set_title(f"{_shortened(names[number])} ({apart[number]:.2f})", fontsize="small", parse_math=False)
+        axes.set_yticks([])
+    strange = int((~np.isfinite(drawn).all(1)).sum())
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        title=title + (f"; {strange} of the {label} are not finite" if strange else ""),
+        title_fontsize="large",
+        loc="outside upper center",
+        ncols=2,
+        frameon=False,
+    )
+    figure.supxlabel("value; in brackets the Kolmogorov-Smirnov distance, 0 for equal laws", fontsize="small")
+    figure.supylabel("share of the examples", fontsize="small")
+    return figure
+
+
+def column_reconstructions(examples: Tensor, reconstructions: Tensor, names: Sequence[str]) -> Figure:
+    """Draws the decoded values of each column against the original ones, with the line where they are equal.
+
+    Behind a column's name stands its `variance_explained`. Of more than 12 columns it draws those that are explained
+    least.
+
+    Args:
+        examples: [n, d], finite; at most 5000 are drawn.
+        reconstructions: [n, d].
+        names: of the d columns.
+
+    Raises:
+        ValueError: if a shape is another, or there is no example.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import plots
+        >>> examples = torch.linspace(-1, 1, 50)[:, None]
+        >>> plots.column_reconstructions(examples, 0.9 * examples, ["height"]).axes[0].get_title()
+        'height: 99 %'
+    """
+    _check_columns(examples, reconstructions, names, "reconstructions", rows=len(examples))
+    explained = variance_explained(examples, reconstructions).numpy()
+    chosen, title = _chosen(np.nan_to_num(explained, nan=math.inf), "that are explained least")
+    figure, panels = _panels(len(chosen))
+    originals, decoded = (rows[:_POINTS].detach().double().cpu().numpy() for rows in (examples, reconstructions))
+    size = _dot_size(len(originals)) / 3
+    for axes, number in zip(panels, chosen, strict=True):
+        share = f"{100 * explained[number]:.0f} %" if math.isfinite(explained[number]) else "unknown"
+        axes.scatter(originals[:, number], decoded[:, number], s=size, linewidths=0, color="C0")
+        axes.axline((originals[0, number],) * 2, slope=1, color="0.4", lw=0.8, ls="--")
+        axes.set_title(f"{_shortened(names[number])}: {share}", fontsize="small", parse_math=False)
+    strange = int((~np.isfinite(decoded).all(1)).sum())
+    figure.suptitle(title + (f"; {strange} of the reconstructions are not finite" if strange else ""))
+    figure.supxlabel("original value; behind the name the share of the variance that is explained", fontsize="small")
+    figure.supylabel("decoded value", fontsize="small")
+    return figure
+
+
+def variance_explained(examples: Tensor, reconstructions: Tensor) -> Tensor:
+    """Returns the share of each column's variance that its reconstructions explain, as [d] in float64 on the CPU.
+
+    It is R^2, 1 - (mean squared error) / variance: 1 for no error, 0 for an error as large as that of the column's
+    mean, negative for a larger one, and NaN for a column that has one value only.
+
+    Args:
+        examples, reconstructions: [n, d].
+
+    Example:
+        >>> import torch
+        >>> from kdejsd import plots
+        >>> examples = torch.tensor([[0.0, 5.0], [2.0, 5.0]])
+        >>> plots.variance_explained(examples, examples + 0.5)
+        tensor([0.7500,    nan], dtype=torch.float64)
+    """
+    originals, decoded = (rows.detach().double().cpu() for rows in (examples, reconstructions))
+    share = 1 - (originals - decoded).square().mean(0) / originals.var(0, correction=0)
+    return share.masked_fill((originals == originals[:1]).all(0), math.nan)
+
+
 def _square_figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.8, 6.6), dpi=150, layout="constrained")
     return figure, figure.add_subplot()
@@ -356,6 +473,41 @@ def _fill_square(axes: Axes) -> None:
     axes.set(xlim=(x - half, x + half), ylim=(y - half, y + half), aspect="equal")
 
 
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Returns a figure of so many small axes, three in a row."""
+    rows, across = -(-count // 3), min(count, 3)
+    figure = Figure(figsize=(6.8, 1.3 + 1.7 * rows), dpi=150, layout="constrained")
+    axes = figure.subplots(rows, across, squeeze=False).flatten().tolist()
+    for spare in axes[count:]:
+        spare.remove()
+    for used in axes[:count]:
+        used.tick_params(labelsize="x-small")
+        used.locator_params(axis="x", nbins=4)
+    return figure, axes[:count]
+
+
+def _chosen(order: np.ndarray, words: str) -> tuple[list[int], str]:
+    """Returns the columns to be drawn, the first by their order where there are too many for all, and a title."""
+    count = len(order)
+    if count <= _COLUMNS:
+        return list(range(count)), "1 column" if count == 1 else f"{count} columns"
+    return order.argsort(kind="stable")[:_COLUMNS].tolist(), f"The {_COLUMNS} of {count} columns {words}"
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 24 else f"{name[:23]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _check_columns(examples: Tensor, others: Tensor, names: Sequence[str], other: str, rows: int | None) -> None:
+    if examples.ndim != 2 or examples.numel() == 0:
+        raise ValueError(f"examples must have shape [n, d], neither of them 0, got {list(examples.shape)}")
+    count = "m" if rows is None else str(rows)
+    if others.ndim != 2 or not len(others) or others.shape[1] != examples.shape[1] or rows not in (None, len(others)):
+        raise ValueError(f"{other} must have shape [{count}, {examples.shape[1]}], got {list(others.shape)}")
+    if len(names) != examples.shape[1]:
+        raise ValueError(f"names must be one for each of the {examples.shape[1]} columns, got {len(names)}")
+
+
 def _counted(count: int, name: str) -> str:
     """Returns the number of things, and of those that are drawn where not all are."""
     return f"{count} {name}" if count <= _POINTS else f"{_POINTS} of {count} {name}"
@@ -364,7 +516,7 @@ def _counted(count: int, name: str) -> str:
 def _circles(law: Law) -> str:
     """Returns what the circles of `_draw_law` are."""
     if not law_outline(law):
-        return ""
+        return "Grey dots: samples of the target"
     if isotropic_variance(law) is not None:
         return "Circles: 1, 2 and 3 standard deviations of the target (39, 86 and 99 % of it)"
     if isinstance(law, GaussianMixture):
@@ -386,8 +538,14 @@ def _class_colors(count: int) -> Callable[[int], tuple[float, float, float]]:
     return color
 
 
-def _scatter(axes: Axes, points: Tensor, labels: Tensor, color: Callable[[int], tuple[float, float, float]]) -> None:
-    size = _dot_size(len(points))
+def _scatter(
+    axes: Axes,
+    points: Tensor,
+    labels: Tensor,
+    color: Callable[[int], tuple[float, float, float]],
+    size: float | None = None,
+) -> None:
+    size = _dot_size(len(points)) if size is None else size
     for label in labels.unique().tolist():
         x, y = points[labels == label].T.numpy()
         axes.scatter(x, y, s=size, linewidths=0.1 * size**0.5, edgecolors="w", color=color(label))
@@ -398,30 +556,95 @@ def _dot_size(count: int) -> float:
     return min(36.0, max(6.0, 12_000 / max(count, 1)))
 
 
-def _legend(axes: Axes, classes: list[int], color: Callable[[int], tuple[float, float, float]]) -> None:
+def _legend(
+    axes: Axes, classes: list[int], color: Callable[[int], tuple[float, float, float]], inside: bool = False
+) -> None:
+    """Names the colours of the classes right of the axes, or from their upper right corner on, over what is there."""
     if 1 < len(classes) <= 50:
         names = [Patch(color=color(label), label="none" if label < 0 else str(label)) for label in classes]
-        columns, length = -(-len(classes) // 25), 1.5 if len(classes) <= 10 else 0.8
+        columns, length = -(-len(classes) // (12 if inside else 25)), 1.5 if len(classes) <= 10 else 0.8
         axes.legend(
             handles=names,
             title="class",
-            loc="center left",
-            bbox_to_anchor=(1, 0.5),
+            loc="upper right" if inside else "center left",
+            bbox_to_anchor=(1, 1) if inside else (1, 0.5),
             frameon=False,
             ncols=columns,
             handlelength=length,
-        )
+        ).set_in_layout(not inside)
 
 
 def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
-    for center, radius in law_outline(law):
+    """Draws the circles of the law on a plane, or samples of it where it tells of none."""
+    outline = law_outline(law)
+    for center, radius in outline:
         x, y = ((center - shift) @ plane).tolist()
         axes.add_patch(Circle((x, y), radius, fill=False, color="0.3", lw=0.8, ls="--"))
+    if not outline:
+        x, y = ((_law_samples(law)[:1000] - shift) @ plane).T.numpy()
+        axes.scatter(x, y, s=3, linewidths=0, color="0.7", zorder=0.5)
+
+
+def _law_samples(law: Law) -> Tensor:
+    """Draws as many samples of the law as show its density, [n, l] in float64 on the CPU."""
+    n = max(1000, min(100_000, 4_000_000 // law.dim))
+    return law.sample(n, torch.Generator().manual_seed(0)).detach().double().cpu()
 
 
 def _extent(law: Law) -> float:
     """Returns an extent that holds the law's circles with some room, or 4 if there are none."""
     return max((1.15 * (float(center.abs().max()) + radius) for center, radius in law_outline(law)), default=4.0)
+
+
+def _principal_components(
+    title: str, codes: Tensor, labels: Tensor, color: Callable[[int], tuple[float, float, float]], law: Law
+) -> Figure:
+    """Draws some principal components of the codes [n, l], l > 2, on a diagonal, and below it each pair of them."""
+    dim = codes.shape[1]
+    shift = codes.mean(0)
+    variances, directions = (found.flip(-1) for found in torch.linalg.eigh((codes - shift).T.cov(correction=0)))
+    chosen = list(range(3)) if dim == 3 else [0, 1, dim - 2, dim - 1]
+    plane = directions[:, chosen]
+    points, ideal = (codes - shift) @ plane, (_law_samples(law) - shift) @ plane
+    low, high = torch.cat([points, ideal.quantile(torch.tensor([0.001, 0.999]).double(), dim=0)]).aminmax()
+    room = 0.03 * float(high - low)
+    limits = (float(low) - room, float(high) + room)
+    edges = np.linspace(*limits, 41)
+    size = _dot_size(len(points)) / 3
+
+    figure = Figure(figsize=(6.8, 6.8), dpi=150, layout="constrained")
+    count = len(chosen)
+    grid = figure.subplots(count, count)
+    for row, column in itertools.product(range(count), repeat=2):
+        axes = grid[row, column]
+        if column > row:
+            axes.set_axis_off()
+            continue
+        axes.set_xlim(limits)
+        axes.set_box_aspect(1)
+        axes.tick_params(labelsize="x-small", labelbottom=row == count - 1, labelleft=column == 0, left=column < row)
+        if column == row:
+            for values, style in ((points, {"fill": True, "color": "0.75", "label": "codes"}), (ideal, _TARGET)):
+                axes.stairs(np.histogram(values[:, row], edges)[0] / len(values), edges, **style)
+            axes.set_yticks([])
+        else:
+            pair = [column, row]
+            _scatter(axes, points[:, pair], labels, color, size)
+            _draw_law(axes, law, shift, plane[:, pair])
+            axes.set(ylim=limits)
+        if row == count - 1:
+            number = chosen[column]
+            axes.set_xlabel(f"component {number + 1}\nvariance {variances[number]:.3g}", fontsize="small")
+        if column == 0 < row:
+            axes.set_ylabel(f"component {chosen[row] + 1}", fontsize="small")
+    words = "all" if count == dim else "the first and the last two"
+    figure.suptitle(
+        f"{title} of {dim} dimensions, {words} of their principal components\n{_circles(law)}", size="medium"
+    )
+    # The legends stand in the empty half, and must not push the others aside.
+    grid[0, 1].legend(*grid[0, 0].get_legend_handles_labels(), loc="upper left", frameon=False).set_in_layout(False)
+    _legend(grid[0, -1], labels.unique().tolist(), color, inside=True)
+    return figure
 
 
 def _histogram(axes: Axes, codes: Tensor, law: Law) -> None:

@@ -644,3 +644,15 @@ def test_every_ingredient_of_the_recipe_can_be_changed(monkeypatch):
     model, halves = table2.lagged_apart(data)
     together = torch.cat([halves.training.examples, model.apart]).flatten(1)
     assert len(together.unique(dim=0)) == len(data.training.examples.flatten(1).unique(dim=0)) == 300
+
+
+def test_novelty_in_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCH))
+    record = tmp_path / "novelty.csv"
+    assert importlib.import_module("novelty_tables").main(["--quick", "--csv", str(record)]) == 0
+    with record.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["data"], row["detector"]): float(row["auroc"]) for row in rows}
+    assert len(found) == len(rows) == 7 + 6  # digits cannot be whitened
+    assert all(0.85 < auroc <= 1 for auroc in found.values())
+    assert f"{100 * found['cancer', 'forest']:.1f} +-" in capsys.readouterr().out

@@ -315,7 +315,7 @@ def test_evaluate_refuses_a_classifier(run, trained, classifier, tmp_path):
     export(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 1)), tmp_path / "one.pt2")
     export(network.train(), tmp_path / "train.pt2")
     network.eval()
-    must_take = "must take float32 images [n, 1, 8, 8] for any n, and gave an error"
+    must_take = "must take float32 examples [n, 1, 8, 8] for any n, and gave an error"
     for name, message in (
         ("missing.pt2", "does not exist"),
         ("text.pt2", "is damaged or not a program exported by torch.export.save"),
@@ -323,8 +323,8 @@ def test_evaluate_refuses_a_classifier(run, trained, classifier, tmp_path):
         ("weights.pt2", "is damaged or not a program exported by torch.export.save"),
         ("fixed.pt2", must_take),
         ("mnist.pt2", must_take),
-        ("one.pt2", "must return logits [n, classes] of at least 2 classes, got [5, 1] for 5 images"),
-        ("train.pt2", "must give an image the same logits every time and in any batch"),
+        ("one.pt2", "must return logits [n, classes] of at least 2 classes, got [5, 1] for 5 examples"),
+        ("train.pt2", "must give an example the same logits every time and in any batch"),
     ):
         done = run("evaluate", checkpoint, "--classifier", name, "--out=out", cwd=tmp_path, status=1)
         assert f"kdejsd evaluate: error: classifier {name} {message}" in done.err

@@ -280,7 +280,7 @@ def test_what_a_subclass_takes_beside_settings_is_left_out_of_checkpoints():
         def __init__(self, images, scale, **kwargs):
             super().__init__(**kwargs)
 
-    settings = {"batch_size": 100, "train_size": None, "labelled_size": None, "seed": 3, "scale": 2.0}
+    settings = {"batch_size": None, "train_size": None, "labelled_size": None, "seed": 3, "scale": 2.0}
     assert Of(torch.ones(5, 1, 8, 8), np.float64(2), seed=3).hparams == settings
 
 
@@ -839,7 +839,7 @@ def test_labels_are_hidden_but_for_some_drawn_by_the_seed():
     ("call", "text"),
     [
         (lambda: Digits(batch_size=0), "batch_size must be at least 1, got 0"),
-        (lambda: Digits(train_size=50), "train_size must be at least batch_size = 100, got 50"),
+        (lambda: Digits(100, train_size=50), "train_size must be at least batch_size = 100, got 50"),
         (lambda: Digits(labelled_size=-1), "labelled_size must be at least 0, got -1"),
         (lambda: Digits(train_size=300, labelled_size=301).setup(), "labelled_size must be at most 300, .* got 301"),
         (lambda: Digits(seed=-1), "seed must be at least 0, got -1"),

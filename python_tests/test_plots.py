@@ -11,8 +11,10 @@ import pytest
 import torch
 from helpers import points
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.distributions import Independent, Laplace
 
 from kdejsd import GaussianMixture, StandardNormal, drawing, plots
 from kdejsd.data import Digits, Grid2D
@@ -188,20 +190,61 @@ def test_the_picture_of_codes_is_square_whatever_their_spread_and_dots_are_large
 
 def test_a_picture_says_of_how_many_codes_it_is():
     figure = plots.latent(points(6000, 3), torch.zeros(6000), StandardNormal(3))
-    assert figure.get_suptitle() == "5000 of 6000 codes of 3 dimensions, on their first two principal components"
+    title = figure.get_suptitle()
+    assert title.startswith(
+        "5000 of 6000 codes of 3 dimensions, all of their principal components\nCircles: 1, 2 and 3"
+    )
 
 
-def test_latent_projects_on_the_principal_components():
-    codes = points(500, 4) * torch.tensor([0.01, 3.0, 0.01, 1.0]).double()
-    figure = plots.latent(codes, torch.full((500,), -1), StandardNormal(4))
-    (drawn,) = dots(figure).values()
-    # Nothing of the two directions that matter is lost, and the first one comes first.
-    assert torch.allclose(torch.pdist(drawn), torch.pdist(codes[:, [1, 3]]), atol=0.1)
-    assert drawn.var(0).tolist() == pytest.approx(torch.linalg.eigvalsh(codes.T.cov())[[-1, -2]].tolist())
-    assert figure.axes[0].get_xlabel() == "principal component 1 (91 % of the variance)"
-    center, radius = circles(figure)[0]
-    assert radius == 1 and math.hypot(*center) == pytest.approx(float(codes.mean(0).norm()), rel=0.01)
-    assert figure.axes[0].get_legend() is None
+def panels(figure: Figure) -> dict[tuple[int, int], Axes]:
+    """The axes of a figure's grid by row and column, those that are switched off left out."""
+    specs = {axes: axes.get_subplotspec() for axes in figure.axes if axes.axison}
+    return {(spec.rowspan.start, spec.colspan.start): axes for axes, spec in specs.items()}
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_codes_of_many_dimensions_are_pairs_of_principal_components_beside_the_target(labelled):
+    codes = points(2000, 5) * torch.tensor([0.1, 3.0, 0.5, 1.0, 1.0]).double() + 1
+    labels = torch.arange(2000) % 3 if labelled else torch.full((2000,), -1)
+    figure = plots.latent(codes, labels, StandardNormal(5))
+    drawn = panels(figure)
+    assert drawn.keys() == {(row, column) for row in range(4) for column in range(row + 1)}
+    assert figure.get_suptitle().startswith("2000 codes of 5 dimensions, the first and the last two of their principal")
+    for place, (number, variance) in enumerate(((1, 9.0), (2, 1.0), (4, 0.25), (5, 0.01))):
+        name, value = drawn[3, place].get_xlabel().split("\nvariance ")
+        assert name == f"component {number}" and float(value) == pytest.approx(variance, rel=0.15)
+        of_codes, of_target = (histogram.get_data() for histogram in drawn[place, place].patches)
+        middles = (of_codes.edges[1:] + of_codes.edges[:-1]) / 2
+        for heights, mean, spread in ((of_codes.values, 0.0, variance**0.5), (of_target.values, None, 1.0)):
+            assert heights.sum() == pytest.approx(1, abs=0.01)
+            mean = (heights * middles).sum() if mean is None else mean
+            assert (heights * (middles - mean) ** 2).sum() ** 0.5 == pytest.approx(spread, abs=0.2)
+    first = drawn[1, 0]
+    dots_of = [torch.from_numpy(group.get_offsets().data) for group in first.collections]
+    assert len(dots_of) == (3 if labelled else 1) and sum(map(len, dots_of)) == 2000
+    if not labelled:  # nothing of the two directions that matter the most is lost
+        assert dots_of[0].var(0).tolist() == pytest.approx(torch.linalg.eigvalsh(codes.T.cov())[[-1, -2]].tolist())
+    (center, radius), *_ = [(patch.center, patch.radius) for patch in first.patches]
+    shift = torch.tensor(center).double()  # of the target's mean, 0, from the codes' own
+    assert radius == 1 and float(shift.norm()) <= float(codes.mean(0).norm()) + 1e-9 and float(shift.norm()) > 0.5
+    assert any(axes.get_legend() and axes.get_legend().get_title().get_text() == "class" for axes in figure.axes) is (
+        labelled
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_few_codes_of_many_dimensions_are_drawn(count):
+    figure = plots.latent(points(count, 300), torch.arange(count), StandardNormal(300))
+    assert pixels(figure).isfinite().all() and len(panels(figure)) == 10
+
+
+@pytest.mark.parametrize("dim", [2, 4])
+def test_a_law_without_circles_is_shown_by_its_samples(dim):
+    law = Independent(Laplace(torch.zeros(dim), torch.ones(dim)), 1)
+    figure = plots.latent(points(50, dim), torch.full((50,), -1), law)
+    axes = figure.axes[0] if dim == 2 else panels(figure)[1, 0]
+    assert sorted(len(group.get_offsets()) for group in axes.collections) == [50, 1000] and not axes.patches
+    assert "Grey dots: samples of the target" in figure.get_suptitle() + axes.get_title()
 
 
 def test_latent_of_one_dimension_is_a_histogram():
@@ -274,6 +317,81 @@ def test_reconstructions_stand_below_their_images():
     expected = torch.tensor([[0.1, 0.2], [0.6, 0.7], [0.3, GREY], [0.8, GREY]])
     assert torch.allclose(cells(figure, 3), expected, atol=2 / 255)
     assert [text.get_text() for text in figure.texts] == ["image", "decoded"] * 2
+
+
+def test_columns_are_drawn_beside_the_held_out_ones():
+    generated, held_out = points(400, 3), points(100, 3, seed=1)
+    generated[:, 1] += 10
+    generated[:, 2], held_out[:, 2] = 7.0, 7.0  # which never changes
+    generated[0] = math.nan
+    figure = plots.column_histograms(generated, held_out, ["a", "price in $ of $", "c" * 30], "made")
+    _, second, third = figure.axes
+    assert [axes.get_title() for axes in (second, third)] == ["price in $ of $ (1.00)", "c" * 23 + "… (0.00)"]
+    held, made = (histogram.get_data() for histogram in second.patches)
+    assert (held.values * made.values == 0).all() and made.values[-5:].sum() > 0 and held.values[-5:].sum() == 0
+    for axes in figure.axes:
+        for histogram in axes.patches:
+            assert histogram.get_data().values.sum() == pytest.approx(1, abs=0.02)
+    legend = figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["100 held-out", "400 made"]
+    assert legend.get_title().get_text() == "3 columns; 1 of the made are not finite"
+    assert pixels(figure).isfinite().all()
+
+
+def test_a_decoded_column_is_drawn_against_its_original():
+    examples = points(60, 2) * torch.tensor([1.0, 1e-6]).double()  # in any unit
+    decoded = examples + 0.5 * examples.std(0, correction=0) * torch.tensor([1.0, 0.0])
+    decoded[3, 1] = math.nan
+    figure = plots.column_reconstructions(examples, decoded, ["a", "b"])
+    assert [axes.get_title() for axes in figure.axes] == ["a: 75 %", "b: unknown"]
+    assert torch.equal(
+        torch.from_numpy(figure.axes[0].collections[0].get_offsets().data),
+        torch.stack([examples[:, 0], decoded[:, 0]], 1),
+    )
+    assert (
+        figure.get_suptitle() == "2 columns; 1 of the reconstructions are not finite"
+        and pixels(figure).isfinite().all()
+    )
+
+
+@pytest.mark.parametrize("draws", ["column_histograms", "column_reconstructions"])
+def test_of_many_columns_the_telling_ones_are_drawn(draws):
+    first, second = points(50, 300), points(50, 300)
+    second[:, 100:105] += torch.arange(1, 6)
+    names = [f"column {number}" for number in range(300)]
+    figure = getattr(plots, draws)(first, second, names)
+    titles = [axes.get_title().replace(":", "").split(" ")[1] for axes in figure.axes]
+    assert titles[:5] == ["104", "103", "102", "101", "100"] and len(titles) == 12
+    title = figure.get_suptitle() or figure.legends[0].get_title().get_text()
+    assert title.startswith("The 12 of 300 columns that")
+
+
+def test_the_variance_that_is_explained():
+    examples = points(1000, 4)
+    examples[:, 3] = 0.1
+    decoded = examples.clone()
+    decoded[:, 1], decoded[:, 2] = examples[:, 1].mean(), -examples[:, 2]
+    found = plots.variance_explained(examples, decoded)
+    assert found[:3].tolist() == pytest.approx([1.0, 0.0, -3.0], abs=0.1) and found[3].isnan()
+
+
+@pytest.mark.parametrize(
+    ("draws", "arguments", "message"),
+    [
+        (
+            "column_histograms",
+            ((0, 2), (5, 2), "ab"),
+            r"examples must have shape \[n, d\], neither of them 0, got \[0, 2\]",
+        ),
+        ("column_histograms", ((5, 2), (0, 2), "ab"), r"held_out must have shape \[m, 2\], got \[0, 2\]"),
+        ("column_histograms", ((5, 2), (5, 2), "abc"), "names must be one for each of the 2 columns, got 3"),
+        ("column_reconstructions", ((5, 2), (4, 2), "ab"), r"reconstructions must have shape \[5, 2\], got \[4, 2\]"),
+    ],
+)
+def test_pictures_of_columns_refuse(draws, arguments, message):
+    first, second, names = arguments
+    with pytest.raises(ValueError, match=message):
+        getattr(plots, draws)(torch.zeros(first), torch.zeros(second), names)
 
 
 class LengthAndAngle(nn.Module):

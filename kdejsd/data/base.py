@@ -1,10 +1,12 @@
-"""Defines the parts that all sets of examples share: the set in memory, the order of its batches, the data module."""
+"""Defines the parts that all sets of examples share: the set, the order of its batches, the data module."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Protocol, TypeVar
+from copy import copy
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,17 +16,79 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 from .._extras import train_extra
 from .._numbers import integer
 from .._plain import plain
+from .standardization import Standardization
 
 with train_extra():
     import lightning.pytorch as pl
 Batch = tuple[Tensor, Tensor, Tensor]
 
+_BATCH_SIZE = 100
+_CHUNK = 10_000  # examples looked at at a time
 
-class ExampleSet(Dataset[Batch]):
-    """Holds examples and labels in memory, and returns a batch by one index operation.
+
+class StoredExamples(ABC):
+    """Gives examples that stay in their files, each time that they are asked for by their indices.
+
+    It stands in an `ExampleSet` in the place of a tensor, for sets that are larger than memory. A subclass defines
+    `read`.
 
     Args:
-        examples: [N, ...], uint8 (0 to 255) or float32 (0 to 1).
+        count: N, the number of examples.
+        dtype: torch.uint8 (0 to 255) or torch.float32, that of the examples that `read` returns.
+
+    Attributes:
+        rows: [N] int64, where each example stands in the files.
+
+    Example:
+        >>> import torch
+        >>> from kdejsd.data import StoredExamples
+        >>> class Squares(StoredExamples):
+        ...     def read(self, rows):
+        ...         return rows[:, None].float() ** 2
+        >>> examples = Squares(count=1000).subset(torch.tensor([3, 500]))
+        >>> len(examples), examples[torch.tensor([1, 0])].tolist()
+        (2, [[250000.0], [9.0]])
+    """
+
+    def __init__(self, count: int, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        self.rows = torch.arange(count)
+
+    @abstractmethod
+    def read(self, rows: Tensor) -> Tensor:
+        """Returns the examples [n, ...] at the places [n] int64 of the files."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Returns the examples of a tensor of indices, which may have any shape, as indexing a tensor does."""
+        rows = self.rows[index]
+        examples = self.read(rows.flatten())
+        return examples.reshape(*rows.shape, *examples.shape[1:])
+
+    def in_memory(self) -> Tensor:
+        """Reads all of the examples, in parts: a list of them would need twice the memory when they are joined."""
+        examples = torch.empty(0)
+        for index in torch.arange(len(self)).split(_CHUNK):
+            part = self[index]
+            if not len(examples):
+                examples = part.new_empty(len(self), *part.shape[1:])
+            examples[index] = part
+        return examples
+
+    def subset(self, index: Tensor) -> StoredExamples:
+        """Returns the given examples, which stay in their files, numbered anew."""
+        chosen = copy(self)
+        chosen.rows = self.rows[index]
+        return chosen
+
+
+class ExampleSet(Dataset[Batch]):
+    """Holds examples and labels, and returns a batch by one index operation.
+
+    Args:
+        examples: [N, ...], uint8 (0 to 255) or float32, in memory or stored in files.
         labels: [N] int64.
 
     Example:
@@ -36,7 +100,7 @@ class ExampleSet(Dataset[Batch]):
         (torch.Size([2, 1, 2, 2]), 1.0, tensor([3, 0]))
     """
 
-    def __init__(self, examples: Tensor, labels: Tensor) -> None:
+    def __init__(self, examples: Tensor | StoredExamples, labels: Tensor) -> None:
         self.examples = examples
         self.labels = labels
 
@@ -53,26 +117,15 @@ class ExampleSet(Dataset[Batch]):
 
     def subset(self, indices: Tensor) -> ExampleSet:
         """Returns the set of the given examples, which are numbered anew."""
-        return ExampleSet(self.examples[indices], self.labels[indices])
+        examples = self.examples
+        chosen = examples.subset(indices) if isinstance(examples, StoredExamples) else examples[indices]
+        return ExampleSet(chosen, self.labels[indices])
 
     def read(self) -> ExampleSet:
-        """Returns the set itself, which has been read."""
-        return self
-
-
-class ExampleSource(Protocol):
-    """Describes examples that may still be in their files, so that only those that are used need to be read."""
-
-    def __len__(self) -> int: ...
-
-    def subset(self: Source, indices: Tensor) -> Source:
-        """Returns the examples of the given indices."""
-
-    def read(self) -> ExampleSet:
-        """Returns all of the examples in memory."""
-
-
-Source = TypeVar("Source", bound=ExampleSource)
+        """Returns the set with all of its examples in memory."""
+        if isinstance(self.examples, Tensor):
+            return self
+        return ExampleSet(self.examples.in_memory(), self.labels)
 
 
 class BatchOrder(DistributedSampler[Tensor]):
@@ -130,7 +183,8 @@ class BatchOrder(DistributedSampler[Tensor]):
 class BatchLoader(DataLoader[Batch]):
     """Loads whole batches by index in this process, and keeps its place in the epoch for checkpoints.
 
-    There are no workers, since an index operation takes less time than handing a batch over.
+    There are no workers: an index operation takes less time than handing a batch over, and pictures that stay in their
+    files are read by several threads.
 
     Args:
         dataset: the examples.
@@ -191,7 +245,8 @@ class ExampleData(pl.LightningDataModule):
     any other argument of its constructor, such as an object, is left out there.
 
     Args:
-        batch_size: examples per training step, on each device.
+        batch_size: examples per training step, on each device; None is 100, or all training examples where they are
+            fewer.
         train_size: train on this many examples, drawn by the seed; None takes all.
         labelled_size: keep the labels of this many training examples, drawn by the seed, and hide the others (-1); None
             keeps all. Held-out examples keep theirs.
@@ -210,25 +265,29 @@ class ExampleData(pl.LightningDataModule):
     """
 
     example_shape: tuple[int, ...]
+    keep_in_memory = True  # read all examples at the start; False leaves them in their files
+    standardization: Standardization | None = None  # of examples that are not as they stand in their files
     report_samples: ClassVar[int] = 100  # of a model, drawn and measured in its report
 
     def __init__(
         self,
-        batch_size: int = 100,
+        batch_size: int | None = None,
         train_size: int | None = None,
         labelled_size: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        batch_size = integer("batch_size", batch_size, 1)
+        if batch_size is not None:
+            batch_size = integer("batch_size", batch_size, 1)
         seed = integer("seed", seed, 0)
         if train_size is not None:
             train_size = integer("train_size", train_size, 1)
-            if train_size < batch_size:
+            if batch_size is not None and train_size < batch_size:
                 raise ValueError(f"train_size must be at least batch_size = {batch_size}, got {train_size}")
         if labelled_size is not None:
             labelled_size = integer("labelled_size", labelled_size, 0)
-        self.batch_size = batch_size
+        self.batch_size = _BATCH_SIZE if batch_size is None else batch_size
+        self._at_most_all = batch_size is None  # of the examples in a batch
         self.train_size = train_size
         self.labelled_size = labelled_size
         self.seed = seed
@@ -240,7 +299,7 @@ class ExampleData(pl.LightningDataModule):
             except TypeError:
                 del self.hparams[name]
 
-    def load(self) -> tuple[ExampleSource, ExampleSource]:
+    def load(self) -> tuple[ExampleSet, ExampleSet]:
         """Returns all training examples and the held-out examples."""
         raise NotImplementedError(f"{type(self).__name__} must define load()")
 
@@ -250,15 +309,18 @@ class ExampleData(pl.LightningDataModule):
             return
         training, held_out = self.load()
         count = len(training)
+        if self._at_most_all:
+            self.batch_size = min(self.batch_size, count if self.train_size is None else self.train_size)
         for name, size in (("train_size", self.train_size), ("batch_size", self.batch_size)):
             if size is not None and size > count:
                 raise ValueError(f"{name} must be at most {count}, the number of training examples, got {size}")
         if self.train_size is not None:
             training = training.subset(self._shuffled(count)[: self.train_size].sort().values)
-        examples = training.read()
+        if self.keep_in_memory:
+            training, held_out = training.read(), held_out.read()
         if self.labelled_size is not None:
-            examples = ExampleSet(examples.examples, self._hidden(examples.labels, self.labelled_size))
-        self._sets = _finite(self, "training", examples), _finite(self, "held-out", held_out.read())
+            training = ExampleSet(training.examples, self._hidden(training.labels, self.labelled_size))
+        self._sets = _finite(self, "training", training), _finite(self, "held-out", held_out)
 
     @property
     def training(self) -> ExampleSet:
@@ -292,6 +354,19 @@ class ExampleData(pl.LightningDataModule):
         """Returns batches of the held-out examples."""
         return self.val_dataloader()
 
+    # In a checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what examples that come later need to be read as those trained on: their standardisation."""
+        return {} if self.standardization is None else {"standardization": self.standardization.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Reads the examples from here on as those of the checkpoint were read."""
+        if "standardization" in state:
+            found = Standardization.from_state_dict(state["standardization"])
+            if found != self.standardization:
+                self.standardization, self._sets = found, None
+
     # What a set knows of its examples, and of those that a model makes like them
 
     @property
@@ -301,7 +376,8 @@ class ExampleData(pl.LightningDataModule):
 
     def restored(self, examples: Tensor) -> Tensor:
         """Returns examples [n, ...] in the units of their files; most sets have changed nothing and return them."""
-        return examples
+        self.setup()
+        return examples if self.standardization is None else self.standardization.undone(examples)
 
     def sample_measures(self, examples: Tensor) -> dict[str, float]:
         """Measures generated examples [n, ...] by the known law of the set; most sets know none and return {}."""
@@ -322,17 +398,25 @@ class ExampleData(pl.LightningDataModule):
         chosen = known[self._shuffled(len(known))[:kept]]
         return torch.full_like(labels, -1).index_copy(0, chosen, labels[chosen])
 
-    def _split(self, examples: Source, held_out: float) -> tuple[Source, Source]:
+    def _split(self, examples: ExampleSet, held_out: float) -> tuple[ExampleSet, ExampleSet]:
         """Splits examples into two parts drawn by the seed; the second has the share `held_out`, at least one."""
-        order = self._shuffled(len(examples))
-        count = max(1, round(held_out * len(examples)))
-        return examples.subset(order[count:].sort().values), examples.subset(order[:count].sort().values)
+        training, rest = self._parts(len(examples), held_out)
+        return examples.subset(training), examples.subset(rest)
+
+    def _parts(self, count: int, held_out: float) -> tuple[Tensor, Tensor]:
+        """Draws the indices, in order, of the two parts of `_split`, of `count` examples; each has one at least."""
+        order = self._shuffled(count)
+        held = min(max(1, round(held_out * count)), count - 1)
+        return order[held:].sort().values, order[:held].sort().values
 
 
 def _finite(data: ExampleData, part: str, examples: ExampleSet) -> ExampleSet:
-    """Returns the examples if all their values are finite."""
-    if examples.examples.is_floating_point():
-        bad = (~examples.examples.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    """Returns the examples if all their values are finite, for which stored ones are read in parts."""
+    if examples.examples.dtype.is_floating_point:
+        bad = []
+        for index in torch.arange(len(examples)).split(_CHUNK):
+            spoiled = (~examples.examples[index].isfinite()).flatten(1).any(1)
+            bad += index[spoiled].tolist()
         if bad:
             some = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
             raise ValueError(

@@ -16,17 +16,22 @@ with train_extra():
 
 
 def folder_of(root: str | os.PathLike[str]) -> Path:
-    """Returns the folder that a root names, with `~` and environment variables put in.
+    """Returns the folder that a root names, by `path_of`."""
+    return path_of(root, "root", "a folder")
+
+
+def path_of(path: str | os.PathLike[str], argument: str = "path", what: str = "a file") -> Path:
+    """Returns the path that an argument names, with `~` and environment variables put in.
 
     Raises:
-        ValueError: if it names no folder.
+        ValueError: if it is empty.
         TypeError: if it is neither text nor a path.
     """
-    name = plain(root, "root")
+    name = plain(path, argument)
     if not isinstance(name, str):
-        raise TypeError(f"root must be the path of a folder, got {root!r}")
+        raise TypeError(f"{argument} must be the path of {what}, got {path!r}")
     if not name:  # what a variable that is not set leaves of "$DATA"; Path would take it for the current folder
-        raise ValueError("root must name a folder, got ''")
+        raise ValueError(f"{argument} must name {what}, got ''")
     return Path(os.path.expanduser(os.path.expandvars(name)))
 
 

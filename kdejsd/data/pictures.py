@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from .._extras import train_extra
 from .._numbers import between, integer
-from .base import ExampleData, ExampleSet
+from .base import ExampleData, ExampleSet, StoredExamples
 from .files import find, folder_of, note
 from .tree import Tree, check_whole, classes_of, left_out, parts_of, read_tree, shortened
 
@@ -63,48 +65,54 @@ def in_bytes(picture: Image.Image) -> Image.Image:
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
-class Pictures:
-    """Holds the paths of pictures and their labels, and reads the pictures that are used.
+class Pictures(StoredExamples):
+    """Reads pictures from their files, several at a time.
 
     Args:
         paths: the paths of the files.
-        labels: [N] int64.
         prepare: gives every picture its final size and colours.
         hint: the end of an error about a picture.
     """
 
-    def __init__(
-        self, paths: list[Path], labels: Tensor, prepare: Callable[[Image.Image], Image.Image], hint: str = ""
-    ) -> None:
+    def __init__(self, paths: list[Path], prepare: Callable[[Image.Image], Image.Image], hint: str = "") -> None:
+        super().__init__(len(paths), torch.uint8)
         self.paths = paths
-        self.labels = labels
         self.prepare = prepare
         self.hint = hint
 
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def subset(self, indices: Tensor) -> Pictures:
-        return Pictures([self.paths[i] for i in indices.tolist()], self.labels[indices], self.prepare, self.hint)
-
-    def read(self) -> ExampleSet:
-        """Reads all of the pictures as bytes.
+    def read(self, rows: Tensor) -> Tensor:
+        """Reads the pictures at the given places as bytes [n, C, H, W].
 
         Raises:
             FileNotFoundError, ValueError: if a picture is not there, or cannot be read.
         """
         images = torch.empty(0)
-        for place, path in enumerate(self.paths):
-            image = self._read(path)
-            if place == 0:  # room for all at once: a list of images would need twice the memory when they are joined
-                images = image.new_empty(len(self.paths), *image.shape)
-            images[place] = image
-        return ExampleSet(images, self.labels)
+        said: list[tuple[Path, Warning | str, type[Warning]]] = []
+        now = threading.local()
+
+        def read(path: Path) -> Tensor:
+            now.path = path
+            return self._read(path)
+
+        def remember(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+            said.append((now.path, message, category))
+
+        # Threads, as Pillow lets others run while it decodes. Its warnings, of a very large picture or of damaged EXIF
+        # data, do not say which one they are about: the thread that warns does.
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+            warnings.simplefilter("always")
+            warnings.showwarning = remember
+            for place, image in enumerate(pool.map(read, [self.paths[row] for row in rows.tolist()])):
+                if place == 0:
+                    images = image.new_empty(len(rows), *image.shape)
+                images[place] = image
+        for path, message, category in said:
+            warnings.warn(f"the picture {path}: {message}", category, stacklevel=1)
+        return images
 
     def _read(self, path: Path) -> Tensor:
         try:
-            # Pillow's warnings, of a very large picture or of damaged EXIF data, do not say which one they are about.
-            with warnings.catch_warnings(record=True) as said, Image.open(path) as picture:
+            with Image.open(path) as picture:
                 pixels = np.array(self.prepare(in_bytes(picture)))
         except FileNotFoundError:
             raise FileNotFoundError(f"the picture {path} is missing{self.hint}") from None
@@ -116,8 +124,6 @@ class Pictures:
             if isinstance(error, OSError) and error.errno is not None:  # the system's: Pillow's own have no number
                 kind, reason = type(error), str(error.strerror)
             raise kind(f"the picture {path} cannot be read: {reason}{self.hint}") from error
-        for warning in said:
-            warnings.warn(f"the picture {path}: {warning.message}", warning.category, stacklevel=1)
         return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
 
 
@@ -140,6 +146,8 @@ class ImageFolder(ExampleData):
         size: the side in pixels; a picture is cut to a square around its centre and resized.
         channels: 3 for colour, 1 for grey.
         held_out: the share of the pictures held out, drawn by the seed, where the root holds no split.
+        keep_in_memory: read all pictures at the start, size x size x channels bytes each. False leaves them in their
+            files and reads those of a minibatch when it comes, which takes longer in every epoch.
         kwargs: as in `ExampleData`.
 
     Raises:
@@ -166,7 +174,13 @@ class ImageFolder(ExampleData):
     suffixes: ClassVar[tuple[str, ...]] = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
     def __init__(
-        self, root: str | os.PathLike[str], size: int = 32, channels: int = 3, held_out: float = 0.1, **kwargs: Any
+        self,
+        root: str | os.PathLike[str],
+        size: int = 32,
+        channels: int = 3,
+        held_out: float = 0.1,
+        keep_in_memory: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         size, channels = integer("size", size, 1), integer("channels", channels, 1)
@@ -174,9 +188,10 @@ class ImageFolder(ExampleData):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
         self.root = folder_of(root)
         self.held_out_share = between("held_out", held_out, 0, 1)
+        self.keep_in_memory = keep_in_memory
         self.example_shape = (channels, size, size)
 
-    def load(self) -> tuple[Pictures, Pictures]:
+    def load(self) -> tuple[ExampleSet, ExampleSet]:
         if not self.root.is_dir():
             raise FileNotFoundError(
                 f"ImageFolder needs a folder of pictures, and {self.root} is none; name it with --data.root"
@@ -208,13 +223,13 @@ class ImageFolder(ExampleData):
         note(self, "; ".join([*said, f"left out: {rest}"] if rest else said))
         return (found[0], found[1]) if parts else self._split(found[0], self.held_out_share)
 
-    def _labelled(self, tree: Tree, classes: list[str]) -> Pictures:
+    def _labelled(self, tree: Tree, classes: list[str]) -> ExampleSet:
         """Returns all pictures of a folder with their labels, in the order of their paths."""
         number = {name: label for label, name in enumerate(classes)}
         paths = tree.all_pictures()
         places = [path.relative_to(tree.path).parts for path in paths]
         labels = [number[place[0]] if len(place) > 1 else -1 for place in places]
-        return Pictures(paths, torch.tensor(labels), self._prepare)
+        return ExampleSet(Pictures(paths, self._prepare), torch.tensor(labels))
 
     def _prepare(self, picture: Image.Image) -> Image.Image:
         channels, size, _ = self.example_shape
@@ -233,6 +248,7 @@ class CelebA(ExampleData):
         root: a folder with the folder img_align_celeba and the file list_eval_partition.txt or .csv (beside the folder,
             in it, or in Eval/), or with a folder celeba/ or Img/ that has them. Without the file one in ten images is
             held out, drawn by the seed. `~` and environment variables are put in.
+        keep_in_memory: as in `ImageFolder`.
         kwargs: as in `ExampleData`.
 
     Raises:
@@ -254,11 +270,12 @@ class CelebA(ExampleData):
         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
     )
 
-    def __init__(self, root: str | os.PathLike[str], **kwargs: Any) -> None:
+    def __init__(self, root: str | os.PathLike[str], keep_in_memory: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.root = folder_of(root)
+        self.keep_in_memory = keep_in_memory
 
-    def load(self) -> tuple[Pictures, Pictures]:
+    def load(self) -> tuple[ExampleSet, ExampleSet]:
         folder = find(
             self, self.root, ("", "celeba", "Img", "celeba/Img"), ("img_align_celeba",), self.how_to_get, Path.is_dir
         )
@@ -299,10 +316,9 @@ class CelebA(ExampleData):
             raise ValueError(f"{path} is damaged: expected pictures for training (0) and for the test (2), found none")
         return names
 
-    def _pictures(self, folder: Path, names: list[str]) -> Pictures:
-        return Pictures(
-            [folder / name for name in names], torch.full((len(names),), -1), self._prepare, f"; {self.how_to_get}"
-        )
+    def _pictures(self, folder: Path, names: list[str]) -> ExampleSet:
+        pictures = Pictures([folder / name for name in names], self._prepare, f"; {self.how_to_get}")
+        return ExampleSet(pictures, torch.full((len(names),), -1))
 
     def _prepare(self, picture: Image.Image) -> Image.Image:
         if picture.size != (178, 218):

@@ -102,12 +102,15 @@ class GenerativeModel(pl.LightningModule, ABC):
         """
 
     @classmethod
-    def check_data(cls, settings: Mapping[str, Any], data: ExampleData) -> None:
-        """Refuses data that no model of these settings can be trained on, before one is built, which may take long.
+    def settings_for(cls, settings: Mapping[str, Any], data: ExampleData) -> dict[str, Any]:
+        """Returns the settings that the data decide where they are not given, by their names.
+
+        It is asked before a model is built, which may take long.
 
         Raises:
-            ValueError: if the data do not suffice.
+            ValueError: if no model of these settings can be trained on the data.
         """
+        return {}
 
     # Use
 

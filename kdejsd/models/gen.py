@@ -25,6 +25,8 @@ from .stopwatch import Stopwatch
 with train_extra():
     from lightning.pytorch import callbacks
 
+NUM_LAGGED = 1000  # where neither the user nor a small training set says otherwise
+
 
 class GEN(Autoencoder):
     """Trains a Generative Encoding Network by Algorithm 1 of GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283).
@@ -53,7 +55,8 @@ class GEN(Autoencoder):
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
-        num_lagged: m, the number of lagged codes, at most the size of the training set.
+        num_lagged: m, the number of lagged codes, at most the size of the training set. None is 1000; the command then
+            takes the whole training set where it is smaller.
         refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
             k_b steps. "queue": the codes of the last m training examples, each as it was in its minibatch.
@@ -73,8 +76,8 @@ class GEN(Autoencoder):
         lagged_dtype: "float32" or "bfloat16", in which the lagged codes are kept (`LaggedKDE`).
         lagged_device: "cpu" keeps the lagged codes on the host, None on the module's device.
         keep_examples: keep the m lagged examples on the module's device. False reads them from the training set
-            whenever they are encoded; for the sets of `kdejsd.data`, which are in memory, that costs a tenth of the
-            encoding. "queue" never keeps them.
+            whenever they are encoded, which costs a tenth of the encoding for sets that are in memory. "queue" never
+            keeps them.
         input_dropout: share of the values of a minibatch's examples that the encoder does not see, drawn anew each
             time. It is for training sets of a few thousand examples or fewer: it keeps their codes from being placed
             one by one, more even than samples of the target.
@@ -101,7 +104,7 @@ class GEN(Autoencoder):
         encoder: nn.Module,
         decoder: nn.Module,
         latent_dim: int,
-        num_lagged: int = 1000,
+        num_lagged: int | None = None,
         refresh: Literal["full", "rolling", "queue"] = "full",
         refresh_every: int = 10,
         weight: float = 1.0,
@@ -132,7 +135,7 @@ class GEN(Autoencoder):
             raise ValueError(f'lagged_device must be "cpu" or None, got {lagged_device!r}')
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
         self.lagged = LaggedKDE(
-            num_lagged,
+            NUM_LAGGED if num_lagged is None else num_lagged,
             latent_dim,
             bandwidth,
             target,
@@ -158,8 +161,12 @@ class GEN(Autoencoder):
         self._kept_examples: Tensor | None = None
 
     @classmethod
-    def check_data(cls, settings: Mapping[str, Any], data: ExampleData) -> None:
-        _check_num_lagged(settings["num_lagged"], len(data.training))
+    def settings_for(cls, settings: Mapping[str, Any], data: ExampleData) -> dict[str, Any]:
+        count, num_lagged = len(data.training), settings["num_lagged"]
+        if num_lagged is None:
+            return {"num_lagged": min(NUM_LAGGED, count)}
+        _check_num_lagged(num_lagged, count)
+        return {}
 
     # Training
 

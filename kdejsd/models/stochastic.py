@@ -13,7 +13,7 @@ from ..bandwidth import optimal_bandwidth
 from ..targets import Target
 from .autoencoder import CodeNorm
 from .base import noise_like
-from .gen import GEN
+from .gen import GEN, NUM_LAGGED
 from .vae import VAE
 
 BANDWIDTH_FACTOR = 1.5
@@ -42,7 +42,7 @@ class StochasticGEN(GEN):
         encoder: examples [n, ...] -> [n, 2 l], the signals and the logits of the shares.
         decoder: codes [n, l] -> examples [n, ...].
         latent_dim: l, the dimension of the codes.
-        num_lagged: m, the number of lagged codes.
+        num_lagged: m, the number of lagged codes, as in `GEN`.
         bandwidth: h, the kernel's standard deviation; None is 1.5 times `optimal_bandwidth(l, m, target,
             smoothed=True)`.
         target: a StandardNormal or GaussianMixture; None is the standard normal. The noise does not know a mixture's
@@ -69,11 +69,13 @@ class StochasticGEN(GEN):
         encoder: nn.Module,
         decoder: nn.Module,
         latent_dim: int,
-        num_lagged: int = 1000,
+        num_lagged: int | None = None,
         bandwidth: float | None = None,
         target: Target | None = None,
         **kwargs: Any,
     ) -> None:
+        if num_lagged is None:
+            num_lagged = NUM_LAGGED
         if bandwidth is None:
             least = optimal_bandwidth(latent_dim, num_lagged, target=target, smoothed=True)
             bandwidth = BANDWIDTH_FACTOR * least.value

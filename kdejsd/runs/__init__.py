@@ -19,8 +19,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
         device: where the model is to be; None is a GPU if there is one, and else the CPU.
 
     Returns:
-        The model, of its own class (`kdejsd.models.GEN`, say), in float32 and in evaluation mode. Its images are of
-        shape `hparams["example_shape"]`, with values in [0, 1].
+        The model, of its own class (`kdejsd.models.GEN`, say), in float32 and in evaluation mode. Its examples are of
+        shape `hparams["example_shape"]`; images have values in [0, 1].
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -31,7 +31,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
         >>> import kdejsd, torch
         >>> model = kdejsd.load("runs/digits-1")  # doctest: +SKIP
         >>> with torch.no_grad():  # doctest: +SKIP
-        ...     codes = model.encode(images)
+        ...     codes = model.encode(examples)
         ...     again = model.decode(codes)
         >>> new = model.sample(100)  # doctest: +SKIP
     """

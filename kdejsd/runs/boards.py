@@ -12,7 +12,7 @@ from .._extras import train_extra
 from ..data import ExampleData
 from ..models import Autoencoder, GenerativeModel
 from .measuring import encode_set
-from .pictures import pictures
+from .pictures import pictures, sample_count
 
 with train_extra():
     import lightning.pytorch as pl
@@ -36,7 +36,7 @@ class RunPictures(pl.Callback):
     the end of the run; each set comes after at least a quarter more steps than the one before. A run of some minutes
     has a handful of them.
 
-    Pictures that cannot be drawn, as of examples of four channels, are a warning: the run goes on without them.
+    Pictures that cannot be drawn are a warning: the run goes on without them.
 
     At the end the run's settings are logged with the last values of the validation, as `result/...`, for TensorBoard's
     table of hyperparameters.
@@ -106,7 +106,7 @@ class RunPictures(pl.Callback):
     @staticmethod
     @torch.no_grad()
     def _figures(model: GenerativeModel, data: ExampleData) -> dict[str, Figure]:
-        samples = model.sample(data.report_samples, torch.Generator().manual_seed(0))
+        samples = model.sample(sample_count(data), torch.Generator().manual_seed(0))
         held_out = None
         if isinstance(model, Autoencoder):
             held_out = encode_set(model, data.held_out.subset(torch.arange(min(_CODES, len(data.held_out)))))

@@ -20,7 +20,7 @@ def evaluate(args: list[str]) -> int:
         "--classifier",
         type=str,
         metavar="FILE",
-        help="A classifier of the images, saved by torch.export.save with a batch of any size: adds the diversity of "
+        help="A classifier of the examples, saved by torch.export.save with a batch of any size: adds the diversity of "
         "what the model makes. Loading a file can run code that is in it; use none that you do not trust.",
     )
     config, checkpoint, model, data_module, path = open_checkpoint(parser, args)

@@ -30,6 +30,17 @@ _OF_CODES = {
         "The mean squared error between an example and what is decoded from its code.",
         "Lower is better. Far higher for held-out examples than for training ones, it tells of learning by heart.",
     ),
+    "variance_explained": Measure(
+        "variance explained by what is decoded",
+        "The share of the variance of all columns together that the reconstructions explain: 1 - (mean squared "
+        "error) / variance, as the model sees the columns.",
+        "Near 1. At 0 the mean of each column would do as well.",
+    ),
+    "variance_explained_least": Measure(
+        "  of the column explained least",
+        "The same share of the one column of which it is the least; a column that has one value only is left out.",
+        "Near 1. The table of the columns below tells which one it is.",
+    ),
     "latent_term": Measure(
         "latent loss, nats",
         "The term of the training loss that draws the codes to their target.",
@@ -128,6 +139,35 @@ MEASURES = {
         "reverse KL, nats",
         "The Kullback-Leibler divergence of the shares of the generated samples in the modes from equal shares.",
         "Near 0.",
+    ),
+    "samples.sliced_wasserstein": Measure(
+        "sliced Wasserstein distance",
+        "How far the generated examples must be moved, in the mean over random directions, to become held-out ones; in "
+        "the units that the model sees, which are standard deviations where the columns are standardised.",
+        "Near the value of the next row, which is not 0: two finite sets of one law lie apart by chance.",
+    ),
+    "samples.sliced_wasserstein_of_training": Measure(
+        "  of as many training examples",
+        "The same distance, of training examples from the held-out ones.",
+        "The value to compare with.",
+    ),
+    "samples.two_sample_accuracy": Measure(
+        "two-sample accuracy",
+        "The share of generated and held-out examples that a classifier puts into the right one of both sets, after it "
+        "was trained on others of them.",
+        "Near 0.5, where the classifier cannot tell generated from held-out examples; 1 says that it always can.",
+    ),
+    "samples.two_sample_accuracy_of_training": Measure(
+        "  of as many training examples",
+        "The same share, of training examples and held-out ones.",
+        "The value to compare with, near 0.5 where training and held-out examples are of one law.",
+    ),
+    "samples.two_sample_standard_error": Measure(
+        "  standard error for equal laws",
+        "The standard deviation that the accuracy has where both sets are of one law.",
+    ),
+    "samples.two_sample_count": Measure(
+        "  number compared", "The number of examples of each set that were compared for the distance and the accuracy."
     ),
     "diversity.num_samples": Measure(
         "number of samples", "The number of latent samples whose examples a classifier has told the classes of."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,9 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 
+from .. import data as sets
 from ..data import ExampleData
+from ..drawing import are_images
 from ..models import Autoencoder, GenerativeModel
 from .measures import Measure
 from .pictures import CAPTIONS
@@ -20,10 +23,11 @@ _LISTED = 8  # numbers of a list that are shown one by one
 
 
 class Table(NamedTuple):
-    """Holds measures with their values in each column."""
+    """Holds measures with their values in each column, and a sentence about all of them."""
 
     columns: Sequence[str]
     rows: list[tuple[Measure, list[str]]]
+    words: str = ""
 
 
 def write_page(
@@ -87,16 +91,28 @@ def write_page(
 def _tables(numbers: Mapping[str, Any], explained: Callable[[str], Measure], main: Sequence[str]) -> dict[str, Table]:
     """Returns the tables by their titles; the one of the main measures has none, and comes first."""
     of_sets = {
-        column: _flat(numbers[part])
+        column: {key: value for key, value in _flat(numbers[part]).items() if not key.startswith("columns.")}
         for part, column in (("held_out", "held-out"), ("training", "training"))
         if part in numbers
     }
+    of_columns = numbers.get("held_out", {}).get("columns", {})
     tables: dict[str, Table] = {}
     keys = next(iter(of_sets.values()), {})
     for key in sorted(keys, key=lambda key: main.index(key) if key in main else len(main)):
         further = "posterior" if key.startswith("posterior.") else "codes"
         table = tables.setdefault("" if key in main else f"Further measures of the {further}", Table(list(of_sets), []))
         table.rows.append((explained(key), [shown(values[key]) for values in of_sets.values()]))
+    if of_columns:
+        tables["Reconstruction of each column"] = Table(
+            ["error", "explained"],
+            [
+                (Measure(name), [shown(values["error"]), shown(values["variance_explained"])])
+                for name, values in of_columns.items()
+            ],
+            "Of held-out examples. The error is the root mean squared one, in the units of the data. Explained is the "
+            "share of the column's variance that the reconstructions explain: 1 for no error, 0 for the error of the "
+            "column's mean.",
+        )
     for part, title in (("samples", "Generated samples"), ("diversity", "Diversity of what is generated")):
         flat = {key: value for key, value in _flat(numbers.get(part, {}), f"{part}.").items() if value is not None}
         if flat:
@@ -134,16 +150,38 @@ def _public(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _code(model: GenerativeModel, data: ExampleData, named: str) -> str:
-    """Returns lines of Python that load the model and use it."""
-    lines = ["import torch", "import kdejsd", "", f"model = kdejsd.load({named!r})", "with torch.no_grad():"]
+    """Returns lines of Python that load the model and use it, with its data where those have been standardised."""
+    made = _made(data) if data.standardization is not None else None
+    examples, samples = "next(iter(data.val_dataloader()))[0]", "data.restored(model.sample(100))"
+    of_examples, of_samples = "  # standardised, as the model takes them", "  # in the units of the file, new examples"
+    if made is None:
+        form = "with pixels from 0 to 1" if are_images(data) else f"in the units that {type(data).__name__} gives"
+        examples, of_examples = f"torch.rand(10, {', '.join(map(str, data.example_shape))})", f"  # yours, {form}"
+        samples, of_samples = "model.sample(100)", "  # new examples"
+    lines = ["import torch", "import kdejsd", "", f"model = kdejsd.load({named!r})"]
+    lines += [] if made is None else [f"data = {made}"]
+    lines.append("with torch.no_grad():")
     if isinstance(model, Autoencoder):
-        shape = ", ".join(map(str, data.example_shape))
         lines += [
-            f"    examples = torch.rand(10, {shape})  # yours, with pixels from 0 to 1",
-            f"    codes = model.encode(examples)  # [10, {model.latent_dim}]",
+            f"    examples = {examples}{of_examples}",
+            f"    codes = model.encode(examples)  # [n, {model.latent_dim}]",
             "    decoded = model.decode(codes)  # the shape of the examples",
         ]
-    return "\n".join([*lines, "    samples = model.sample(100)  # new examples"])
+    return "\n".join([*lines, f"    samples = {samples}{of_samples}"])
+
+
+def _made(data: ExampleData) -> str | None:
+    """Returns the call that makes one of the package's own sets again, None for another."""
+    name = type(data).__name__
+    if getattr(sets, name, None) is not type(data):
+        return None
+    defaults = {
+        key: parameter.default
+        for kind in reversed(type(data).__mro__)
+        for key, parameter in inspect.signature(kind.__init__).parameters.items()  # type: ignore[misc]
+    }
+    changed = [f"{key}={value!r}" for key, value in _public(data.hparams).items() if value != defaults.get(key)]
+    return f"kdejsd.data.{name}({', '.join(changed)})"
 
 
 def _commands(model: GenerativeModel, folder: Path, named: str) -> list[tuple[str, str]]:

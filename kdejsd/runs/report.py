@@ -21,11 +21,13 @@ from .._modes import Map
 from .._version import __version__
 from ..data import ExampleData
 from ..diversity.report import diversity_report
+from ..drawing import are_images
 from ..models import GAN, Autoencoder, GenerativeModel
 from .measures import Measure, explained
 from .measuring import Encoded, code_measures, divergence_measures, encode_set
 from .page import shown, write_page
-from .pictures import pictures
+from .pictures import pictures, sample_count
+from .rows import column_measures, two_sample_measures
 
 with train_extra():
     from matplotlib.figure import Figure
@@ -125,9 +127,11 @@ class Report(Generic[Model]):
     def __init__(self, model: Model, data: ExampleData) -> None:
         self.model = model
         self.data = data
-        self.samples = model.sample(data.report_samples, torch.Generator().manual_seed(0))
+        self.samples = model.sample(sample_count(data), torch.Generator().manual_seed(0))
         self.measures: dict[str, Measures] = self.set_measures()
         of_samples = data.sample_measures(self.samples)
+        if not are_images(data):
+            of_samples |= two_sample_measures(data, self.samples)
         if of_samples:
             self.measures["samples"] = {"count": len(self.samples), **of_samples}
 
@@ -152,8 +156,8 @@ class Report(Generic[Model]):
             cells = "".join(f"{shown(_looked_up(column, key)):>16}" for column in columns)
             lines.append(f"{self.explained(key).label:48}{cells}")
         for key, value in self.measures.get("samples", {}).items():
-            label = f"samples: {self.explained(f'samples.{key}').label}"
-            lines.append(f"{label:48}{shown(value):>16}")
+            label = self.explained(f"samples.{key}").label
+            lines.append(f"{label if label.startswith(' ') else f'samples: {label}':48}{shown(value):>16}")
         return "\n".join(lines)
 
     def pictures(self) -> dict[str, Figure]:
@@ -171,14 +175,24 @@ class AutoencoderReport(Report[Autoencoder]):
     def set_measures(self) -> dict[str, Measures]:
         self.held_out = encode_set(self.model, self.data.held_out)
         self.training = encode_set(self.model, self.data.training)
-        return {
+        measures = {
             "held_out": code_measures(self.model, self.held_out, training=False),
             "training": code_measures(self.model, self.training, training=True),
         }
+        if not are_images(self.data):
+            for part, examples, encoded in (
+                ("held_out", self.data.held_out, self.held_out),
+                ("training", self.data.training, self.training),
+            ):
+                measures[part] |= column_measures(self.model, self.data, examples, encoded.codes)
+        return measures
 
     @property
     def main(self) -> list[str]:
-        main = ["count", "reconstruction_error", "jsd", "jsd_of_target", "entropy", "entropy_of_normal"]
+        main = ["count", "reconstruction_error"]
+        if "columns" in self.measures["held_out"]:
+            main += ["variance_explained", "variance_explained_least"]
+        main += ["jsd", "jsd_of_target", "entropy", "entropy_of_normal"]
         if "gradient_weight" in self.measures["held_out"]:
             main += ["latent_term", "latent_term_of_target", "gradient_weight"]
         if "posterior" in self.measures["held_out"]:

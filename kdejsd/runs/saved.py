@@ -55,6 +55,7 @@ def open_checkpoint(
         raise ValueError(f"RUN must stand before the options, got {args[0]} there")
     model = loaded_model(path)
     data_module = parser.instantiate_classes(config).data
+    data_module.load_state_dict(checkpoint.get(type(data_module).__qualname__, {}))
     if data_module.example_shape != tuple(model.hparams["example_shape"]):
         raise ValueError(
             f"--data must have examples of shape {tuple(model.hparams['example_shape'])}, as the run's model, "

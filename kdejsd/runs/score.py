@@ -30,7 +30,7 @@ def score(args: list[str]) -> int:
         prog="kdejsd score",
         description="Writes how novel each example is to a run's model: a CSV of kdejsd.novelty_score (nats, "
         "higher is more novel), its three parts and the reconstruction error; and pictures of the 100 most and least "
-        "likely.",
+        "likely, or of either half.",
         exit_on_error=False,
     )
     parser.add_argument("--split", type=Literal["held_out", "training"], default="held_out", help="Which examples.")
@@ -66,10 +66,13 @@ def score(args: list[str]) -> int:
     if len(known) < len(scores):
         print(f"{len(scores) - len(known)} examples have no finite score, and are not among the following")
     order = known[scores[known].argsort()]
-    for name, chosen in (("most", order[:100]), ("least", order.flip(0)[:100])):
+    drawn = min(100, -(-len(order) // 2))  # so that none is among both
+    for name, chosen in (("most", order[:drawn]), ("least", order.flip(0)[:drawn])):
         print(f"{name} likely: {', '.join(map(str, chosen[:10].tolist()))}")
         if len(chosen):
-            draw(data_module, examples[chosen][0]).savefig(path.with_name(f"{path.stem}_{name}_likely.png"))
+            draw(data_module, examples[chosen][0], f"{name} likely").savefig(
+                path.with_name(f"{path.stem}_{name}_likely.png")
+            )
     print(f"scores: {path}")
     return 0
 

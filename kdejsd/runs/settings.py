@@ -160,7 +160,9 @@ class FitCLI(LightningCLI):
         data.setup()
         model = class_at(self.config.model.class_path)
         if issubclass(model, BuiltModel):
-            model.check_data(self.config.model.init_args, data)
+            settings = self.config.model.init_args
+            settings.update(Namespace(model.settings_for(settings, data)))  # type: ignore[no-untyped-call]
+            del self.config_dump  # which a checkpoint takes the settings from: they have changed since
         super().instantiate_classes()
         self.datamodule = data  # which has read its examples
 

@@ -714,8 +714,8 @@ def test_a_run_without_a_step_says_so_and_leaves_no_folder(run, tmp_path, model,
 
 @pytest.mark.parametrize("args", [["fit", "--debug"], ["--debug", "fit"]])
 def test_the_traceback_is_there_when_it_is_asked_for(run, tmp_path, args):
-    with pytest.raises(ValueError, match="train_size must be at least batch_size"):
-        run(*args, "--data.train_size=3", cwd=tmp_path)
+    with pytest.raises(ValueError, match="train_size must be at least 1"):
+        run(*args, "--data.train_size=0", cwd=tmp_path)
 
 
 PRECISE = {

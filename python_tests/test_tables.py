@@ -394,6 +394,19 @@ def test_values_that_are_not_finite_are_found_in_files(tmp_path):
             Data(tmp_path, keep_in_memory=keep).setup()
 
 
+def test_of_parquet_a_part_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(columns, "_VALUES", 2**14)
+    path = tmp_path / "x.parquet"
+    values = np.random.default_rng(0).normal(size=400_000)
+    pq.write_table(pa.table({"a": values}), path, row_group_size=20_000, use_dictionary=False)
+    before, most, count = pa.total_allocated_bytes(), 0, 0
+    for rows, batch in columns.open_columns(path).parts(["a"]):
+        most = max(most, pa.total_allocated_bytes() - before)
+        assert batch.column("a").to_numpy().tolist() == values[rows].tolist()
+        count += len(batch)
+    assert count == len(values) and most < values.nbytes / 2
+
+
 def test_a_copy_needs_room(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))

@@ -25,7 +25,7 @@ with train_extra():
 _CSV = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _SUFFIXES = (*_CSV, ".parquet", ".npy", ".npz")
 _VALUES = 2**22  # in a part, in which all columns together take 32 MiB
-_BUFFER = 2**20  # bytes of a Parquet column read at a time: by default all that a row group has of it
+_BUFFER = 2**20  # bytes of a Parquet column read at a time; by default what has been read of a file is kept
 _SHOWN = 10  # of many names
 
 
@@ -103,7 +103,7 @@ class _ParquetColumns(Columns):
         super().__init__(path, self._schema.names, sum(counts))
 
     def _opened(self, file: Path) -> pq.ParquetFile:
-        return _reading(file, "a Parquet file", lambda: pq.ParquetFile(file, buffer_size=_BUFFER))
+        return _reading(file, "a Parquet file", lambda: pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False))
 
     def kind(self, name: str) -> pa.DataType:
         return self._schema.field(name).type
@@ -199,22 +199,28 @@ def check_numbers(columns: Columns, names: list[str]) -> None:
                 f"{path} must have columns of numbers, and {shortened(bad)} {hold} {what}, such as {_shown(value)} in "
                 f"row {row} of {bad[0]}: {leave_out(bad)}"
             )
-    for what, is_such in (("missing", torch.isnan), ("infinite", torch.isinf)):
-        counts, rows_with, first = torch.zeros(len(names), dtype=torch.int64), 0, 0
-        for rows, batch in columns.parts(names):
-            found = is_such(numbers(batch, names))
-            counts += found.sum(0)
+    kinds = (("missing", torch.isnan), ("infinite", torch.isinf))
+    counts = torch.zeros(len(kinds), len(names), dtype=torch.int64)
+    rows_with, first = [0, 0], [0, 0]
+    for rows, batch in columns.parts(names):
+        values = numbers(batch, names)
+        if bool(values.isfinite().all()):
+            continue
+        for place, (_, is_such) in enumerate(kinds):
+            found = is_such(values)
+            counts[place] += found.sum(0)
             with_one = found.any(1).nonzero().flatten()
-            rows_with += len(with_one)
-            if len(with_one) and not first:
-                first = rows.start + int(with_one[0]) + 1
-        bad = [name for name, count in zip(names, counts.tolist(), strict=True) if count]
-        if bad:
-            told = [f"{name} ({count})" for name, count in zip(names, counts.tolist(), strict=True) if count]
+            if len(with_one) and not rows_with[place]:
+                first[place] = rows.start + int(with_one[0]) + 1
+            rows_with[place] += len(with_one)
+    for place, (what, _) in enumerate(kinds):
+        spoiled = {name: count for name, count in zip(names, counts[place].tolist(), strict=True) if count}
+        told = shortened([f"{name} ({count})" for name, count in spoiled.items()])
+        if spoiled:
             raise ValueError(
-                f"{path} must have a finite number in every row of every column, and in {rows_with} of its "
-                f"{columns.count} rows, the first of them row {first}, values are {what}, by columns: "
-                f"{shortened(told)}; fill them in, drop these rows, or {leave_out(bad)}"
+                f"{path} must have a finite number in every row of every column, and in {rows_with[place]} of its "
+                f"{columns.count} rows, the first of them row {first[place]}, values are {what}, by columns: "
+                f"{told}; fill them in, drop these rows, or {leave_out(list(spoiled))}"
             )
 
 

@@ -57,9 +57,9 @@ class Table(ExampleData):
         held_out_path: a file with these columns, whose rows are held out.
         standardize: move and scale each column to mean 0 and standard deviation 1 of the training rows, in float64.
             `restored` goes back. False rounds the values to float32 as they are.
-        keep_in_memory: hold all rows in memory, 4 bytes a value. False reads those of a minibatch when it comes: from
-            an .npy file itself; from Parquet by way of a copy on disk, 4 bytes a value, in $XDG_CACHE_HOME or ~/.cache,
-            that is gone with the process.
+        keep_in_memory: hold all rows in memory, 4 bytes a value, and twice that while they are read. False reads those
+            of a minibatch when it comes: from an .npy file itself; from Parquet by way of a copy on disk, 4 bytes a
+            value, in $XDG_CACHE_HOME or ~/.cache, that is gone with the process.
         kwargs: as in `ExampleData`.
 
     Raises:

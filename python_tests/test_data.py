@@ -280,7 +280,7 @@ def test_what_a_subclass_takes_beside_settings_is_left_out_of_checkpoints():
         def __init__(self, images, scale, **kwargs):
             super().__init__(**kwargs)
 
-    settings = {"batch_size": None, "train_size": None, "labelled_size": None, "seed": 3, "scale": 2.0}
+    settings = {"train_size": None, "labelled_size": None, "seed": 3, "scale": 2.0}
     assert Of(torch.ones(5, 1, 8, 8), np.float64(2), seed=3).hparams == settings
 
 

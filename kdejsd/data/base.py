@@ -293,6 +293,8 @@ class ExampleData(pl.LightningDataModule):
         self.seed = seed
         self._sets: tuple[ExampleSet, ExampleSet] | None = None
         self.save_hyperparameters(logger=False)  # so that a checkpoint says what it was trained on
+        if batch_size is None:  # Lightning's BatchSizeFinder would take it from there
+            self.hparams.pop("batch_size", None)
         for name, value in list(self.hparams.items()):
             try:
                 self.hparams[name] = plain(value, name)

@@ -1,6 +1,6 @@
 """Autoencoders with a shaped latent space, and GANs, as LightningModules; their networks are arguments.
 
-`kdejsd.models.built` has each of them in a form that builds its networks for images of a given shape, and
+`kdejsd.models.built` has each of them in a form that builds its networks for examples of a given shape, and
 `kdejsd.models.f_divergences` the divergences that a GAN can lower.
 """
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+
+def train_extra() -> AbstractContextManager[None]:
+    """Returns `extra` for the packages of models and the command."""
+    return extra("train")
 
 
 @contextmanager
-def train_extra() -> Iterator[None]:
-    """Names the missing package of the extra `train`, and how to install all of them, for the imports inside.
+def extra(name: str) -> Iterator[None]:
+    """Names the missing package of an extra, and how to install all of them, for the imports inside.
 
     Raises:
         ModuleNotFoundError: in place of the one raised inside.
@@ -17,6 +22,6 @@ def train_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'kdejsd needs the package "{error.name}" for this, and it is not installed: pip install "kdejsd[train]"',
+            f'kdejsd needs the package "{error.name}" for this, and it is not installed: pip install "kdejsd[{name}]"',
             name=error.name,
         ) from error

@@ -468,6 +468,8 @@ class GenerativeModel(pl.LightningModule, ABC):
             )
         self._rng_state = checkpoint["rng_state"]
         self._planned_steps = checkpoint["planned_steps"]
+        then = checkpoint.get("hyper_parameters", {})
+        self.descriptions |= {name: then.get(name) for name, value in self.descriptions.items() if value is None}
         self._keep_settings(checkpoint)
 
     def _keep_settings(self, checkpoint: dict[str, Any]) -> None:

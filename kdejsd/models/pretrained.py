@@ -121,8 +121,8 @@ def _made(kind: type[Model], config: Mapping[str, Any], given: Mapping[str, Any]
     missing = sorted(needed - arguments.keys())
     if missing:
         raise ValueError(
-            f"from_pretrained needs {', '.join(missing)} among its arguments: this {own.__name__} was made with objects "
-            "that no file can hold"
+            f"from_pretrained must be given {', '.join(missing)}: this {own.__name__} was made with objects that no "
+            "file can hold"
         )
     try:
         # It builds networks and targets by what describes them, as for the command.
@@ -190,12 +190,13 @@ def card(
         model_name=title if results else None,
         eval_results=results,
     )
-    about = [
-        f"This is a model of the class `{kind}` of kdejsd {__version__}. The law of its "
-        f"{'codes' if isinstance(model, Autoencoder) else 'latents'} is to be {model.target}.",
-    ]
+    does = (inspect.getdoc(type(model)) or "Decodes latents.").splitlines()[0]
+    about = (
+        f"The class of this model is `{kind}` of kdejsd {__version__}, which {does[0].lower()}{does[1:]} The law of "
+        f"its {'codes' if isinstance(model, Autoencoder) else 'latents'} is to be {model.target}."
+    )
     parts = {"How to load it": _how_to_load(model, name), **(sections or {})}
-    text = "\n\n".join([f"# {title}", *about, *(f"## {heading}\n\n{part}" for heading, part in parts.items())])
+    text = "\n\n".join([f"# {title}", about, *(f"## {heading}\n\n{part}" for heading, part in parts.items())])
     return ModelCard(f"---\n{header}\n---\n\n{text}\n")
 
 

@@ -21,7 +21,8 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
         raise ModuleNotFoundError(
-            f'kdejsd needs the package "{error.name}" for this, and it is not installed: pip install "kdejsd[{name}]"',
+            f'kdejsd needs the package "{package}" for this, and it is not installed: pip install "kdejsd[{name}]"',
             name=error.name,
         ) from error

@@ -346,7 +346,7 @@ class GenerativeModel(pl.LightningModule, ABC):
 
         Args:
             name: a folder, or the name of a repository on the Hugging Face hub, such as "user/digits".
-            revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`; a folder has no use
+            revision, token, cache_dir, local_files_only: as in `huggingface_hub.hf_hub_download`; a folder has no use
                 for them.
             arguments: those of the model that no file can hold, such as `encoder` and `decoder` of your own, or a
                 distribution as `target`; and others that are to replace what was saved.

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -91,9 +91,10 @@ def load(kind: type[Model], name: str | os.PathLike[str], given: Mapping[str, An
 
 def _downloaded(name: str, hub: Mapping[str, Any]) -> Path:
     with extra("hub"):
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download
     try:
-        return Path(snapshot_download(name, allow_patterns=[ARGUMENTS, WEIGHTS], **hub))
+        hf_hub_download(name, ARGUMENTS, **hub)
+        return Path(hf_hub_download(name, WEIGHTS, **hub)).parent
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{name} is neither a folder nor a repository that can be read from the hub: {_shortened(error)}"
@@ -106,19 +107,18 @@ def _made(kind: type[Model], config: Mapping[str, Any], given: Mapping[str, Any]
     own = kind if path == import_path(kind) else _imported(path, file)
     if not issubclass(own, kind):
         raise TypeError(f"{file} must be of a {kind.__name__}, got one of a {own.__name__}")
-    arguments = {**config["init_args"], **given}
-    form: type = own
-    if "example_shape" in arguments and not issubclass(own, BuiltModel):
+    form: type[GenerativeModel] = own
+    if "example_shape" in config["init_args"] and not issubclass(own, BuiltModel):
         form = with_built_networks(own)
     with train_extra():
         from jsonargparse import ArgumentParser
     parser = ArgumentParser(exit_on_error=False)
-    known = parser.add_class_arguments(form, "model", fail_untyped=False)
+    known = parser.add_class_arguments(form, "model", skip=set(given), instantiate=False, fail_untyped=False)
     # What a class hands on to the one it is derived from is no argument of its own.
-    arguments = {key: value for key, value in arguments.items() if f"model.{key}" in known}
+    saved = {key: value for key, value in config["init_args"].items() if f"model.{key}" in known}
     required = {item.name for item in inspect.signature(form).parameters.values() if item.default is item.empty}
     needed = {*config["to_be_given"], *(key for key in required if f"model.{key}" in known)}
-    missing = sorted(needed - arguments.keys())
+    missing = sorted(needed - saved.keys() - given.keys())
     if missing:
         raise ValueError(
             f"from_pretrained must be given {', '.join(missing)}: this {own.__name__} was made with objects that no "
@@ -126,12 +126,13 @@ def _made(kind: type[Model], config: Mapping[str, Any], given: Mapping[str, Any]
         )
     try:
         # It builds networks and targets by what describes them, as for the command.
-        model: Model = parser.instantiate_classes(parser.parse_object({"model": arguments})).model
+        made = parser.instantiate_classes(parser.parse_object({"model": saved}))
+        model = form(**vars(made.model), **given)
     except Exception as error:
         raise ValueError(f"no {own.__name__} can be made as {file} says: {_shortened(error)}") from error
     for described in model.descriptions.keys() - given.keys():
         model.descriptions[described] = config["init_args"][described]
-    return model
+    return cast("Model", model)
 
 
 def _imported(path: str, file: Path) -> type[GenerativeModel]:

@@ -178,8 +178,8 @@ def card(
     Example:
         >>> from kdejsd.models import built
         >>> from kdejsd.models.pretrained import card
-        >>> print(card(built.VAE((1, 8, 8))).text.splitlines()[0])
-        # VAE
+        >>> print(card(built.VAE((1, 8, 8))).text.split()[:2])
+        ['#', 'VAE']
     """
     with extra("hub"):
         from huggingface_hub import ModelCard, ModelCardData

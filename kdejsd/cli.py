@@ -24,6 +24,7 @@ _ON_RUNS = {
     "fit": "train a model on examples; write a report",
     "evaluate": "write the report of a run anew",
     "score": "write how novel each example is to a run's model",
+    "export": "write a run's model into a folder to hand on, for Python, the Hugging Face hub or ONNX",
 }
 
 
@@ -106,11 +107,12 @@ def _quiet() -> None:
     """Silences messages that tell a user nothing, and shows warnings as the sentences that they are.
 
     Silenced are Lightning's tips, its device list, its advice on workers and on short epochs and its use of old torch
-    names, and torch.export's traceback.
+    names, torch.export's traceback, and what torch's exporter to ONNX finds not installed.
     """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.export").setLevel(logging.ERROR)  # it logs a traceback beside the error that it raises
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")  # which spans epochs
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")

@@ -91,11 +91,10 @@ class Autoencoder(GenerativeModel):
 
     def _encoded(self, examples: Tensor, width: int) -> Tensor:
         output: Tensor = self.encoder(examples)
-        if output.shape != (len(examples), width):
+        count = examples.shape[0]  # len would fix the size of the batch where the model is exported
+        if output.shape != (count, width):
             times = "" if width == self.latent_dim else f"{width // self.latent_dim} x "
-            raise ValueError(
-                f"encoder must return [{len(examples)}, {times}latent_dim = {width}], got {list(output.shape)}"
-            )
+            raise ValueError(f"encoder must return [{count}, {times}latent_dim = {width}], got {list(output.shape)}")
         return output
 
     @property

@@ -20,6 +20,7 @@ from .._ranks import rank_and_size
 from .._version import __version__
 from ..data import Batch, ExampleData
 from ..targets import Law, as_law, is_target
+from .descriptions import description
 from .networks import Network
 from .schedule import HalfCosine
 
@@ -77,9 +78,10 @@ class GenerativeModel(pl.LightningModule, ABC):
             warnings.filterwarnings("ignore", message="Attribute 'target' is an instance of `nn.Module`")
             self.save_hyperparameters(ignore=["encoder", "decoder", "generator", "discriminator"])
         # A checkpoint holds plain values: of a network or a target the description that the command line gives, not it.
-        objects = [name for name, value in self.hparams.items() if callable(value) or is_target(value)]
+        objects = {name: value for name, value in self.hparams.items() if callable(value) or is_target(value)}
         for name in objects:
             del self.hparams[name]
+        self.descriptions = {name: description(value) for name, value in objects.items()}  # for `save_pretrained`
         self.hparams.update({name: plain(value, name) for name, value in self.hparams.items()})
         self.latent_dim = latent_dim
         self.learning_rate = learning_rate
@@ -279,10 +281,10 @@ class GenerativeModel(pl.LightningModule, ABC):
             bad = [str(i) for i in examples.tolist() if not bool(loader.dataset[i][0].isfinite().all())]
         if bad:
             return f"examples that are not finite in the training set: {', '.join(bad)}"
-        weights = self._strange_weights()
+        weights = self.strange_weights()
         return f"weights that are not finite: {', '.join(weights)}" if weights else None
 
-    def _strange_weights(self) -> list[str]:
+    def strange_weights(self) -> list[str]:
         """Returns the names of weights with NaN or infinity and of buffers with NaN."""
         return [
             *(name for name, value in self.named_parameters() if not bool(value.isfinite().all())),
@@ -298,6 +300,115 @@ class GenerativeModel(pl.LightningModule, ABC):
     def run_measures(self) -> dict[str, float]:
         """Returns measures that the model took of the run that trained it."""
         return {}
+
+    # Handing on
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the model into a folder, for `from_pretrained` and for the Hugging Face hub.
+
+        The folder is made if it is not there. It then holds model.safetensors, the weights and the rest of the state,
+        such as a GEN's lagged codes, each in the dtype that it has; config.json, the arguments of the model; and a
+        README.md that says how to load it, unless there is one already. `kdejsd export` adds the measures of a run.
+
+        Raises:
+            FloatingPointError: if weights are not finite.
+            ModuleNotFoundError: if a package of the extra `hub` is missing.
+
+        Example:
+            >>> import os, tempfile, torch
+            >>> from kdejsd.models import VAE, built
+            >>> model = built.VAE((1, 8, 8), latent_dim=2)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     model.save_pretrained(folder)
+            ...     print(sorted(os.listdir(folder)))
+            ...     again = VAE.from_pretrained(folder)
+            ['README.md', 'config.json', 'model.safetensors']
+            >>> codes = torch.zeros(1, 2)
+            >>> bool((again.decode(codes) == model.decode(codes)).all())
+            True
+        """
+        from .pretrained import save
+
+        save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        **arguments: Any,
+    ) -> Self:
+        """Loads a model that `save_pretrained` or `kdejsd export` has written, on the CPU and in evaluation mode.
+
+        Networks that the model has built itself are built again. The file config.json names their classes, whose
+        modules are imported: load none that you do not trust.
+
+        Args:
+            name: a folder, or the name of a repository on the Hugging Face hub, such as "user/digits".
+            revision, token, cache_dir, local_files_only: as in `huggingface_hub.hf_hub_download`; a folder has no use
+                for them.
+            arguments: those of the model that no file can hold, such as `encoder` and `decoder` of your own, or a
+                distribution as `target`; and others that are to replace what was saved.
+
+        Returns:
+            The model, of its own class: `GenerativeModel.from_pretrained` loads all of them.
+
+        Raises:
+            FileNotFoundError: if there is no such folder or repository, or it holds no model of kdejsd.
+            ValueError: if an argument must be given, or the weights do not fit the networks.
+            TypeError: if the model is of another class.
+            ModuleNotFoundError: if a package of the extra `hub` is missing.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from kdejsd.models import AE, FC
+            >>> networks = FC((1, 8, 8), latent_dim=2)  # in place of your own
+            >>> model = AE(networks.encoder, networks.decoder, latent_dim=2)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     model.save_pretrained(folder)
+            ...     new = FC((1, 8, 8), latent_dim=2)
+            ...     again = AE.from_pretrained(folder, encoder=new.encoder, decoder=new.decoder)
+            >>> codes = torch.zeros(1, 2)
+            >>> bool((again.decode(codes) == model.decode(codes)).all())
+            True
+        """
+        from .pretrained import load
+
+        return load(
+            cls,
+            name,
+            arguments,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **commit: Any
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the Hugging Face hub, and returns the address of the commit.
+
+        Args:
+            repo_id: the name of the repository, such as "user/digits", which is made if it is not there.
+            private: whether a new repository is private; None is the account's default.
+            token: of the account; None is the one that `hf auth login` has stored.
+            commit: `commit_message`, `revision`, `create_pr` and what else `huggingface_hub.HfApi.upload_folder` takes.
+
+        Raises:
+            ModuleNotFoundError: if a package of the extra `hub` is missing.
+
+        Example:
+            >>> from kdejsd.models import built
+            >>> built.VAE((1, 8, 8)).push_to_hub("user/digits")  # doctest: +SKIP
+        """
+        from .pretrained import push
+
+        return push(self, repo_id, private=private, token=token, **commit)
 
     # Checkpoints
 
@@ -333,7 +444,7 @@ class GenerativeModel(pl.LightningModule, ABC):
             FloatingPointError: if a loss or a weight is not finite.
         """
         self._check_losses()
-        strange = self._strange_weights()
+        strange = self.strange_weights()
         if strange:
             raise FloatingPointError(
                 f"the weights {', '.join(strange)} are not finite after {checkpoint['global_step']} steps, though "
@@ -360,6 +471,8 @@ class GenerativeModel(pl.LightningModule, ABC):
             )
         self._rng_state = checkpoint["rng_state"]
         self._planned_steps = checkpoint["planned_steps"]
+        then = checkpoint.get("hyper_parameters", {})
+        self.descriptions |= {name: then.get(name) for name, value in self.descriptions.items() if value is None}
         self._keep_settings(checkpoint)
 
     def _keep_settings(self, checkpoint: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class RealNVP(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns f(z) [n, l] and log|det J_f(z)| [n] at z [n, l]."""
-        log_det = z.new_zeros(len(z))
+        log_det = z.new_zeros(z.shape[0])
         for coupling in self.couplings:
             z, change = coupling(z)
             log_det = log_det + change

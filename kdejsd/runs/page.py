@@ -54,7 +54,7 @@ def write_page(
     """
     name = f"{numbers['model']['name']} on {type(data).__name__}"
     folder, run = path.parent, numbers["run"]
-    tables = _tables(numbers, explained, main)
+    tables = tables_of(numbers, explained, main)
     config = folder / "config.yaml"
     # What load and the commands take: the run's folder, or where the report is elsewhere, its checkpoint.
     named = str(folder) if (folder / "checkpoints" / "last.ckpt").exists() else run.get("checkpoint")
@@ -88,7 +88,7 @@ def write_page(
     path.write_text(page, encoding="utf-8")
 
 
-def _tables(numbers: Mapping[str, Any], explained: Callable[[str], Measure], main: Sequence[str]) -> dict[str, Table]:
+def tables_of(numbers: Mapping[str, Any], explained: Callable[[str], Measure], main: Sequence[str]) -> dict[str, Table]:
     """Returns the tables by their titles; the one of the main measures has none, and comes first."""
     of_sets = {
         column: {key: value for key, value in _flat(numbers[part]).items() if not key.startswith("columns.")}

@@ -22,7 +22,7 @@ with train_extra():
 
 def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> GenerativeModel:
     """Loads the model of a run, for `kdejsd.load`."""
-    return loaded_model(_opened(path)[0], device)
+    return loaded_model(opened(path)[0], device)
 
 
 def open_checkpoint(
@@ -41,7 +41,7 @@ def open_checkpoint(
     parser.add_subclass_arguments(ExampleData, "data", help="Other examples than the run's own.", required=False)
     path, checkpoint = None, None
     if args and not args[0].startswith("-"):
-        path, checkpoint = _opened(args[0])
+        path, checkpoint = opened(args[0])
         data = dict(checkpoint["datamodule_hyper_parameters"])
         data.pop("_instantiator")
         parser.set_defaults({"data": {"class_path": data.pop("_class_path"), "init_args": data}})
@@ -64,7 +64,7 @@ def open_checkpoint(
     return config, checkpoint, model, data_module, path
 
 
-def _opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
+def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     """Returns the path and the content of the checkpoint of a run."""
     file = checkpoint_of(path)
     checkpoint = load_checkpoint(file)

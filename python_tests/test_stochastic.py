@@ -4,12 +4,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import generator, points
-from test_gen import train
+from test_gen import assert_same_state, train
 from torch import nn
 
 from kdejsd import GaussianMixture, optimal_bandwidth
 from kdejsd.data import Digits
-from kdejsd.models import StochasticGEN, built
+from kdejsd.models import FC, StochasticGEN, built
 from kdejsd.runs.measuring import code_measures, encode_set
 
 pytestmark = pytest.mark.filterwarnings(
@@ -104,3 +104,13 @@ def test_errors():
         model.encode(torch.zeros(4, 1, 1, 3))
     with pytest.raises(ValueError, match="refresh must be"):
         make(refresh="never")
+
+
+def test_a_checkpoint_of_networks_of_ones_own_loads_with_others(tmp_path):
+    networks = StochasticGEN.build_networks(FC, Digits.example_shape, 2, {})
+    model = StochasticGEN(*networks, 2, num_lagged=100, bandwidth=0.5)
+    train(model, 1).save_checkpoint(tmp_path / "a.ckpt")
+    new = dict(zip(("encoder", "decoder"), StochasticGEN.build_networks(FC, Digits.example_shape, 2, {}), strict=True))
+    restored = StochasticGEN.load_from_checkpoint(tmp_path / "a.ckpt", **new)
+    assert_same_state(restored, model)
+    assert restored.hparams == model.hparams and restored.settings() == model.settings()

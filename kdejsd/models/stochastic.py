@@ -91,6 +91,8 @@ class StochasticGEN(GEN):
             normalize_codes=True,
             **kwargs,
         )
+        for name in ("smoothed", "kernel_noise", "normalize_codes"):
+            del self.hparams[name]  # a checkpoint's are handed to this constructor, which has no such arguments
 
     build_networks = staticmethod(VAE.build_networks)  # an encoder to twice the latent dimension
 

@@ -368,18 +368,19 @@ def column_histograms(examples: Tensor, held_out: Tensor, names: Sequence[str], 
     _check_columns(examples, held_out, names, "held_out", rows=None)
     drawn, others = (rows.detach().double().cpu().numpy() for rows in (examples, held_out))
     finite = [column[np.isfinite(column)] for column in drawn.T]
-    apart = np.array(
-        [
-            ks_2samp(column, other, method="asymp")[0] if len(column) else 1.0
-            for column, other in zip(finite, others.T, strict=True)
-        ]
-    )
+    with np.errstate(divide="ignore"):  # in the p-value of one example against one, which nobody asks for
+        apart = np.array(
+            [
+                ks_2samp(column, other, method="asymp")[0] if len(column) else 1.0
+                for column, other in zip(finite, others.T, strict=True)
+            ]
+        )
     chosen, title = _chosen(-apart, "that differ the most")
     figure, panels = _panels(len(chosen))
     for axes, number in zip(panels, chosen, strict=True):
         other, column = others[:, number], finite[number]
         ends = np.concatenate([other, np.quantile(column, (0.005, 0.995))]) if len(column) else other
-        edges = np.histogram_bin_edges(ends, bins=30)
+        edges = _edges(ends.min(), ends.max())
         shares = [np.histogram(values, edges)[0] / max(len(values), 1) for values in (other, column)]
         axes.stairs(shares[0], edges, fill=True, color="0.75", label=f"{len(others)} held-out")
         axes.stairs(shares[1], edges, color="C0", lw=1.2, label=f"{len(drawn)} {label}")
@@ -492,6 +493,14 @@ def _chosen(order: np.ndarray, words: str) -> tuple[list[int], str]:
     if count <= _COLUMNS:
         return list(range(count)), "1 column" if count == 1 else f"{count} columns"
     return order.argsort(kind="stable")[:_COLUMNS].tolist(), f"The {_COLUMNS} of {count} columns {words}"
+
+
+def _edges(low: float, high: float) -> np.ndarray:
+    """Returns the edges of at most 30 bins, fewer where float64 has not so many numbers between two large ones."""
+    if low == high:
+        half = max(0.5, float(np.spacing(abs(low))))
+        low, high = low - half, high + half
+    return np.unique(np.linspace(low, high, 31))
 
 
 def _shortened(name: str) -> str:

@@ -354,6 +354,18 @@ def test_a_decoded_column_is_drawn_against_its_original():
     )
 
 
+@pytest.mark.parametrize(
+    "held_out",
+    [[1.0], [1e18], [-1.7e18, -1.7e18 + 1000], [1.5, 1.5 + 2**-52], [2**60, 2**60]],
+    ids=["one", "one large", "a few numbers apart", "one number apart", "equal"],
+)
+@pytest.mark.filterwarnings("error")
+def test_values_that_lie_close_are_drawn(held_out):
+    column = torch.tensor(held_out, dtype=torch.float64)[:, None]
+    areas = plots.column_histograms(column, column, ["a"]).axes[0].patches
+    assert [area.get_data().values.sum() for area in areas] == pytest.approx([1, 1])
+
+
 @pytest.mark.parametrize("draws", ["column_histograms", "column_reconstructions"])
 def test_of_many_columns_the_telling_ones_are_drawn(draws):
     first, second = points(50, 300), points(50, 300)

@@ -188,6 +188,9 @@ def test_columns_are_measured_in_the_units_of_the_data():
     assert found["variance_explained_least"] == pytest.approx(min(shares), abs=1e-3)
     together = 1 - noise.double().square().mean(0).sum() / variance.sum()
     assert found["variance_explained"] == pytest.approx(float(together), abs=1e-6)
+    model.decode = lambda codes: torch.zeros(len(codes), 13)
+    one = rows.column_measures(model, Rows(), held_out.subset(torch.tensor([0])), torch.zeros(1, 2))
+    assert math.isnan(one["variance_explained"]) and math.isnan(one["variance_explained_least"])
 
 
 def test_generated_rows_are_compared_with_held_out_ones():

@@ -164,6 +164,54 @@ def test_a_file_of_its_own_is_held_out(tmp_path, capsys):
     assert said.endswith("; without a class: 1; left out: member\n")
 
 
+@pytest.mark.parametrize("train, other", [([0, 1, 2], ["1", "x", "2"]), (["0", "1", "x"], [1, 1, 0])])
+def test_classes_are_the_same_as_numbers_and_as_text(tmp_path, train, other):
+    files = {
+        name: pa.table({"a": [1.0, 2.0, 4.0], "class": values}) for name, values in (("train", train), ("other", other))
+    }
+    paths = {name: write(tmp_path / f"{name}.parquet", table) for name, table in files.items()}
+    data = Table(paths["train"], held_out_path=paths["other"], label="class")
+    assert data.classes == sorted({str(value) for value in [*train, *other]})
+    for part, values in ((data.training, train), (data.held_out, other)):
+        assert [data.classes[label] for label in part.labels.tolist()] == [str(value) for value in values]
+
+
+def test_rows_to_hold_out_need_no_classes(tmp_path):
+    train = write(tmp_path / "train.csv", as_csv(numbers()))
+    other = write(tmp_path / "other.csv", as_csv(numbers().drop_columns("town")))
+    data = Table(train, held_out_path=other, label="town")
+    assert len(data.classes) == 3 and data.held_out.labels.unique().tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ('"weight, dry, kg";b\n', ["weight, dry, kg", "b"]),
+        ("a, b\n", ["a", "b"]),
+    ],
+)
+def test_names_in_a_first_line(tmp_path, text, names):
+    delimiter = ";" if ";" in text else ", "
+    path = write(tmp_path / "x.csv", text + "".join(f"{n}.5{delimiter}{n % 3}\n" for n in range(9)))
+    assert Table(path).columns == names and len(Table(path).training) == 8
+
+
+def test_a_line_may_be_longer_than_what_is_read_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdejsd.data.columns._LINE", 2**6)
+    lines = [[f"column {number}" for number in range(40)], *np.random.default_rng(0).random((5, 40)).tolist()]
+    path = write(tmp_path / "x.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
+    assert Table(path).columns == lines[0] and len(Table(path).training) == 4
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-160, 1.0, 1e160, 1e300])
+def test_columns_of_any_scale_are_standardised(tmp_path, scale):
+    values = np.random.default_rng(0).normal(3, 1, (50, 2))
+    data = Table(write(tmp_path / "x.npy", values * scale), held_out_path=write(tmp_path / "same.npy", values * scale))
+    expected = (values - values.mean(0)) / values.std(0)
+    np.testing.assert_allclose(data.training.examples.numpy(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(data.restored(data.held_out.examples).numpy(), values * scale, rtol=1e-5)
+
+
 def test_the_index_that_pandas_writes_is_left_out(tmp_path, capsys):
     data = Table(write(tmp_path / "x.csv", ",a,b\n" + "".join(f"{n},{n % 5},{n % 3}\n" for n in range(20))))
     assert data.columns == ["a", "b"] and len(data.training) == 18
@@ -194,6 +242,10 @@ def test_the_index_that_pandas_writes_is_left_out(tmp_path, capsys):
         ("a,b\n1,2\n3,4.5\n5,6\n", {"label": "b"}, "label must name a column of classes, .* whole numbers, .* has 4.5"),
         ("a,b\n1,2\n3,4\n5,6\n", {"keep_in_memory": False}, r"keep_in_memory must be True for .*x\.csv, of which"),
         ("a,b\n1,2\n3,4\n5,6\n", {"batch_size": 3}, "batch_size must be at most 2, the number of training examples"),
+        ("a,b\n1,2\n3,4\n5,6\n", {"columns": ["b", "b"]}, "columns must name each column once, got b more than once"),
+        ("a,b\n1,2\n3,4\n5,6\n", {"label": "town"}, "only a, b; for rows without classes: --data.label null"),
+        ("a;b\n1,5;2\n3,5;4\n5,5;6\n", {}, "'1,5' in row 1 of a: write numbers with a decimal point and without"),
+        ("a\n1\n\n3\n4\n", {}, r"in 1 of its 4 rows, the first of them row 2, values are missing, by columns: a"),
         ("a,b\n1,2\n3,4\n5,6\n", {"held_out": 1}, "held_out must be above 0 and below 1, got 1"),
     ],
 )  # fmt: skip
@@ -217,7 +269,10 @@ def test_tables_that_are_refused(tmp_path, content, settings, text):
         ("x.npy", np.array([[1, "x"], [2, "y"], [3, None]], object), ValueError, "Python objects, which are not"),
         ("x.npy", b"rubbish", ValueError, "cannot be read as an .npy file: "),
         ("x.npy", np.zeros((4, 1, 8, 8)), ValueError, r"shape \[4, 1, 8, 8\]: .* --data Tensors"),
-        ("x.npy", np.zeros((4, 2), complex), ValueError, "must hold numbers, and holds values of type complex128"),
+        ("x.csv", "Größe,b\n1,2\n3,4\n5,7\n".encode("latin-1"), ValueError, "must be text in UTF-8, and its first"),
+        ("x.npy", np.zeros((4, 2), complex), ValueError, "must hold numbers .* and holds values of type complex128"),
+        ("x.npy", np.zeros((4, 2), np.longdouble), ValueError, "must hold numbers of at most 64 bits, and"),
+        ("x.npz", {"1": np.zeros(4), "x": np.zeros((4, 2))}, ValueError, "a name of its own .*, and 1 stands more"),
         ("x.npz", b"rubbish", ValueError, "cannot be read as an .npz file: it is something else"),
         ("x.npz", {"x": np.array([{}, 1], object)}, ValueError, "Python objects, which are not"),
         ("x.npz", {"x": np.zeros((4, 2)), "z": np.zeros((4, 2))}, ValueError, "must hold one array .*; it holds x, z"),
@@ -273,6 +328,12 @@ def test_tensors(tmp_path, how, examples, dtype):
     assert torch.equal(found, torch.full((30,), -1) if how == "alone" else labels[order])
 
 
+def test_parameters_are_examples_without_gradients(tmp_path):
+    torch.save(torch.nn.Parameter(torch.rand(20, 3)), tmp_path / "x.pt")
+    assert not Tensors(tmp_path / "x.pt", standardize=True).training.examples.requires_grad
+    assert not Tensors(tmp_path / "x.pt").training.examples.requires_grad
+
+
 def test_tensors_are_standardised_where_it_is_asked_for(tmp_path):
     examples = 3 + 5 * torch.randn(200, 4, 2)
     torch.save(examples, tmp_path / "x.pt")
@@ -287,6 +348,8 @@ def test_tensors_are_standardised_where_it_is_asked_for(tmp_path):
         (torch.zeros(5), {}, r"must hold examples \[n, ...\] in bytes or .*, got torch.float32 of shape \[5\]"),
         (torch.zeros(5, 2, dtype=torch.int64), {}, "must hold examples .* got torch.int64"),
         (torch.zeros(1, 2), {}, "must have at least 2 examples, got 1"),
+        (torch.zeros(5, 0), {}, r"must hold examples of at least one value, got shape \[5, 0\]"),
+        (torch.eye(5).to_sparse(), {}, "must hold a dense tensor, got one of layout torch.sparse_coo"),
         ({"x": torch.zeros(5, 2)}, {}, "must hold a tensor .* got a dict of x"),
         ([torch.zeros(5, 2)], {}, "must hold a tensor .* got a list"),
         ((torch.zeros(5, 2), torch.zeros(4).long()), {}, r"must hold labels as integers \[5\] .* got torch.int64"),
@@ -545,3 +608,16 @@ def test_a_run_on_a_table_goes_on_and_is_measured_on_other_rows(fit, wine, tmp_p
     assert [line.split(",")[:2] for line in scores[0]] == [line.split(",")[:2] for line in scores[1]]
     found = [[float(line.split(",")[2]) for line in part] for part in scores]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_rows_of_a_small_file_are_scored_in_their_order_without_classes(fit, wine, capsys, count):
+    assert fit("--model.bandwidth=0.4", "--trainer.max_steps=2", "--out=run")[0] == 0
+    header, *lines = wine.read_text().splitlines()
+    unlabelled = [",".join(line.split(",")[:-1]) for line in [header, *lines[:count]]]
+    Path("later.csv").write_text("\n".join(unlabelled) + "\n")
+    assert main(["score", "run", "--data.held_out_path=later.csv", "--out=later_scores.csv"]) == 0
+    said = capsys.readouterr().out
+    assert len(Path("later_scores.csv").read_text().splitlines()) == 1 + count
+    most, least = (line.partition(": ")[2].split(", ") for line in said.splitlines() if "likely: " in line)
+    assert len(most) == len(least) == max(1, count // 2) and (count == 1 or not {*most} & {*least})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -25,6 +27,7 @@ with train_extra():
 _CSV = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _SUFFIXES = (*_CSV, ".parquet", ".npy", ".npz")
 _VALUES = 2**22  # in a part, in which all columns together take 32 MiB
+_LINE = 2**20  # bytes of a CSV file read at a time
 _BUFFER = 2**20  # bytes of a Parquet column read at a time; by default what has been read of a file is kept
 _SHOWN = 10  # of many names
 
@@ -42,7 +45,7 @@ class Columns(ABC):
     def __init__(self, path: Path, names: Sequence[str], count: int) -> None:
         self.path = path
         self.count = count
-        twice = sorted({name for name in names if name and names.count(name) > 1})
+        twice = sorted(name for name, times in Counter(names).items() if name and times > 1)
         if twice:
             raise ValueError(
                 f"{path} must have a name of its own for every column, and {shortened(twice)} "
@@ -195,9 +198,11 @@ def check_numbers(columns: Columns, names: list[str]) -> None:
         if bad:
             row, value = _first_strange(columns, bad[0])
             hold = "holds" if len(bad) == 1 else "hold"
+            comma = isinstance(value, str) and "," in value and _is_number(value.replace(",", ""))
+            advice = "write numbers with a decimal point and without commas, or " if comma else ""
             raise ValueError(
                 f"{path} must have columns of numbers, and {shortened(bad)} {hold} {what}, such as {_shown(value)} in "
-                f"row {row} of {bad[0]}: {leave_out(bad)}"
+                f"row {row} of {bad[0]}: {advice}{leave_out(bad)}"
             )
     kinds = (("missing", torch.isnan), ("infinite", torch.isinf))
     counts = torch.zeros(len(kinds), len(names), dtype=torch.int64)
@@ -230,11 +235,14 @@ def known_columns(path: Path, known: list[str], names: Sequence[str], setting: s
     Raises:
         ValueError: if there is one. The error says which one may be meant.
     """
+    there = set(known)
     for name in names:
-        if name not in known:
+        if name not in there:
             like = get_close_matches(name, known, 1)
             lower = [other for other in known if other.lower() == name.strip().lower()]
             meant = f"; did you mean {(lower or like)[0]}?" if lower or like else f", only {shortened(known)}"
+            if setting == "label" and not (lower or like):
+                meant += "; for rows without classes: --data.label null"
             if "," in name:
                 several = shlex.quote(json.dumps([part.strip() for part in name.split(",")], ensure_ascii=False))
                 meant = f"; several names are a list: --data.{setting}={several}"
@@ -296,27 +304,37 @@ def _one_line(error: Exception) -> str:
 def _csv(path: Path, read: Callable[..., Any]) -> Any:
     """Reads a CSV file whose first line names the columns; they are separated by what this line has most of."""
 
-    def first_line() -> str:
+    def first_line() -> bytes:
         with pa.input_stream(str(path), compression="detect") as stream:
-            beginning = stream.read(2**20)
-        return str(beginning.split(b"\n", 1)[0].decode("utf-8-sig", errors="replace"))
+            beginning = b""
+            while b"\n" not in beginning and (more := stream.read(_LINE)):
+                beginning += more
+        return beginning.split(b"\n", 1)[0]
 
-    line = _reading(path, "a CSV file", first_line)
+    beginning = _reading(path, "a CSV file", first_line)
+    try:
+        line = beginning.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, and its first line is not: save it as UTF-8") from error
     if not line.strip():
         raise ValueError(f"{path} must have the names of the columns in its first line, which is empty")
-    delimiter = max(",;\t|", key=line.count) if set(",;\t|") & set(line) else ","
+    unquoted = re.sub('"[^"]*"', "", line)
+    delimiter = max(",;\t|", key=unquoted.count) if set(",;\t|") & set(unquoted) else ","
 
     def table() -> Any:
+        block = max(_LINE, 16 * len(beginning))  # no line of a table can be longer than a block
         options = {
-            "parse_options": pacsv.ParseOptions(delimiter=delimiter),
+            # In a table of one column an empty line is a missing value.
+            "parse_options": pacsv.ParseOptions(delimiter=delimiter, ignore_empty_lines=delimiter in unquoted),
             "convert_options": pacsv.ConvertOptions(strings_can_be_null=True),
         }
         try:
-            return read(str(path), **options)
+            return read(str(path), read_options=pacsv.ReadOptions(block_size=block), **options)
         except pa.ArrowInvalid:  # read by one thread the error has the number of the row
-            return read(str(path), read_options=pacsv.ReadOptions(use_threads=False), **options)
+            return read(str(path), read_options=pacsv.ReadOptions(block_size=block, use_threads=False), **options)
 
     found = _reading(path, "a CSV file", table)
+    found = found.rename_columns([name.strip() for name in found.schema.names])
     names = [name for name in found.schema.names if name]
     if names and all(_is_number(name) for name in names):
         raise ValueError(
@@ -328,33 +346,33 @@ def _csv(path: Path, read: Callable[..., Any]) -> Any:
 
 def _npz(path: Path) -> pa.Table:
     """Returns an .npz as a table: an array [n] is a column with its name, and [n, d] are columns numbered from 1."""
-    columns: dict[str, Any] = {}
+    columns: list[tuple[str, Any]] = []
     with _reading(path, "an .npz file", lambda: np.load(path)) as arrays:
         matrices = []
         for name in arrays.files:
             array = _reading(path, "an .npz file", partial(arrays.__getitem__, name))
             array = array.astype(array.dtype.newbyteorder("="), copy=False)
             if array.dtype.kind in "US" and array.ndim == 1:  # text, for a label
-                columns[name] = pa.array(array.tolist())
+                columns.append((name, pa.array(array.tolist())))
             elif _numeric(path, array, (1, 2), f"the array {name} of ").ndim == 1:
-                columns[name] = pa.array(array)
+                columns.append((name, pa.array(array)))
             else:
                 matrices.append(name)
-                columns |= {
-                    str(place + 1): pa.array(np.ascontiguousarray(column)) for place, column in enumerate(array.T)
-                }
-    counts = {len(column) for column in columns.values()}
+                columns += [
+                    (str(place + 1), pa.array(np.ascontiguousarray(column))) for place, column in enumerate(array.T)
+                ]
+    counts = {len(column) for _, column in columns}
     if len(matrices) > 1 or len(counts) > 1:
         raise ValueError(
             f"{path} must hold one array [rows, columns], or arrays [rows] that are the columns, or both, of as many "
             f"rows; it holds {shortened(arrays.files)}: save the rows alone, as an .npy file"
         )
-    return pa.table(columns)
+    return pa.table([column for _, column in columns], names=[name for name, _ in columns])
 
 
 def _numeric(path: Path, array: np.ndarray, dimensions: tuple[int, ...], which: str = "") -> np.ndarray:
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{which}{path} must hold numbers, and holds values of type {array.dtype}")
+    if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+        raise ValueError(f"{which}{path} must hold numbers of at most 64 bits, and holds values of type {array.dtype}")
     if array.ndim not in dimensions:
         hint = ": examples of any shape are read by --data Tensors from a file of torch.save" if array.ndim > 2 else ""
         raise ValueError(f"{which}{path} must have shape [rows, columns], and has shape {list(array.shape)}{hint}")

@@ -43,20 +43,22 @@ class Standardization:
         The standard deviation of a value that is the same in all of them is 0.
         """
         scaler = StandardScaler()
-        lowest = highest = None
+        unit = lowest = highest = None
         shape: torch.Size = torch.Size()
         for part in parts:
             if len(part):
                 shape = part.shape[1:]
                 values = part.flatten(1).numpy()
-                scaler.partial_fit(values)
+                if unit is None:  # a power of two, which costs no digits, so that squares neither overflow nor vanish
+                    unit = np.ldexp(1.0, np.frexp(np.abs(values).max(0))[1].clip(-1000, 1000))
+                scaler.partial_fit(values / unit)
                 low, high = values.min(0), values.max(0)
                 lowest = low if lowest is None else np.minimum(lowest, low)
                 highest = high if highest is None else np.maximum(highest, high)
         if lowest is None:
             raise ValueError("parts must hold one example at least, got none")
-        scale = np.where(lowest == highest, 0.0, np.sqrt(scaler.var_))
-        return cls(torch.from_numpy(scaler.mean_).reshape(shape), torch.from_numpy(scale).reshape(shape))
+        scale = np.where(lowest == highest, 0.0, unit * np.sqrt(scaler.var_))
+        return cls(torch.from_numpy(unit * scaler.mean_).reshape(shape), torch.from_numpy(scale).reshape(shape))
 
     def done(self, examples: Tensor) -> Tensor:
         """Returns examples [n, ...] of any dtype standardised, in float32."""

@@ -54,7 +54,8 @@ class Table(ExampleData):
         label: the name of a column whose distinct values are classes, numbered in order; it is no part of the examples.
             Rows without a value have no label.
         held_out: the share of the rows held out, drawn by the seed, where there is no held_out_path.
-        held_out_path: a file with these columns, whose rows are held out.
+        held_out_path: a file with these columns, whose rows are held out. Without the label's column they have no
+            label.
         standardize: move and scale each column to mean 0 and standard deviation 1 of the training rows, in float64.
             `restored` goes back. False rounds the values to float32 as they are.
         keep_in_memory: hold all rows in memory, 4 bytes a value, and twice that while they are read. False reads those
@@ -125,6 +126,9 @@ class Table(ExampleData):
     def _inputs(self, names: list[str]) -> list[str]:
         for setting, chosen in (("columns", self._chosen or []), ("without", self._without), ("label", self._labels)):
             known_columns(self.path, names, chosen, setting)
+        twice = [name for name, times in Counter(self._chosen or []).items() if times > 1]
+        if twice:
+            raise ValueError(f"columns must name each column once, got {shortened(twice)} more than once")
         left = {*self._without, *self._labels}
         inputs = [name for name in (names if self._chosen is None else self._chosen) if name not in left]
         if not inputs:
@@ -134,6 +138,10 @@ class Table(ExampleData):
     @property
     def _labels(self) -> list[str]:
         return [] if self.label is None else [self.label]
+
+    def _labels_in(self, file: Columns) -> list[str]:
+        """Returns the label's column, none for rows to hold out that have no classes."""
+        return [name for name in self._labels if name in file.names]
 
     def load(self) -> tuple[ExampleSet, ExampleSet]:
         if not self.keep_in_memory and is_read_whole(self.path):
@@ -148,7 +156,6 @@ class Table(ExampleData):
         leasts = (3,) if other is None else (2, 1)  # two to train on and one held out
         for each, least in zip(files, leasts, strict=True):
             known_columns(each.path, each.names, names, "columns")
-            known_columns(each.path, each.names, self._labels, "label")
             if each.count < least:
                 raise ValueError(f"{each.path} must have at least {least} rows below the names, got {each.count}")
             check_numbers(each, names)
@@ -157,7 +164,9 @@ class Table(ExampleData):
         else:
             parts = torch.arange(file.count), torch.arange(other.count)
         if not self._classes:
-            found = set().union(*(_values(each, name) for each in files for name in self._labels))
+            found = set().union(*(_values(each, name) for each in files for name in self._labels_in(each)))
+            if any(isinstance(value, str) for value in found):  # 1 of a file of numbers is "1" of a file of text
+                found = {str(value) for value in found}
             self._classes = sorted(found, key=lambda value: (isinstance(value, str), value))
         if self.standardize and self.standardization is None:
             self.standardization = self._measured(file, parts[0])
@@ -185,7 +194,7 @@ class Table(ExampleData):
     def _set(self, file: Columns) -> ExampleSet:
         """Returns the rows of a file with their labels, in memory or stored."""
         labels = torch.full((file.count,), -1)
-        for name in self._labels:
+        for name in self._labels_in(file):
             for rows, batch in file.parts([name]):
                 labels[rows] = self._numbered(batch.column(name))
         examples: Tensor | StoredExamples
@@ -224,9 +233,11 @@ class Table(ExampleData):
 
     def _numbered(self, column: Any) -> Tensor:
         """Returns the class numbers [n] int64 of a part of the label; -1 is for what is no class."""
-        number = {value: place for place, value in enumerate(self._classes)}
+        number = {str(value): place for place, value in enumerate(self._classes)}
+        number |= {value: place for place, value in enumerate(self._classes)}
         encoded = column.dictionary_encode()
-        numbers_of = np.array([*(number.get(value, -1) for value in encoded.dictionary.to_pylist()), -1])
+        values = [_class(value) for value in encoded.dictionary.to_pylist()]
+        numbers_of = np.array([*(number.get(value, number.get(str(value), -1)) for value in values), -1])
         return torch.from_numpy(numbers_of[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)])
 
     def _tell(self, file: Columns, other: Columns | None, sets: Sequence[ExampleSet]) -> None:
@@ -241,7 +252,8 @@ class Table(ExampleData):
             said.append(f"classes of {self.label}: {shortened(told)}")
             if counts[-1]:
                 said.append(f"without a class: {counts[-1]}")
-        left = [name for name in file.names if name not in (*self.columns, *self._labels)]
+        used = {*self.columns, *self._labels}
+        left = [name for name in file.names if name not in used]
         if file.unnamed:
             left.append(f"{file.unnamed} without a name")
         if left:
@@ -304,7 +316,11 @@ def _values(file: Columns, name: str) -> set[Any]:
             f"label must name a column of classes, given as text or whole numbers, and {name} of {file.path} has "
             f"{strange[0]}"
         )
-    return {int(value) if isinstance(value, float) else value for value in found}
+    return {_class(value) for value in found}
+
+
+def _class(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _in_bytes(size: int) -> str:

@@ -162,7 +162,11 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
             f'{path} must hold a tensor [n, ...], a pair (examples, labels) or a dict of "examples" and "labels", got '
             f"{kind}"
         )
-    examples, labels = content
+    examples, labels = content[0].detach(), content[1]
+    if examples.layout != torch.strided:
+        raise ValueError(f"{path} must hold a dense tensor, got one of layout {examples.layout}: save its to_dense()")
+    if examples.ndim >= 2 and 0 in examples.shape[1:]:
+        raise ValueError(f"{path} must hold examples of at least one value, got shape {list(examples.shape)}")
     if examples.ndim < 2 or (examples.dtype != torch.uint8 and not examples.is_floating_point()):
         raise ValueError(
             f"{path} must hold examples [n, ...] in bytes or floating-point numbers, got {examples.dtype} of shape "

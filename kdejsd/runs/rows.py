@@ -32,7 +32,7 @@ def column_measures(model: Autoencoder, data: ExampleData, examples: ExampleSet,
 
     Returns:
         * variance_explained: the share of the variance of all columns together that the reconstructions explain, in
-          the units that the model sees.
+          the units that the model sees; NaN where no column varies.
         * variance_explained_least: that of the column of which it is the least, NaN where no column varies.
         * columns: for each column by its name the `error`, the root mean squared one in the units of its file, and
           the `variance_explained`.
@@ -54,7 +54,8 @@ def column_measures(model: Autoencoder, data: ExampleData, examples: ExampleSet,
             decoded.append(model.decode(codes[index.to(codes.device)]).cpu())
     sets = torch.cat(originals), torch.cat(decoded)
     first, second = (rows.flatten(1).double() for rows in sets)
-    together = 1 - (first - second).square().sum() / (first - first.mean(0)).square().sum()
+    spread = (first - first.mean(0)).square().sum()
+    together = 1 - (first - second).square().sum() / spread if spread > 0 else math.nan  # as of one example
     first, second = (data.restored(rows).flatten(1).double() for rows in sets)
     errors, shares = (first - second).square().mean(0).sqrt(), variance_explained(first, second)
     known = shares[~shares.isnan()]

@@ -66,7 +66,7 @@ def score(args: list[str]) -> int:
     if len(known) < len(scores):
         print(f"{len(scores) - len(known)} examples have no finite score, and are not among the following")
     order = known[scores[known].argsort()]
-    drawn = min(100, -(-len(order) // 2))  # so that none is among both
+    drawn = min(100, max(1, len(order) // 2))  # so that none is among both, unless it is the only one
     for name, chosen in (("most", order[:drawn]), ("least", order.flip(0)[:drawn])):
         print(f"{name} likely: {', '.join(map(str, chosen[:10].tolist()))}")
         if len(chosen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -37,11 +38,11 @@ def score(args: list[str]) -> int:
     parser.add_argument(
         "--variance",
         type=PositiveFloat | None,
-        help="Of the residual in each dimension; default: measured on the training examples, those of --data if it is "
-        "the run's kind of data and else the run's own.",
+        help="Of the residual in each dimension; default: measured on the examples that the run was trained on. If "
+        "they have moved, --data can name their new place.",
     )
     parser.add_argument("--out", type=str, metavar="FILE.csv", help="Default: scores.csv in a fresh folder of the run.")
-    config, _, model, data_module, checkpoint = open_checkpoint(parser, args)
+    config, content, model, data_module, checkpoint = open_checkpoint(parser, args)
     if not isinstance(model, Autoencoder):
         raise ValueError(
             f"RUN must have a model with an encoder, which the density of an example needs, and {config.run} has a "
@@ -51,8 +52,12 @@ def score(args: list[str]) -> int:
     variance = config.variance
     if variance is None:
         own = parser.get_defaults()
-        others = own.data.class_path != config.data.class_path
-        variance = _training_variance(model, parser.instantiate_classes(own).data if others else data_module)
+        trained_on = data_module
+        if own.data != config.data:
+            trained_on = parser.instantiate_classes(own).data
+            trained_on.load_state_dict(content.get(type(trained_on).__qualname__, {}))
+        moved_to = data_module if own.data.class_path == config.data.class_path else None
+        variance = _training_variance(model, trained_on, moved_to)
     if config.out is None:
         path = fresh_folder(None, run_folder(checkpoint) / "score") / "scores.csv"
     else:
@@ -77,14 +82,17 @@ def score(args: list[str]) -> int:
     return 0
 
 
-def _training_variance(model: Autoencoder, data: ExampleData) -> float:
+def _training_variance(model: Autoencoder, data: ExampleData, moved_to: ExampleData | None) -> float:
     try:
         examples = data.training
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"the examples that the model was trained on are not there, and the residual's variance is measured on "
-            f"them unless --variance gives it: {error}"
-        ) from error
+        if moved_to is None or moved_to is data:
+            raise FileNotFoundError(
+                f"the examples that the model was trained on are not there, and the residual's variance is measured on "
+                f"them unless --variance gives it: {error}"
+            ) from error
+        examples = moved_to.training
+        print("the run's own examples are gone: the residual's variance is that of --data's", file=sys.stderr)
     total = 0.0
     for batch, _ in batches(examples, "residuals"):
         total += len(batch) * residual_variance(model.encode, model.decode, batch.to(model.device))

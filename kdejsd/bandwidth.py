@@ -232,7 +232,8 @@ def named_entropy_bandwidth(name: str, codes: Tensor, log_weights: Tensor | None
             )
         # In units of their spread neither tiny nor huge codes leave the range of their dtype.
         centered = codes.double() - codes.double().mean(0)
-        scale = float(centered.square().mean().sqrt())
+        largest = centered.abs().max()
+        scale = float(largest * (centered / largest).square().mean().sqrt())
         codes = centered.div(scale).to(codes.dtype)
         shares = None if log_weights is None else log_weights.softmax(0)
 

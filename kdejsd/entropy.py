@@ -111,8 +111,14 @@ def _check_rank(codes: Tensor, covariance: Tensor) -> None:
 
 def covariance_rank(samples: Tensor, covariance: Tensor) -> int:
     """Returns in how many directions samples [n, l] of this covariance [l, l] vary by more than rounding does."""
-    # Below this a variance is what rounding leaves: of the products here, and of the samples in their dtype.
-    variances = torch.linalg.eigvalsh(covariance.detach())
-    rounding = torch.finfo(samples.dtype).eps * float(samples.detach().abs().max())
-    least = samples.shape[1] * max(torch.finfo(torch.float64).eps * float(variances[-1]), rounding**2)
-    return int((variances > least).sum())
+    # Dimensions may have any units: each is held against its own rounding, and the rest is asked of the correlations.
+    count = samples.shape[1]
+    covariance, variances = covariance.detach(), covariance.detach().diagonal()
+    rounding = (torch.finfo(samples.dtype).eps * samples.detach().abs().amax(0).double()).square()
+    constant = samples.amax(0) == samples.amin(0)  # whose variance is the rounding of its mean
+    varied = (variances > count * rounding) & ~constant
+    scales = variances[varied].sqrt()
+    eigenvalues = torch.linalg.eigvalsh(covariance[varied][:, varied] / scales / scales.unsqueeze(1))
+    # Below this an eigenvalue is what rounding leaves: of the products here, and of the samples in their dtype.
+    share = max([torch.finfo(torch.float64).eps * count, *(rounding / variances)[varied].tolist()])
+    return int((eigenvalues > count * share).sum())

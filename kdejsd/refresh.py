@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ._modes import Map, evaluating, models_of
 from ._numbers import integer
@@ -28,7 +28,9 @@ class LaggedRefresh:
     `LaggedKDE.shard`, each encodes its own share of the examples alone.
 
     A checkpoint needs the state of the `LaggedKDE`, which has the codes, and `state_dict`, which has the number of the
-    step. Accelerate takes the object itself (`register_for_checkpointing`), Fabric as a part of its state.
+    step. Accelerate takes both objects themselves (`register_for_checkpointing`), Fabric as parts of its state. Of
+    sharded codes these would save the first rank's alone: save the steps, and call `refresh` after loading, or save
+    `LaggedKDE.gathered_state` yourself.
 
     Args:
         lagged: the codes to keep fresh.
@@ -47,7 +49,8 @@ class LaggedRefresh:
 
     Raises:
         ValueError: if there are fewer than m examples, or a number is out of range.
-        TypeError: if the examples are neither a tensor nor a Dataset with a length, or a number is no integer.
+        TypeError: if the examples are neither a tensor nor a Dataset with indices and a length, or a number is no
+            integer.
 
     Example:
         >>> import torch
@@ -73,8 +76,11 @@ class LaggedRefresh:
         keep_examples: bool = True,
         seed: int = 0,
     ) -> None:
-        if not isinstance(examples, (Tensor, Dataset)) or not hasattr(examples, "__len__"):
-            raise TypeError(f"examples must be a tensor or a Dataset with a length, got {type(examples).__name__}")
+        indexed = isinstance(examples, (Tensor, Dataset)) and not isinstance(examples, IterableDataset)
+        if not indexed or not hasattr(examples, "__len__"):
+            raise TypeError(
+                f"examples must be a tensor or a Dataset with indices and a length, got {type(examples).__name__}"
+            )
         self.every = integer("every", every, 1)
         generator = torch.Generator().manual_seed(integer("seed", seed, 0))
         count = len(examples)

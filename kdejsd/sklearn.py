@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,7 +243,10 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
         query = self._coordinates(X).double()
         centers = self._points.double().squeeze(1)
         parts = query.split(max(1, _PAIRS // len(centers)))
-        below = [(torch.special.ndtr((z - centers) / self._h) * self._weights).sum(1) for z in parts]
+        # By erfc, since torch's ndtr gives 0 from 9 standard deviations below the center on.
+        below = [
+            (torch.special.erfc((centers - z) / (self._h * math.sqrt(2))) * self._weights).sum(1) / 2 for z in parts
+        ]
         return _like(X, torch.cat(below).clamp(max=1).to(self._points.dtype))
 
     @property
@@ -331,7 +335,7 @@ def _weighted(samples: Tensor, sample_weight: Any) -> tuple[Tensor, Tensor]:
     if sample_weight is None:
         return samples, samples.new_full((len(samples),), 1 / len(samples), dtype=torch.float64)
     if isinstance(sample_weight, Tensor):
-        sample_weight = sample_weight.numpy(force=True)
+        sample_weight = sample_weight.double().numpy(force=True)  # NumPy has no bfloat16
     values = _check_sample_weight(sample_weight, np.empty((len(samples), 0)), dtype=np.float64)
     if (values < 0).any() or not (values > 0).any():
         raise ValueError(

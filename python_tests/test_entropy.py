@@ -149,6 +149,15 @@ def test_very_unequal_variances_are_no_lack_of_rank():
     assert float(kde_entropy(codes * torch.tensor([1e-4, 1.0, 100.0]))) == pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-12), (torch.float64, 1e-12), (torch.float64, 1e-100)])
+def test_a_dimension_may_have_any_unit(dtype, scale):
+    codes = normal_samples(100, 3, dtype=dtype)
+    value = float(kde_entropy(codes))
+    assert float(kde_entropy(codes * torch.tensor([scale, 1.0, 1 / scale], dtype=dtype))) == pytest.approx(
+        value, rel=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     "codes, options, error, message",
     [

@@ -90,6 +90,16 @@ def test_classifier_finds_what_it_is_to_find():
     assert found.accuracy == pytest.approx(0.8413, abs=0.04)
 
 
+@pytest.mark.parametrize(("unit", "origin"), [(1e-50, 0.0), (1e200, 0.0), (1.0, 1e9)])
+def test_classifier_sees_values_in_any_unit(unit, origin):
+    first, second = points(200, 3), points(200, 3, seed=1) + 1
+    expected = two_sample_accuracy(first, second).accuracy
+    found = two_sample_accuracy(unit * first + origin, unit * second + origin).accuracy
+    assert expected > 0.7 and found == pytest.approx(expected, abs=0.01)
+    far = torch.cat([first[1:], torch.full((1, 3), 1e6, dtype=first.dtype)])  # which hides nothing of the rest
+    assert two_sample_accuracy(far, second).accuracy == pytest.approx(expected, abs=0.05)
+
+
 def test_the_larger_set_has_no_more_weight():
     found = two_sample_accuracy(points(1000, 2), points(50, 2, seed=1))
     assert found.standard_error == 1.5 * 0.5 / math.sqrt(100)
@@ -434,6 +444,7 @@ def test_bad_batches_are_refused(name, update, error, text):
     "make, updates, text",
     [
         (CodeJSD, [{"codes": CODES[:0]}], "CodeJSD is NaN: update must be given codes first"),
+        (CodeJSD, [{"codes": CODES / 0}], "CodeJSD is NaN: codes must be finite"),
         (CodeEntropy, [{"codes": CODES[:1]}], "CodeEntropy is NaN: codes must"),
         (
             CodeEntropy,
@@ -457,6 +468,27 @@ def test_a_value_that_there_is_not_is_nan(make, updates, text):
         metric.update(**update)
     with pytest.warns(UserWarning, match=text):
         assert metric.compute().isnan() and math.isnan(getattr(metric, "standard_error", math.nan))
+
+
+def test_batches_may_be_written_over():
+    metric, batch = SlicedWasserstein(), torch.ones(5, 2)
+    metric.update(batch, real=True)
+    metric.update(batch.zero_(), real=False)
+    assert float(metric.compute()) == pytest.approx(1, rel=0.1)
+
+
+def test_any_seed_will_do():
+    metric = TwoSampleAccuracy(seed=2**40)
+    metric.update(torch.rand(20, 2), real=True)
+    metric.update(torch.rand(20, 2), real=False)
+    assert math.isfinite(float(metric.compute()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_collision_entropy_counts_in_float64_whatever_the_dtype_of_a_collection(dtype):
+    metrics = MetricCollection([CollisionEntropy(2)]).set_dtype(dtype)
+    metrics.update(torch.zeros(5000, dtype=torch.int64))
+    assert metrics.compute()["CollisionEntropy"] == 0
 
 
 def test_collision_entropy_without_collisions():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import points, results_of_ranks
 from torch import nn
-from torch.utils.data import ConcatDataset, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, TensorDataset
 
 from kdejsd import LaggedKDE, LaggedRefresh
 
@@ -92,7 +92,12 @@ def test_a_function_a_method_and_a_wrapped_module_encode():
     ("call", "error", "text"),
     [
         (lambda: make(examples=EXAMPLES[:49]), ValueError, "examples must be at least num_centers = 50, got 49"),
-        (lambda: make(examples=[1] * 80), TypeError, "examples must be a tensor or a Dataset with a length, got list"),
+        (
+            lambda: make(examples=[1] * 80),
+            TypeError,
+            "examples must be a tensor or a Dataset with indices and a length, got list",
+        ),
+        (lambda: make(examples=Stream()), TypeError, "a Dataset with indices and a length, got Stream"),
         (lambda: make(every=0), ValueError, "every must be at least 1, got 0"),
         (lambda: make(every=1.5), TypeError, r"every must be an integer, got 1\.5"),
         (lambda: make(seed=-1), ValueError, "seed must be at least 0, got -1"),
@@ -116,6 +121,14 @@ def test_a_function_a_method_and_a_wrapped_module_encode():
 def test_refusals(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(EXAMPLES)
+
+    def __len__(self):
+        return len(EXAMPLES)
 
 
 class Named(Single):
@@ -157,6 +170,7 @@ def test_two_ranks_train_as_one_does(tmp_path):
 def run(script: str, *launcher: str, arguments: tuple[str, ...] = ()) -> tuple[float, float, float]:
     """Runs an example in its own process or processes, and returns the numbers that it prints."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["ACCELERATE_USE_CPU"] = "true"  # else it would let each process train by itself
     command = [sys.executable, *launcher, str(SCRIPTS / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -168,14 +182,7 @@ def run(script: str, *launcher: str, arguments: tuple[str, ...] = ()) -> tuple[f
 
 LAUNCHERS = {
     "plain": ("plain_loop.py", ("-m", "torch.distributed.run", "--nproc_per_node=2"), ()),
-    "accelerate": (
-        "accelerate_loop.py",
-        (
-            *("-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes=2", "--num_machines=1"),
-            *("--mixed_precision=no", "--dynamo_backend=no"),
-        ),
-        (),
-    ),
+    "accelerate": ("accelerate_loop.py", ("-m", "torch.distributed.run", "--nproc_per_node=2"), ()),
     "fabric": ("fabric_loop.py", (), ("2",)),
     "pythae": ("pythae_gen.py", (), ()),
 }

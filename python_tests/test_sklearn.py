@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import DEVICES, DTYPES, points, worst
-from scipy.stats import gaussian_kde, kstest, multivariate_normal
+from scipy.stats import gaussian_kde, kstest, multivariate_normal, norm
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
@@ -219,6 +219,34 @@ def test_cdf_is_the_integral_of_the_density(settings, weights, monkeypatch):
     areas = (heights[1:] + heights[:-1]) / 2 * 0.01
     np.testing.assert_allclose(np.cumsum(areas), cdf[1:] - cdf[0], atol=1e-5)
     assert density.cdf([[-1e300], [1e300]]) == pytest.approx([0, 1], abs=1e-12)
+
+
+def test_cdf_is_exact_far_below_the_data():
+    far = np.array([[-8.0], [-12.0], [-30.0]])
+    np.testing.assert_allclose(KernelDensity(1.0).fit([[0.0]]).cdf(far), norm.cdf(far[:, 0]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-150])
+def test_columns_of_very_unlike_units_are_whitened(scale):
+    x = samples(200, 3)
+    units = np.array([1.0, scale, 1 / scale])
+    expected = KernelDensity("entropy", whiten=True).fit(x).score_samples(QUERY)
+    found = KernelDensity("entropy", whiten=True).fit(x * units).score_samples(QUERY * units)
+    np.testing.assert_allclose(found, expected - np.log(units).sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_entropy_bandwidth_has_any_unit(scale):
+    x = samples(100, 2)
+    expected = KernelDensity("entropy").fit(x).bandwidth_
+    assert KernelDensity("entropy").fit(x * scale).bandwidth_ == pytest.approx(expected * scale, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
+def test_weights_may_be_tensors_of_any_dtype(dtype):
+    weights = torch.arange(5).to(dtype)
+    density = KernelDensity().fit(torch.eye(5), sample_weight=weights)
+    np.testing.assert_allclose(density.weights_, weights[1:].double() / weights.double().sum())
 
 
 @pytest.mark.parametrize("settings", [{"bandwidth": 0.5}, {"whiten": True, "bandwidth": "scott", "debias": True}])

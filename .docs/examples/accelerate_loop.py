@@ -1,7 +1,8 @@
 """Trains an autoencoder whose codes follow the standard normal, by Accelerate, on one or several processes.
 
 python accelerate_loop.py
-accelerate launch --num_processes 2 accelerate_loop.py   # with --cpu where there are no GPUs
+accelerate launch --num_processes 2 accelerate_loop.py
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 accelerate_loop.py   # where there are no GPUs
 """
 
 import torch
@@ -30,7 +31,8 @@ def train(epochs=40):
     lagged = kdejsd.LaggedKDE(1000, 8).to(accelerator.device)
     lagged.shard()  # of several processes each keeps and encodes its part of the lagged codes
     refresh = kdejsd.LaggedRefresh(lagged, encoder, examples, every=10)
-    accelerator.register_for_checkpointing(refresh)  # save_state takes the number of its steps along
+    # save_state takes the number of its steps along; after load_state, refresh.refresh() encodes the lagged examples.
+    accelerator.register_for_checkpointing(refresh)
 
     set_seed(0, device_specific=True)  # from here on each process draws its own noise
     for _ in range(epochs):

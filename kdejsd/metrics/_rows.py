@@ -68,7 +68,8 @@ class RowsMeasure(Measure):
         """Adds rows [n, d] to a set, in the metric's dtype and on its device."""
         self.width = _common_width(torch.stack([self.width, self.width.new_tensor(rows.shape[1])]))
         if len(rows):
-            getattr(self, name).append(rows.detach().to(self.device, self.dtype).flatten())
+            # A copy, since the caller may write the next batch into the same memory.
+            getattr(self, name).append(rows.detach().to(self.device, self.dtype, copy=True).flatten())
 
     def compute(self) -> Tensor:
         """Returns the value, 0-dim in the metric's dtype; NaN, with a warning that says why, where there is none."""

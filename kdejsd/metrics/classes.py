@@ -55,6 +55,10 @@ class CollisionEntropy(Measure):
         self.add_state("squares", torch.zeros((), dtype=torch.float64), "sum")
         self.add_state("count", torch.tensor(0), "sum")
 
+    def set_dtype(self, dst_type: str | torch.dtype) -> CollisionEntropy:
+        """Leaves the sums in float64: in a shorter dtype they would not count every example."""
+        return self
+
     def update(self, labels: Tensor) -> None:
         """Adds the classes [n] int64 of examples, or their probabilities [n, K], floating; n may be 0."""
         if check_tensor("labels", labels).is_floating_point():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import Integer, RealNumber, integer, positive
-from .._tensors import check_int64
+from .._tensors import check_finite, check_int64
 from ..divergence import target_jsd
 from ..diversity import class_radius
 from ..entropy import kde_entropy
@@ -94,6 +94,7 @@ class CodeJSD(_CodesMeasure):
         super().update(codes)
 
     def _measure(self, codes: Tensor) -> Tensor:
+        check_finite("codes", codes)
         target = checked_target(self.target, codes.shape[1])
         return target_jsd(codes, target, torch.Generator(codes.device).manual_seed(self.seed), self.bandwidth)
 

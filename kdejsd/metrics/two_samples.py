@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,11 +94,14 @@ def two_sample_accuracy(first: Tensor, second: Tensor, *, seed: Integer = 0) -> 
     """Returns how well a classifier tells two sets of samples apart: 0.5 is not at all, 1 is always.
 
     The classifier is a forest of 100 extremely randomised trees (scikit-learn's `ExtraTreesClassifier`), which sees
-    every value of a sample as a feature, whatever its units. Each sample is judged by a forest grown on the other
-    parts of five. Of the larger set as many samples are drawn as the smaller one has. Source: Lopez-Paz, Oquab,
-    Revisiting Classifier Two-Sample Tests, arXiv 1610.06545; their classifiers are nearest neighbours and networks.
+    every value of a sample as a feature, by its place among those of all samples: units, and values that lie far away,
+    do not matter. Each sample is judged by a forest grown on the other parts of five. Of the larger set as many samples
+    are drawn as the smaller one has. Source: Lopez-Paz, Oquab, Revisiting Classifier Two-Sample Tests, arXiv
+    1610.06545; their classifiers are nearest neighbours and networks.
 
-    An accuracy near 0.5 says that this classifier finds no difference in so many samples, not that there is none.
+    An accuracy near 0.5 says that this classifier finds no difference in so many samples, not that there is none. One
+    well below 0.5 says that samples of one set are in the other too, as where a generator repeats its training data:
+    the copy of a sample is among those that the forest was grown on, in the other set.
 
     Args:
         first, second: [n, ...] and [m, ...] floating point, at least 5 of each, of samples of one shape. They are moved
@@ -132,14 +136,24 @@ def two_sample_accuracy(first: Tensor, second: Tensor, *, seed: Integer = 0) -> 
     count = min(len(first), len(second))
     first, second = (samples.cpu()[torch.randperm(len(samples), generator=rng)[:count]] for samples in (first, second))
     is_second = torch.arange(2 * count).ge(count).numpy()
+    state = seed % 2**32  # scikit-learn takes no larger one
     judged = cross_val_predict(
-        ExtraTreesClassifier(100, min_samples_leaf=5, random_state=seed),
-        torch.cat([first, second]).numpy(),
+        ExtraTreesClassifier(100, min_samples_leaf=5, random_state=state),
+        _places(torch.cat([first, second])).numpy(),
         is_second,
-        cv=StratifiedKFold(_FOLDS, shuffle=True, random_state=seed),
+        cv=StratifiedKFold(_FOLDS, shuffle=True, random_state=state),
     )
     correlation = math.sqrt(1 + _FOLDS / (_FOLDS - 1))
     return TwoSampleResult(float((judged == is_second).mean()), correlation * 0.5 / math.sqrt(2 * count))
+
+
+def _places(samples: Tensor) -> Tensor:
+    """Returns the place of each value of samples [n, d] among the distinct ones of its column.
+
+    Random thresholds between the least and the greatest value would all but miss the data where one value lies far
+    away. Besides, the trees would take values in float32, and see no difference below 1e-7 of any unit.
+    """
+    return torch.stack([column.unique(return_inverse=True)[1] for column in samples.unbind(1)], 1)
 
 
 class _TwoSampleMeasure(RowsMeasure):
@@ -157,7 +171,7 @@ class _TwoSampleMeasure(RowsMeasure):
         compute_dtype("samples", check_tensor("samples", samples))
         if samples.ndim < 2 or math.prod(samples.shape[1:]) == 0:
             raise ValueError(f"samples must have shape [n, ...] with values in a sample, got {list(samples.shape)}")
-        if not isinstance(real, bool):
+        if not isinstance(real, (bool, np.bool_)):
             raise TypeError(f"real must be True or False, got {type(real).__name__}")
         self._keep("real_samples" if real else "generated_samples", samples.flatten(1))
 

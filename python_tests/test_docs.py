@@ -87,6 +87,9 @@ class Run:
             if "KDEJSD_DATA" not in os.environ:
                 return self.left_out.append(" ".join(args))
             args = tuple(os.environ["KDEJSD_DATA"] if arg == "DIR" else arg for arg in args)
+        if "FILE.csv" in args:
+            rows = (f"{i},{i % 7},{'ab'[i % 2]}\n" for i in range(40))
+            Path("FILE.csv").write_text("".join(("x,y,NAME\n", *rows)))
         if args[0] == "fit" and "--help" not in args:
             args = (*args, f"--trainer.max_steps={STEPS_OF_RESUMED if '--ckpt_path' in args else STEPS}")
         try:

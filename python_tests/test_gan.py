@@ -385,7 +385,7 @@ def test_the_command_trains_evaluates_and_resumes_a_gan_of_points(tmp_path, monk
     assert report["run"]["steps"] == 6 and report["held_out"]["count"] == 200 and report["training"]["count"] == 1800
     model = built.GAN.load_from_checkpoint(tmp_path / "half/checkpoints/last.ckpt")
     expected = Grid2D().sample_measures(model.sample(10_000, generator()))
-    assert report["samples"] == {"count": 10_000, **expected}
+    assert {"count": 10_000, **expected}.items() <= report["samples"].items()
     assert f"{report['held_out']['divergence']:.4g}" in out and "modes captured" in out
     shares = torch.tensor(report["diversity"]["probabilities"])
     assert len(shares) == 25 and report["diversity"]["class_radius"]["mean"] > 0

@@ -92,7 +92,7 @@ class StochasticGEN(GEN):
             **kwargs,
         )
         for name in ("smoothed", "kernel_noise", "normalize_codes"):
-            del self.hparams[name]  # a checkpoint's are handed to this constructor, which has no such arguments
+            self.hparams.pop(name, None)  # a checkpoint hands them to this constructor, which has no such arguments
 
     build_networks = staticmethod(VAE.build_networks)  # an encoder to twice the latent dimension
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.stats import ks_2samp
+from scipy import stats
 from torch import Tensor
 
 from ._extras import train_extra
@@ -371,7 +371,7 @@ def column_histograms(examples: Tensor, held_out: Tensor, names: Sequence[str], 
     with np.errstate(divide="ignore"):  # in the p-value of one example against one, which nobody asks for
         apart = np.array(
             [
-                ks_2samp(column, other, method="asymp")[0] if len(column) else 1.0
+                stats.ks_2samp(column, other, method="asymp")[0] if len(column) else 1.0
                 for column, other in zip(finite, others.T, strict=True)
             ]
         )

@@ -16,8 +16,9 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]  # which may be there in part
         raise ModuleNotFoundError(
-            f'kdejsd needs the package "{error.name}" for this, and it is not installed: pip install "kdejsd[{name}]"',
+            f'kdejsd needs the package "{package}" for this, and it is not installed: pip install "kdejsd[{name}]"',
             name=error.name,
         ) from error
 

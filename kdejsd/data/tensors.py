@@ -6,6 +6,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Tensors(ExampleData):
         self.standardize = standardize
         self.keep_in_memory = keep_in_memory
 
-    @property
+    @cached_property
     def example_shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(_read(self.path)[0].shape[1:])
 

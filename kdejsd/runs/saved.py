@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,20 @@ def open_checkpoint(
     if path is None or checkpoint is None:
         raise ValueError(f"RUN must stand before the options, got {args[0]} there")
     model = loaded_model(path)
-    data_module = parser.instantiate_classes(config).data
-    data_module.load_state_dict(checkpoint.get(type(data_module).__qualname__, {}))
+    data_module = data_as_trained(parser, config, checkpoint)
     if data_module.example_shape != tuple(model.hparams["example_shape"]):
         raise ValueError(
             f"--data must have examples of shape {tuple(model.hparams['example_shape'])}, as the run's model, "
             f"got {data_module.example_shape}"
         )
     return config, checkpoint, model, data_module, path
+
+
+def data_as_trained(parser: ArgumentParser, config: Any, checkpoint: Mapping[str, Any]) -> ExampleData:
+    """Returns the data of the settings, whose examples are read as those of the checkpoint's run were."""
+    data: ExampleData = parser.instantiate_classes(config).data
+    data.load_state_dict(checkpoint.get(type(data).__qualname__, {}))
+    return data
 
 
 def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:

@@ -18,7 +18,7 @@ from ..models import Autoencoder
 from ..novelty import NoveltyScore, novelty_score, residual_variance
 from .folders import fresh_folder, run_folder
 from .progress import batches
-from .saved import open_checkpoint
+from .saved import data_as_trained, open_checkpoint
 
 with train_extra():
     from jsonargparse import ArgumentParser
@@ -52,10 +52,7 @@ def score(args: list[str]) -> int:
     variance = config.variance
     if variance is None:
         own = parser.get_defaults()
-        trained_on = data_module
-        if own.data != config.data:
-            trained_on = parser.instantiate_classes(own).data
-            trained_on.load_state_dict(content.get(type(trained_on).__qualname__, {}))
+        trained_on = data_module if own.data == config.data else data_as_trained(parser, own, content)
         moved_to = data_module if own.data.class_path == config.data.class_path else None
         variance = _training_variance(model, trained_on, moved_to)
     if config.out is None:

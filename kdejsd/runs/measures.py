@@ -45,8 +45,8 @@ _OF_CODES = {
         "latent loss, nats",
         "The term of the training loss that draws the codes to their target.",
         "Near the value of the next row, which is not 0: the density of finitely many lagged codes is not quite the "
-        "law that they come from. It has gaps, where it is far below the target's density, so that the loss can be "
-        "negative.",
+        "distribution that they come from. It has gaps, where it is far below the target's density, so that the loss "
+        "can be negative.",
     ),
     "latent_term_of_target": Measure(
         "  of codes that follow the target",
@@ -60,8 +60,8 @@ _OF_CODES = {
     ),
     "jsd": Measure(
         "JSD of the codes, nats",
-        "The Jensen-Shannon divergence between the density of the codes and the target: 0 for equal laws, log 2 = 0.69 "
-        "for laws that have nothing in common.",
+        "The Jensen-Shannon divergence between the density of the codes and the target: 0 for equal "
+        "distributions, log 2 = 0.69 for distributions that have nothing in common.",
         "Near the value of the target's own samples, in the next row. It can lie a little below that value or below 0, "
         "since both are estimates from finitely many samples; a value far below it means codes that are too narrow, as "
         "their variance tells.",
@@ -144,7 +144,7 @@ MEASURES = {
         "sliced Wasserstein distance",
         "How far the generated examples must be moved, in the mean over random directions, to become held-out ones; in "
         "the units that the model sees, which are standard deviations where the columns are standardised.",
-        "Near the value of the next row, which is not 0: two finite sets of one law lie apart by chance.",
+        "Near the value of the next row, which is not 0: two finite sets from one distribution lie apart by chance.",
     ),
     "samples.sliced_wasserstein_of_training": Measure(
         "  of as many training examples",
@@ -160,11 +160,11 @@ MEASURES = {
     "samples.two_sample_accuracy_of_training": Measure(
         "  of as many training examples",
         "The same share, of training examples and held-out ones.",
-        "The value to compare with, near 0.5 where training and held-out examples are of one law.",
+        "The value to compare with, near 0.5 where training and held-out examples come from one distribution.",
     ),
     "samples.two_sample_standard_error": Measure(
-        "  standard error for equal laws",
-        "The standard deviation that the accuracy has where both sets are of one law.",
+        "  standard error for one distribution",
+        "The standard deviation that the accuracy has where both sets come from one distribution.",
     ),
     "samples.two_sample_count": Measure(
         "  number compared", "The number of examples of each set that were compared for the distance and the accuracy."
@@ -172,7 +172,9 @@ MEASURES = {
     "diversity.num_samples": Measure(
         "number of samples", "The number of latent samples whose examples a classifier has told the classes of."
     ),
-    "diversity.prior": Measure("law of the latents", "The law that the latent samples were drawn from."),
+    "diversity.prior": Measure(
+        "distribution of the latents", "The distribution that the latent samples were drawn from."
+    ),
     "diversity.probabilities": Measure(
         "class probabilities", "The share of the generated examples in each class.", "As in the training examples."
     ),

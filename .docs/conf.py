@@ -6,22 +6,30 @@ import re
 from itertools import pairwise
 from typing import Any
 
+import latex2mathml.converter
+from docutils import nodes
+
 import kdejsd
 
 project = "kdejsd"
 release = kdejsd.__version__
 copyright = "the authors of kdejsd, MIT licence"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"kdejsd {release}"
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+html_math_renderer = "mathml"
+copybutton_prompt_text = ">>> |\\.\\.\\. "
+copybutton_prompt_is_regexp = True
 
 default_role = "py:obj"  # a name in single backticks is a link where it is a name of ours
 highlight_language = "none"
-python_maximum_signature_line_length = 100
+python_maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
@@ -32,6 +40,7 @@ napoleon_use_param = False  # "encoder, decoder: ..." is one entry for two argum
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Returns"]  # as text: what stands before a colon there is no type
 
+_FUNCTION = re.compile(r"(<mi>[a-z]{2,}</mi>)(?=<m[isnf])")  # log, det: the converter leaves no space after them
 _QUOTED = re.compile(r"(``?[^`]+``?)")
 _SPECIAL = re.compile(r"[\\*|]|(?<=\w)_(?!\w)|(?<=\b\w)\.(?!\S)")  # the last: "l." is no number of a list
 
@@ -68,5 +77,15 @@ def as_rst(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: l
     lines[:] = found
 
 
+def visit_formula(self: Any, node: Any) -> None:
+    """Writes a formula as MathML, which browsers render by themselves: a page needs no script and no network."""
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    formula = latex2mathml.converter.convert(node.astext(), display=display)
+    formula = _FUNCTION.sub(r'\1<mspace width="0.17em"/>', formula)
+    self.body.append(f'<div class="formula">{formula}</div>' if display == "block" else formula)
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon's
+    app.add_html_math_renderer("mathml", (visit_formula, None), (visit_formula, None))

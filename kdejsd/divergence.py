@@ -38,8 +38,15 @@ def _js_terms(gap: Tensor) -> Tensor:
     return _LOG2 + logsigmoid(-gap)
 
 
+def _js_target_share(terms: Tensor) -> Tensor:
+    return -torch.expm1(terms - torch.log(terms.new_tensor(2.0)))  # 1 - r, where a term is log 2 + log r
+
+
 # The divergences that the training loss can be, by name: whoever takes a name looks it up here.
-DIVERGENCES = {"js": Divergence(_js_terms, "kJensenShannon"), "kl": Divergence(torch.neg, "kLogRatio")}
+DIVERGENCES = {
+    "js": Divergence(_js_terms, "kJensenShannon", _js_target_share, lambda means: _LOG2 + means.log_r),
+    "kl": Divergence(torch.neg, "kLogRatio", lambda terms: torch.sigmoid(-terms), lambda means: means.log_x),
+}
 _NAMES = tuple(DIVERGENCES)
 
 
@@ -199,7 +206,7 @@ def matched_loss(
                 query_scale=math.sqrt(1 + square) if kernel_noise else 1.0,
                 own=kernel_noise,
             )
-            return _LOG2 + means.log_r if divergence == "js" else means.log_x
+            return DIVERGENCES[divergence].mean(means)
     rng = torch.Generator().manual_seed(0)
     total = 0.0
     for _ in range(_SETS):

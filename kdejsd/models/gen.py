@@ -15,6 +15,7 @@ from .._modes import evaluating
 from .._numbers import integer, not_negative, real
 from .._ranks import of_first
 from ..data import Batch, ExampleData
+from ..divergence import DIVERGENCES
 from ..lagged import LaggedKDE
 from ..refresh import read
 from ..targets import Target
@@ -361,10 +362,7 @@ class GEN(Autoencoder):
 
     def gradient_weight(self, terms: Tensor) -> Tensor:
         """Returns the mean of 1 - r = p_t / (p_e + p_t) from the terms [n] of `LaggedKDE.loss`, 0-dim."""
-        terms = terms.detach()
-        if self.lagged.divergence == "kl":  # a term is log p_e - log p_t
-            return torch.sigmoid(-terms).mean()
-        return -torch.expm1(terms - torch.log(terms.new_tensor(2.0))).mean()  # a term is log 2 + log r
+        return DIVERGENCES[self.lagged.divergence].target_share(terms.detach()).mean()
 
     # Evaluation
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._native import native
+from .._normal_kde import Means
 from ..reference import kde as reference
 from . import _common
 from ._kde_inputs import Inputs, all_tensors, checked_inputs, checked_own, is_per_center
@@ -132,6 +133,8 @@ class Divergence(NamedTuple):
 
     terms: Callable[[Tensor], Tensor]  # of the gap, in nats
     value: KdeValue  # what the kernels give where the target is a normal
+    target_share: Callable[[Tensor], Tensor]  # of the terms: p_t / (p_e + p_t)
+    mean: Callable[[Means], float]  # of the terms, from those of the log-ratios
 
 
 def normal_divergence_terms(

@@ -86,6 +86,12 @@ def visit_formula(self: Any, node: Any) -> None:
     raise nodes.SkipNode
 
 
+def without_links_to_files(_app: Any, _path: Any, _document: str, content: list[str]) -> None:
+    """Leaves the words of an included page's links to files that are no pages of the site."""
+    content[0] = re.sub(r"\[([^\]]+)\]\((?!\.\./\.docs/|https?:|#)[^)]+\)", r"\1", content[0])
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon's
+    app.connect("include-read", without_links_to_files)
     app.add_html_math_renderer("mathml", (visit_formula, None), (visit_formula, None))

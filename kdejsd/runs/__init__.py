@@ -1,4 +1,4 @@
-"""Runs the command's work on a model: settings, folder, checkpoints, report and scores."""
+"""Does the work of the command on a model: settings, folder, checkpoints, report and scores."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
         return figure
     _scatter(axes, codes, labels, color)
     _draw_law(axes, law, torch.zeros(2).double(), torch.eye(2).double())
-    figure.suptitle(f"{title}, and the law that they are to follow")
+    figure.suptitle(f"{title}, and the distribution that they should follow")
     axes.set_title(_circles(law), fontsize="medium")
     axes.set(xlabel="code 1", ylabel="code 2")
     _fill_square(axes)
@@ -395,7 +395,7 @@ def column_histograms(examples: Tensor, held_out: Tensor, names: Sequence[str], 
         ncols=2,
         frameon=False,
     )
-    figure.supxlabel("value; in brackets the Kolmogorov-Smirnov distance, 0 for equal laws", fontsize="small")
+    figure.supxlabel("value; in brackets the Kolmogorov-Smirnov distance, 0 for equal distributions", fontsize="small")
     figure.supylabel("share of the examples", fontsize="small")
     return figure
 

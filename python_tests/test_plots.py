@@ -170,7 +170,7 @@ def test_latent_draws_codes_by_class():
     figure = plots.latent(codes, labels, StandardNormal(2))
     assert torch.equal(dots(figure)[key(TAB10[3])], codes[labels == 3])
     assert circles(figure) == [((0, 0), 1), ((0, 0), 2), ((0, 0), 3)] and legend(figure) == ["0", "3"]
-    assert figure.get_suptitle() == "400 codes, and the law that they are to follow"
+    assert figure.get_suptitle() == "400 codes, and the distribution that they should follow"
     assert "1, 2 and 3 standard deviations" in figure.axes[0].get_title()
 
 

@@ -170,7 +170,7 @@ class LaggedKDE(nn.Module):
         return self._fault is None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LaggedKDE:
-        """Moves or casts the tensors, for `to`, `cuda` and their kin.
+        """Moves or casts the tensors, for `to`, `cuda` and similar methods.
 
         Codes that are to stay on the host stay there, and the examples' numbers keep their dtype.
         """
@@ -195,7 +195,7 @@ class LaggedKDE(nn.Module):
         self.codes = codes.pin_memory() if self.storage_device == "cpu" and self.examples.is_cuda else codes
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for a copy or a pickle, which reads its buffers anew: it has no count of their writes."""
+        """Returns the state for a copy or a pickle, which has no count of writes and so reads its buffers again."""
         return self.__dict__ | {"_seen": None}
 
     def _look(self) -> None:

@@ -522,7 +522,7 @@ def _counted(count: int, name: str) -> str:
 
 
 def _circles(law: Law) -> str:
-    """Returns what the circles of `_draw_law` are."""
+    """Returns the words for what `_draw_law` draws."""
     if not law_outline(law):
         return "Grey dots: samples of the target"
     if isotropic_variance(law) is not None:
@@ -583,7 +583,7 @@ def _legend(
 
 
 def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
-    """Draws the circles of the law on a plane, or samples of it where it tells of none."""
+    """Draws the circles of the distribution on a plane, or samples of it where it has no outline."""
     outline = law_outline(law)
     for center, radius in outline:
         x, y = ((center - shift) @ plane).tolist()
@@ -594,13 +594,13 @@ def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
 
 
 def _law_samples(law: Law) -> Tensor:
-    """Draws as many samples of the law as show its density, [n, l] in float64 on the CPU."""
+    """Draws enough samples of the distribution to show its density, [n, l] in float64 on the CPU."""
     n = max(1000, min(100_000, 4_000_000 // law.dim))
     return law.sample(n, torch.Generator().manual_seed(0)).detach().double().cpu()
 
 
 def _extent(law: Law) -> float:
-    """Returns an extent that holds the law's circles with some room, or 4 if there are none."""
+    """Returns an extent that holds the circles of the distribution with some room, or 4 if there are none."""
     return max((1.15 * (float(center.abs().max()) + radius) for center, radius in law_outline(law)), default=4.0)
 
 

@@ -258,7 +258,7 @@ Target: TypeAlias = IsotropicNormal | GaussianMixture | Distribution | Law
 
 
 class DistributionLaw(nn.Module):
-    """Gives a torch Distribution over vectors the methods of a law, with its parameters where they are.
+    """Gives a torch Distribution over vectors the methods of `Law`; its parameters stay where they are.
 
     Raises:
         ValueError: if the distribution's event is not one vector (wrap it in `torch.distributions.Independent`).
@@ -449,7 +449,7 @@ def _supported(
 
 
 def _with_kernel(distribution: Any, variance: float) -> Distribution:
-    """Returns the law of a sample of a normal distribution, or of a mixture of them, plus one of N(0, variance I)."""
+    """Returns the distribution of x + e, x being normal or from a mixture of normals, and e from N(0, variance I)."""
     if type(distribution) is Independent:
         part = _with_kernel(distribution.base_dist, variance)
         return Independent(part, distribution.reinterpreted_batch_ndims)
@@ -479,7 +479,7 @@ def _covariance(normal: MultivariateNormal) -> Tensor:
 
 
 def as_law(target: Target) -> Law:
-    """Returns the target as a law: itself, or a torch Distribution with the methods of one.
+    """Returns the target with the methods of `Law`: itself, or a torch Distribution in a `DistributionLaw`.
 
     Raises:
         ValueError: if it is a Distribution whose event is not one vector.
@@ -505,7 +505,7 @@ def _missing(target: object) -> list[str]:
 
 
 def is_target(value: object) -> bool:
-    """Tells whether a value is one that `as_law` takes, but for its shape."""
+    """Tells whether `as_law` takes a value, apart from its shape."""
     return isinstance(value, Distribution) or not (_missing(value) or isinstance(value, type))
 
 
@@ -549,7 +549,7 @@ def isotropic_variance(target: Target | None) -> float | None:
 
 
 def law_outline(law: Law) -> list[tuple[Tensor, float]]:
-    """Returns the spheres that a picture shows of the law, as centers [l] and radii; none where it tells of none."""
+    """Returns the spheres of the law that pictures show, as centers [l] and radii; none where it has no outline."""
     spheres = law.outline() if hasattr(law, "outline") else []
     return [(torch.as_tensor(center), float(radius)) for center, radius in spheres]
 

@@ -296,8 +296,8 @@ class _Search:
     def slide(self, best: _Nearest) -> None:
         """Moves along the boundary, by turns of the ray from z towards the foot on the tangent plane.
 
-        A turn goes a share of the way that is halved where the boundary was not nearer in the new direction. Between
-        the moves a few points in the ball up to the boundary are tried, lest another class on another side be missed.
+        If the boundary was not nearer in the new direction, the next turn goes half as far. Between the moves a few
+        points in the ball up to the boundary are tried, so that another class on another side is not missed.
         """
         z, share = best.z, torch.ones_like(best.z[:, :1])
         furthest = 6 + math.sqrt(z.shape[1])  # from a sample with no other class in sight, some way out of N(0, I)

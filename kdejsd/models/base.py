@@ -482,7 +482,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         self._keep_settings(checkpoint)
 
     def _keep_settings(self, checkpoint: dict[str, Any]) -> None:
-        """Lets the checkpoint's optimisers go on with this model's settings, where the run had others."""
+        """Makes the checkpoint's optimisers continue with this model's settings, where the run had others."""
         optimizers = checkpoint.get("optimizer_states", [])
         first = checkpoint.get("hyper_parameters", {}).get("learning_rate", self.learning_rate)
         scale = self.learning_rate / first if first else 1.0

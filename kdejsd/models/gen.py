@@ -31,12 +31,12 @@ NUM_LAGGED = 1000  # where neither the user nor a small training set says otherw
 class GEN(Autoencoder):
     """Trains a Generative Encoding Network: an autoencoder whose codes follow a known distribution, the target.
 
-    The loss is the mean squared error per value plus weight * the latent term. The latent term measures how far the
-    kernel density of the lagged codes is from the target (`LaggedKDE.loss`). The lagged codes are those of m training
-    examples that are drawn once. As in the paper's Algorithm 1, the encoder encodes them anew every k_b minibatches, in
-    evaluation mode and without gradient. `refresh` chooses between this and two other ways. "rolling" encodes a part of
-    them in every minibatch. "queue" takes the codes of the minibatches themselves, so nothing is encoded twice. A code
-    leaves out its own lagged copy, which it finds by the indices of the batch.
+    The loss is the mean squared error per value plus weight * the latent term. The latent term measures, at the codes
+    of the minibatch, how far the kernel density of the lagged codes is from the target (`LaggedKDE.loss`). The lagged
+    codes are those of m training examples that are drawn once. As in the paper's Algorithm 1, the encoder encodes them
+    anew every k_b minibatches, in evaluation mode and without gradient. `refresh` chooses between this and two other
+    ways. "rolling" encodes a part of them in every minibatch. "queue" takes the codes of the minibatches themselves, so
+    nothing is encoded twice. A code leaves out its own lagged copy, which it finds by the indices of the batch.
 
     For millions of lagged codes take `refresh="queue"` or "rolling"; set `keep_examples`, `lagged_dtype` and
     `lagged_device` by the memory that you have. All m codes are encoded by one encoder at the start and before each
@@ -85,9 +85,9 @@ class GEN(Autoencoder):
         keep_examples: keep the m lagged examples on the module's device. False reads them from the training set
             whenever they are encoded; for sets that are in memory this adds a tenth to the time of encoding. "queue"
             never keeps them.
-        input_dropout: share of the values of each example that the encoder does not see in a training step, drawn anew
-            each time. Use it for training sets of a few thousand examples or fewer. Without it the encoder can place
-            their codes one by one, more evenly than samples of the target.
+        input_dropout: share of the examples' values that the encoder does not see in a training step, drawn anew each
+            time. Use it for training sets of a few thousand examples or fewer. Without it the encoder can place their
+            codes one by one, more evenly than samples of the target.
 
     Raises:
         ValueError: if a size is below 1, the weight is negative, input_dropout is outside [0, 1), and in the cases of

@@ -47,7 +47,7 @@ def save(model: GenerativeModel, folder: str | os.PathLike[str], name: str = "."
 
 
 def _arguments(model: GenerativeModel) -> dict[str, Any]:
-    """Returns the content of config.json, of which `class_path` and `init_args` are as in a run's config.yaml."""
+    """Returns the content of config.json. Its `class_path` and `init_args` are those of a run's config.yaml."""
     arguments = {name: value for name, value in model.hparams.items() if not name.startswith("_")}
     arguments |= {name: value for name, value in model.descriptions.items() if value is not None}
     if "bandwidth" in arguments:

@@ -48,7 +48,7 @@ class HalfCosine(LRScheduler):
         return {name: value for name, value in super().state_dict().items() if name != "_total"}
 
     def _take_over(self, step: int) -> None:
-        """Begins anew from rates that something else has set at this step."""
+        """Starts again from rates that something else has set at this step."""
         share = self._share(step)
         for i, (group, last) in enumerate(zip(self.optimizer.param_groups, self._last_lr, strict=True)):
             if group["lr"] != last and share > 0:

@@ -1,4 +1,4 @@
-"""Defines a GEN whose target has a component for each class, for examples of which some are labelled."""
+"""Defines a GEN whose target has a component for each class, to train with few labels."""
 
 from __future__ import annotations
 

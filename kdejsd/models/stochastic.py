@@ -132,6 +132,6 @@ class StochasticGEN(GEN):
 
 
 def _drawn(law: tuple[Tensor, Tensor], rng: torch.Generator | None) -> Tensor:
-    """Draws a code of each normal law, whose means and standard deviations are [n, l] each."""
+    """Draws one code from each normal distribution, whose means and standard deviations are [n, l] each."""
     mean, scale = law
     return mean + scale * noise_like(mean, rng)

@@ -153,7 +153,7 @@ def _all_ratios(inputs: Tensor, codes: Tensor, eager: bool) -> Tensor:
 
 
 def _half_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
-    """Returns [b/2] by torch's own operators: there is no more memory to save than that of the arguments."""
+    """Returns [b/2] by torch's own operators, which here need no more memory than the arguments do."""
     (x, other_x), (z, other_z) = inputs.chunk(2), codes.chunk(2)
     return pair_ratios(x - other_x, z - other_z)
 

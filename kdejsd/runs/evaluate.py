@@ -1,4 +1,4 @@
-"""Defines `kdejsd evaluate`, which writes the report of a run anew."""
+"""Defines `kdejsd evaluate`, which writes the report of a run again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ with train_extra():
 
 
 def evaluate(args: list[str]) -> int:
-    """Writes the report of a run anew and prints where it is; returns the exit code."""
+    """Writes the report of a run again and prints where it is; returns the exit code."""
     parser = ArgumentParser(prog="kdejsd evaluate", description="Writes the report of a run anew.", exit_on_error=False)
     parser.add_argument("--out", type=str, help="The report's folder; default: a fresh one beside the checkpoint's.")
     parser.add_argument(

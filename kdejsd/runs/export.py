@@ -1,4 +1,4 @@
-"""Defines `kdejsd export`, which writes a run's model into a folder that can be handed on."""
+"""Defines `kdejsd export`, which writes a run's model into a folder to share."""
 
 from __future__ import annotations
 

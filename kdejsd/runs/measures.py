@@ -242,8 +242,8 @@ MEASURES = {
 def explained(key: str) -> Measure:
     """Returns the words for a measure by its place in metrics.json.
 
-    The place goes without "held_out" and "training". A measure without an explanation here, such as
-    one of a data set of your own, has its key as its label.
+    The place goes without "held_out" and "training". A measure without an explanation here, such as one of a data set
+    of your own, has its key as its label.
     """
     label = key.rpartition(".")[2].replace("_", " ")
     return MEASURES.get(key, Measure(label))

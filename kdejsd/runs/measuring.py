@@ -51,7 +51,7 @@ class Encoded:
 
 @torch.no_grad()
 def encode_set(model: Autoencoder, examples: Any, *, seed: int = 0) -> Encoded:
-    """Encodes an example set (`kdejsd.data.ExampleSet`) and returns its codes, labels and reconstruction error.
+    """Encodes a set of examples (`kdejsd.data.ExampleSet`): returns their codes, labels and reconstruction error.
 
     The seed is that of the posterior's samples.
 

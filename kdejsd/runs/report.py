@@ -211,9 +211,10 @@ class AutoencoderReport(Report[Autoencoder]):
 
 
 class GANReport(Report[GAN]):
-    """Adds the divergence as the discriminator sees it.
+    """Adds the divergence that the discriminator estimates.
 
-    That of training examples exceeds that of held-out ones by as much as the discriminator has learnt by heart.
+    If it is larger for training examples than for held-out ones, the discriminator has learnt training examples by
+    heart.
     """
 
     def set_measures(self) -> dict[str, Measures]:

@@ -52,12 +52,12 @@ _MAIN_TRAINER_SETTINGS = {
 class FitCLI(LightningCLI):
     """Reads every setting of trainer, model and data for `kdejsd fit`, and makes a fresh folder for the run.
 
-    A run that goes on from its own newest checkpoint has its own folder.
+    A run that continues from its own newest checkpoint keeps its folder.
 
     Attributes:
         folder: the run's folder.
-        ckpt_path: the checkpoint that the run goes on from, if there is one.
-        begun: the number of steps that this has.
+        ckpt_path: the checkpoint that the run continues from, if there is one.
+        begun: the number of steps in that checkpoint.
     """
 
     config: Any
@@ -218,7 +218,7 @@ class FitCLI(LightningCLI):
 class RunConfig(pl.Callback):
     """Writes config.yaml into the run's folder after the first step.
 
-    A run that goes on in its own folder keeps the one that is there if it cannot begin.
+    If a run that continues in its own folder cannot begin, the file that is there stays.
     """
 
     def __init__(self, path: Path, text: str) -> None:

@@ -31,11 +31,14 @@ _MIXED = "averages over the codes of different examples, which are no codes"
 class LaggedKDE(nn.Module):
     """Stores lagged codes and returns the latent loss of a GEN: how far their density is from a target.
 
-    Use it in a training loop of your own. It holds the codes of m training examples from some steps ago. They are the
-    centers of a kernel density estimate p_e, and constants of the loss. There are three ways to keep them young. Every
-    few minibatches you encode the examples anew, and hand all codes to `refresh` (the paper's way) or a part of them to
-    `update`. Or `push` puts the codes of each minibatch in the places of the oldest ones. `LaggedRefresh` does the
-    first for you.
+    Use it in a training loop of your own: call `refresh` before the first step, and `loss` in every step. It holds the
+    codes of m training examples from some steps ago. They are the centers of a kernel density estimate p_e, and
+    constants of the loss. There are three ways to keep them up to date:
+
+    * Every few minibatches, encode the examples again and pass all codes to `refresh`. This is the paper's way, and
+      `LaggedRefresh` does it for you.
+    * Encode only a part of the examples again, and pass their codes to `update`.
+    * Pass the codes of each minibatch to `push`, which puts them in the places of the oldest ones.
 
     The state_dict holds the lagged codes, their examples and the bandwidth, all as tensors. A module that loads it
     continues where the saved one stood. The codes and examples are buffers, so averages of models have them too

@@ -102,8 +102,8 @@ def _summary(per_sample: Tensor) -> tuple[float, float]:
 def class_radius(latents: Tensor, labels: Tensor) -> ClassRadius:
     """Estimates the mean class radius by the distance of each sample to the nearest sample of another class.
 
-    The class radius is the mean distance of a latent sample to the boundary of its class. The smaller it is, the more
-    classes there are. Use this estimator in up to 4 dimensions, and `class_radius_search` above.
+    The class radius is the mean distance of a latent sample to the boundary of its class. A smaller radius goes with
+    more diversity. Use this estimator in up to 4 dimensions, and `class_radius_search` above.
 
     The estimate is biased upward, because the nearest sample lies behind the boundary and to the side. For half-spaces
     the bias is about 4.5 N^(-2/(d+1)): 0.015 at N = 5000, d = 2; 0.014 and 0.045 at N = 100 000, d = 3 and 4. For 25

@@ -38,8 +38,8 @@ def omega(
 ) -> Tensor | OmegaMax:
     """Returns how much an encoder f stretches distances between pairs of samples: the regulariser of LC-VAE.
 
-    Add it to a loss to make an encoder smoother, or take its maximum to measure one. For each pair of samples it is the
-    squared ratio of distances
+    Add it to a loss as a penalty on the encoder's Lipschitz constant (`kdejsd.models.LCVAE` says what this achieves),
+    or take its maximum to measure an encoder. For each pair of samples it is the squared ratio of distances
 
         omega(I1, I2) = |f(I1) - f(I2)|^2 / |I1 - I2|^2
 

@@ -240,10 +240,10 @@ class BatchLoader(DataLoader[Batch]):
 
 
 class ExampleData(pl.LightningDataModule):
-    """Provides examples to train on: a training set, a held-out set, and batches of them. The base of all sets.
+    """Provides examples to train on: a training set, a held-out set, and batches of them.
 
-    To define a set of your own, derive from it and define `example_shape` and `load`. Checkpoints keep those arguments
-    of the constructor that are numbers or text; others, such as objects, are left out.
+    It is the base class of all sets. For a set of your own, derive from it and define `example_shape` and `load`.
+    Checkpoints keep those arguments of the constructor that are numbers or text; others, such as objects, are left out.
 
     Args:
         batch_size: examples per training step, on each device; None is 100, or all training examples where they are

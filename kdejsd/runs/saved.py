@@ -39,7 +39,7 @@ def open_checkpoint(
     parser.add_argument(
         "run", type=str, metavar="RUN", help="The folder of a run of kdejsd fit, or the file of its checkpoint."
     )
-    parser.add_subclass_arguments(ExampleData, "data", help="Other examples than the run's own.", required=False)
+    parser.add_subclass_arguments(ExampleData, "data", help="Examples to use instead of the run's own.", required=False)
     path, checkpoint = None, None
     if args and not args[0].startswith("-"):
         path, checkpoint = opened(args[0])

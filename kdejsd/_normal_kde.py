@@ -85,7 +85,7 @@ def log_ratio_means(
         # log(Y / m) where D = 0, which log s is counted from: F then begins at a point of the grid, for every rho.
         shift = dim * (math.log(variance) / 2 - math.log(bandwidth)) + square / (2 * variance) - math.log(count + own)
         others = _Grid(dim, bandwidth**2 / center_scale**2, square / center_scale**2, spacing)
-        if own:  # given z, (1 + h^2) D^2 / h^2 is of the noncentral chi-square law of (l, h^2 rho^2 / (1 + h^2))
+        if own:  # given z, (1 + h^2) D^2 / h^2 has the noncentral chi-square distribution of (l, h^2 rho^2 / (1 + h^2))
             itself = _Grid(dim, 1 + bandwidth**2, square * bandwidth**2 / (1 + bandwidth**2), spacing)
         # Y is at most what it is where D = 0, so from here on X and s are all that can tell phi and e^-s from 1.
         start = round((min(shift, -math.log(count + own)) - _BELOW) / spacing)

@@ -29,7 +29,7 @@ from .targets import (
 )
 
 _LOG2 = math.log(2)
-_MOST_CENTERS = 10**9  # of which no digits of the integral are left, nor memory for samples
+_MOST_CENTERS = 10**9  # with more, the integral has no digits left, and samples do not fit in memory
 _SETS, _CODES = 10, 2000  # of lagged codes, and codes for each of them, where samples are needed
 
 
@@ -127,7 +127,7 @@ def jsd_loss(
         >>> round(loss.item(), 2), (codes * codes.grad).sum() < 0  # a step along -grad widens the codes
         (0.33, tensor(True))
     """
-    if divergence not in _NAMES:  # asked here too, as each call of a function is felt in a small loss
+    if divergence not in _NAMES:  # asked here too: a function call would slow down a small loss
         check_divergence(divergence)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -207,7 +207,7 @@ def matched_loss(
     variance = isotropic_variance(law)
     if variance is not None:
         square = bandwidth**2 / variance  # in units of the target's scale
-        with contextlib.suppress(OverflowError):  # it would take longer than samples do
+        with contextlib.suppress(OverflowError):  # the integral would take longer than samples
             means = log_ratio_means(
                 latent_dim,
                 num_centers,

@@ -82,7 +82,8 @@ def _fake(codes: Tensor, bandwidth: float | None, whiten: bool) -> Tensor:
     return codes.new_empty(())
 
 
-# A compiled graph has what looks at values as one operator. It gives the bandwidth alone: the codes have a gradient.
+# In a compiled graph one operator does all that looks at values. It returns the bandwidth alone, as the codes have a
+# gradient.
 _operator = _common.operator("prepared_bandwidth", _prepared_bandwidth, _fake, looks_at_values=True)
 
 

@@ -12,7 +12,7 @@ from ._modes import Map, evaluating
 from ._numbers import integer, positive
 from .targets import StandardNormal
 
-# An angle between the Jacobian's columns of this many roundings is none: sums over a layer's inputs leave some tens.
+# An angle of this many roundings between the Jacobian's columns counts as 0: sums over a layer's inputs have some tens.
 _ROUNDINGS = 100
 
 

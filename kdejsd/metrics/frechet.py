@@ -75,7 +75,7 @@ def frechet_distance(real: Tensor, generated: Tensor, features: nn.Module) -> fl
             for chunk in images.split(_CHUNK):
                 metric.update(extract(chunk), real=is_real)
     if not bool((metric.real_features_sum + metric.fake_features_sum).isfinite().all()):
-        return math.nan  # of which no eigenvalues can be had
+        return math.nan  # the eigenvalues cannot be computed
     return float(metric.compute())
 
 

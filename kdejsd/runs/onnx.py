@@ -14,7 +14,7 @@ from .._modes import evaluating
 from ..models import Autoencoder, GenerativeModel
 
 OPSET = 18  # what torch's exporter writes without a conversion, and runtimes since 2023 read
-_BATCHES = (1, 7)  # sizes at which what is written is compared with the model, and neither of which it was traced with
+_BATCHES = (1, 7)  # sizes of the comparison with the model, both other than that of the tracing
 _TOLERANCE = 1e-4  # of the greatest value
 
 

@@ -81,7 +81,7 @@ def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     ):
         if "_class_path" not in checkpoint.get(settings, {}):
             raise ValueError(f"{file} was not written by kdejsd fit: it does not say {what} was trained")
-        class_at(checkpoint[settings]["_class_path"], f"{file} is of")  # imports the module of a class of one's own
+        class_at(checkpoint[settings]["_class_path"], f"{file} is of")  # imports the module of a user's class
     return file, checkpoint
 
 

@@ -172,7 +172,7 @@ class FitCLI(LightningCLI):
         if given.max_epochs is None and given.max_time is None and given.max_steps == -1:
             config.trainer.max_steps = kwargs["max_steps"] = _DEFAULT_STEPS
         self._choose_folder(config.out, Path("runs", config.data.class_path.rpartition(".")[2].lower()))
-        # The saved configuration is for the next run, which has a folder of its own and starts where it is told to.
+        # The saved configuration is for the next run, which has its own folder and starting point.
         config.out = config.ckpt_path = None
         if given.logger in (None, True):
             kwargs["logger"] = RunLogger(

@@ -1,4 +1,4 @@
-"""Measures, differentiably in torch, how well latent codes follow a target law and how diverse a generator is."""
+"""Trains latent codes to follow a known distribution, and measures how well they do and how diverse a generator is."""
 
 from importlib import import_module
 from importlib.util import find_spec

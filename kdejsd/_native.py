@@ -98,7 +98,7 @@ def _look_for_cuda() -> str:
 
 
 def build_info() -> dict[str, str | int | bool]:
-    """Returns what was built and which parts of it this machine can use.
+    """Returns what this build contains, and which parts of it this machine can use.
 
     Returns:
         A flat dict: the versions, the compiler, the CPU instruction set in use and those built ("amx", "v4" for

@@ -1,4 +1,4 @@
-"""Averages the KDE of normal samples over all sets of them, by quadrature in place of samples."""
+"""Averages functions of the KDE of normal samples over all possible sets of samples, by quadrature."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def log_ratio_means(
 ) -> Means:
     """Averages log X and log r, X = p_e / p_t, over normal queries z and over all sets of m normal centers.
 
-    p_e is the KDE of the centers by the bandwidth h, p_t is N(0, v). Given |z| = rho, m X is a sum of m independent
+    p_e is the KDE of the centers with the bandwidth h, p_t is N(0, v). Given |z| = rho, m X is a sum of m independent
     terms, one for each center:
 
         Y = h^-l v^(l/2) exp(rho^2 / 2v - D^2 / 2h^2),
 
-    where D^2 / c^2 is of the noncentral chi-square law with l degrees of freedom and noncentrality rho^2 / c^2.
+    where D^2 / c^2 has the noncentral chi-square distribution with l degrees of freedom and noncentrality rho^2 / c^2.
     With phi(s) = E exp(-s X) = (E exp(-s Y / m))^m both averages are integrals (Frullani's):
 
         E log X = int (e^-s - phi(s)) ds / s,    E log(1 + X) = int e^-s (1 - phi(s)) ds / s.
 
-    They are taken over log s by the trapezoidal rule, which converges faster than any power there, and over rho by
-    Gauss's. The results are right to about 1e-5.
+    The integrals over log s are taken by the trapezoidal rule, which converges faster than any power there, those over
+    rho by Gauss's. The results are right to about 1e-5.
 
     Args:
         dim: l.
-        count: m, of which 10^9 and more leave no digits.
+        count: m. From 10^9 on no digits are left.
         bandwidth: h.
         variance: v, of the target.
         query_scale: the standard deviation of the queries.
         center_scale: c, that of the centers.
-        own: whether each query has a center of its own beside the m others, the sample x of which it is x + h noise.
-            The query's scale is then sqrt(1 + h^2), and the centers' is 1.
+        own: whether each query x + h noise has a center of its own, x, in addition to the m others. The query's scale
+            is then sqrt(1 + h^2), and the centers' is 1.
 
     Raises:
         OverflowError: if it would take long: the bandwidth is far from the queries' scale, or there are thousands of
@@ -85,7 +85,7 @@ def log_ratio_means(
         # log(Y / m) where D = 0, which log s is counted from: F then begins at a point of the grid, for every rho.
         shift = dim * (math.log(variance) / 2 - math.log(bandwidth)) + square / (2 * variance) - math.log(count + own)
         others = _Grid(dim, bandwidth**2 / center_scale**2, square / center_scale**2, spacing)
-        if own:  # given z, (1 + h^2) D^2 / h^2 is of the noncentral chi-square law of (l, h^2 rho^2 / (1 + h^2))
+        if own:  # given z, (1 + h^2) D^2 / h^2 has the noncentral chi-square distribution of (l, h^2 rho^2 / (1 + h^2))
             itself = _Grid(dim, 1 + bandwidth**2, square * bandwidth**2 / (1 + bandwidth**2), spacing)
         # Y is at most what it is where D = 0, so from here on X and s are all that can tell phi and e^-s from 1.
         start = round((min(shift, -math.log(count + own)) - _BELOW) / spacing)

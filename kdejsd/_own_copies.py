@@ -33,7 +33,7 @@ class OwnCopies:
         self._reserved = num_examples
 
     def read(self, indices: Tensor | None, oldest: Tensor) -> None:
-        """Indexes the codes anew.
+        """Builds the index from the examples of all codes.
 
         Args:
             indices: [m] int64, the examples of the codes, -1 where they are not known; None where there are no codes.

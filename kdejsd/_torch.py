@@ -44,11 +44,11 @@ _OTHER_KEYS = ~_bits(
 
 
 def is_plain(arguments: Iterable[object]) -> bool:
-    """Tells whether a call with these arguments, tensors, numbers and None, may take their addresses.
+    """Tells whether a call may use the addresses of its arguments, which are tensors, numbers and None.
 
     It may if they are ordinary dense tensors of a CPU or of CUDA, and no mode of torch is to see, change or record the
-    call. Only what is known to be harmless passes. Everything else (tracing, function transforms, fake tensors,
-    subclasses, other layouts, values that are negated or zero by a flag, modes to come) does not.
+    call. Only cases that are known to be harmless pass. Everything else does not: tracing, function transforms, fake
+    tensors, subclasses, other layouts, values that a flag negates or makes zero, and modes of later versions.
     """
     if torch.compiler.is_dynamo_compiling() or forward_ad._current_level >= 0:
         return False
@@ -95,7 +95,7 @@ def cuda_stream(device: int) -> int:
 def reduced_precision_allowed(device_type: str) -> bool:
     """Tells whether float32 products may be taken in TF32 or as sums of two bfloat16 numbers on a type of device.
 
-    The type is "cuda" or "cpu"; `torch.set_float32_matmul_precision` and its kin decide.
+    The type is "cuda" or "cpu"; `torch.set_float32_matmul_precision` and the like decide.
     """
     if _float32_precision is None:
         return torch.get_float32_matmul_precision() != "highest"

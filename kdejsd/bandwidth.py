@@ -1,4 +1,4 @@
-"""Chooses bandwidths: the one with which a KDE matches its target, and the one of greatest leave-one-out likelihood."""
+"""Chooses bandwidths: one at which a KDE matches its target, and one of greatest leave-one-out likelihood."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ _WIDEST = 10.0  # of the bandwidths with which codes may settle, in units of the
 
 @dataclass(frozen=True)
 class OptimalBandwidth:
-    """Holds the result of `optimal_bandwidth`: the bandwidth and, where it was searched by trials, their values.
+    """Holds the result of `optimal_bandwidth`: the bandwidth, and the trials that it comes from, if there were any.
 
     Attributes:
-        value: the bandwidth to use, which is the mean of the trials' if there are any.
+        value: the bandwidth to use, a float. With trials it is their mean.
         std: the standard deviation of the trials' bandwidths (n - 1 in the denominator); NaN for a single trial, 0
             without trials.
         trials: the bandwidth of every trial, in order; empty where no samples were needed.
@@ -82,66 +82,75 @@ def optimal_bandwidth(
     trials: int | None = None,
     seed: int = 0,
 ) -> OptimalBandwidth:
-    """Finds the bandwidth with which a KDE of m samples of the target resembles the target most.
+    """Finds the bandwidth at which a KDE of m samples of the target resembles the target most.
 
-    For isotropic normals it is computed without samples, in about a second whatever m is: as the bandwidth that
-    maximises the mean of J below over all sets of samples, which is an integral over three numbers. From ten million
-    centers on it is extrapolated. (`trials` asks for the search all the same.) For other targets, and with thousands of
-    dimensions, it is searched.
+    Use it for `jsd_loss` and `jsd`. It depends on the target, l and m only, not on your codes. (`LaggedKDE` calls it by
+    itself.)
 
-    Each trial draws three independent sets of m samples from the target: the centers z of the KDE, and queries z' and
-    z'' at which J(h) = E' log r + E'' log(1 - r), r = p_e / (p_e + p_t), is evaluated. J is at most -2 log 2, its value
-    where p_e = p_t. The trial's bandwidth maximises J: it is the root of
+    For isotropic normals no samples are needed: it takes about a second, whatever m is. The result maximises the mean
+    of J (below) over all sets of samples, which is an integral over three numbers. Beyond ten million centers it is
+    extrapolated. For other targets, and with thousands of dimensions, the bandwidth is searched by trials; `trials`
+    asks for this in any case.
+
+    Each trial draws three independent sets of m samples of the target: the centers of the KDE p_e, and queries z' and
+    z''. Its bandwidth maximises
+
+        J(h) = mean over z' of log r + mean over z'' of log(1 - r),    r = p_e / (p_e + p_t),
+
+    which is at most -2 log 2, its value where p_e = p_t. The maximum is the root of
 
         h dJ/dh = E'[(1 - r') (S' - l)] - E''[r'' (S'' - l)],    S = sum_i pi_i |z' - z_i|^2 / h^2,
 
-    found in log h inside a bracket that starts at a rule of thumb and widens until it holds the root.
-    Source: "GENs: Generative Encoding Networks" (Saha, Elhabian, Whitaker), equation 2 and Table 1;
-    supplement, equations 2 and 3.
+    with pi_i the share of center i in p_e. The root is found in log h, inside a bracket that starts at a rule of thumb
+    and widens until it holds the root.
 
-    With `smoothed=True` the function answers another question: which is the smallest bandwidth that keeps codes at the
-    target's scale when the KDE is compared with the target smoothed by the same kernel? There every bandwidth has p_e =
-    p_t as its optimum, but only in the limit of many centers. The kernels of few centers leave gaps, and the loss
-    pushes the codes outwards into them, the further the smaller the bandwidth and the more the dimensions. Take codes z
-    = mu + sigma (x - mu), where x are samples of the target and mu is their mean, among m lagged codes of the same law.
-    They rest where the derivative of `jsd_loss` for sigma is 0. The result is the smallest bandwidth, from the one
-    without `smoothed` on, with which they rest within 1 % of the target's scale: the root in h of that derivative at
-    sigma = 1.01, averaged over the trials, or over all sets of samples of an isotropic normal. (This rule is ours. The
-    paper compares with the target itself, against which codes collapse from about 64 dimensions on at any bandwidth.)
+    `smoothed=True` answers another question. If the loss compares the KDE with the target smoothed by the same kernel,
+    every bandwidth has p_e = p_t as its optimum, but only in the limit of many centers. Few centers leave gaps between
+    them, and the loss pushes codes outward into these gaps. It does so more strongly for smaller bandwidths and more
+    dimensions. The result is then the smallest bandwidth, not below the one without `smoothed`, that keeps codes within
+    1 % of the target's scale. To find it, take codes z = mu + sigma (x - mu) among m lagged codes of the same kind,
+    where x are samples of the target and mu is their mean. The result is the bandwidth at which the derivative of
+    `jsd_loss` for sigma is 0 at sigma = 1.01, averaged over the trials (or over all sets of samples of an isotropic
+    normal). This rule is ours. The paper compares with the target itself; from about 64 dimensions on, codes then
+    collapse at any bandwidth.
 
-    A trial takes 6 to 8 evaluations of h dJ/dh. Each is one pass of `kde_log_prob` over 2 m queries and m centers, with
-    its gradient for h: about 3 s per trial on two cores for m = 20 000 and l = 40, milliseconds for m = 1000. Beside
-    that pass only the 3 m samples are in memory. With `smoothed` there are about 10 more passes, over m queries, and
-    the samples of all trials are in memory. The logger "kdejsd" tells how far the search is, once a second at most.
+    A trial evaluates h dJ/dh 6 to 8 times, and about 10 times more with `smoothed`. An evaluation is one pass of
+    `kde_log_prob` over 2 m queries (m with `smoothed`) and m centers. A trial takes about 3 s on two cores for m = 20
+    000 and l = 40, and milliseconds for m = 1000. In memory are the 3 m samples of a trial, with `smoothed` those of
+    all trials. The logger "kdejsd" reports the progress, at most once a second.
 
-    What took more than a second is kept on disk, in `kdejsd/bandwidths` of $XDG_CACHE_HOME or ~/.cache, under a digest
-    of the samples and of their densities: asking again costs no more than drawing the samples, and a target whose
-    parameters have changed is computed anew. All of it is kept for the life of the process.
+    Results are kept for the life of the process. Results that took more than a second are also kept on disk, in
+    `kdejsd/bandwidths` of $XDG_CACHE_HOME or ~/.cache. They are found again by a digest of the samples and of their
+    densities, so a target whose parameters have changed is computed anew.
 
     Args:
         latent_dim: l, the number of dimensions of the codes.
         num_centers: m, the number of centers of the KDE.
-        target: None for the standard normal, a `StandardNormal`, `GaussianMixture`, any
-            `torch.distributions.Distribution` over vectors of length l, with its parameters on the CPU, or an object
-            with the methods of `kdejsd.targets.Law`.
-        smoothed: whether the KDE is to be compared with `target.smoothed(h)`, as `LaggedKDE` does without the kernel's
-            noise.
+        target: a `StandardNormal`, `GaussianMixture`, any `torch.distributions.Distribution` over vectors of length l
+            with its parameters on the CPU, or an object with the methods of `kdejsd.targets.Law`; None for the standard
+            normal.
+        smoothed: whether the loss compares the KDE with `target.smoothed(h)`, as `LaggedKDE` does when the codes get no
+            kernel noise.
         method: "root" for a bracketed root, or "fixed-point" for the iteration of the supplement's equation 3, which
-            has the same solution. The iteration converges for l of about 10 and more; where it cycles or leaves its
-            bracket the root is searched instead.
-        trials: the number of independent trials. The draws of a trial depend on the seed and on its number alone.
-            None needs no trial for an isotropic normal, and makes 10 for other targets and for "fixed-point".
-        seed: any integer from 0 on, for the trials. The global random state is neither used nor changed.
+            has the same solution. The iteration converges from about l = 10 on. Where it cycles or leaves its bracket,
+            the root is searched instead.
+        trials: the number of independent trials. None needs no trial for an isotropic normal, and makes 10 for other
+            targets and for "fixed-point".
+        seed: any integer from 0 on. The samples of a trial depend on the seed and on the trial's number alone. The
+            global random state is neither used nor changed.
 
     Returns:
-        The bandwidth, in the units of the codes, with spread and values of the trials.
+        The bandwidth, in the units of the codes, with the trials' values and their spread.
 
     Raises:
-        ValueError: if a number is out of range, the target has another dimension, the method is unknown, `smoothed` is
-            asked of a target that has no `smoothed(h)`, with the method "fixed-point" or for so few centers that no
-            bandwidth keeps codes at the target's scale, the target's density is not finite at its own samples, or these
-            coincide so that no bandwidth is best.
+        ValueError: if a number is out of range, the target has another dimension, or the method is unknown; if the
+            target's density is not finite at its own samples, or these coincide so that no bandwidth is best; if
+            `smoothed` comes with the method "fixed-point", with a target that has no `smoothed(h)`, or with so few
+            centers that no bandwidth keeps codes at the target's scale.
         TypeError: if a number is no integer, or `target` is no target.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, equation 2
+    and Table 1; supplement, equations 2 and 3.
 
     Example:
         >>> import kdejsd
@@ -191,20 +200,26 @@ def optimal_bandwidth(
 def entropy_bandwidth(codes: Tensor) -> float:
     """Finds the bandwidth that maximises the leave-one-out log-likelihood of the codes.
 
-    It is the root of E[S_i] - l with S_i = sum_j pi_ij |z_i - z_j|^2 / h^2 over the other codes j != i. This is the
-    fixed point of the EM step in "GENs: Generative Encoding Networks", supplement, equations 4 and 5, found in about 6
-    passes of `kde_log_prob` over n queries and n centers instead of up to hundreds.
+    Use it to estimate the density of codes as they are, whatever their distribution. (`optimal_bandwidth` is for codes
+    that follow a known target.) Each code is scored by the KDE of all other codes.
+
+    The maximum is the root of E[S_i] - l, with S_i = sum_j pi_ij |z_i - z_j|^2 / h^2 over the other codes j and pi_ij
+    the share of code j in the density at code i. It is also the fixed point of the paper's EM step. The search takes
+    about 6 passes of `kde_log_prob` over n queries and n centers; EM takes up to hundreds.
 
     Args:
         codes: [n, l] floating point, n at least 2, on any device.
 
     Returns:
-        The bandwidth, in the units of the codes. It takes no part in autograd.
+        The bandwidth, a float, in the units of the codes. It takes no part in autograd.
 
     Raises:
         TypeError: if the codes are not a floating-point tensor.
-        ValueError: if the codes have another shape, are fewer than 2 or not finite, or if each has an exact duplicate:
+        ValueError: if the codes have another shape, are fewer than 2 or not finite; or if each has an exact duplicate:
             the likelihood then grows without bound as the bandwidth goes to 0.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283,
+    supplement, equations 4 and 5.
 
     Example:
         >>> import kdejsd, torch

@@ -22,9 +22,9 @@ from .runs.errors import did_you_mean, sentence
 # themselves.
 _ON_RUNS = {
     "fit": "train a model on examples; write a report",
-    "evaluate": "write the report of a run anew",
-    "score": "write how novel each example is to a run's model",
-    "export": "write a run's model into a folder to hand on, for Python, the Hugging Face hub or ONNX",
+    "evaluate": "write the report of a run again",
+    "score": "score how novel each example is to a run's model",
+    "export": "write a run's model into a folder to share, for Python, the Hugging Face hub or ONNX",
 }
 
 
@@ -141,18 +141,20 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     bandwidth = adding.add_parser(
         "bandwidth",
         help="the optimal kernel bandwidth for a latent space",
-        description="The bandwidth at which a KDE of m standard-normal samples looks most like the standard normal.",
+        description="Finds the bandwidth at which a KDE of m standard normal samples is most like the standard normal.",
         parents=[shared],
         allow_abbrev=False,
     )
     bandwidth.add_argument("--latent_dim", type=_count(1), required=True, help="l, the dimension of the codes")
     bandwidth.add_argument("--num_centers", type=_count(1), required=True, help="m, the number of lagged codes")
     bandwidth.add_argument("--smoothed", action="store_true", help="for a KDE compared with the smoothed target")
-    bandwidth.add_argument("--method", choices=["root", "fixed-point"], default="root", help="how to find it")
+    bandwidth.add_argument("--method", choices=["root", "fixed-point"], default="root", help="the method of the search")
     bandwidth.add_argument(
-        "--trials", type=_count(1), help="search it with so many sets of samples; default: the mean over all sets"
+        "--trials",
+        type=_count(1),
+        help="search with this many sets of samples; default: average over all sets",
     )
-    bandwidth.add_argument("--seed", type=_count(0), default=0, help="of the samples (default: 0)")
+    bandwidth.add_argument("--seed", type=_count(0), default=0, help="the seed of the samples (default: 0)")
     adding.add_parser("info", help="what was built and what can be used on this machine", parents=[shared])
     return parser, dict(adding.choices)
 

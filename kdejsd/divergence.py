@@ -29,7 +29,7 @@ from .targets import (
 )
 
 _LOG2 = math.log(2)
-_MOST_CENTERS = 10**9  # of which no digits of the integral are left, nor memory for samples
+_MOST_CENTERS = 10**9  # with more, the integral has no digits left, and samples do not fit in memory
 _SETS, _CODES = 10, 2000  # of lagged codes, and codes for each of them, where samples are needed
 
 
@@ -68,52 +68,63 @@ def jsd_loss(
     divergence: str = "js",
     reduction: str = "mean",
 ) -> Tensor:
-    """Measures how far the law of the codes is from the target, in nats: the latent loss of a GEN.
+    """Returns the latent loss of a GEN: how far the distribution of the codes is from the target, in nats.
 
-    With p_e the KDE of the lagged codes and p_t the target, "js" is
+    Add it to the reconstruction error of an autoencoder to train the codes to follow the target p_t. The loss compares
+    p_t with p_e, the kernel density estimate (KDE) of the lagged codes. These are codes of m training examples that
+    were stored a few steps ago. (`LaggedKDE` stores them and calls this function; `jsd` measures the divergence
+    instead.) "js" is
 
-        log 2 + mean over codes of log p_e / (p_e + p_t)   (GENs eq. 3, with its constant)
+        log 2 + mean over codes of log p_e / (p_e + p_t)
 
-    which is 0 where p_e = p_t and at most log 2. The p_e of m lagged codes is never quite p_t, and the loss of codes
-    that do follow the target is mostly below 0: -0.19 for l = 8 and m = 2000 at the optimal bandwidth. `matched_loss`
-    computes it. With target_samples the loss is the sum of both such terms, log 2 + log 2 + both means: twice the
-    Jensen-Shannon divergence (eq. 2). "kl" is the mean of log p_e - log p_t, whose gradient has no
-    factor that dampens it.
+    which is 0 where p_e = p_t, and at most log 2. "kl" is the mean of log p_e - log p_t.
 
-    Two properties of "js" matter in training. First, its gradient carries the factor 1 - r = p_t / (p_e + p_t), so
-    codes bunched where p_e >> p_t do not move (the dead zone: a bunch of deviation 0.1 at distance 10, l = 8, is pulled
-    with 7e-23). Normalise the codes, or use "kl". Second, with a bandwidth below the target's scale the loss has no
-    lower bound: a code far from every lagged code is pushed outward, more so the fewer lagged codes there are.
+    A KDE of m codes never equals the target exactly. The loss of codes that do follow the target is therefore mostly
+    below 0: -0.19 for l = 8 and m = 2000 at the optimal bandwidth. `matched_loss` computes this value.
 
-    Against the target itself, codes settle at the variance 1 - h^2 (GENs, section 4). Against
-    `target.smoothed(bandwidth)`, p_e = p_t is the fixed point for every bandwidth. Adding the kernel's noise to the
-    codes as well makes them samples of p_e, the law that eq. 3 averages over, and the loss is then bounded by what it
-    measures. `LaggedKDE.loss` does both.
+    Two properties of "js" matter in training:
+
+    * Its gradient carries the factor 1 - r = p_t / (p_e + p_t). Codes that crowd together where p_e is much larger than
+      p_t hardly move. (For l = 8, the gradient for a crowd of standard deviation 0.1 at distance 10 is 7e-23.)
+      Normalise the codes, or use "kl", whose gradient has no such factor.
+    * With a bandwidth below the target's scale, the loss has no lower bound. It pushes a code outward that is far from
+      every lagged code, more strongly the fewer lagged codes there are.
+
+    If the loss compares with the standard normal itself, codes settle at the variance 1 - h^2 (section 4 of the paper).
+    If it compares with `target.smoothed(bandwidth)`, codes that follow the target are a fixed point for every
+    bandwidth. Codes that also get the kernel's noise (see `own`) are samples of p_e, as the mean in equation 3 assumes;
+    the loss is then at least 0 on average. `LaggedKDE.loss` can do both.
 
     Args:
         codes: [..., n, l], the codes z', which get the gradient; n at least 1 for reduction="mean".
         lagged: [..., m, l], the lagged codes. Detach them, or they get a gradient too.
-        bandwidth: as in `kde_log_prob`.
+        bandwidth: h, the kernel's standard deviation, as in `kde_log_prob`.
         target: StandardNormal, GaussianMixture, a torch Distribution over vectors, or an object with the methods of
             `kdejsd.targets.Law`; None for the standard normal. Where its density is 0, "js" is log 2 and "kl" infinity.
-        target_samples: [k, l], samples of the target; only for "js" with reduction="mean".
+        target_samples: [k, l], samples of the target, for both terms of the divergence; None for the term at the codes
+            alone. With samples, log 2 + mean of log p_t / (p_e + p_t) over them is added, so the sum is twice the
+            Jensen-Shannon divergence (equation 2). Only for "js" with reduction="mean".
         log_weights: [..., m], as in `kde_log_prob`.
-        exclude_self: as in `kde_log_prob`; leaves a code's own lagged copy out.
-        own: [..., n, l] in the codes' dtype, a center of its own for each code; None for no such centers. It counts in
-            that code's density alone, as one more lagged code: each then has weight 1/(m + 1), or 1/m for a code that
-            leaves one out. For codes z + h noise, own=z.detach() makes them samples of their p_e, the law of eq. 3's
-            mean. Without the detach it gets a gradient too. It cannot be combined with target_samples, which have no
-            own center, nor with log_weights or a bandwidth per center. NaN gives NaN at that code.
+        exclude_self: leaves a code's own lagged copy out of its density, as in `kde_log_prob`.
+        own: [..., n, l] in the codes' dtype, one extra center for each code; None for no such centers. It counts in the
+            density of that code alone, as one more lagged code: each center then has weight 1/(m + 1), or 1/m for a
+            code that leaves one out. For codes z + h noise, pass own=z.detach(): they are then samples of their p_e.
+            Without the detach, `own` gets a gradient too. It cannot be combined with target_samples, log_weights or a
+            bandwidth per center. NaN gives NaN at that code.
         divergence: "js" or "kl".
         reduction: "mean", "sum", or "none" for the terms [..., n].
 
     Returns:
-        float64 for float64 codes, float32 otherwise. The gap log p_t - log p_e and all that follows is in float64.
+        float64 for float64 codes, float32 otherwise; 0-dim unless reduction="none". Everything after log p_e is
+        computed in float64.
 
     Raises:
         ValueError: if the divergence or the reduction is unknown, shapes do not match, `own` comes with an argument
             that excludes it, and as in `kde_log_prob`.
         TypeError, RuntimeError: as in `kde_log_prob`.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, equation 3
+    ("js", with its constant).
 
     Example:
         >>> import kdejsd, torch
@@ -123,7 +134,7 @@ def jsd_loss(
         >>> round(loss.item(), 2), (codes * codes.grad).sum() < 0  # a step along -grad widens the codes
         (0.33, tensor(True))
     """
-    if divergence not in _NAMES:  # asked here too, as each call of a function is felt in a small loss
+    if divergence not in _NAMES:  # asked here too: a function call would slow down a small loss
         check_divergence(divergence)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
@@ -152,21 +163,27 @@ def matched_loss(
     kernel_noise: bool = False,
     divergence: Literal["js", "kl"] = "js",
 ) -> float:
-    """Computes the mean of `jsd_loss` for codes that follow the target, which the loss of matched codes is near.
+    """Computes the mean of `jsd_loss` for codes that follow the target: the value that a good loss comes near.
 
-    It is not 0. The density of m lagged codes is not the law that they come from, for three reasons. It is wider by the
-    kernel, which a smoothed target is too. Between the codes it has gaps, in which a code finds a density that is far
-    too low and a term that is far below 0: the loss has no lower bound. And with the kernel's noise a code has a center
-    of its own, near which the density is too high. Subtract this number from a loss to see how far the codes are from
-    the target: the difference is near 0 where they follow it, and positive where they are bunched. The mean over all
-    sets of samples is an integral over three numbers for isotropic normals. For other targets, and for bandwidths far
-    from the target's scale, it is estimated with 20 000 codes and ten sets of lagged ones, by a fixed seed.
+    Subtract it from a loss to see how far the codes are from the target. The difference is near 0 where the codes
+    follow the target, and positive where they crowd together.
+
+    The value itself is not 0, because the density of m lagged codes differs from the distribution that they come from:
+
+    * The kernel makes the density wider. (A smoothed target is wider by as much.)
+    * The density has gaps between the lagged codes. A code in a gap meets a density that is far too low, and its term
+      is far below 0, without bound.
+    * With the kernel's noise, each code has a center of its own, near which the density is too high.
+
+    For isotropic normals the mean over all sets of samples is an integral over three numbers. For other targets, and
+    for bandwidths far from the target's scale, it is estimated from ten sets of lagged codes with 2000 codes each, by a
+    fixed seed.
 
     Args:
-        latent_dim: l.
-        num_centers: m, the number of lagged codes. None of them are of the codes' own examples.
-        bandwidth: h.
-        target: the law that both codes and lagged codes follow, as in `jsd_loss`.
+        latent_dim: l, the dimension of the codes.
+        num_centers: m, the number of lagged codes. None of them belong to the codes' own examples.
+        bandwidth: h, the kernel's standard deviation.
+        target: the distribution that both codes and lagged codes follow, as in `jsd_loss`.
         smoothed: whether the loss compares with `target.smoothed(h)`, as `LaggedKDE` does by default.
         kernel_noise: whether the codes get the kernel's noise and a center of their own, as in `LaggedKDE.loss`.
         divergence: "js" or "kl".
@@ -177,7 +194,7 @@ def matched_loss(
     Raises:
         ValueError: if a number is out of range, the target has another dimension or cannot be smoothed, or the
             divergence is unknown.
-        TypeError: if a number is none, or `target` is no target.
+        TypeError: if an argument is not a number where one is needed, or `target` is no target.
 
     Example:
         >>> import kdejsd, torch
@@ -197,7 +214,7 @@ def matched_loss(
     variance = isotropic_variance(law)
     if variance is not None:
         square = bandwidth**2 / variance  # in units of the target's scale
-        with contextlib.suppress(OverflowError):  # it would take longer than samples do
+        with contextlib.suppress(OverflowError):  # the integral would take longer than samples
             means = log_ratio_means(
                 latent_dim,
                 num_centers,
@@ -226,27 +243,32 @@ def jsd(
     *,
     target: Target | None = None,
 ) -> Tensor:
-    """Estimates the Jensen-Shannon divergence of the KDE of `centers` from the target, in nats (GENs eq. 2).
+    """Estimates the Jensen-Shannon divergence between a kernel density estimate and the target, in nats.
+
+    Use it to measure how well codes follow a target; `jsd_loss` is the loss to train with. With p_e the KDE of
+    `centers` and p_t the target, the estimate is
 
         log 2 + (mean over samples of log p_e/(p_e + p_t) + mean over target_samples of log p_t/(p_e + p_t)) / 2
 
-    It lies between 0 and log 2 when the samples follow p_e; an estimate from samples can fall a little below 0. Its
-    square root is a metric. Divide by log 2 for bits.
+    If the samples follow p_e, the divergence lies between 0 and log 2. An estimate from samples can fall a little below
+    0. Its square root is a metric. Divide by log 2 for bits. Leading dimensions broadcast.
 
     Args:
-        samples: [..., n, l], from the law that the KDE estimates, none of them among the centers.
-        centers: [..., m, l].
-        bandwidth: as in `kde_log_prob`.
+        samples: [..., n, l], samples of the distribution that the KDE estimates, none of them among the centers.
+        centers: [..., m, l], the KDE's centers.
+        bandwidth: h, the kernel's standard deviation, as in `kde_log_prob`.
         target_samples: [..., k, l], samples of the target.
-        target: as in `jsd_loss`.
-
-    Leading dimensions broadcast.
+        target: p_t, as in `jsd_loss`; None for the standard normal.
 
     Returns:
-        [...], 0-dim where no argument has leading dimensions; differentiable in all tensor arguments.
+        [...], 0-dim where no argument has leading dimensions; differentiable in all tensor arguments. It is float64 for
+        float64 samples, float32 otherwise.
 
     Raises:
         ValueError, TypeError, RuntimeError: as in `jsd_loss`.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, equation
+    2.
 
     Example:
         >>> import kdejsd, torch
@@ -268,15 +290,15 @@ def jsd(
 
 @torch.no_grad()
 def codes_jsd(codes: Tensor, bandwidth: float, law: Target, rng: torch.Generator) -> Tensor:
-    """Measures how well codes follow a law: the Jensen-Shannon divergence of their KDE from it, in nats (GENs eq. 2).
+    """Measures how well codes follow a distribution: the Jensen-Shannon divergence of their KDE from it, in nats.
 
-    The samples of the KDE are the codes with the kernel's noise, so the value lies between 0 and log 2 but for the
-    noise of n samples. For codes that do follow the law it is small, not 0, because n is finite. Compare it with the
-    value for n samples of the law before it was smoothed.
+    The codes plus the kernel's noise are samples of the KDE. The value therefore lies between 0 and log 2, apart from
+    the noise of n samples. Codes that do follow the distribution give a small value, not 0, because n is finite.
+    Compare it with the value for n samples of the distribution before it was smoothed.
 
     Args:
         codes: [n, l].
-        bandwidth: h, the kernel's bandwidth.
+        bandwidth: h, the kernel's standard deviation.
         law: the target, or the target smoothed by the kernel.
         rng: draws the samples; on the device of the codes.
 
@@ -291,8 +313,9 @@ def codes_jsd(codes: Tensor, bandwidth: float, law: Target, rng: torch.Generator
 def target_jsd(codes: Tensor, target: Target, rng: torch.Generator, bandwidth: float | None = None) -> Tensor:
     """Measures by `codes_jsd` how well codes follow the target, with a kernel that depends on the target alone.
 
-    A bandwidth of None is the optimal one for as many samples of the target (`optimal_bandwidth`). The codes are
-    compared with the target smoothed by the kernel, or with the target itself where it has no `smoothed`.
+    If the bandwidth is None, it is the optimal one for n samples of the target (`optimal_bandwidth`), n being the
+    number of codes. The codes are compared with the target smoothed by the kernel, or with the target itself where it
+    has no `smoothed`.
     """
     if bandwidth is None:
         count, dim = codes.shape

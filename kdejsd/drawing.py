@@ -1,6 +1,6 @@
-"""Draws examples of a data set, and examples that a model makes like them.
+"""Draws examples of a data set, and examples that a model generates like them.
 
-The shape of the examples decides how. A set that is to be drawn in another way registers its own functions:
+The shape of the examples decides how they are drawn. To draw a set of your own in another way, register a function:
 `kdejsd.drawing.draw.register(MyData, my_function)`.
 """
 
@@ -37,9 +37,9 @@ def are_images(data: ExampleData) -> bool:
 
 @singledispatch
 def draw(data: ExampleData, examples: Tensor, name: str = "generated") -> Figure:
-    """Draws examples [n, ...] like those of a set.
+    """Draws examples [n, ...] in the way that suits their set, and returns the figure.
 
-    Images become a grid. Of examples of any other shape the values of each column are drawn beside those of the
+    Images become a grid. For examples of any other shape, the values of each column are drawn beside those of the
     held-out ones, in the units of their file (`plots.column_histograms`). For a `Grid2D` they become points, with
     circles of three standard deviations around the modes.
 
@@ -66,11 +66,11 @@ def draw(data: ExampleData, examples: Tensor, name: str = "generated") -> Figure
 
 @singledispatch
 def draw_reconstructions(data: ExampleData, examples: Tensor, reconstructions: Tensor) -> Figure:
-    """Draws examples [n, ...] of a set beside their reconstructions.
+    """Draws examples [n, ...] of a set beside their reconstructions, and returns the figure.
 
-    The first 30 images stand above their reconstructions. Of examples of any other shape the decoded values of each
+    The first 30 images stand above their reconstructions. For examples of any other shape, the decoded values of each
     column are drawn against the original ones, in the units of their file (`plots.column_reconstructions`). For a
-    `Grid2D` it draws all reconstructions as points, with a line from each original to its reconstruction.
+    `Grid2D`, all reconstructions are drawn as points, with a line from each original to its reconstruction.
 
     Example:
         >>> import torch

@@ -12,20 +12,22 @@ from .ops.kde import kde_log_prob
 
 
 def kde_entropy(codes: Tensor, bandwidth: float | None = None, whiten: bool = True) -> Tensor:
-    """Estimates the entropy of the law of the codes by a leave-one-out KDE of them.
+    """Estimates the entropy of the distribution of the codes by a leave-one-out kernel density estimate.
 
-    The estimate is -mean_i log p_e(z_i), where p_e is the KDE of all other codes. Whitened codes have zero mean and
-    unit covariance (n - 1 in its denominator). Among all laws with that covariance the normal one has the greatest
-    entropy, (l/2) log(2 pi e), so a higher value means codes closer to normal. It is the same for any invertible affine
-    map of the codes. Source: "GENs: Generative Encoding Networks" (Saha, Elhabian, Whitaker), equation 9.
+    Use it to see how close codes are to a normal distribution, whatever their mean and covariance. Whitened codes have
+    zero mean and unit covariance (n - 1 in its denominator). Of all distributions with that covariance, the normal one
+    has the greatest entropy, (l/2) log(2 pi e). So a higher value means codes closer to normal. The value is the same
+    for every invertible affine map of the codes. The estimate is -mean_i log p_e(z_i), where p_e is the KDE of all
+    codes but z_i.
 
-    The estimate exceeds the true entropy, more so for more dimensions and fewer codes (for normal samples with l = 8 by
-    0.36 nats at n = 1000 and by 0.18 at n = 10 000). Compare codes with as many normal samples, never with the formula.
+    The estimate exceeds the true entropy, more so for more dimensions and fewer codes. (For normal samples with l = 8
+    it is too high by 0.36 nats at n = 1000 and by 0.18 at n = 10 000.) Compare codes with as many normal samples, never
+    with the formula.
 
     Args:
         codes: [n, l] floating point, n at least 2, on any device.
-        bandwidth: the KDE's bandwidth, in the units of the whitened codes (of the codes themselves if `whiten` is
-            False); None for `entropy_bandwidth`, which makes the estimate as low as it can be.
+        bandwidth: the kernel's standard deviation, in the units of the whitened codes (of the codes themselves if
+            `whiten` is False). None takes `entropy_bandwidth`, which makes the estimate as low as it can be.
         whiten: whether to whiten the codes first.
 
     Returns:
@@ -37,6 +39,9 @@ def kde_entropy(codes: Tensor, bandwidth: float | None = None, whiten: bool = Tr
         ValueError: if the codes have another shape, are fewer than 2 or not finite; if they are to be whitened but lie
             in fewer than l dimensions; if the bandwidth is not positive and finite; if no bandwidth is given and every
             code has a duplicate.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, equation
+    9.
 
     Example:
         >>> import kdejsd, torch
@@ -77,7 +82,8 @@ def _fake(codes: Tensor, bandwidth: float | None, whiten: bool) -> Tensor:
     return codes.new_empty(())
 
 
-# A compiled graph has what looks at values as one operator. It gives the bandwidth alone: the codes have a gradient.
+# In a compiled graph one operator does all that looks at values. It returns the bandwidth alone, as the codes have a
+# gradient.
 _operator = _common.operator("prepared_bandwidth", _prepared_bandwidth, _fake, looks_at_values=True)
 
 

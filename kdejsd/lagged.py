@@ -1,4 +1,4 @@
-"""Keeps the lagged kernel density of the codes, which Generative Encoding Networks compare with their target."""
+"""Stores the lagged codes and measures how far their kernel density is from a target: the latent term of a GEN."""
 
 from __future__ import annotations
 
@@ -29,28 +29,33 @@ _MIXED = "averages over the codes of different examples, which are no codes"
 
 
 class LaggedKDE(nn.Module):
-    """Keeps the kernel density p_e of m codes from some steps ago, and measures its divergence from a target p_t.
+    """Stores lagged codes and returns the latent loss of a GEN: how far their density is from a target.
 
-    This is section 3 and Algorithm 1 of GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283). The codes of m training
-    examples are the centers of a kernel density estimate and are constants of the loss. Every few minibatches the
-    caller computes them anew and hands all of them to `refresh`, or a part of them to `update`. With `push` the codes
-    of the minibatches themselves take the place of the oldest ones.
+    Use it in a training loop of your own: call `refresh` before the first step, and `loss` in every step. It holds the
+    codes of m training examples from some steps ago. They are the centers of a kernel density estimate p_e, and
+    constants of the loss. There are three ways to keep them up to date:
 
-    The state_dict holds the lagged codes, the examples they belong to and the bandwidth, as tensors: a module that
-    loads it goes on where the saved one stood. The codes and examples are buffers, so averages of models have them too
-    (`torch.optim.swa_utils.AveragedModel`). An average of codes of the same examples is taken for their codes. Where
-    the examples differ, as those of a queue do from step to step, no codes are left until the next `refresh`. Values
-    written through a buffer's `.data`, of which torch keeps no count, are noticed when the state is next loaded.
+    * Every few minibatches, encode the examples again and pass all codes to `refresh`. This is the paper's way, and
+      `LaggedRefresh` does it for you.
+    * Encode only a part of the examples again, and pass their codes to `update`.
+    * Pass the codes of each minibatch to `push`, which puts them in the places of the oldest ones.
 
-    On several ranks of torch.distributed every rank may keep a share of the codes (`shard`); the densities and their
-    gradients are those of all codes together. A share is no buffer, since DistributedDataParallel would replace it by
-    the first rank's.
+    The state_dict holds the lagged codes, their examples and the bandwidth, all as tensors. A module that loads it
+    continues where the saved one stood. The codes and examples are buffers, so averages of models have them too
+    (`torch.optim.swa_utils.AveragedModel`). An average of codes of the same examples serves as their codes. If the
+    examples differ, as those of a queue do from step to step, the average has no codes until the next `refresh`. torch
+    keeps no count of values that are written through a buffer's `.data`; such values take effect when the state is next
+    loaded.
 
-    Millions of codes may be kept in bfloat16, on the host, or both. They are then streamed: while the loss is computed,
+    On several ranks of torch.distributed, each rank can keep a share of the codes (`shard`). The densities and their
+    gradients are still those of all codes together. A share is no buffer, because DistributedDataParallel would replace
+    it by the first rank's.
+
+    Millions of codes can be kept in bfloat16, on the host, or both. They are then streamed: while the loss is computed,
     parts of them are converted and moved into a few MiB. A streamed loss has no second derivatives. It is computed in
-    float32 from the codes as they were rounded. A coordinate in bfloat16 has 8 bits: it moves by at most 2^-8 of
-    itself, a code by d <= 2^-8 |z_i|, and log p_e at z' by at most the largest d (2 |z' - z_i| + d) / (2 h^2). In
-    practice it moves far less, since the errors have both signs.
+    float32 from the rounded codes. A coordinate in bfloat16 has 8 bits, so rounding moves it by at most 2^-8 of itself.
+    It moves a code by d <= 2^-8 |z_i|, and log p_e at z' by at most the largest d (2 |z' - z_i| + d) / (2 h^2). In
+    practice the change is far smaller, since the errors have both signs.
 
     Args:
         num_centers: m, the number of lagged codes.
@@ -59,9 +64,10 @@ class LaggedKDE(nn.Module):
         target: p_t as StandardNormal, GaussianMixture, a torch Distribution over vectors, or an object with the methods
             of `kdejsd.targets.Law`; None is the standard normal.
         smoothed: compare p_e with the target convolved with the same kernel. Codes that follow the target are then the
-            optimum at any bandwidth. With the target itself (False, as in the paper) the optimum is narrower by h^2 in
-            variance, and there is none from h = 1 on.
-        divergence: "js", the paper's loss, or "kl", the log-ratio, whose gradient does not vanish where p_e >> p_t.
+            optimum at any bandwidth. With the target itself (False, as in the paper) the optimal codes have a variance
+            that is smaller by h^2, and for a standard normal there is no optimum from h = 1 on.
+        divergence: "js", the paper's loss, or "kl", the log-ratio, whose gradient does not vanish where p_e is much
+            larger than p_t.
         storage_dtype: torch.float32 or torch.bfloat16, in which the codes are kept.
         storage_device: "cpu" keeps the codes on the host wherever the module goes. Once the module is on a CUDA device
             they are copied into pinned memory, and `push` and `update` of codes from there wait for the device. None
@@ -72,10 +78,11 @@ class LaggedKDE(nn.Module):
         codes: [m, l], the lagged codes, of storage_dtype unless the module was cast to another one; only this rank's
             share where they are sharded.
         examples: [m] float64, the training example of each code, -1 where it is not known. They are floating-point
-            numbers, of which equal ones have themselves as their average.
+            numbers so that the average of equal ones is the number itself.
         oldest: 0-dim float64, the place of the oldest code.
-        stamp: [2] float64, a number s in [0, 1), which changes whenever the examples do, and s^2. In an average over
-            different examples the second exceeds the square of the first; so it does before the first refresh.
+        stamp: [2] float64: a number s in [0, 1), which changes whenever the examples do, and s^2. In an average over
+            different examples the second exceeds the square of the first, which shows that they differ. The same holds
+            before the first refresh.
         bandwidth: h as a float.
         law: the target or the smoothed target, with which p_e is compared.
 
@@ -83,6 +90,9 @@ class LaggedKDE(nn.Module):
         ValueError: if a size is below 1, the target has another dimension, the bandwidth is not positive and finite,
             the divergence or storage_device is unknown, or `smoothed` meets a target that has no `smoothed(h)`.
         TypeError: if a size is no integer, or storage_dtype is another dtype.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, section 3
+    and Algorithm 1.
 
     Example:
         >>> import torch
@@ -158,12 +168,12 @@ class LaggedKDE(nn.Module):
 
     @property
     def refreshed(self) -> bool:
-        """Tells whether there are codes; to find out waits for a GPU."""
+        """Tells whether there are codes; on a GPU this waits for the device."""
         self._read()
         return self._fault is None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LaggedKDE:
-        """Moves or casts the tensors, for `to`, `cuda` and their kin.
+        """Moves or casts the tensors, for `to`, `cuda` and similar methods.
 
         Codes that are to stay on the host stay there, and the examples' numbers keep their dtype.
         """
@@ -188,7 +198,7 @@ class LaggedKDE(nn.Module):
         self.codes = codes.pin_memory() if self.storage_device == "cpu" and self.examples.is_cuda else codes
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for a copy or a pickle, which reads its buffers anew: it has no count of their writes."""
+        """Returns the state for a copy or a pickle, which has no count of writes and so reads its buffers again."""
         return self.__dict__ | {"_seen": None}
 
     def _look(self) -> None:
@@ -218,18 +228,18 @@ class LaggedKDE(nn.Module):
 
     @torch.no_grad()
     def refresh(self, codes: Tensor | Iterable[Tensor], indices: Tensor | None = None) -> None:
-        """Replaces the lagged codes.
+        """Replaces all lagged codes.
 
         Args:
             codes: [m, l] in any floating dtype, or an iterable of parts [k, l] in their order, which need not exist at
-                once; no gradient is kept.
+                the same time. No gradient is kept.
             indices: [m] int64, the training example that each code belongs to, all different. With None they are not
-                known, and no query's own copy can be left out.
+                known, and `loss` cannot leave out a code's own lagged copy.
 
         Raises:
-            ValueError: if a shape is wrong, if the codes contain NaN or infinity (on a GPU the check would wait for the
-                device: there NaN codes give a NaN loss unless KDEJSD_CHECK=1 is in the environment), or if an index is
-                2^28 or more without a `reserve` for it.
+            ValueError: if a shape is wrong, if the codes contain NaN or infinity, or if an index is 2^28 or more
+                without a `reserve` for it. (On a GPU the values are not checked, as this would wait for the device:
+                there NaN codes give a NaN loss, unless KDEJSD_CHECK=1 is in the environment.)
             TypeError: if the codes are no floating-point tensor, or the indices no int64 tensor.
         """
         m = len(self.codes)
@@ -266,7 +276,7 @@ class LaggedKDE(nn.Module):
 
     @torch.no_grad()
     def update(self, codes: Tensor, start: int) -> None:
-        """Replaces the lagged codes from place `start` on with newer ones of the same examples.
+        """Replaces the lagged codes from place `start` on by newer codes of the same examples.
 
         Args:
             codes: [k, l] with start + k at most m; otherwise as in `refresh`.
@@ -285,10 +295,10 @@ class LaggedKDE(nn.Module):
 
     @torch.no_grad()
     def push(self, codes: Tensor, indices: Tensor) -> None:
-        """Puts codes in the places of the oldest ones.
+        """Puts codes in the places of the oldest lagged codes.
 
-        An example may come again while its last code is still there; its newest code counts as its own copy. No code
-        meets an older copy of itself as long as each epoch goes through the training set once and m is at most its
+        If an example comes again while its last code is still stored, its newest code counts as its own copy. No code
+        meets an older copy of itself, as long as each epoch goes through the training set once and m is at most its
         size.
 
         Args:
@@ -323,16 +333,18 @@ class LaggedKDE(nn.Module):
 
     @torch.no_grad()
     def shard(self) -> None:
-        """Lets every rank of torch.distributed's default group keep only a share of the codes.
+        """Divides the codes among the ranks of torch.distributed's default group, so that each keeps only a share.
 
         Of R ranks, rank r keeps the places r, r + R, r + 2 R and so on. On one process nothing changes.
 
-        Afterwards `refresh` and `update` take this rank's share, `push` the codes of its minibatch, and `log_prob` and
-        `loss` its queries. All ranks call the last two together, with the same number of queries on each. `state_dict`
-        has this rank's share and asks no other rank; `gathered_state` can be loaded on any number of ranks. In a step
-        each rank does 1 / R of the work for the queries of all ranks, and the amount it sends does not depend on m.
-        There are no second derivatives. The loss of a rank is the mean over its own queries: DistributedDataParallel
-        averages the gradients.
+        Afterwards `refresh` and `update` take this rank's share, `push` takes the codes of its minibatch, and
+        `log_prob` and `loss` its queries. All ranks call the last two together, with the same number of queries on
+        each. In a step each rank does 1 / R of the work for the queries of all ranks. The amount of data it sends does
+        not depend on m. There are no second derivatives. The loss of a rank is the mean over its own queries:
+        DistributedDataParallel averages the gradients.
+
+        `state_dict` holds this rank's share and asks no other rank. `gathered_state` can be loaded on any number of
+        ranks.
 
         Raises:
             ValueError: if there are fewer codes than ranks.
@@ -427,7 +439,8 @@ class LaggedKDE(nn.Module):
     def reserve(self, num_examples: int) -> None:
         """Makes room to remember the places of examples 0 to num_examples - 1.
 
-        Without it room is made as indices come, and a GPU waits for them; after it, a larger index is out of bounds.
+        Without it, room is made as indices come, for which a GPU has to wait. After it, a larger index is out of
+        bounds.
 
         Raises:
             ValueError: if num_examples is below 0.
@@ -471,7 +484,9 @@ class LaggedKDE(nn.Module):
             raise RuntimeError(f"LaggedKDE holds {self._fault}: call refresh(codes) before {name}")
 
     def log_prob(self, z: Tensor, index: Tensor | None = None) -> Tensor:
-        """Returns log p_e in nats at z [n, l], as [n]; `index` as in `loss`.
+        """Returns log p_e, the log-density of the lagged codes, in nats at z [n, l], as [n].
+
+        `index` is as in `loss`.
 
         Raises:
             RuntimeError: if there was no refresh yet.
@@ -502,26 +517,27 @@ class LaggedKDE(nn.Module):
         noise: Tensor | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
-        """Returns the latent term of the training loss at the codes of a minibatch.
+        """Returns the latent term of the training loss at the codes of a minibatch, in nats.
 
-        For "js" it is GENs eq. 3, for "kl" the mean of log p_e - log p_t.
+        For "js" it is the term of `kdejsd.jsd_loss`, equation 3 of the paper; for "kl" the mean of log p_e - log p_t.
 
-        Eq. 3 is a mean over p_e. In the paper the codes as they are (no noise) stand for samples of p_e. They lie where
-        p_e of the other codes is low by chance, the more so the fewer there are, and are pushed apart without bound.
-        With the kernel's noise the codes, each with its own kernel among those of p_e, are samples of p_e. The term is
-        then at least 0 in the mean, and its gradient is that of the divergence between p_e and the law it is compared
-        with.
+        Equation 3 is a mean over samples of p_e. The paper takes the codes as they are for such samples (no noise).
+        Each code then lies where the density of the other codes happens to be low. With few lagged codes this effect is
+        strong, and pushes codes apart without bound. With `noise`, the codes are samples of p_e: each gets the kernel's
+        noise, and a center of its own among those of p_e. The term is then at least 0 on average, and its gradient is
+        that of the divergence between p_e and the distribution it is compared with.
 
         Args:
-            z: codes [n, l].
+            z: [n, l], the codes.
             index: [n] int64, the training example of each code, -1 where there is none. The lagged copy of the same
-                example is left out, since its distance would be almost zero. None leaves nothing out.
+                example is left out of the density, since it would be almost at the code itself. None leaves nothing
+                out.
             noise: [n, l], samples of the standard normal. The term is taken at z + bandwidth noise, and for each code
                 p_e has a kernel at its present place z instead of its lagged copy. None takes the codes as they are.
             reduction: "mean", "sum" or "none".
 
         Returns:
-            The term in nats, differentiable in z: 0-dim, or [n] for "none".
+            The term, differentiable in z: 0-dim, or [n] for "none".
 
         Raises:
             RuntimeError: if there was no refresh yet.
@@ -546,7 +562,9 @@ class LaggedKDE(nn.Module):
         )
 
     def matched_loss(self, *, noise: bool = False) -> float:
-        """Returns the mean of `loss` for codes that follow the target, by `kdejsd.matched_loss`.
+        """Returns the mean that `loss` has for codes that follow the target, by `kdejsd.matched_loss`.
+
+        Subtract it from a loss to see how far the codes are from the target.
 
         Args:
             noise: whether the loss is taken with noise.
@@ -568,10 +586,10 @@ class LaggedKDE(nn.Module):
         )
 
     def jsd(self, z: Tensor, rng: torch.Generator) -> Tensor:
-        """Returns `codes_jsd` of codes z [n, l] by this kernel, from the law that the loss compares p_e with.
+        """Measures how far codes z [n, l] are from the distribution that the loss compares with, in nats, 0-dim.
 
-        It is in nats, 0-dim, and does not look at the lagged codes. The random number generator must be on the device
-        of z.
+        It is the Jensen-Shannon divergence of the KDE of these codes with this bandwidth. The lagged codes play no
+        part. The random number generator must be on the device of z.
         """
         return codes_jsd(z.to(self._dtype), self.bandwidth, self.law, rng)
 

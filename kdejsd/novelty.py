@@ -1,4 +1,4 @@
-"""Measures how novel an example is, by the density that an autoencoder with codes of a known law gives to data."""
+"""Scores how novel an example is by the density that a trained autoencoder gives to data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._modes import Map, evaluating
 from ._numbers import integer, positive
 from .targets import StandardNormal
 
-# An angle between the Jacobian's columns of this many roundings is none: sums over a layer's inputs leave some tens.
+# An angle of this many roundings between the Jacobian's columns counts as 0: sums over a layer's inputs have some tens.
 _ROUNDINGS = 100
 
 
@@ -27,9 +27,9 @@ class NoveltyScore(NamedTuple):
 
     Attributes:
         score: [n], negative log-density in data space, in nats; higher is more novel.
-        latent: [n], log-density of the code z' among the codes, in nats.
-        log_det: [n], log sqrt det(J^T J) of the decoder's Jacobian at z', in nats: by how much the decoder stretches
-            the latent space's volume. -inf where J has not full rank.
+        latent: [n], log-density of the code z' under the distribution of the codes, in nats.
+        log_det: [n], log sqrt det(J^T J) of the decoder's Jacobian J at z', in nats: the logarithm of the factor by
+            which the decoder stretches volumes there. -inf where J has not full rank.
         residual: [n], log-density of the part of the example that the reconstruction misses, in nats.
         reconstruction_error: [n], mean squared error per value (pixel).
 
@@ -52,42 +52,44 @@ class NoveltyScore(NamedTuple):
 def novelty_score(
     encoder: Map, decoder: Map, x: Tensor, *, variance: float, target: Density | None = None, chunk: int = 1000
 ) -> NoveltyScore:
-    """Returns the negative log-density of examples in data space, computed through the decoder's Jacobian.
+    """Scores the novelty of examples: the negative log-density that an autoencoder gives them in data space, in nats.
 
-    With the code z' = encoder(x) and the reconstruction x' = decoder(z') it is (GENs, Saha, Elhabian, Whitaker, arXiv
-    2010.15283, section 5.5, eqs. 10-11)
+    Use it to find examples unlike those that the autoencoder was trained on. Higher scores are more novel. With the
+    code z' = encoder(x) and the reconstruction x' = decoder(z'), the score is minus
 
         log p(x) = log p(z') - log|det A| + log p(x|x')
 
-    The decoder's images form an l-dimensional surface in the D-dimensional space of the data. A is the decoder's
-    Jacobian J [D, l] at z' as a map onto the surface's tangent space: log|det A| = 1/2 log det(J^T J), taken from a QR
-    decomposition in float64. The rest, x - x', lies across the surface, in D - l dimensions, and is normal there:
+    The decoder maps the latent space onto an l-dimensional surface in the D-dimensional space of the data. The second
+    term accounts for how the decoder stretches volumes: A is its Jacobian J [D, l] at z', as a map onto the tangent
+    space of the surface. log|det A| = 1/2 log det(J^T J) comes from a QR decomposition in float64. The third term is
+    about the rest, x - x'. It lies across the surface, in D - l dimensions, and is taken to be normal there:
 
         log p(x|x') = -(D - l)/2 log(2 pi variance) - |x - x'|^2 / (2 variance)
 
-    The count D - l of eq. 11's normal is ours, after the same division in Generative Probabilistic Novelty Detection
-    (Pidhorskyi, Almohsen, Doretto, arXiv 1807.02588, section 3). The score is the exact density of z ~ p, x =
-    decoder(z) + noise across the surface, for a linear decoder and an encoder that projects onto its images. For others
-    it is an approximation: it leaves out the surface's curvature, and that x - x' of a trained encoder is not quite
-    perpendicular to the surface.
+    The number of dimensions D - l is ours; the same division is in Generative Probabilistic Novelty Detection.
+
+    The score is exact for a linear decoder and an encoder that projects onto its images, with x = decoder(z) + noise
+    across the surface. Otherwise it is an approximation. It leaves out the curvature of the surface, and that x - x' of
+    a trained encoder is not quite perpendicular to it.
+
+    Some decoders squeeze the surroundings of z' into fewer than l dimensions (saturated or dead units). log_det and the
+    score are then -inf: the density has no finite value, and the example cannot be compared with others. This counts as
+    the case where a column of J lies within 100 roundings of the span of those before it. NaN in an example gives NaN
+    for that example.
 
     Modules, and those whose methods are given, are in evaluation mode during the call. No gradient is kept. Everything
-    but decompositions and sums is computed in the dtype of x. NaN in an example gives NaN for that example.
-
-    Where the decoder squeezes the surroundings of z' into less than l dimensions (saturated or dead units), log_det and
-    the score are -inf: such a density has no finite value, and the example cannot be compared with others. This is
-    taken to be so where a column of J lies within 100 roundings of the span of those before it.
+    but decompositions and sums is computed in the dtype of x.
 
     Args:
-        encoder: examples [n, ...] -> codes [n, l]. For a GEN this is the method `encode`; its attribute `encoder`
-            leaves out the codes' normalisation.
+        encoder: examples [n, ...] -> codes [n, l]. For a GEN pass the method `encode`; its attribute `encoder` leaves
+            out the codes' normalisation.
         decoder: codes [n, l] -> examples [n, ...], of more than l values. It must treat each code by itself and consist
             of operations that `torch.func.vmap` and `torch.func.jvp` take.
         x: [n, ...], floating, on the models' device.
         variance: the residual's variance in each of the D - l dimensions: `residual_variance` of training examples.
-        target: the law of the codes, anything with log_prob: codes [n, l] -> nats [n]. None is the standard normal. A
-            LaggedKDE counts an example's own lagged copy if it is among its codes.
-        chunk: the number of decodings at a time, which bounds the memory: an example takes l + 1 of them, and l D
+        target: the distribution of the codes: anything with log_prob, from codes [n, l] to nats [n]. None is the
+            standard normal. A LaggedKDE counts an example's own lagged copy if it is among its codes.
+        chunk: the number of decodings at a time, which bounds the memory. An example takes l + 1 of them, and l D
             values in float64.
 
     Returns:
@@ -97,6 +99,10 @@ def novelty_score(
         ValueError: if codes or reconstructions have another shape, l is not below D, the variance is not positive and
             finite, or the chunk is below 1.
         TypeError: if x is no floating-point tensor, or the target has no log_prob.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, section
+    5.5, equations 10 and 11; Pidhorskyi, Almohsen, Doretto, "Generative Probabilistic Novelty Detection with
+    Adversarial Autoencoders", https://arxiv.org/abs/1807.02588, section 3.
 
     Example:
         >>> import kdejsd, torch
@@ -131,7 +137,7 @@ def novelty_score(
 def residual_variance(encoder: Map, decoder: Map, x: Tensor, *, chunk: int = 1000) -> float:
     """Estimates the variance that `novelty_score` needs: the mean of |x - x'|^2 / (D - l) over training examples.
 
-    This is the most likely variance of its residual.
+    It is the maximum-likelihood estimate for that function's residual.
 
     Args:
         encoder, decoder: as in `novelty_score`.
@@ -139,7 +145,7 @@ def residual_variance(encoder: Map, decoder: Map, x: Tensor, *, chunk: int = 100
         chunk: the number of examples at a time.
 
     Returns:
-        The variance per dimension across the decoder's surface.
+        The variance per dimension across the decoder's surface, a float.
 
     Raises:
         ValueError, TypeError: as in `novelty_score`, and if there are no examples.

@@ -1,4 +1,4 @@
-"""Draws pictures of a trained model. Each function returns a figure, which its `savefig(path)` writes.
+"""Draws pictures of a trained model. Each function returns a figure; its `savefig(path)` writes it to a file.
 
 Nothing here touches matplotlib's backend or its global state.
 """
@@ -39,21 +39,21 @@ _APART = 0.6  # the grey between images, which have black and white at their own
 
 
 def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
-    """Draws codes by class beside the law that they should follow.
+    """Draws codes by class, together with the distribution that they should follow.
 
-    1-D codes are a histogram under the target's density, 2-D codes are points over the target's circles. Of more
-    dimensions their principal components are drawn, each as a histogram beside the target's, and each pair as points
-    over the target's circles: of l = 3 all components, of more the two of the largest and the two of the smallest
-    variance, where codes that do not follow their target differ the most from it.
+    1-D codes are a histogram with the target's density, 2-D codes are points with the target's circles. For more
+    dimensions their principal components are drawn, each as a histogram with the target's, and each pair as points with
+    the target's circles. For l = 3 these are all components. For more they are the two of the largest and the two of
+    the smallest variance, where codes that do not follow their target differ from it the most.
 
-    The circles are of one, two and three standard deviations of a normal, or of two of each component of a mixture;
-    laws that tell of no circles have samples in their place. The title says all this, and how many codes are drawn:
-    5000 at most.
+    The circles are of one, two and three standard deviations of a normal, or of two of each component of a mixture.
+    Targets without an outline have samples in their place. The title says all this, and how many codes are drawn: 5000
+    at most.
 
     Args:
         codes: [n, l].
         labels: [n] int64, -1 for none.
-        target: law that the codes should follow.
+        target: the distribution that the codes should follow.
 
     Example:
         >>> import kdejsd, torch
@@ -95,16 +95,16 @@ def latent_classes(
 ) -> Figure:
     """Draws the regions of a 2-D latent space from which each class is generated, in the colours of `latent`.
 
-    The target's circles lie over them, and codes as dots where they are given. A dot in a region of another colour is
-    an example whose code is decoded to an image of another class.
+    The target's circles are drawn over them, and codes as dots where they are given. A dot in a region of another
+    colour is an example whose code is decoded to an image of another class.
 
     Args:
         generator: [B, 2] -> what the classifier takes; None where the classifier acts on the latents.
         classifier: maps these to logits [B, K], K at least 2.
         codes: [n, 2], of examples; those outside the picture are left out.
         labels: [n] int64, the classes of the codes, -1 for none; None for no classes.
-        target: law of the latents, for its circles; None is the standard normal.
-        extent: the picture goes from -extent to extent in both directions; None is what holds the circles.
+        target: the distribution of the latents, for its circles; None is the standard normal.
+        extent: the picture goes from -extent to extent in both directions; None makes room for the circles.
         resolution: points of the latent space that are classified in each direction.
 
     Raises:
@@ -156,11 +156,11 @@ def latent_classes(
 
 
 def radius_vs_support(curves: Mapping[str, Sequence[tuple[float, float, float]]]) -> Figure:
-    """Draws the class radius against the number of classes, below its bound for equal classes, `uniform_radius_bound`.
+    """Draws the class radius against the number of classes, with its bound for equal classes, `uniform_radius_bound`.
 
     Args:
         curves: for each name in the legend its points: number of classes (the support), mean class radius, and the
-            radius's standard error (0 for none known). Bars are of two standard errors.
+            radius's standard error (0 if it is not known). Bars are of two standard errors.
 
     Raises:
         ValueError: if there is no point, a point has fewer than 2 classes, or a radius or error is negative or not
@@ -212,12 +212,12 @@ def interpolation(
         generator: latents [B, d] -> images [B, C, H, W] in [0, 1].
         start, end: [n, d], the first and the last latents of the rows.
         steps: images in a row, with both ends.
-        path: "line" is straight; "arc" turns the direction by equal angles and changes the length evenly: in many
-            dimensions the middle of a line between two normal samples is shorter than any sample is.
+        path: "line" is straight. "arc" turns the direction by equal angles and changes the length evenly. Use it in
+            many dimensions, where the middle of a line between two normal samples is shorter than any sample is.
 
     Raises:
-        ValueError: if shapes do not match, there are fewer than 2 steps, the path is another, or, for an arc,
-            directions are opposite or of no length, so that no one arc leads from one to the other.
+        ValueError: if shapes do not match, there are fewer than 2 steps, or the path is unknown; for an arc, if
+            directions are opposite or have no length, so that no single arc leads from one to the other.
 
     Example:
         >>> import torch
@@ -234,7 +234,7 @@ def interpolation(
 
 
 def between(start: Tensor, end: Tensor, *, steps: int = 10, path: Literal["line", "arc"] = "line") -> Tensor:
-    """Returns the latents of `interpolation` from start [n, d] to end [n, d], as [n, steps, d] in float64.
+    """Returns the latents of `interpolation`, from start [n, d] to end [n, d], as [n, steps, d] in float64.
 
     Raises:
         ValueError: as there.
@@ -274,9 +274,9 @@ def grid(images: Tensor, columns: int = 10) -> Figure:
 
 
 def points(points: Tensor, modes: Tensor, radius: float, *, origins: Tensor | None = None) -> Figure:
-    """Draws points of the plane, over circles around the modes of their law.
+    """Draws points of the plane, with circles around the modes of their distribution.
 
-    The picture holds the modes with some room around them, and its title says how many points lie outside.
+    The picture shows the modes with some room around them, and its title says how many points lie outside.
 
     Args:
         points: [n, 2]; those that are not finite lie outside.
@@ -320,7 +320,7 @@ def points(points: Tensor, modes: Tensor, radius: float, *, origins: Tensor | No
 
 
 def reconstructions(images: Tensor, reconstructions: Tensor, columns: int = 10) -> Figure:
-    """Draws named pairs of rows: images [n, C, H, W] in [0, 1], C = 1 or 3, and below each its reconstruction.
+    """Draws images and, below each, its reconstruction; the rows are named. All are [n, C, H, W] in [0, 1], C = 1 or 3.
 
     Raises:
         ValueError: if images have another shape, reconstructions another than the images, or columns is below 1.
@@ -342,10 +342,10 @@ def reconstructions(images: Tensor, reconstructions: Tensor, columns: int = 10) 
 
 
 def column_histograms(examples: Tensor, held_out: Tensor, names: Sequence[str], label: str = "generated") -> Figure:
-    """Draws how the values of each column are distributed, as lines over the areas of held-out examples.
+    """Draws how the values of each column are distributed: examples as lines, held-out examples as areas.
 
-    Of more than 12 columns it draws those that differ the most: by the Kolmogorov-Smirnov distance, the largest
-    difference of the two distribution functions, which stands in brackets behind a column's name. Values that are not
+    Of more than 12 columns, it draws those that differ the most. The number in brackets behind a column's name says how
+    much: the Kolmogorov-Smirnov distance, the largest difference of the two distribution functions. Values that are not
     finite are left out, as are those far outside of the held-out ones that less than a hundredth of the examples have.
 
     Args:
@@ -403,8 +403,7 @@ def column_histograms(examples: Tensor, held_out: Tensor, names: Sequence[str], 
 def column_reconstructions(examples: Tensor, reconstructions: Tensor, names: Sequence[str]) -> Figure:
     """Draws the decoded values of each column against the original ones, with the line where they are equal.
 
-    Behind a column's name stands its `variance_explained`. Of more than 12 columns it draws those that are explained
-    least.
+    Behind a column's name stands its `variance_explained`. Of more than 12 columns, it draws those with the lowest.
 
     Args:
         examples: [n, d], finite; at most 5000 are drawn.
@@ -442,8 +441,8 @@ def column_reconstructions(examples: Tensor, reconstructions: Tensor, names: Seq
 def variance_explained(examples: Tensor, reconstructions: Tensor) -> Tensor:
     """Returns the share of each column's variance that its reconstructions explain, as [d] in float64 on the CPU.
 
-    It is R^2, 1 - (mean squared error) / variance: 1 for no error, 0 for an error as large as that of the column's
-    mean, negative for a larger one, and NaN for a column that has one value only.
+    It is R^2 = 1 - (mean squared error) / variance. It is 1 for no error, 0 for an error as large as that of the
+    column's mean, and negative for a larger one. It is NaN for a column that has one value only.
 
     Args:
         examples, reconstructions: [n, d].
@@ -523,7 +522,7 @@ def _counted(count: int, name: str) -> str:
 
 
 def _circles(law: Law) -> str:
-    """Returns what the circles of `_draw_law` are."""
+    """Returns the words for what `_draw_law` draws."""
     if not law_outline(law):
         return "Grey dots: samples of the target"
     if isotropic_variance(law) is not None:
@@ -584,7 +583,7 @@ def _legend(
 
 
 def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
-    """Draws the circles of the law on a plane, or samples of it where it tells of none."""
+    """Draws the circles of the distribution on a plane, or samples of it where it has no outline."""
     outline = law_outline(law)
     for center, radius in outline:
         x, y = ((center - shift) @ plane).tolist()
@@ -595,13 +594,13 @@ def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
 
 
 def _law_samples(law: Law) -> Tensor:
-    """Draws as many samples of the law as show its density, [n, l] in float64 on the CPU."""
+    """Draws enough samples of the distribution to show its density, [n, l] in float64 on the CPU."""
     n = max(1000, min(100_000, 4_000_000 // law.dim))
     return law.sample(n, torch.Generator().manual_seed(0)).detach().double().cpu()
 
 
 def _extent(law: Law) -> float:
-    """Returns an extent that holds the law's circles with some room, or 4 if there are none."""
+    """Returns an extent that holds the circles of the distribution with some room, or 4 if there are none."""
     return max((1.15 * (float(center.abs().max()) + radius) for center, radius in law_outline(law)), default=4.0)
 
 

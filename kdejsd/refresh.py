@@ -1,4 +1,4 @@
-"""Keeps lagged codes fresh in a training loop of one's own."""
+"""Keeps lagged codes up to date in a training loop of your own."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _CHUNK = 1000  # examples encoded at a time
 
 
 class LaggedRefresh:
-    """Encodes the lagged examples anew every few training steps, for a training loop of one's own.
+    """Encodes the lagged examples anew every few training steps, for a training loop of your own.
 
-    It draws the m examples of a `LaggedKDE` from the training set, once and by a seed, and every `every` steps it hands
-    their codes to `LaggedKDE.refresh` (GENs, Algorithm 1). They are encoded in evaluation mode and without gradients;
-    afterwards the encoder is in the mode that it had.
+    It draws the m examples of a `LaggedKDE` from the training set, once and by a seed. Call `step` before each loss.
+    Every `every` steps it encodes these examples and hands the codes to `LaggedKDE.refresh`. Encoding takes place in
+    evaluation mode and without gradients; afterwards the encoder is in the mode that it had.
 
-    On several ranks of torch.distributed every rank makes its own object and calls `step` as often as the others. After
-    `LaggedKDE.shard`, each encodes its own share of the examples alone.
+    On several ranks of torch.distributed every rank makes its own object, and all call `step` equally often. After
+    `LaggedKDE.shard`, each rank encodes only its own share of the examples.
 
-    A checkpoint needs the state of the `LaggedKDE`, which has the codes, and `state_dict`, which has the number of the
-    step. Accelerate takes both objects themselves (`register_for_checkpointing`), Fabric as parts of its state. Of
-    sharded codes these would save the first rank's alone: save the steps, and call `refresh` after loading, or save
-    `LaggedKDE.gathered_state` yourself.
+    A checkpoint needs two states: that of the `LaggedKDE`, which has the codes, and that of this object, which has the
+    number of the step. Accelerate takes both objects themselves (`register_for_checkpointing`), Fabric as parts of its
+    state. If the codes are sharded, both would save only the first rank's. Then save the steps and call `refresh` after
+    loading, or save `LaggedKDE.gathered_state` yourself.
 
     Args:
-        lagged: the codes to keep fresh.
-        encoder: examples [n, ...] -> codes [n, l]; a module, or a function or method of one. Of a module in
-            DistributedDataParallel or DataParallel the module inside encodes.
-        examples: the training set: a tensor [N, ...] or a Dataset whose items are examples or begin with them, N at
+        lagged: the `LaggedKDE` whose codes are to be kept up to date.
+        encoder: examples [n, ...] -> codes [n, l]; a module, or a function or method of one. If the module is in
+            DistributedDataParallel or DataParallel, the module inside encodes.
+        examples: the training set: a tensor [N, ...], or a Dataset whose items are examples or begin with them. N is at
             least m.
         every: k_b, the number of steps from one refresh to the next.
         keep_examples: keep the m examples in memory, on the device of the lagged codes. False reads them from the set
@@ -51,6 +51,9 @@ class LaggedRefresh:
         ValueError: if there are fewer than m examples, or a number is out of range.
         TypeError: if the examples are neither a tensor nor a Dataset with indices and a length, or a number is no
             integer.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, Algorithm
+    1.
 
     Example:
         >>> import torch
@@ -100,7 +103,7 @@ class LaggedRefresh:
         return self.lagged.share(self._drawn)
 
     def step(self) -> bool:
-        """Counts a training step and refreshes the codes if it is time; it tells whether it did.
+        """Counts a training step, refreshes the codes if it is time, and returns whether it did.
 
         The first step refreshes, and from then on every `every`-th.
         """
@@ -112,7 +115,7 @@ class LaggedRefresh:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Encodes the lagged examples by the encoder as it now is.
+        """Encodes the lagged examples by the encoder as it is now, whatever the step.
 
         Raises:
             ValueError: if the codes have another shape than the lagged ones, or are not finite (`LaggedKDE.refresh`).
@@ -136,7 +139,7 @@ class LaggedRefresh:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where the state was taken."""
+        """Continues from a state that `state_dict` returned."""
         self.steps = integer("steps", state["steps"], 0)
 
 

@@ -62,21 +62,21 @@ class _Frame:
 class KernelDensity(BaseEstimator):  # type: ignore[misc]
     """Estimates a density by normal kernels at the samples, as `sklearn.neighbors.KernelDensity` does, but exactly.
 
-    The log-density is that of `kdejsd.kde_log_prob`: exact in any number of dimensions, on the CPU and on CUDA, and
-    streamed, so that no n x m matrix exists. scikit-learn's own estimator walks a tree on one core, and its answers are
-    approximate from about 20 dimensions on.
+    Use it in place of scikit-learn's, whose own estimator walks a tree on one core and gives approximate answers from
+    about 20 dimensions on. Here the log-density is that of `kdejsd.kde_log_prob`: exact in any number of dimensions, on
+    the CPU and on CUDA, without an n x m matrix.
 
     `fit`, `score_samples`, `score` and `cdf` take NumPy arrays, data frames and whatever else scikit-learn takes, and
-    return NumPy arrays. They take floating-point tensors on any device too, and return tensors there; `score_samples`
-    and `cdf` of a tensor are differentiable in it. The dtype is that of the data that `fit` was given: float32 stays
-    float32 and float64 float64 (half tensors become float32, everything else float64). Later data are converted to it.
+    return NumPy arrays. For floating-point tensors on any device they return tensors there; `score_samples` and `cdf`
+    of a tensor are differentiable in it. The dtype is that of the data given to `fit`: float32 stays float32 and
+    float64 float64 (half tensors become float32, everything else float64). Later data are converted to it.
 
-    The bandwidth is the kernel's standard deviation h, or says how to find it:
+    The bandwidth is the kernel's standard deviation h, or a rule to find it:
 
     * A positive number.
     * "scott" is n^(-1/(l+4)), and "silverman" (n (l+2)/4)^(-1/(l+4)). Both are meant for data of unit variance, and as
-      in scikit-learn they are used as they are; `whiten` makes them follow the data. With weights, n is the effective
-      number (sum w)^2 / sum w^2, as in SciPy.
+      in scikit-learn they do not adapt to the data unless `whiten` is True. With weights, n is the effective number
+      (sum w)^2 / sum w^2, as in SciPy.
     * "entropy" is the bandwidth that maximises the leave-one-out likelihood, by `kdejsd.entropy_bandwidth`. With
       weights, the log-likelihoods are averaged by them, and a sample is left out with all its weight.
     * An array [l] has a standard deviation for each dimension.
@@ -84,15 +84,14 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
 
     Args:
         bandwidth: h, one of these.
-        whiten: whether the bandwidth is in units of the data: the kernel's covariance is then h^2 times the data's
-            (n - 1 in its denominator; with weights, 1 - sum w^2 for weights that sum to 1, as in SciPy).
+        whiten: whether the bandwidth is in units of the data: the kernel's covariance is then h^2 times the data's (n -
+            1 in its denominator; with weights, 1 - sum w^2 for weights that sum to 1, as in SciPy).
             `KernelDensity("scott", whiten=True)` is `scipy.stats.gaussian_kde`. It goes with a number or a rule, not
             with an array, which has units of its own.
-        debias: whether to take the score-debiased estimate: each center is moved by h^2/2 times the gradient of the
-            log-density there, with the same bandwidth and with the center's own kernel, which takes the estimate's
-            leading bias away. Source: "SD-KDE: Score-Debiased Kernel Density Estimation" (Epstein, Dwaraknath,
-            Sornwanee, Winnicki, Liu, arXiv 2504.19084). It is at its best with bandwidths wider than the usual ones.
-        device: where to compute, such as "cuda"; None for the CPU, or the device of the tensors that `fit` is given.
+        debias: whether to take the score-debiased estimate. Each center is moved by h^2/2 times the gradient of the
+            log-density there, computed with the same bandwidth and including the center's own kernel. This removes the
+            estimate's leading bias. It is at its best with bandwidths wider than the usual ones.
+        device: where to compute, such as "cuda"; None for the CPU, or the device of the tensors given to `fit`.
 
     Attributes:
         bandwidth_: the bandwidth in use: a number, or the array that was given.
@@ -101,6 +100,9 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
         n_features_in_: l.
         feature_names_in_: the names of the columns, where `fit` was given a data frame.
 
+    Source of `debias`: Epstein, Dwaraknath, Sornwanee, Winnicki, Liu, "SD-KDE: Score-Debiased Kernel Density
+    Estimation", https://arxiv.org/abs/2504.19084.
+
     Example:
         >>> import numpy as np
         >>> from kdejsd.sklearn import KernelDensity
@@ -108,7 +110,7 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
         >>> density = KernelDensity("entropy", whiten=True).fit(x)
         >>> round(density.bandwidth_, 2)
         0.39
-        >>> density.score_samples([[0.0, 0.0], [0.0, 20.0]]).round(1)  # the law's own: -4.1 and -6.1
+        >>> density.score_samples([[0.0, 0.0], [0.0, 20.0]]).round(1)  # the true values are -4.1 and -6.1
         array([-4.3, -6.1])
         >>> density.sample(3, random_state=0).shape
         (3, 2)
@@ -198,7 +200,7 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
         return float(self.score_samples(X).sum(dtype=torch.float64 if isinstance(X, Tensor) else np.float64))
 
     def sample(self, n_samples: int = 1, random_state: Any = None) -> Any:
-        """Draws points of the estimated law.
+        """Draws points from the estimated density.
 
         Args:
             n_samples: how many, at least 1.
@@ -206,7 +208,7 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
                 one.
 
         Returns:
-            [n_samples, l]: an array, or a tensor on the device of the tensors that `fit` was given.
+            [n_samples, l]: an array, or a tensor on the device of the tensors given to `fit`.
 
         Example:
             >>> from kdejsd.sklearn import KernelDensity
@@ -225,7 +227,7 @@ class KernelDensity(BaseEstimator):  # type: ignore[misc]
     def cdf(self, X: Any) -> Any:
         """Returns the probability of a value below each point [n, 1], as [n]; for data of one dimension.
 
-        Its time is that of all n x m pairs, its memory that of some of them.
+        It computes all n x m pairs, in parts, so that not all are in memory.
 
         Raises:
             ValueError: if the data have more than one dimension, and as in `score_samples`.

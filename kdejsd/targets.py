@@ -1,4 +1,4 @@
-"""Defines the laws that codes are matched to: isotropic normals, mixtures, torch's distributions, and a user's own."""
+"""Defines the targets, the known distributions that codes are to follow: normals, mixtures, torch's, and your own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ from .reference.kde import normal_log_prob
 
 
 class IsotropicNormal(nn.Module):
-    """Represents the law N(0, variance I) in `dim` dimensions.
+    """Represents the normal distribution N(0, variance I) in `dim` dimensions, as a target.
+
+    Args:
+        dim: l, the number of dimensions, at least 1.
+        variance: the variance of every dimension, positive.
 
     Raises:
         ValueError: if `dim` is below 1, or the variance is not positive and finite.
@@ -63,11 +67,11 @@ class IsotropicNormal(nn.Module):
         return torch.zeros(self.dim, device=device), torch.full((self.dim,), self.variance, device=device)
 
     def outline(self) -> list[tuple[Tensor, float]]:
-        """Returns the spheres of one, two and three standard deviations, as centers [dim] and radii."""
+        """Returns the spheres of one, two and three standard deviations, which pictures show, as centers and radii."""
         return [(torch.zeros(self.dim, dtype=torch.float64), k * math.sqrt(self.variance)) for k in (1, 2, 3)]
 
     def smoothed(self, bandwidth: float) -> IsotropicNormal:
-        """Returns this law convolved with the kernel N(0, bandwidth^2 I), the limit of a KDE of its own samples."""
+        """Returns this normal convolved with the kernel N(0, bandwidth^2 I): the limit of a KDE of its samples."""
         return IsotropicNormal(self.dim, self.variance + positive("bandwidth", bandwidth) ** 2)
 
     def extra_repr(self) -> str:
@@ -75,7 +79,7 @@ class IsotropicNormal(nn.Module):
 
 
 class StandardNormal(IsotropicNormal):
-    """Represents the standard normal law N(0, I) in `dim` dimensions.
+    """Represents the standard normal distribution N(0, I) in `dim` dimensions: the usual target of codes.
 
     Example:
         >>> import kdejsd
@@ -88,7 +92,9 @@ class StandardNormal(IsotropicNormal):
 
 
 class GaussianMixture(nn.Module):
-    """Represents a mixture of isotropic normals, evaluated by the same kernel as a KDE.
+    """Represents a mixture of isotropic normals, as a target: for codes that are to form clusters.
+
+    Its density is computed by the same kernel as `kde_log_prob`.
 
     Args:
         means: [K, dim], the components' means.
@@ -176,11 +182,11 @@ class GaussianMixture(nn.Module):
         return mean, second - mean.square()
 
     def outline(self) -> list[tuple[Tensor, float]]:
-        """Returns a sphere of two standard deviations for each component, as centers [dim] and radii."""
+        """Returns a sphere of two standard deviations for each component, which pictures show, as centers and radii."""
         return [(mean, 2 * float(scale)) for mean, scale in zip(self.means.cpu(), self.scales.cpu(), strict=True)]
 
     def smoothed(self, bandwidth: float) -> GaussianMixture:
-        """Returns this law convolved with the kernel N(0, bandwidth^2 I): every variance grows by bandwidth^2."""
+        """Returns this mixture convolved with the kernel N(0, bandwidth^2 I): every variance grows by bandwidth^2."""
         scales = (self.scales.square() + positive("bandwidth", bandwidth) ** 2).sqrt()
         return GaussianMixture(self.means, scales, self.log_weights.exp())
 
@@ -207,12 +213,15 @@ _operator = _common.operator("mixture", _mixture, _fake, looks_at_values=True)
 
 
 class Law(Protocol):
-    """Describes what a target needs. The built-in targets have it, and so may a class of your own.
+    """Describes the methods that a target needs: give a class of your own these, and pass its objects as `target`.
 
-    A law may also have `smoothed(bandwidth)`, which returns the law convolved with the kernel N(0, bandwidth^2 I), and
-    `moments()`, which returns the mean and the variance of every dimension, each [dim]. Without `moments` these are
-    estimated from samples. With `outline()`, a list of spheres as pairs of a center [dim] and a radius, pictures of
-    codes show the law too.
+    The built-in targets have them. Three more methods are optional:
+
+    * `smoothed(bandwidth)` returns the distribution convolved with the kernel N(0, bandwidth^2 I). `LaggedKDE` needs it
+      unless smoothed=False.
+    * `moments()` returns the mean and the variance of every dimension, each [dim]. Without it they are estimated from
+      samples.
+    * `outline()` returns a list of spheres, as pairs of a center [dim] and a radius. Pictures of codes then show them.
 
     Example:
         >>> import kdejsd, torch
@@ -235,21 +244,21 @@ class Law(Protocol):
         """Returns the log-density in nats at z [..., dim], as [...]."""
 
     def sample(self, n: int, rng: torch.Generator | None = None, /) -> Tensor:
-        """Draws n samples [n, dim], by rng alone where it is given, on its device."""
+        """Draws n samples [n, dim]. If rng is given, they come from it alone and are on its device."""
 
 
 class SmoothableLaw(Law, Protocol):
-    """Describes a law that can be convolved with the kernel."""
+    """Describes a target that can be convolved with the kernel."""
 
     def smoothed(self, bandwidth: float, /) -> Law:
-        """Returns this law convolved with the kernel N(0, bandwidth^2 I)."""
+        """Returns this distribution convolved with the kernel N(0, bandwidth^2 I)."""
 
 
 Target: TypeAlias = IsotropicNormal | GaussianMixture | Distribution | Law
 
 
 class DistributionLaw(nn.Module):
-    """Gives a torch Distribution over vectors the methods of a law, with its parameters where they are.
+    """Gives a torch Distribution over vectors the methods of `Law`; its parameters stay where they are.
 
     Raises:
         ValueError: if the distribution's event is not one vector (wrap it in `torch.distributions.Independent`).
@@ -440,7 +449,7 @@ def _supported(
 
 
 def _with_kernel(distribution: Any, variance: float) -> Distribution:
-    """Returns the law of a sample of a normal distribution, or of a mixture of them, plus one of N(0, variance I)."""
+    """Returns the distribution of x + e, x being normal or from a mixture of normals, and e from N(0, variance I)."""
     if type(distribution) is Independent:
         part = _with_kernel(distribution.base_dist, variance)
         return Independent(part, distribution.reinterpreted_batch_ndims)
@@ -470,7 +479,7 @@ def _covariance(normal: MultivariateNormal) -> Tensor:
 
 
 def as_law(target: Target) -> Law:
-    """Returns the target as a law: itself, or a torch Distribution with the methods of one.
+    """Returns the target with the methods of `Law`: itself, or a torch Distribution in a `DistributionLaw`.
 
     Raises:
         ValueError: if it is a Distribution whose event is not one vector.
@@ -496,7 +505,7 @@ def _missing(target: object) -> list[str]:
 
 
 def is_target(value: object) -> bool:
-    """Tells whether a value is one that `as_law` takes, but for its shape."""
+    """Tells whether `as_law` takes a value, apart from its shape."""
     return isinstance(value, Distribution) or not (_missing(value) or isinstance(value, type))
 
 
@@ -540,7 +549,7 @@ def isotropic_variance(target: Target | None) -> float | None:
 
 
 def law_outline(law: Law) -> list[tuple[Tensor, float]]:
-    """Returns the spheres that a picture shows of the law, as centers [l] and radii; none where it tells of none."""
+    """Returns the spheres of the law that pictures show, as centers [l] and radii; none where it has no outline."""
     spheres = law.outline() if hasattr(law, "outline") else []
     return [(torch.as_tensor(center), float(radius)) for center, radius in spheres]
 

@@ -1,7 +1,7 @@
-"""Provides examples to train on, as LightningDataModules: known sets, and tables, tensors and pictures of one's own.
+"""Provides examples to train on, as LightningDataModules: known sets, and tables, tensors and pictures of your own.
 
 A batch is (examples [n, ...] float32, labels [n] int64, indices [n] int64). Images are [n, C, H, W] with values in [0,
-1]. Labels are -1 where there are none, and an index is the example's place in its set, training or held-out.
+1]. Labels are -1 where there are none. An index is the example's place in its set, training or held-out.
 """
 
 from .base import Batch, BatchLoader, BatchOrder, ExampleData, ExampleSet, StoredExamples

@@ -1,4 +1,4 @@
-"""Defines the parts that all sets of examples share: the set, the order of its batches, the data module."""
+"""Defines what all sets of examples share: the set itself, the order of its batches, the data module."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ _CHUNK = 10_000  # examples looked at at a time
 
 
 class StoredExamples(ABC):
-    """Gives examples that stay in their files, each time that they are asked for by their indices.
+    """Reads examples from their files when they are asked for, for sets that are larger than memory.
 
-    It stands in an `ExampleSet` in the place of a tensor, for sets that are larger than memory. A subclass defines
-    `read`.
+    An `ExampleSet` takes it in place of a tensor. A subclass defines `read`.
 
     Args:
         count: N, the number of examples.
-        dtype: torch.uint8 (0 to 255) or torch.float32, that of the examples that `read` returns.
+        dtype: of the examples that `read` returns: torch.uint8 (0 to 255) or torch.float32.
 
     Attributes:
-        rows: [N] int64, where each example stands in the files.
+        rows: [N] int64, the place of each example in the files.
 
     Example:
         >>> import torch
@@ -68,7 +67,7 @@ class StoredExamples(ABC):
         return examples.reshape(*rows.shape, *examples.shape[1:])
 
     def in_memory(self) -> Tensor:
-        """Reads all of the examples, in parts: a list of them would need twice the memory when they are joined."""
+        """Reads all of the examples into memory, in parts."""
         examples = torch.empty(0)
         for index in torch.arange(len(self)).split(_CHUNK):
             part = self[index]
@@ -78,7 +77,7 @@ class StoredExamples(ABC):
         return examples
 
     def subset(self, index: Tensor) -> StoredExamples:
-        """Returns the given examples, which stay in their files, numbered anew."""
+        """Returns the given examples, numbered anew; they stay in their files."""
         chosen = copy(self)
         chosen.rows = self.rows[index]
         return chosen
@@ -87,9 +86,11 @@ class StoredExamples(ABC):
 class ExampleSet(Dataset[Batch]):
     """Holds examples and labels, and returns a batch by one index operation.
 
+    Bytes are turned into float32 values from 0 to 1 when they are asked for.
+
     Args:
-        examples: [N, ...], uint8 (0 to 255) or float32, in memory or stored in files.
-        labels: [N] int64.
+        examples: [N, ...], uint8 (0 to 255) or float32, in memory or stored in files (`StoredExamples`).
+        labels: [N] int64, -1 for none.
 
     Example:
         >>> import torch
@@ -116,7 +117,7 @@ class ExampleSet(Dataset[Batch]):
         return examples, self.labels[index], index
 
     def subset(self, indices: Tensor) -> ExampleSet:
-        """Returns the set of the given examples, which are numbered anew."""
+        """Returns the set of the given examples, numbered anew."""
         examples = self.examples
         chosen = examples.subset(indices) if isinstance(examples, StoredExamples) else examples[indices]
         return ExampleSet(chosen, self.labels[indices])
@@ -129,26 +130,26 @@ class ExampleSet(Dataset[Batch]):
 
 
 class BatchOrder(DistributedSampler[Tensor]):
-    """Yields batches of indices, shuffled anew every epoch by the seed and the epoch's number alone.
+    """Yields the indices of batches, shuffled anew every epoch by the seed and the number of the epoch alone.
 
-    On several ranks each gets its own `batch_size` indices of batches that are `ranks` times as large. It is a
-    DistributedSampler so that Lightning puts none in its place.
+    On several ranks, batches are `ranks` times as large, and each rank gets its own `batch_size` indices of each. (The
+    class is a DistributedSampler so that Lightning puts none in its place.)
 
-    Lightning tells the epoch through `set_epoch`. `position` is the number of batches given out in this epoch. A run
-    resumed within an epoch goes on with the batches that were left: `start` is that epoch and the number of its batches
-    that are skipped.
+    Lightning sets the epoch by `set_epoch`. `position` is the number of batches given out in this epoch. A run that
+    resumes within an epoch continues with the batches that were left: `start` is that epoch and the number of its
+    batches to skip.
 
     Args:
         count: the number of examples.
         batch_size: indices per batch, on each rank.
-        seed: the seed of the order; None keeps the examples in order, and their last batch though it may be smaller.
+        seed: the seed of the order; None keeps the examples in order, and keeps a smaller last batch.
         rank: this rank's number.
         ranks: the number of ranks.
 
     Example:
         >>> from kdejsd.data import BatchOrder
         >>> order = BatchOrder(count=10, batch_size=4, seed=0)
-        >>> [len(batch) for batch in order]  # of a last, smaller batch training sees nothing
+        >>> [len(batch) for batch in order]  # training leaves out a smaller last batch
         [4, 4]
         >>> [batch.tolist() for batch in BatchOrder(count=5, batch_size=3, seed=None)]
         [[0, 1, 2], [3, 4]]
@@ -183,14 +184,14 @@ class BatchOrder(DistributedSampler[Tensor]):
 class BatchLoader(DataLoader[Batch]):
     """Loads whole batches by index in this process, and keeps its place in the epoch for checkpoints.
 
-    There are no workers: an index operation takes less time than handing a batch over, and pictures that stay in their
-    files are read by several threads.
+    There are no worker processes: an index operation takes less time than handing a batch over. Pictures that stay in
+    their files are read by several threads.
 
     Args:
         dataset: the examples.
         order: the order of the batches.
-        sampler: the sampler that Lightning puts in when it makes the loader anew. A SequentialSampler leads to batches
-            in the order of the examples; any other leaves `order` as it is.
+        sampler: the sampler that Lightning passes when it makes the loader anew. A SequentialSampler gives batches in
+            the order of the examples; any other leaves `order` as it is.
 
     Example:
         >>> from kdejsd.data import Digits
@@ -219,7 +220,7 @@ class BatchLoader(DataLoader[Batch]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the state was taken.
+        """Continues from a state that `state_dict` returned.
 
         Raises:
             ValueError: if the state is from within an epoch and the batches are others now.
@@ -241,8 +242,8 @@ class BatchLoader(DataLoader[Batch]):
 class ExampleData(pl.LightningDataModule):
     """Provides examples to train on: a training set, a held-out set, and batches of them.
 
-    A subclass defines `example_shape` and `load`. Its settings go into checkpoints, as Python's own numbers and text;
-    any other argument of its constructor, such as an object, is left out there.
+    It is the base class of all sets. For a set of your own, derive from it and define `example_shape` and `load`.
+    Checkpoints keep those arguments of the constructor that are numbers or text; others, such as objects, are left out.
 
     Args:
         batch_size: examples per training step, on each device; None is 100, or all training examples where they are
@@ -349,7 +350,7 @@ class ExampleData(pl.LightningDataModule):
         return BatchLoader(self.training, BatchOrder(count, self.batch_size, self.seed, rank, ranks))
 
     def val_dataloader(self) -> BatchLoader:
-        """Returns batches of all held-out examples, on every rank: so measures do not depend on the number of ranks."""
+        """Returns batches of all held-out examples, on every rank: measures do not depend on the number of ranks."""
         return BatchLoader(self.held_out, BatchOrder(len(self.held_out), max(self.batch_size, 1000), None))
 
     def predict_dataloader(self) -> BatchLoader:
@@ -359,11 +360,11 @@ class ExampleData(pl.LightningDataModule):
     # In a checkpoint
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what examples that come later need to be read as those trained on: their standardisation."""
+        """Returns the standardisation, with which examples that come later can be read like those trained on."""
         return {} if self.standardization is None else {"standardization": self.standardization.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Reads the examples from here on as those of the checkpoint were read."""
+        """Reads all examples from here on as those of the checkpoint were read."""
         if "standardization" in state:
             found = Standardization.from_state_dict(state["standardization"])
             if found != self.standardization:
@@ -373,20 +374,20 @@ class ExampleData(pl.LightningDataModule):
 
     @property
     def columns(self) -> list[str]:
-        """Returns the names of an example's values where it is a row of them; by default they are numbered from 1."""
+        """Returns the names of the columns where an example is a row of values; by default they are numbered from 1."""
         return [str(number) for number in range(1, math.prod(self.example_shape) + 1)]
 
     def restored(self, examples: Tensor) -> Tensor:
-        """Returns examples [n, ...] in the units of their files; most sets have changed nothing and return them."""
+        """Returns examples [n, ...] in the units of their files, which most sets have not changed."""
         self.setup()
         return examples if self.standardization is None else self.standardization.undone(examples)
 
     def sample_measures(self, examples: Tensor) -> dict[str, float]:
-        """Measures generated examples [n, ...] by the known law of the set; most sets know none and return {}."""
+        """Measures generated examples [n, ...] by the known distribution of the set; {} where it is not known."""
         return {}
 
     def classifier(self) -> Callable[[Tensor], Tensor] | None:
-        """Returns the set's own classifier, examples [n, ...] -> logits [n, K], or None: most sets have none."""
+        """Returns the set's own classifier, examples [n, ...] -> logits [n, K]; None for most sets, which have none."""
         return None
 
     def _shuffled(self, count: int) -> Tensor:

@@ -14,7 +14,7 @@ with train_extra():
 class Digits(ExampleData):
     """Loads scikit-learn's 1797 handwritten digits, 8x8; one in five is held out, drawn by the seed.
 
-    Args and errors: as in `ExampleData`.
+    They come with scikit-learn, so nothing is downloaded. Args and errors: as in `ExampleData`.
 
     Example:
         >>> from kdejsd.data import Digits

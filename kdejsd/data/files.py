@@ -21,7 +21,7 @@ def folder_of(root: str | os.PathLike[str]) -> Path:
 
 
 def path_of(path: str | os.PathLike[str], argument: str = "path", what: str = "a file") -> Path:
-    """Returns the path that an argument names, with `~` and environment variables put in.
+    """Returns the path that an argument names, with `~` and environment variables expanded.
 
     Raises:
         ValueError: if it is empty.

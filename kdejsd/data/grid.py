@@ -14,12 +14,11 @@ from .base import ExampleData, ExampleSet
 
 
 class Grid2D(ExampleData):
-    """Draws points of a mixture of (2n + 1)^2 normals on a square grid, to count the modes that a model reaches.
+    """Draws points from a mixture of (2n + 1)^2 normals on a square grid, to count the modes that a model reaches.
 
-    The normals of 2D-Grid have equal weights, a variance of 0.0025 in each direction, and means at the places of a
-    square grid of spacing 2 around 0. A model's collapse onto some of the modes can be seen and counted.
-
-    An example is a point (x, y). Its label is its mode: 0 to (2n + 1)^2 - 1, y before x.
+    Use it to see a model collapse onto some of the modes. This is the set 2D-Grid: the normals have equal weights, a
+    variance of 0.0025 in each direction, and means on a square grid of spacing 2 around 0. An example is a point (x,
+    y). Its label is its mode: 0 to (2n + 1)^2 - 1, y before x.
 
     Args:
         n: the number of places on either side of the middle; 2 makes 25 modes.
@@ -73,7 +72,7 @@ class Grid2D(ExampleData):
     def logits(self, points: Tensor) -> Tensor:
         """Returns the logits [n, K] of the modes for points [n, 2].
 
-        Their softmax is a mode's exact probability, and the largest logit is the nearest mode's.
+        Their softmax gives the exact probability of each mode, and the largest logit is that of the nearest mode.
 
         Raises:
             ValueError: if the points have another shape.
@@ -95,16 +94,19 @@ class Grid2D(ExampleData):
     def sample_measures(self, points: Tensor) -> dict[str, float]:
         """Measures how well generated points [n, 2] cover the modes.
 
-        The measures are those of VEEGAN (Srivastava et al., arXiv 1705.07761) and PacGAN (Lin et al., arXiv
-        1712.04086). A point is of high quality if it is within three standard deviations of its nearest mode; of the
-        law's own points 1 - exp(-4.5) = 98.9 % are. If any point is NaN, so are all measures.
+        The measures are those of VEEGAN and PacGAN. A point is of high quality if it is within three standard
+        deviations of its nearest mode. Of points of the set itself, 1 - exp(-4.5) = 98.9 % are. If any point is NaN, so
+        are all measures.
 
         Returns:
             * modes_captured: the number of modes that have a point of high quality.
             * high_quality_share: the share of the points that are of high quality.
-            * reverse_kl: KL(Q || P) in nats, where Q are the shares of the points in the modes, each point counted for
-              its nearest one, and P the equal shares of the law. It is between 0 and log((2n + 1)^2). For N points of
-              the law itself it is about (K - 1) / (2 N), K being the number of modes.
+            * reverse_kl: KL(Q || P) in nats. Q holds the shares of the points in the modes, each point counted for its
+              nearest mode, and P the equal shares of the set. It is between 0 and log((2n + 1)^2). For N points of the
+              set itself it is about (K - 1) / (2 N), K being the number of modes.
+
+        Source: Srivastava et al., "VEEGAN", https://arxiv.org/abs/1705.07761; Lin, Khetan, Fanti, Oh, "PacGAN",
+        https://arxiv.org/abs/1712.04086.
         """
         best, nearest = self.logits(points).max(1)
         if bool(best.isnan().any()):

@@ -21,9 +21,9 @@ class MNIST(ExampleData):
     """Reads the handwritten digits of MNIST, 28x28: 60 000 to train on, and the test set's 10 000 held out.
 
     Args:
-        root: a folder with the four idx files, as they are or gzipped (train-images-idx3-ubyte or
-            train-images.idx3-ubyte and so on), or with a folder mnist/ or MNIST/raw/ that has them. `~` and environment
-            variables are put in.
+        root: a folder with the four idx files, or with a folder mnist/ or MNIST/raw/ that has them. The files may be
+            gzipped, and their names may have a dot or a hyphen before "idx3" (train-images-idx3-ubyte or
+            train-images.idx3-ubyte and so on). `~` and environment variables are expanded.
         kwargs: as in `ExampleData`.
 
     Raises:

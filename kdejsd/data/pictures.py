@@ -130,19 +130,18 @@ class Pictures(StoredExamples):
 class ImageFolder(ExampleData):
     """Reads a folder of pictures; if they are in subfolders, the first subfolder is the class.
 
-    Classes are numbered in the order of their names as text: 10 comes before 2. A root may hold a split: a folder train
-    (or training) and a folder val, valid, validation, test or testing, and pictures in no folder of another name. The
-    pictures in the first are then trained on, those in the other (the first of these that is there) are held out, and
-    the folders in them are the classes. One line says which pictures were found and which were left out.
-
-    Hidden files and folders, and those of the system (__MACOSX), are left out; links are followed.
+    Classes are numbered in the order of their names as text: 10 comes before 2. The root may hold a split: a folder
+    train (or training), a folder val, valid, validation, test or testing, and no other folder with pictures. The
+    pictures in the first are then trained on, and those in the other (the first of these that is there) are held out.
+    The folders in them are the classes. One line on the terminal says which pictures were found and which were left
+    out. Hidden files and folders, and those of the system (__MACOSX), are left out; links are followed.
 
     A picture is turned upright by its EXIF data and put over white where it is transparent. Of several frames the first
-    one is taken. Numbers are read by the range of their kind: 65535 is the white of 16 bits, 1.0 that of floating-point
+    one is taken. Values are scaled by the range of their type: 65535 is white in 16 bits, 1.0 in floating-point
     numbers.
 
     Args:
-        root: the folder. `~` and environment variables are put in.
+        root: the folder. `~` and environment variables are expanded.
         size: the side in pixels; a picture is cut to a square around its centre and resized.
         channels: 3 for colour, 1 for grey.
         held_out: the share of the pictures held out, drawn by the seed, where the root holds no split.
@@ -239,15 +238,14 @@ class ImageFolder(ExampleData):
 class CelebA(ExampleData):
     """Reads CelebA's faces in colour, 64x64: the 162 770 training images, and the test set's 19 962 held out.
 
-    The pictures are aligned and cropped faces of celebrities (Liu et al., Deep Learning Face Attributes in the Wild,
-    2015). Of the 178 x 218 pixels the central 140 x 140 are taken and resized, as in Wasserstein Auto-Encoders (arXiv
-    1711.01558). There are no labels. An image takes 12 288 bytes of memory: 2.0 GB for training and 245 MB held out.
-    With train_size only those images are read.
+    The pictures are aligned and cropped faces of celebrities. Of the 178 x 218 pixels the central 140 x 140 are taken
+    and resized, as in "Wasserstein Auto-Encoders". There are no labels. An image takes 12 288 bytes of memory: 2.0 GB
+    for training and 245 MB held out. With train_size only that many training images are read.
 
     Args:
         root: a folder with the folder img_align_celeba and the file list_eval_partition.txt or .csv (beside the folder,
             in it, or in Eval/), or with a folder celeba/ or Img/ that has them. Without the file one in ten images is
-            held out, drawn by the seed. `~` and environment variables are put in.
+            held out, drawn by the seed. `~` and environment variables are expanded.
         keep_in_memory: as in `ImageFolder`.
         kwargs: as in `ExampleData`.
 
@@ -255,6 +253,9 @@ class CelebA(ExampleData):
         FileNotFoundError: if there is no such folder, or a picture is not there.
         ValueError: if a picture or a line of the file cannot be read, a picture has another size, and in the cases of
             `ExampleData`.
+
+    Source: Liu, Luo, Wang, Tang, "Deep Learning Face Attributes in the Wild" (2015); the crop: Tolstikhin, Bousquet,
+    Gelly, Schoelkopf, "Wasserstein Auto-Encoders", https://arxiv.org/abs/1711.01558.
 
     Example:
         >>> from kdejsd.data import CelebA

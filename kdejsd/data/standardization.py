@@ -15,9 +15,9 @@ with train_extra():
 
 
 class Standardization:
-    """Moves each value of an example by a mean and divides it by a standard deviation, in float64.
+    """Standardises examples: subtracts a mean from each value and divides it by a standard deviation, in float64.
 
-    So a column of large numbers, such as times, keeps the digits that float32 has no room for.
+    In float64 a column of large numbers, such as times, keeps digits that float32 has no room for.
 
     Args:
         mean, scale: of the shape of one example, float64.

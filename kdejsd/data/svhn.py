@@ -16,18 +16,19 @@ from .files import damaged, find, folder_of, how_to_get, unreadable
 class SVHN(ExampleData):
     """Reads the digits of house numbers in colour, 32x32: 73 257 to train on, and the test set's 26 032 held out.
 
-    The set is by Netzer et al., Reading Digits in Natural Images with Unsupervised Feature Learning, 2011. Labels are
-    the digits; the files' label 10 stands for 0. As bytes the images take 225 MB of memory for training and 80 MB held
-    out, and twice that while a file is read.
+    Labels are the digits; the files' label 10 stands for 0. As bytes the images take 225 MB of memory for training and
+    80 MB held out, and twice that while a file is read.
 
     Args:
         root: a folder with train_32x32.mat and test_32x32.mat, or with a folder svhn/ that has them. `~` and
-            environment variables are put in.
+            environment variables are expanded.
         kwargs: as in `ExampleData`.
 
     Raises:
         FileNotFoundError: if a file is not there.
         ValueError: if a file is damaged, and in the cases of `ExampleData`.
+
+    Source: Netzer et al., "Reading Digits in Natural Images with Unsupervised Feature Learning" (2011).
 
     Example:
         >>> from kdejsd.data import SVHN

@@ -37,18 +37,18 @@ from .standardization import Standardization
 class Table(ExampleData):
     """Reads the rows of a table of numbers from a CSV, Parquet or NumPy file.
 
-    A row is an example of shape (d,), its values in the order of the columns. Names of columns stand in the first line
-    of a CSV (.csv or .tsv, also .gz; separated by commas, semicolons or tabs) and in a .parquet file. Those of an .npy
-    file [n, d] are numbers from 1. In an .npz file arrays [n] are columns with their names, and one array [n, d] may
-    stand beside them. True and false are 1 and 0. Rows are counted from 1, without the line of names. One line says
-    what was found and what was left out.
+    A row is an example of shape (d,), its values in the order of the columns. The first line of a CSV holds the names
+    of the columns (.csv or .tsv, also .gz; separated by commas, semicolons or tabs). A .parquet file has names. The
+    columns of an .npy file [n, d] are numbered from 1. In an .npz file each array [n] is a column with its name, and
+    one array [n, d] may stand beside them. True and false are 1 and 0. Rows are counted from 1, without the line of
+    names. One line on the terminal says what was found and what was left out.
 
-    A table that was standardised is read alike later: a run's checkpoint has mean, standard deviation, columns and
-    classes, and `kdejsd score RUN --data.path OTHER` takes these for another file.
+    Other files can be read like the one trained on. A run's checkpoint keeps mean, standard deviation, columns and
+    classes, and `kdejsd score RUN --data.path OTHER` uses them for another file.
 
     Args:
         path: the file, or a folder of .parquet files, which are read in the order of their paths. `~` and environment
-            variables are put in.
+            variables are expanded.
         columns: the names of the columns to take, in order; None takes all.
         without: the names of columns to leave out.
         label: the name of a column whose distinct values are classes, numbered in order; it is no part of the examples.
@@ -58,9 +58,9 @@ class Table(ExampleData):
             label.
         standardize: move and scale each column to mean 0 and standard deviation 1 of the training rows, in float64.
             `restored` goes back. False rounds the values to float32 as they are.
-        keep_in_memory: hold all rows in memory, 4 bytes a value, and twice that while they are read. False reads those
-            of a minibatch when it comes: from an .npy file itself; from Parquet by way of a copy on disk, 4 bytes a
-            value, in $XDG_CACHE_HOME or ~/.cache, that is gone with the process.
+        keep_in_memory: hold all rows in memory, 4 bytes a value, and twice that while they are read. False reads the
+            rows of a minibatch when it comes. From an .npy file they are read directly. From Parquet they come by way
+            of a copy on disk, 4 bytes a value, in $XDG_CACHE_HOME or ~/.cache, which is gone with the process.
         kwargs: as in `ExampleData`.
 
     Raises:

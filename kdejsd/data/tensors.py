@@ -25,12 +25,12 @@ class Tensors(ExampleData):
     """Reads examples of any shape, and their labels if there are any, from a file of torch.save.
 
     The file holds a tensor [n, ...], a pair (examples [n, ...], labels [n]), or a dict of both by the names "examples"
-    and "labels". Examples are bytes, read as 0 to 255, or floating-point numbers. Those of shape (C, H, W) are images,
-    whose values must be from 0 to 1, as the networks for images end with a sigmoid. Labels are integers; -1 is for
-    none. Nothing but tensors is unpickled.
+    and "labels". Examples are bytes (0 to 255) or floating-point numbers. Those of shape (C, H, W) are images, whose
+    values must be from 0 to 1, as the networks for images end with a sigmoid. Labels are integers; -1 is for none.
+    Nothing but tensors is unpickled.
 
     Args:
-        path: the file. `~` and environment variables are put in.
+        path: the file. `~` and environment variables are expanded.
         held_out: the share of the examples held out, drawn by the seed, where there is no held_out_path.
         held_out_path: a file of examples of the same shape, which are held out.
         standardize: move and scale each value of an example to mean 0 and standard deviation 1 of the training

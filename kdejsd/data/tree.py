@@ -87,8 +87,8 @@ def read_tree(path: Path, suffixes: tuple[str, ...], above: tuple[tuple[int, int
 def parts_of(tree: Tree) -> tuple[Tree, Tree] | None:
     """Returns the folder with the pictures to train on and the one with those to hold out, or None.
 
-    A folder has these parts if it has both, and no other folder with pictures but those of a split: beside others,
-    train and test are classes like them.
+    A folder has these parts if it has both, and no other folder with pictures except those with a name of a part. Next
+    to other folders, train and test are classes like them.
     """
     holding = {name.lower(): folder for name, folder in tree.holding().items()}
     found = [[holding[name] for name in names if name in holding] for names in (TRAINING, HELD_OUT)]
@@ -145,7 +145,7 @@ def shortened(names: list[str]) -> str:
 
 
 def left_out(tree: Tree, used: list[Tree]) -> str:
-    """Describes the content of a folder beside the pictures of the used ones; "" stands for nothing."""
+    """Describes the content of a folder other than the pictures that are used; "" stands for nothing."""
     found = []
     pictures = tree.count - sum(part.count for part in used)
     if pictures:

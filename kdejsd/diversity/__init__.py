@@ -1,4 +1,4 @@
-"""Measures how many different things a generator makes, from the classes that a classifier divides its latents into."""
+"""Measures how many different things a generator makes, by the classes that a classifier gives to its samples."""
 
 from .bounds import collision_radius_bound, max_collision_entropy, uniform_radius_bound
 from .class_entropy import collision_probability, collision_probability_from_counts, renyi_entropy

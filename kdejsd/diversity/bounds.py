@@ -1,9 +1,9 @@
-"""Relates the collision probability of the classes to the mean class radius by bounds in both directions.
+"""Bounds the mean class radius by the collision probability of the classes, and the other way round.
 
-With p_i the Gaussian measures of the classes, z ~ N(0, I) and r(z) the distance of z to the nearest point of another
-class, E r <= sum_i F(p_i) (`class_radius_bound`). Bounds in terms of v = |p|^2, the collision probability, or of the
-collision entropy log 1/v follow from psi(p) = F(p)/p: sum_i F(p_i) = sum_i p_i psi(p_i) is a mean of psi, and v is the
-mean of its arguments.
+Let p_i be the probabilities of the classes under z ~ N(0, I), and r(z) the distance of z to the nearest point of
+another class. Then E r <= sum_i F(p_i) (`class_radius_bound`). With psi(p) = F(p)/p, the sum is sum_i p_i psi(p_i): a
+mean of psi, and the mean of psi's arguments is the collision probability v = |p|^2. This gives bounds in terms of v, or
+of the collision entropy log 1/v.
 """
 
 from __future__ import annotations
@@ -30,17 +30,21 @@ _BISECTIONS = 60
 
 
 def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float | Tensor = 1.0) -> Tensor:
-    """Bounds the mean class radius from above by the collision probability v = sum_i p_i^2 alone.
+    """Returns an upper bound of the mean class radius that needs only the collision probability v = sum_i p_i^2.
+
+    Use `class_radius_bound` if you know the probability of every class; it is at least as tight. This bound relates two
+    single numbers, and `max_collision_entropy` is its inverse.
 
     Args:
-        p: [..., K], the Gaussian measures of the classes; v = 1 (one class) gives inf.
-        form: "sharp" is psi(v) = F(v)/v for v <= 0.1989, with equality for classes of equal measure. Beyond, where
-            that would not hold, it is the least concave function over psi on [0, sqrt(v)], at v. It holds for every p.
-            "printed" is Theorem 3.1 of the latent density papers, log(4 pi H) / sqrt(2 H) with H = log 1/v: 3 to 5.5
-            times as much for equal classes, with its peak of 1.8443 at H = 0.588. It fails past a dominant mass of
-            0.905, and is inf for v > 0.827, where the sharp bound no longer proves it.
-        lipschitz: a Lipschitz constant L of the map from the latent space: L times the bound bounds the radius of the
-            classes in data space.
+        p: [..., K], the probabilities of the classes under N(0, I); v = 1 (one class) gives inf.
+        form: "sharp" holds for every p. For v <= 0.1989 it is psi(v) = F(v)/v, with F as in `class_radius_bound`, and
+            classes of equal probability reach it. For larger v, where that would not hold, it is the least concave
+            function over psi on [0, sqrt(v)], at v. "printed" is Theorem 3.1 of the paper, log(4 pi H) / sqrt(2 H) with
+            H = log 1/v. For equal classes it is 3 to 5.5 times as large, with a peak of 1.8443 at H = 0.588. It fails
+            if one class has a probability above 0.905. It is inf for v > 0.827, where the sharp bound no longer proves
+            it.
+        lipschitz: a Lipschitz constant L of the map from the latent space to the data. L times the bound then bounds
+            the radius of the classes in data space.
 
     Returns:
         [...], differentiable, float64 for float64 input and float32 otherwise.
@@ -48,6 +52,8 @@ def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float |
     Raises:
         TypeError, ValueError: as in `collision_probability`; if the form is unknown, or lipschitz is no number or not
             positive and finite.
+
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), Theorem 3.1.
 
     Example:
         >>> import kdejsd, torch
@@ -63,9 +69,10 @@ def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float |
 
 
 def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tensor = 1.0) -> Tensor:
-    """Returns the greatest mean class radius of K classes of equal measure, K F(1/K) (Theorem 3.2).
+    """Returns the largest mean class radius that K classes of equal probability can have, K F(1/K).
 
-    Two half-spaces reach it. Classes of unequal measure may have more.
+    F is as in `class_radius_bound`. Two half-spaces reach the bound. Classes of unequal probability can have a larger
+    radius.
 
     Args:
         num_classes: K >= 1, a number or a tensor of any shape; it need not be whole (it may be exp of an entropy).
@@ -78,6 +85,8 @@ def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tens
     Raises:
         ValueError: if a number is below 1, or lipschitz is not positive and finite.
         TypeError: if an argument is no number.
+
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), Theorem 3.2.
 
     Example:
         >>> import kdejsd, torch
@@ -92,21 +101,24 @@ def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tens
 
 
 def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipschitz: float | Tensor = 1.0) -> Tensor:
-    """Returns the greatest collision entropy log 1/|p|^2 of classes with this mean radius: the inverse of the bound.
+    """Returns the largest collision entropy that classes with this mean radius can have, in nats.
+
+    It is the inverse of `collision_radius_bound`. Use it to turn a measured class radius into a limit on the diversity:
+    the exponential of the result is a number of equally probable classes.
 
     Args:
-        radius: mean class radius, positive, a number or a tensor of any shape. In latent space with the sharp form
-            0.4037 gives log 25: no more than 25 classes of equal measure.
-        form: as in `collision_radius_bound`. The printed bound is inverted above its peak (H >= 0.588), so for radii
-            up to 1.8443; it allows e^9 classes and more where the sharp one allows 25.
+        radius: mean class radius, positive, a number or a tensor of any shape. In latent space with the sharp form,
+            0.4037 gives log 25: no more than 25 classes of equal probability.
+        form: as in `collision_radius_bound`. The printed bound is inverted above its peak (H >= 0.588), so for radii up
+            to 1.8443. It allows e^9 classes and more where the sharp one allows 25.
         lipschitz: L, if `radius` was measured in data space: the radius in latent space is then at least radius / L.
 
-    The sharp form waits for the device, to see whether a radius is beyond psi's domain, where the inverse is dearer.
+    The sharp form waits for the device: beyond a certain radius another inverse is needed, which takes longer.
 
     Returns:
         Nats, in the shape of radius: float32 for a float32 or half tensor, float64 otherwise. It is differentiable, for
-        radii beyond 0.5573 once. A radius of 0 gives inf; a tensor entry that is negative or NaN, or beyond the printed
-        form's peak, NaN.
+        radii beyond 0.5573 only once. A radius of 0 gives inf. A tensor entry that is negative, NaN or beyond the
+        printed form's peak gives NaN.
 
     Raises:
         ValueError: if the form is unknown, a number is negative or beyond the printed form's peak, or lipschitz is not

@@ -1,4 +1,4 @@
-"""Computes entropies of distributions over classes."""
+"""Computes entropies and collision probabilities of distributions over classes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from .._tensors import check_tensor, compute_dtype
 def renyi_entropy(p: Tensor, order: float = 2) -> Tensor:
     """Returns the Renyi entropy of distributions over classes, log(sum_i p_i^a) / (1 - a), in nats.
 
-    Order 0 is the log of the number of classes with p_i > 0, order 1 Shannon's entropy -sum p_i log p_i (the limit),
-    order 2 the collision entropy, infinity the min-entropy -log max p. It falls with the order.
+    Its exponential is a number of classes: that many equally probable ones have the same entropy. Order 0 is the log of
+    the number of classes with p_i > 0. Order 1 is Shannon's entropy -sum p_i log p_i (the limit), order 2 the collision
+    entropy, and infinity the min-entropy -log max p. The entropy falls with the order.
 
     Args:
-        p: [..., K], each row a distribution.
+        p: [..., K], each row a distribution; a row that does not sum to 1 is divided by its sum.
         order: a, at least 0.
 
     Returns:
-        [...], of p / sum p, computed in float64 and near order 1 without loss of digits; float64 for float64 input and
-        float32 otherwise. Its gradient is orthogonal to p, and that of the formula above but for a constant. NaN where
-        an entry is NaN or negative. At an entry of 0 the gradient for an order of at most 1 is infinite; 0 is returned.
+        [...], computed in float64, and without loss of digits near order 1; float64 for float64 input and float32
+        otherwise. NaN where an entry is NaN or negative. The gradient is orthogonal to p, and equals that of the
+        formula up to a constant. At an entry of 0 the gradient for an order of at most 1 is infinite; 0 is returned
+        there.
 
     Raises:
         TypeError: if p is no floating-point tensor, or order no number.
@@ -63,6 +65,9 @@ def renyi_entropy(p: Tensor, order: float = 2) -> Tensor:
 def collision_probability(p: Tensor) -> Tensor:
     """Returns the probability that two independent draws are of one class, sum_i p_i^2.
 
+    A small value means many classes. Use `collision_probability_from_counts` if you have samples instead of
+    probabilities.
+
     Args:
         p: [..., K], each row a distribution.
 
@@ -83,14 +88,14 @@ def collision_probability(p: Tensor) -> Tensor:
 
 
 def collision_probability_from_counts(counts: Tensor) -> Tensor:
-    """Estimates the collision probability by the share of pairs of samples that are of one class.
+    """Estimates the collision probability without bias, by the share of pairs of samples that are of one class.
 
-    It is sum_i n_i (n_i - 1) / (N (N - 1)), N = sum_i n_i. Its expectation is sum_i p_i^2 for independent samples,
-    where sum_i (n_i / N)^2 is too high by (1 - sum p_i^2) / N.
+    It is sum_i n_i (n_i - 1) / (N (N - 1)), N = sum_i n_i. For independent samples its expectation is sum_i p_i^2. The
+    simpler estimate sum_i (n_i / N)^2 is too high by (1 - sum p_i^2) / N.
 
     Args:
-        counts: [..., K], how many of the samples are of each class (as torch.bincount counts labels), int64 or any
-            dtype that holds them.
+        counts: [..., K], the number of samples in each class (as torch.bincount counts labels), int64 or any dtype that
+            holds them.
 
     Returns:
         [...], float64. NaN where N < 2 or a count is negative or NaN.

@@ -1,4 +1,4 @@
-"""Finds latent holes: the regions where the prior puts its samples and the encoder no codes."""
+"""Finds latent holes: regions where the prior has samples but the encoder puts no codes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ class LatentHoles:
     """Holds the result of `latent_holes` as plain values.
 
     Attributes:
-        mass: share of the prior where the codes' density is below their own quantile of this level.
-        standard_error: standard error of the mass, from the prior samples and the held-out codes; it takes the
-            density as given.
-        level: level of the quantile, which is the mass if the codes follow the prior.
+        mass: the share of the prior in regions of low density. The density is that of the codes, and low means below
+            its quantile of this level among held-out codes.
+        standard_error: standard error of the mass, from the prior samples and the held-out codes; it takes the density
+            as given.
+        level: level of the quantile. It is the expected mass if the codes follow the prior.
         bandwidth: bandwidth of the codes' density.
         num_codes: number of codes that were given.
 
@@ -53,15 +54,19 @@ def latent_holes(
     num_samples: int = 10_000,
     rng: torch.Generator | None = None,
 ) -> LatentHoles:
-    """Measures the prior mass of the regions in which there are hardly any codes.
+    """Measures latent holes: how much of the prior lies in regions with hardly any codes.
 
-    One half of the codes, drawn at random, are the centers of a KDE. A hole is where its density is below that of all
-    but a share `level` of the other half. Codes that follow the prior give the mass `level` in expectation (to 1 in as
-    many as are held out) whatever the bandwidth, because prior samples and held-out codes are then alike. Codes that
-    leave parts of the prior empty give more, codes more spread out than the prior less.
+    A generator is not trained for latents from such regions. Call it with the codes of the training examples, and
+    compare the result with `level`. Codes that follow the prior give the mass `level` in expectation, whatever the
+    bandwidth. (The expectation is exact up to 1 in the number of held-out codes.) Codes that leave parts of the prior
+    empty give more. Codes that are more spread out than the prior give less.
 
-    The bandwidth is `entropy_bandwidth` of the centers, which follows the codes as they are; `optimal_bandwidth` is for
-    codes that follow the target, and too wide for the gaps between others.
+    One half of the codes, drawn at random, are the centers of a KDE. A hole is where its density is lower than at all
+    but a share `level` of the other half. If the codes follow the prior, prior samples and held-out codes are alike,
+    which is why the expectation is known.
+
+    The bandwidth is `entropy_bandwidth` of the centers, which adapts to the codes as they are. `optimal_bandwidth`
+    would assume that they follow the target, and be too wide for the gaps.
 
     Args:
         codes: [n, d], of the training images, finite, floating point.
@@ -69,6 +74,9 @@ def latent_holes(
         level: the quantile's level, above 0 and below 1.
         num_samples: number of samples of the prior.
         rng: draws the split and the samples; None for a CPU generator seeded with 0.
+
+    Returns:
+        A `LatentHoles`, with the mass and its standard error.
 
     Raises:
         ValueError: if the codes have another shape than [n, d] with d the target's dimension, are not finite, or too

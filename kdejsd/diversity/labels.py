@@ -1,4 +1,4 @@
-"""Finds the class of each latent sample, by a classifier of what a generator makes of it."""
+"""Finds the class of each latent sample: the one that a classifier gives to the example generated from it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Estimates the mean class radius E r(z), z ~ N(0, I), r being the distance to the nearest boundary of the class.
+"""Estimates the mean class radius: the mean distance of a sample z ~ N(0, I) to the nearest boundary of its class.
 
-There are two estimators. `class_radius` takes the nearest sample of another class: quick, exact in the limit, biased
-upward. `class_radius_search` walks from each sample to the boundary by gradients of a classifier, for dimensions in
-which samples are too far from one another to show where the boundary between them lies.
+There are two estimators. `class_radius` takes the nearest sample of another class. It is quick and exact in the limit,
+but biased upward. `class_radius_search` walks from each sample to the boundary along gradients of a classifier. It is
+for higher dimensions, where samples are too far apart to show where the boundary between them lies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BIASED_FROM = 5  # dimensions
 
 
 class RadiusBiasWarning(UserWarning):
-    """Warns that the nearest sample of another class is too far away to show where the boundary is.
+    """Warns that `class_radius` is strongly biased: samples are too far apart to show where the boundary is.
 
     Example:
         >>> import kdejsd, torch, warnings
@@ -41,12 +41,12 @@ class ClassRadius:
 
     Attributes:
         mean: mean over the samples; inf if some of them have no other class, NaN if some are NaN.
-        standard_error: standard error of the mean, from the spread of the samples; it knows nothing of a bias that
-            they share.
+        standard_error: standard error of the mean, from the spread of the samples. It does not include a bias that all
+            samples share.
         per_sample: [N], the distance from each latent sample.
         latent_dim: d.
-        invertible: whether the bound on the class radius may be inverted at this mean. False where a distance is not
-            finite, and where the estimator's bias carries it over what any division into classes can have.
+        invertible: whether `max_collision_entropy` may be asked at this mean. False where a distance is not finite, and
+            where the estimator's bias carries the mean above what any division into classes can have.
 
     Example:
         >>> import kdejsd, torch
@@ -74,7 +74,7 @@ class ClassRadius:
 
 @dataclass(frozen=True)
 class SearchedRadius(ClassRadius):
-    """Holds the result of `class_radius_search`, with its witnesses.
+    """Holds the result of `class_radius_search`: a `ClassRadius`, and the points that it was measured between.
 
     Attributes:
         latents: [N, d], the samples.
@@ -100,23 +100,26 @@ def _summary(per_sample: Tensor) -> tuple[float, float]:
 
 
 def class_radius(latents: Tensor, labels: Tensor) -> ClassRadius:
-    """Estimates the mean class radius by the distance of each sample to the nearest one of another class.
+    """Estimates the mean class radius by the distance of each sample to the nearest sample of another class.
 
-    The estimate is biased upward, as that sample lies behind the boundary and to the side: by about 4.5 N^(-2/(d+1))
-    for half-spaces (0.015 at N = 5000, d = 2; 0.014 and 0.045 at N = 100 000, d = 3 and 4), twice that for 25 boxes.
-    From d = 5 on this falls too slowly for any N that can be had, and carries the estimate over the bound on the class
-    radius: there a `RadiusBiasWarning` is given and the result is not `invertible`; use `class_radius_search`.
+    The class radius is the mean distance of a latent sample to the boundary of its class. A smaller radius goes with
+    more diversity. Use this estimator in up to 4 dimensions, and `class_radius_search` above.
 
-    The standard error is s / sqrt(N), s the standard deviation of the distances, as for independent terms. They are not
-    quite independent, since samples have neighbours in common. In repeated trials (N from 500 to 5000, d from 2 to 10)
-    it is 0.83 to 0.98 of the spread of the mean, a difference that is small beside the bias.
+    The estimate is biased upward, because the nearest sample lies behind the boundary and to the side. For half-spaces
+    the bias is about 4.5 N^(-2/(d+1)): 0.015 at N = 5000, d = 2; 0.014 and 0.045 at N = 100 000, d = 3 and 4. For 25
+    boxes it is twice that. From d = 5 on it falls too slowly for any practical N, and carries the estimate above the
+    bound on the class radius. A `RadiusBiasWarning` then says so, and the result is not `invertible`.
+
+    The standard error is s / sqrt(N), s the standard deviation of the distances, as for independent terms. Samples have
+    neighbours in common, so the terms are not quite independent. In repeated trials (N from 500 to 5000, d from 2 to
+    10) it is 0.83 to 0.98 of the spread of the mean. This difference is small beside the bias.
 
     Args:
         latents: [N, d], N at least 2, drawn from N(0, I); float32, float64 or a half type.
         labels: [N], int64, the class of what is generated from each.
 
     Returns:
-        The estimate, its per_sample without a gradient (`nearest_other_class` has one).
+        A `ClassRadius`. Its per_sample has no gradient (`nearest_other_class` has one).
 
     Raises:
         ValueError: if shapes do not match, or there are fewer than 2 samples.
@@ -160,43 +163,49 @@ def class_radius_search(
     rng: torch.Generator | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> SearchedRadius:
-    """Estimates the mean class radius by a search along gradients for the nearest point that is classified otherwise.
+    """Estimates the mean class radius by searching, from each sample, for the nearest point of another class.
 
-    From each z ~ N(0, I), with f = classifier(generator(.)) and c the class at z, it goes towards each of several
-    classes t: to the point nearest to z on the linearisation of f_t - f_c = 0 at the current point, again and again.
-    This is the iteration of Hasofer, Lind, Rackwitz and Fiessler for the nearest point of a surface (1978), and,
-    without the pull back to z, DeepFool (Moosavi-Dezfooli et al., 2016, algorithm 2). One more start is the nearest
-    sample of another class. The best point of another class is then brought to the boundary by bisection and moved
-    along it, each move being kept only if it is of another class and nearer to z; random points inside the ball that is
-    left look for another class on another side.
+    The class radius is the mean distance of a latent sample z ~ N(0, I) to the boundary of its class. Use this search
+    from 5 dimensions on; `class_radius` is quicker in fewer.
 
-    Every distance is that of a point which the classifier was seen to give another class, hence an upper bound. For
-    flat boundaries it is the distance itself; on curved ones the search can end at a local minimum. (Untrained networks
-    in 2 to 5 dimensions, against 20 000 points around each sample: the mean is too large by 0 to 2 % with 20
-    steps, by a quarter of that with 60.)
+    Let f = classifier(generator(.)), and c the class at z. The search goes towards each of several other classes t.
+    Each step goes to the point nearest to z on the linearisation of f_t - f_c = 0 at the current point. (This is the
+    iteration of Hasofer, Lind, Rackwitz and Fiessler for the nearest point of a surface; without the pull back to z it
+    is DeepFool.) One more start is the nearest sample of another class. Bisection then brings the best point found to
+    the boundary. From there it moves along the boundary, as long as it stays in another class and comes nearer to z.
+    Random points inside the remaining ball look for another class on another side.
+
+    Every distance is to a point that the classifier did give another class, so it is an upper bound. For flat
+    boundaries it is the distance itself. On curved ones the search can end at a local minimum. (For untrained networks
+    in 2 to 5 dimensions, compared with 20 000 points around each sample, the mean is too large by 0 to 2 % with 20
+    steps, and by a quarter of that with 60.)
 
     Models (`torch.nn.Module`) are in evaluation mode during the call and get their modes back; their parameters'
-    gradients are left alone. The samples lie where the models' parameters do, and have their dtype.
+    gradients are left alone. The samples have the dtype of the models' parameters and are on their device.
 
     Args:
         generator: [B, d] -> what the classifier takes; None where the classifier acts on the latents.
-        classifier: to logits or log-probabilities [B, K], K at least 2. Of saturated probabilities the gradient is 0:
-            they leave the search with bisection alone.
+        classifier: to logits or log-probabilities [B, K], K at least 2. Saturated probabilities have a gradient of 0,
+            which leaves the search with bisection alone.
         latent_dim: d.
         num_samples: N, at least 2.
         steps: gradient steps of each of the two phases, towards the boundary (for each class) and along it.
-        num_targets: classes t that are tried for each sample: those of the highest logits.
+        num_targets: the number of classes t that are tried for each sample: those of the highest logits.
         batch_size: points that the classifier is given at a time.
         rng: draws the samples, on any device; None for a CPU generator seeded with 0.
         progress: called with the number of samples done, and num_samples, after each batch.
 
     Returns:
-        The estimate, `invertible` where every sample has a finite distance. A sample from which no other class was
-        found has distance inf, and one whose logits are NaN has NaN; the mean is then inf or NaN too.
+        A `SearchedRadius`, `invertible` where every sample has a finite distance. A sample from which no other class
+        was found has distance inf, and one whose logits are NaN has NaN; the mean is then inf or NaN too.
 
     Raises:
         ValueError: if a number is out of range, or logits have another shape or do not depend on the latents by
             differentiable operations.
+
+    Source: Rackwitz, Fiessler, "Structural reliability under combined random load sequences" (1978); Moosavi-Dezfooli,
+    Fawzi, Frossard, "DeepFool: a simple and accurate method to fool deep neural networks",
+    https://arxiv.org/abs/1511.04599, algorithm 2.
 
     Example:
         >>> import kdejsd, torch
@@ -287,8 +296,8 @@ class _Search:
     def slide(self, best: _Nearest) -> None:
         """Moves along the boundary, by turns of the ray from z towards the foot on the tangent plane.
 
-        A turn goes a share of the way that is halved where the boundary was not nearer in the new direction. Between
-        the moves a few points in the ball up to the boundary are tried, lest another class on another side be missed.
+        If the boundary was not nearer in the new direction, the next turn goes half as far. Between the moves a few
+        points in the ball up to the boundary are tried, so that another class on another side is not missed.
         """
         z, share = best.z, torch.ones_like(best.z[:, :1])
         furthest = 6 + math.sqrt(z.shape[1])  # from a sample with no other class in sight, some way out of N(0, I)

@@ -35,17 +35,17 @@ class DiversityReport:
 
     Attributes:
         counts: number of samples of the prior in each class.
-        prior: the law of the samples, in words.
+        prior: the distribution of the samples, in words.
         collision_entropy: -log of the probability that two samples are of one class, in nats; 0 to log K.
         collision_entropy_interval: its confidence interval, at the level `confidence`.
         confidence: level of the interval.
         class_radius: mean distance of a sample to the nearest latent of another class, with its standard error and the
             radius of every sample; None for a prior that is not N(0, I).
-        radius_bound: the most that the class radius can be at the class probabilities (`class_radius_bound`).
-        collision_bound: the most at the collision probability alone (`collision_radius_bound`).
-        uniform_bound: the most for classes of equal probability (`uniform_radius_bound`).
-        max_collision_entropy: the most that the collision entropy can be at the class radius; None where the radius
-            may not be inverted. The bounds are None for a prior that is not N(0, I).
+        radius_bound: the largest class radius possible for the class probabilities (`class_radius_bound`).
+        collision_bound: the largest one possible for the collision probability (`collision_radius_bound`).
+        uniform_bound: the largest one possible for classes of equal probability (`uniform_radius_bound`).
+        max_collision_entropy: the largest collision entropy possible for the class radius; None where the radius may
+            not be inverted. This and the bounds are None for a prior that is not N(0, I).
         holes: the latent holes of the codes; None where no codes were given.
 
     Example:
@@ -69,7 +69,7 @@ class DiversityReport:
 
     @property
     def num_classes(self) -> int:
-        """Returns K, which counts also classes that no sample was of."""
+        """Returns K, the number of classes, with those that have no sample."""
         return len(self.counts)
 
     @property
@@ -166,23 +166,24 @@ def diversity_report(
     rng: torch.Generator | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> DiversityReport:
-    """Measures how many different things a generator makes, in the eyes of a classifier.
+    """Measures how many different things a generator makes, as a classifier sees them.
 
-    A sample z of the prior is of the class argmax classifier(generator(z)). The classes divide the latent space into
-    regions, and a class's probability is its region's mass, estimated by the share of the samples in it (not by
-    the mean of the classifier's probabilities, which would mix in its doubts).
+    It draws samples z of the prior and gives each the class argmax classifier(generator(z)). So the classes divide the
+    latent space into regions. A class's probability is the probability of its region, estimated by the share of the
+    samples in it. (The mean of the classifier's probabilities would mix in its doubts.) Use `compare_diversity` to
+    compare two reports by the same classifier. The measures are:
 
-    * Collision entropy: -log of the unbiased estimate sum_i n_i (n_i - 1) / (N (N - 1)) of the probability that two
-      samples are of one class, kept within what K classes can have. Its interval is of the Bayesian bootstrap: class
-      probabilities from a Dirichlet law at the counts, with one more sample spread evenly over the classes. Without
-      that one a class which no sample happens to be of would be taken for impossible.
-    * Class radius: `class_radius` for latent_dim up to 4, with all samples and the bias that it tells of;
-      `class_radius_search` above, with `radius_samples` of its own. With it come bounds on it, and the bound that it
-      sets to the collision entropy in turn.
+    * Collision entropy: -log of the probability that two samples are of one class, in nats. The probability is
+      estimated without bias (`collision_probability_from_counts`) and kept within what K classes can have. The interval
+      comes from the Bayesian bootstrap: class probabilities are drawn from a Dirichlet distribution at the counts. One
+      more sample is spread evenly over the classes, so that a class without samples does not count as impossible.
+    * Class radius: the mean distance of a sample to the boundary of its class. For latent_dim up to 4 it is
+      `class_radius` of all samples, which has a bias; above it is `class_radius_search` with `radius_samples` samples
+      of its own. Bounds on the radius stand beside it, and the limit that the radius sets to the collision entropy.
     * Latent holes of the codes, where they are given (`latent_holes`).
 
     Models (`torch.nn.Module`) are in evaluation mode during the call and get their modes back. The samples are moved to
-    where the models' parameters are, and have their dtype.
+    the device of the models' parameters, and have their dtype.
 
     Args:
         generator: [B, d] -> what the classifier takes; None where the classifier acts on the latents.
@@ -198,6 +199,9 @@ def diversity_report(
         batch_size: latents at a time.
         rng: draws all samples; None for a CPU generator seeded with 0. The global random state is not used.
         progress: as in `class_radius_search`, which takes nearly all of the time where it is used.
+
+    Returns:
+        A `DiversityReport`.
 
     Raises:
         ValueError: if a number is out of range, the target has another dimension, or logits have another shape or are
@@ -265,9 +269,9 @@ class DiversityComparison:
     """Holds the result of `compare_diversity`; `str` says it in words.
 
     Attributes:
-        entropy_difference: collision entropy of a less that of b, in nats.
+        entropy_difference: collision entropy of a minus that of b, in nats.
         entropy_interval: its confidence interval.
-        radius_difference: mean class radius of a less that of b; None where they cannot be compared.
+        radius_difference: mean class radius of a minus that of b; None where they cannot be compared.
         radius_interval: its confidence interval.
         confidence: level of the intervals.
 
@@ -286,7 +290,7 @@ class DiversityComparison:
 
     @property
     def more_diverse(self) -> Literal["a", "b"] | None:
-        """Returns the generator of the greater collision entropy; None where the interval holds 0."""
+        """Returns the generator with the greater collision entropy; None where the interval holds 0."""
         low, high = self.entropy_interval
         return "a" if low > 0 else "b" if high < 0 else None
 
@@ -308,14 +312,20 @@ class DiversityComparison:
 def compare_diversity(a: DiversityReport, b: DiversityReport, *, confidence: float = 0.95) -> DiversityComparison:
     """Decides which of two generators is more diverse by collision entropy, and whether the data can tell.
 
-    The intervals are of the Bayesian bootstrap of both reports' samples. Exchanging a and b changes signs and nothing
-    else. A smaller class radius goes with more diversity; the verdict does not rest on it. Radii are compared if they
-    were estimated in the same way: the nearest-sample estimate has a bias that depends on the number of samples and of
-    dimensions. Its interval takes the samples for independent, and is somewhat too narrow (`class_radius`).
+    The intervals come from the Bayesian bootstrap of both reports' samples. If a and b change places, only signs
+    change.
+
+    A smaller class radius goes with more diversity, but the verdict does not rest on it. Radii are compared only if
+    they were estimated in the same way, because the bias of the nearest-sample estimate depends on the number of
+    samples and of dimensions. The radius interval takes the samples for independent, and is somewhat too narrow
+    (`class_radius`).
 
     Args:
         a, b: reports by the same classifier.
         confidence: level of the intervals, above 0 and below 1.
+
+    Returns:
+        A `DiversityComparison`.
 
     Raises:
         ValueError: if the reports have different numbers of classes, or the confidence is out of range.

@@ -1,6 +1,7 @@
-"""Measures codes, the classes of what is generated, and how far it is from real examples.
+"""Measures codes, the classes of generated examples, and how far these are from real examples.
 
-Names with a capital are metrics of torchmetrics, for a loop, `MetricCollection`, or `log` of a LightningModule.
+Names with a capital are metrics of torchmetrics: use them in a loop, in a `MetricCollection`, or in `log` of a
+LightningModule.
 """
 
 from .classes import CollisionEntropy

@@ -20,7 +20,7 @@ MOST = 10_000  # rows of a set that are measured where nothing else is said: the
 
 
 class Measure(Metric):
-    """Holds what all metrics here have in common: no gradient, states that are merged, and a plot of the values."""
+    """Holds what all metrics here have in common: no gradient, states that can be merged, and a plot of the values."""
 
     is_differentiable = False
     full_state_update = False
@@ -38,9 +38,9 @@ class Measure(Metric):
 class RowsMeasure(Measure):
     """Keeps sets of rows until they are measured by `_measure`, which a metric defines.
 
-    The value does not depend on how the rows come, in which order, in how many batches or on which ranks: those of a
-    set are sorted before it is computed, and if there are too many, some are drawn of the sorted ones by a fixed seed.
-    All rows are kept until then, since no choice that is made while they come would have this property.
+    The value does not depend on the order of the rows, or on how they are divided into batches and ranks. For this the
+    rows of a set are sorted before it is computed. If there are too many, some of the sorted ones are drawn by a fixed
+    seed. All rows must be kept until then: a choice made while they come would not have this property.
 
     Args:
         most: the number of rows of a set that are measured.

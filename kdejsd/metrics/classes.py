@@ -13,23 +13,23 @@ from ._rows import Measure
 
 
 class CollisionEntropy(Measure):
-    """Estimates the collision entropy of a distribution over classes, the Renyi entropy of order 2, in nats.
+    """Estimates how many classes there are among examples: the collision entropy (Renyi entropy of order 2), in nats.
 
-    It is -log of the share of pairs of examples that are of one class (`kdejsd.collision_probability_from_counts`),
-    whose expectation is the collision probability sum_i p_i^2 itself. Its exponential is the number of equally
-    frequent classes that would have the same. It is inf where no pair is of one class, and NaN where there is no pair.
-    Where a classifier gives probabilities, the share is the mean over pairs of the probability that they are of one
-    class.
+    It is -log of the share of pairs of examples that are of one class (`kdejsd.collision_probability_from_counts`). The
+    expectation of this share is the collision probability sum_i p_i^2 itself. The exponential of the entropy is a
+    number of classes: that many equally frequent ones have the same entropy. The value is inf where no pair is of one
+    class, and NaN where there is no pair. If a classifier gives probabilities, the share is the mean over pairs of the
+    probability that they are of one class.
 
-    States are sums, so that the value is that of all ranks together; of labels it is exact.
+    States are sums, so the value is that of all ranks together; for labels it is exact.
 
     Args:
         num_classes: K.
         kwargs: as in torchmetrics.Metric.
 
     Raises:
-        TypeError, ValueError: if num_classes is no positive integer; by `update` for labels that are out of range or
-            of another shape or dtype.
+        TypeError, ValueError: if num_classes is no positive integer; by `update` for labels that are out of range or of
+            another shape or dtype.
 
     Example:
         >>> import torch

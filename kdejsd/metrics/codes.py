@@ -31,14 +31,15 @@ class _CodesMeasure(RowsMeasure):
 class CodeJSD(_CodesMeasure):
     """Measures how far codes are from following a target: the Jensen-Shannon divergence of their KDE, in nats.
 
-    Its value lies between 0 and log 2, but for the noise of n samples. The codes' KDE is compared with the target
-    smoothed by the same kernel, or with the target itself where it has no `smoothed` (GENs eq. 2; `kdejsd.jsd`). For
-    codes that do follow the target it is small, not 0: compare it with the value for as many samples of the target.
+    The codes' KDE is compared with the target smoothed by the same kernel, or with the target itself where it has no
+    `smoothed` (`kdejsd.jsd`). The value lies between 0 and log 2, apart from the noise of n samples. For codes that do
+    follow the target it is small, not 0: compare it with the value for as many samples of the target.
 
-    As for all metrics here, the value is that of all codes since the last `reset`, on all ranks together, and the same
-    bit for bit however they are divided into batches and ranks. It is computed on the metric's device in its dtype,
-    which is float32 until `set_dtype` changes it. It is NaN, with a warning that says why, where the codes have none.
-    Codes are kept until they are measured, in the main memory with `compute_on_cpu=True`; nothing is in a `state_dict`.
+    As for all metrics here, the value is that of all codes since the last `reset`, on all ranks together. It is the
+    same bit for bit however they are divided into batches and ranks. It is computed on the metric's device in its
+    dtype, which is float32 until `set_dtype` changes it. If the codes have no value it is NaN, with a warning that says
+    why. Codes are kept until they are measured, in the main memory with `compute_on_cpu=True`; nothing is in a
+    `state_dict`.
 
     Args:
         target: StandardNormal, GaussianMixture, a torch Distribution over vectors, or an object with the methods of
@@ -52,6 +53,9 @@ class CodeJSD(_CodesMeasure):
     Raises:
         TypeError, ValueError: if an argument is of another kind or out of range, at once; by `update` for codes of
             another shape or dtype.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, equation
+    2.
 
     Example:
         >>> import torch
@@ -100,7 +104,7 @@ class CodeJSD(_CodesMeasure):
 
 
 class CodeEntropy(_CodesMeasure):
-    """Estimates the entropy of whitened codes in nats (`kdejsd.kde_entropy`), which is the greatest for normal ones.
+    """Estimates the entropy of whitened codes in nats (`kdejsd.kde_entropy`): the closer to normal, the higher it is.
 
     The estimate is too large, more so for fewer codes: compare it with the value for as many normal samples. It is NaN
     for codes that lie in fewer than l dimensions. Batches, ranks, dtype and memory are as in `CodeJSD`.
@@ -118,7 +122,7 @@ class CodeEntropy(_CodesMeasure):
         >>> from kdejsd.metrics import CodeEntropy
         >>> metric = CodeEntropy()
         >>> metric.update(torch.randn(1000, 2, generator=torch.Generator().manual_seed(0)))
-        >>> print(f"{metric.compute():.2f} nats")  # 2.84, log(2 pi e), is the normal law's
+        >>> print(f"{metric.compute():.2f} nats")  # 2.84, log(2 pi e), for the normal distribution itself
         2.85 nats
     """
 
@@ -132,10 +136,10 @@ class CodeEntropy(_CodesMeasure):
 
 
 class ClassRadius(RowsMeasure):
-    """Estimates the mean class radius by the distance of latents to the nearest one of another class.
+    """Estimates the mean class radius by the distance of each latent to the nearest one of another class.
 
-    It is `kdejsd.class_radius`, with its bias, its warning from 5 dimensions on, and its value of inf where there is
-    one class only. Batches, ranks, dtype and memory are as in `CodeJSD`.
+    It is `kdejsd.class_radius`, with its bias and its warning from 5 dimensions on. It is inf where there is only one
+    class. Batches, ranks, dtype and memory are as in `CodeJSD`.
 
     Args:
         max_codes: the number of latents that are measured, drawn by a fixed seed if there are more.

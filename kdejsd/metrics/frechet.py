@@ -19,21 +19,27 @@ _CHUNK = 1000  # images at a time
 
 
 def frechet_distance(real: Tensor, generated: Tensor, features: nn.Module) -> float:
-    """Returns the Frechet distance between normals fitted to the features of two sets of images.
+    """Returns the Frechet distance between two sets of images: between normals fitted to their features.
 
-    It is |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)) (Heusel et al., GANs Trained by a Two Time-Scale Update
-    Rule, arXiv 1706.08500). With `InceptionFeatures` it is the FID; with other features it is no FID. Values of
-    different features or of different numbers of images do not compare: the fewer images, the larger it is. Sums are in
-    float64. Sets that are equal give 0 but for rounding, on either side of it.
+    With `InceptionFeatures` it is the FID; with other features it is no FID. Compare only values of the same features
+    and the same numbers of images: with fewer images it is larger. With means mu and covariances S of the features it
+    is |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)). Sums are in float64. Equal sets give 0 up to rounding, which
+    may be negative.
 
     Args:
         real, generated: [n, C, H, W] each, at least 2 images, uint8 (0 to 255) or floating (0 to 1).
         features: images [n, C, H, W] float32 (0 to 1) -> [n, d], on any device; `ImageClassifier.features`,
             `InceptionFeatures` or another module. It is in evaluation mode during the call.
 
+    Returns:
+        The distance, a float.
+
     Raises:
         ValueError: if images have another shape, are too few or out of range, or features have another shape.
         TypeError: if images are neither uint8 nor floating.
+
+    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium",
+    https://arxiv.org/abs/1706.08500.
 
     Example:
         >>> import torch
@@ -69,7 +75,7 @@ def frechet_distance(real: Tensor, generated: Tensor, features: nn.Module) -> fl
             for chunk in images.split(_CHUNK):
                 metric.update(extract(chunk), real=is_real)
     if not bool((metric.real_features_sum + metric.fake_features_sum).isfinite().all()):
-        return math.nan  # of which no eigenvalues can be had
+        return math.nan  # the eigenvalues cannot be computed
     return float(metric.compute())
 
 
@@ -84,10 +90,10 @@ class _Extracted(nn.Identity):
 class InceptionFeatures(nn.Module):
     """Computes the features of the FID: images [n, 1 or 3, H, W] float32 in [0, 1] -> [n, 2048].
 
-    The network is Inception v3 of torch-fidelity. Nothing is downloaded here.
+    The network is Inception v3 of torch-fidelity. Nothing is downloaded here: its weights must be there.
 
     Args:
-        weights: file of its weights; None is where torch-fidelity keeps them.
+        weights: the file of its weights; None is the place where torch-fidelity keeps them.
 
     Raises:
         RuntimeError: if torch-fidelity or its weights are not there.

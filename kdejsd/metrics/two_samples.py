@@ -1,4 +1,4 @@
-"""Measures how far two sets of samples are from each other, where only the samples are known."""
+"""Measures how far two sets of samples are from each other, if nothing but the samples is known."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class TwoSampleResult(NamedTuple):
 
     Attributes:
         accuracy: the share of samples that are put into the set they are from.
-        standard_error: the standard deviation of the accuracy where both sets are of one law, rather too large than too
-            small. It is 1 / (2 sqrt(N)) for N samples that are judged independently of each other, times 1.5, since
-            the forests that judge them have most of their samples in common (Nadeau, Bengio, Inference for the
-            Generalization Error, 2003, whose factor for k parts is sqrt(1 + k / (k - 1))).
+        standard_error: the standard deviation of the accuracy if both sets are of one distribution, too large rather
+            than too small. It is 1 / (2 sqrt(N)) for N samples that are judged independently of each other, times 1.5.
+            The factor is there because the forests that judge them share most of their samples (Nadeau, Bengio,
+            "Inference for the Generalization Error", 2003, whose factor for k parts is sqrt(1 + k / (k - 1))).
 
     Example:
         >>> import torch
@@ -45,25 +45,29 @@ def sliced_wasserstein(first: Tensor, second: Tensor, *, projections: Integer = 
     """Returns the sliced Wasserstein-2 distance of two sets of samples, in the units of their values.
 
     It is sqrt(mean over directions u of W_2(first . u, second . u)^2), with u uniform on the unit sphere of the d
-    values of a sample. W_2 is exact for the samples at hand, as many as there may be of each: it is the root of the
-    mean square of the differences of their quantiles. Source: Bonneel, Rabin, Peyre, Pfister, Sliced and Radon
-    Wasserstein Barycenters of Measures (2015).
+    values of a sample. W_2 is exact for the given samples, and the sets may differ in size: it is the root of the mean
+    square of the differences of their quantiles. A shift by v counts |v| / sqrt(d).
 
-    Two sets of one law are not at 0, because they are finite: compare with the distance of two sets of the data. A
-    shift by v counts |v| / sqrt(d). Of `projections` directions the relative standard error is about
-    1 / sqrt(2 projections) for such a shift, 3 % for 500, and less for differences in every direction. Everything is
-    computed in float64, and nothing has a gradient.
+    Two sets of one distribution are not at distance 0, because they are finite: compare with the distance of two sets
+    of the data. For a shift, the relative standard error of `projections` directions is about 1 / sqrt(2 projections),
+    which is 3 % for 500. For differences in every direction it is less. Everything is computed in float64, and nothing
+    has a gradient.
 
     Args:
         first, second: [n, ...] and [m, ...] floating point, of samples of one shape, on one device.
         projections: the number of directions.
         seed: seeds the directions.
 
+    Returns:
+        The distance, a float.
+
     Raises:
         ValueError: if a set is empty, the shapes of the samples differ, a value is not finite, or a number is out of
             range.
         TypeError: if a set is no floating-point tensor, or a number no integer.
         RuntimeError: if the sets are on different devices.
+
+    Source: Bonneel, Rabin, Peyre, Pfister, "Sliced and Radon Wasserstein Barycenters of Measures" (2015).
 
     Example:
         >>> import torch
@@ -93,15 +97,14 @@ def sliced_wasserstein(first: Tensor, second: Tensor, *, projections: Integer = 
 def two_sample_accuracy(first: Tensor, second: Tensor, *, seed: Integer = 0) -> TwoSampleResult:
     """Returns how well a classifier tells two sets of samples apart: 0.5 is not at all, 1 is always.
 
-    The classifier is a forest of 100 extremely randomised trees (scikit-learn's `ExtraTreesClassifier`), which sees
-    every value of a sample as a feature, by its place among those of all samples: units, and values that lie far away,
-    do not matter. Each sample is judged by a forest grown on the other parts of five. Of the larger set as many samples
-    are drawn as the smaller one has. Source: Lopez-Paz, Oquab, Revisiting Classifier Two-Sample Tests, arXiv
-    1610.06545; their classifiers are nearest neighbours and networks.
-
     An accuracy near 0.5 says that this classifier finds no difference in so many samples, not that there is none. One
-    well below 0.5 says that samples of one set are in the other too, as where a generator repeats its training data:
-    the copy of a sample is among those that the forest was grown on, in the other set.
+    well below 0.5 says that samples of one set are in the other too, as if a generator repeats its training data: the
+    forest has then seen the copy of a sample in the other set.
+
+    The classifier is a forest of 100 extremely randomised trees (scikit-learn's `ExtraTreesClassifier`). Its features
+    are the values of a sample, each replaced by its rank among all samples, so units and outliers do not matter. The
+    samples are divided into five parts, and each is judged by a forest grown on the other four. If the sets differ in
+    size, as many samples of the larger one are drawn as the smaller one has.
 
     Args:
         first, second: [n, ...] and [m, ...] floating point, at least 5 of each, of samples of one shape. They are moved
@@ -109,13 +112,16 @@ def two_sample_accuracy(first: Tensor, second: Tensor, *, seed: Integer = 0) -> 
         seed: seeds the choice of samples, the parts and the trees.
 
     Returns:
-        The accuracy, and its standard error where both sets are of one law.
+        The accuracy, and its standard error if both sets are of one distribution.
 
     Raises:
         ValueError: if a set is too small, the shapes of the samples differ, a value is not finite, or the seed is
             negative.
         TypeError: if a set is no floating-point tensor, or the seed no integer.
         RuntimeError: if the sets are on different devices.
+
+    Source: Lopez-Paz, Oquab, "Revisiting Classifier Two-Sample Tests", https://arxiv.org/abs/1610.06545; their
+    classifiers are nearest neighbours and networks.
 
     Example:
         >>> import torch
@@ -148,7 +154,7 @@ def two_sample_accuracy(first: Tensor, second: Tensor, *, seed: Integer = 0) -> 
 
 
 def _places(samples: Tensor) -> Tensor:
-    """Returns the place of each value of samples [n, d] among the distinct ones of its column.
+    """Returns the rank of each value of samples [n, d] among the distinct values of its column.
 
     Random thresholds between the least and the greatest value would all but miss the data where one value lies far
     away. Besides, the trees would take values in float32, and see no difference below 1e-7 of any unit.
@@ -187,7 +193,7 @@ class TwoSampleAccuracy(_TwoSampleMeasure):
         kwargs: as in torchmetrics.Metric.
 
     Attributes:
-        standard_error: that of the value last computed, where both sets are of one law; NaN before.
+        standard_error: that of the value last computed, if both sets are of one distribution; NaN before.
 
     Raises:
         TypeError, ValueError: if a number is no integer or too small; by `update` for samples of another shape or
@@ -200,8 +206,8 @@ class TwoSampleAccuracy(_TwoSampleMeasure):
         >>> for batch in range(5):
         ...     metric.update(torch.randn(100, 3, generator=rng), real=True)
         ...     metric.update(torch.randn(100, 3, generator=rng) + 1, real=False)
-        >>> print(f"{metric.compute():.1f}, of samples of one law 0.5 +- {metric.standard_error:.2f}")
-        0.8, of samples of one law 0.5 +- 0.02
+        >>> print(f"{metric.compute():.1f}; for equal distributions 0.5 +- {metric.standard_error:.2f}")
+        0.8; for equal distributions 0.5 +- 0.02
     """
 
     plot_upper_bound = 1.0

@@ -1,7 +1,7 @@
-"""Autoencoders with a shaped latent space, and GANs, as LightningModules; their networks are arguments.
+"""Provides autoencoders whose codes follow a known distribution, and GANs, as LightningModules.
 
-`kdejsd.models.built` has each of them in a form that builds its networks for examples of a given shape, and
-`kdejsd.models.f_divergences` the divergences that a GAN can lower.
+You pass the networks to a model. `kdejsd.models.built` has each model in a form that builds its networks for examples
+of a given shape, and `kdejsd.models.f_divergences` has the divergences that a GAN can minimise.
 """
 
 from importlib import import_module

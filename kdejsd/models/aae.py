@@ -22,9 +22,9 @@ with train_extra():
 
 
 class AAE(Autoencoder):
-    """Trains an adversarial autoencoder (Makhzani, Shlens, Jaitly, Goodfellow, Frey, arXiv 1511.05644).
+    """Trains an adversarial autoencoder: a discriminator teaches the encoder to make codes like samples of the target.
 
-    Its discriminator D gives the probability that a code is a sample of the target. Every minibatch trains two parts in
+    The discriminator D gives the probability that a code is a sample of the target. Every minibatch trains two parts in
     turn, each of which lowers its loss:
 
         the discriminator:        -mean log D(samples of the target) - mean log(1 - D(codes))
@@ -32,21 +32,24 @@ class AAE(Autoencoder):
 
     The encoder's adversarial loss is the one that does not saturate.
 
-    It logs per step `loss/reconstruction` (error per value), `loss/latent` (-log D(codes), nats: log 2 = 0.69 where the
-    discriminator cannot tell codes from samples) and `loss/discriminator` (its loss, nats: 2 log 2 = 1.39 there), and
-    per epoch the measures of `Autoencoder`.
+    It logs per step `loss/reconstruction` (error per value), `loss/latent` (-log D(codes) in nats) and
+    `loss/discriminator` (its loss in nats). Where the discriminator cannot tell codes from samples, the last two are
+    log 2 = 0.69 and 2 log 2 = 1.39. Per epoch it logs the measures of `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim: as in `Autoencoder`.
-        weight: the weight of the encoder's adversarial loss beside the error per value.
-        target: law of the codes; None is the standard normal.
+        weight: the weight of the encoder's adversarial loss relative to the error per value.
+        target: the distribution that the codes are to follow; None is the standard normal.
         discriminator_hidden: widths of the discriminator's hidden layers.
-        normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
+        normalize_codes: normalise the codes to the target's mean and variance, by batch normalisation without learned
+            scale after the encoder.
         learning_rate, decay, betas: as in `GenerativeModel`, for both Adams: one trains encoder and decoder, one the
             discriminator.
 
     Raises:
         ValueError: if the weight is negative, the target has another dimension, or a width is below 1.
+
+    Source: Makhzani, Shlens, Jaitly, Goodfellow, Frey, "Adversarial Autoencoders", https://arxiv.org/abs/1511.05644.
 
     Example:
         >>> import torch

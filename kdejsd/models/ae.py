@@ -13,13 +13,15 @@ from .base import checked
 class AE(Autoencoder):
     """Trains a plain autoencoder: its loss is the error per value, and nothing makes its codes follow the target.
 
-    It logs `loss/reconstruction` per step, and per epoch the measures of `Autoencoder`.
+    Use it to see which reconstruction error is possible without a latent term. It logs `loss/reconstruction` per step,
+    and per epoch the measures of `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
-        target: the law that the codes are measured against and whose samples `sample` decodes; None is the standard
-            normal.
-        normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
+        target: the distribution that the codes are compared with and whose samples `sample` decodes; None is the
+            standard normal.
+        normalize_codes: normalise the codes to the target's mean and variance, by batch normalisation without learned
+            scale after the encoder.
 
     Raises:
         ValueError: if the target has another dimension.

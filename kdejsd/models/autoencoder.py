@@ -20,22 +20,22 @@ JSD_SAMPLES = 10_000  # a measured divergence is of at most this many codes: its
 
 
 class Autoencoder(GenerativeModel):
-    """Encodes examples to codes that are to follow a target, and decodes them; it is the base of the autoencoders.
+    """Encodes examples to codes that are to follow a target, and decodes them: the base class of the autoencoders.
 
-    A model adds its constructor, which sets the target, and its `training_step`. Every model's reconstruction error is
-    the mean squared error per value, logged as `loss/reconstruction`; the term that a model adds to it is logged as
-    `loss/latent`. Per epoch it logs on the validation set `val/reconstruction`, and `val/jsd`, the divergence of the
-    codes from the target (`jsd`), or of samples of the posterior where the encoder has one.
+    To define an autoencoder of your own, write a constructor that sets the target, and a `training_step`. Every model
+    logs its mean squared error per value as `loss/reconstruction`, and the term that it adds to this error as
+    `loss/latent`. Per epoch it logs for the validation set `val/reconstruction`, and `val/jsd`: the divergence of the
+    codes from the target (`jsd`). If the encoder has a posterior, `val/jsd` is that of samples of the posterior.
 
     Args:
         encoder: examples [n, ...] -> codes [n, l].
         decoder: codes [n, l] -> examples [n, ...].
         latent_dim: l, the dimension of the codes.
-        learning_rate, decay, betas: as in `GenerativeModel`. Without the decay, the noise of the last steps is a part
-            of the distance between the codes and the target.
+        learning_rate, decay, betas: as in `GenerativeModel`. Without the decay, the noise of the last steps adds to the
+            distance between the codes and the target.
 
     Attributes:
-        target: the law that the codes are to follow; `sample` decodes its samples.
+        target: the distribution that the codes are to follow; `sample` decodes its samples.
         norm: the module after the encoder: a `CodeNorm`, or one that changes nothing.
 
     Example:
@@ -107,13 +107,13 @@ class Autoencoder(GenerativeModel):
         return self.decode(self.encode(examples))
 
     def posterior_samples(self, examples: Tensor, rng: torch.Generator) -> Tensor | None:
-        """Returns codes [n, l] drawn from each example's posterior; None where the encoder gives a code and no law."""
+        """Returns codes [n, l] drawn from each example's posterior; None if each example has a single code."""
         return None
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Returns the "codes" [n, l] and "reconstructions" [n, ...] of examples [n, ...].
 
-        The examples are the batch or stand first in it.
+        The examples are the batch itself, or the first of its parts.
 
         Raises:
             TypeError: if there is no tensor.
@@ -138,7 +138,7 @@ class Autoencoder(GenerativeModel):
     # Evaluation
 
     def jsd(self, codes: Tensor, rng: torch.Generator) -> Tensor:
-        """Returns the divergence of codes [n, l] from the target, in nats, 0-dim.
+        """Returns the Jensen-Shannon divergence of codes [n, l] from the target, in nats, 0-dim.
 
         The random number generator must be on the device of the codes.
         """

@@ -36,10 +36,10 @@ LOSSES_KEPT = {"cpu": 1, "cuda": 50}  # before they are looked at: a GPU would h
 
 
 class GenerativeModel(pl.LightningModule, ABC):
-    """Decodes examples from latents that are to follow a target; it is the base of all models.
+    """Decodes examples from latents that follow a target: the base class of all models.
 
-    A batch is (examples [n, ...], labels [n], indices [n] int64 in the training set), as the data modules of
-    `kdejsd.data` give it. A model sets `target` and `generator`, and adds its `training_step`.
+    To define a model of your own, set `target` and `generator`, and add a `training_step`. A batch is (examples [n,
+    ...], labels [n], indices [n] int64 in the training set), as the data modules of `kdejsd.data` give it.
 
     Args:
         latent_dim: l, the dimension of the latents.
@@ -49,11 +49,12 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     Raises:
         ValueError: if latent_dim is below 1, or learning_rate is negative.
-        TypeError: if a number is of another kind, or an argument of a model cannot be held by a checkpoint: it is no
-            number, text, list or the like, and no network, class or target, which are left out.
+        TypeError: if a number is of another kind, or a checkpoint cannot hold an argument of the model. It can hold
+            numbers, text, lists and the like. Networks, classes and targets are left out of checkpoints, and may be
+            given.
 
     Attributes:
-        target: the law of the latents; `sample` decodes its samples.
+        target: the distribution of the latents; `sample` decodes its samples.
         generator: the module latents [n, l] -> examples [n, ...].
 
     Example:
@@ -105,9 +106,9 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     @classmethod
     def settings_for(cls, settings: Mapping[str, Any], data: ExampleData) -> dict[str, Any]:
-        """Returns the settings that the data decide where they are not given, by their names.
+        """Returns the settings that depend on the data, by their names, where they are not given.
 
-        It is asked before a model is built, which may take long.
+        It is called before a model is built, since building may take long.
 
         Raises:
             ValueError: if no model of these settings can be trained on the data.
@@ -126,7 +127,7 @@ class GenerativeModel(pl.LightningModule, ABC):
 
         Args:
             n: the number of samples.
-            rng: the random number generator; by default one seeded from the global one, with other samples on each
+            rng: the random number generator. None is one seeded from the global generator, with other samples on each
                 rank.
         """
         if rng is None:
@@ -152,8 +153,8 @@ class GenerativeModel(pl.LightningModule, ABC):
     def rng(self) -> torch.Generator | None:
         """Returns the random number generator of the noise in training, on the model's device.
 
-        On one process it is None, the global generator. On several processes, whose global generators are alike, it is
-        one of this rank's own; every rank must ask equally often.
+        On one process it is None, which stands for the global generator. On several processes the global generators are
+        alike, so each rank has one of its own; every rank must ask equally often.
         """
         rank, size = rank_and_size()
         if size == 1:
@@ -161,7 +162,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         return torch.Generator(self.device).manual_seed(int(torch.randint(2**62, ())) + rank)
 
     def adam(self, *parts: Iterable[nn.Parameter]) -> tuple[list[torch.optim.Optimizer], list[dict[str, Any]]]:
-        """Returns an Adam for each part of the weights and the schedulers of their rates.
+        """Returns an Adam for each part of the weights, and the schedulers of their learning rates.
 
         They have the form that `configure_optimizers` returns.
         """
@@ -178,14 +179,14 @@ class GenerativeModel(pl.LightningModule, ABC):
     def step_schedulers(self) -> None:
         """Moves the learning rates to their next step.
 
-        A model that takes its optimisers' steps itself calls it at the end of its training step.
+        A model that steps its optimisers itself calls this at the end of its training step.
         """
         for config in self.trainer.lr_scheduler_configs:
             config.scheduler.step()  # type: ignore[call-arg]
 
     @abstractmethod
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        """Returns the loss of a minibatch after logging its parts; a model that takes its own steps returns None."""
+        """Returns the loss of a minibatch after logging its parts; None if the model steps its optimisers itself."""
 
     def on_train_start(self) -> None:
         planned = self.trainer.estimated_stepping_batches
@@ -216,7 +217,7 @@ class GenerativeModel(pl.LightningModule, ABC):
     # A loss that is no number
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Logs a value as Lightning does; values logged before the loss is used are the terms that an error names."""
+        """Logs a value as Lightning does. If a loss is not finite, the error names the values logged before it."""
         if isinstance(value, (Tensor, float)):
             self._terms[name] = torch.as_tensor(value).detach()
         super().log(name, value, *args, **kwargs)
@@ -237,14 +238,14 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     @contextmanager
     def explaining(self, what: str, examples: Tensor | None) -> Iterator[None]:
-        """Explains a ValueError inside, which refuses values that are not finite.
+        """Replaces a ValueError about values that are not finite by an error that says where they come from.
 
         Args:
             what: the name of the values.
             examples: [n], the training examples that the values come from; None if they come from all weights.
 
         Raises:
-            FloatingPointError: in place of the ValueError, if examples or weights are to blame. It names them.
+            FloatingPointError: in place of the ValueError, if examples or weights are the cause. It names them.
         """
         try:
             yield
@@ -298,7 +299,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         return {"name": type(self).__name__, "latent_dim": self.latent_dim, "target": str(self.target)}
 
     def run_measures(self) -> dict[str, float]:
-        """Returns measures that the model took of the run that trained it."""
+        """Returns measures of the run that trained the model, such as times."""
         return {}
 
     # Handing on
@@ -306,9 +307,13 @@ class GenerativeModel(pl.LightningModule, ABC):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the model into a folder, for `from_pretrained` and for the Hugging Face hub.
 
-        The folder is made if it is not there. It then holds model.safetensors, the weights and the rest of the state,
-        such as a GEN's lagged codes, each in the dtype that it has; config.json, the arguments of the model; and a
-        README.md that says how to load it, unless there is one already. `kdejsd export` adds the measures of a run.
+        The folder is made if it is not there. It then holds three files. model.safetensors has the weights and the rest
+        of the state, such as a GEN's lagged codes, each in its own dtype. config.json has the arguments of the model.
+        README.md says how to load it; one that is already there stays as it is. `kdejsd export` adds the measures of a
+        run.
+
+        Args:
+            folder: the path of the folder.
 
         Raises:
             FloatingPointError: if weights are not finite.
@@ -344,15 +349,15 @@ class GenerativeModel(pl.LightningModule, ABC):
     ) -> Self:
         """Loads a model that `save_pretrained` or `kdejsd export` has written, on the CPU and in evaluation mode.
 
-        Networks that the model has built itself are built again. The file config.json names their classes, whose
-        modules are imported: load none that you do not trust.
+        If the model has built its networks itself, they are built again. For this, the modules that config.json names
+        are imported: load no folder that you do not trust.
 
         Args:
             name: a folder, or the name of a repository on the Hugging Face hub, such as "user/digits".
             revision, token, cache_dir, local_files_only: as in `huggingface_hub.hf_hub_download`; a folder has no use
                 for them.
-            arguments: those of the model that no file can hold, such as `encoder` and `decoder` of your own, or a
-                distribution as `target`; and others that are to replace what was saved.
+            arguments: arguments of the model that no file can hold, such as `encoder` and `decoder` of your own or a
+                distribution as `target`; and others that are to replace the saved ones.
 
         Returns:
             The model, of its own class: `GenerativeModel.from_pretrained` loads all of them.
@@ -391,13 +396,14 @@ class GenerativeModel(pl.LightningModule, ABC):
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **commit: Any
     ) -> str:
-        """Uploads what `save_pretrained` writes to the Hugging Face hub, and returns the address of the commit.
+        """Uploads the files of `save_pretrained` to the Hugging Face hub, and returns the address of the commit.
 
         Args:
-            repo_id: the name of the repository, such as "user/digits", which is made if it is not there.
+            repo_id: the name of the repository, such as "user/digits"; it is made if it is not there.
             private: whether a new repository is private; None is the account's default.
             token: of the account; None is the one that `hf auth login` has stored.
-            commit: `commit_message`, `revision`, `create_pr` and what else `huggingface_hub.HfApi.upload_folder` takes.
+            commit: `commit_message`, `revision`, `create_pr` and the other arguments of
+                `huggingface_hub.HfApi.upload_folder`.
 
         Raises:
             ModuleNotFoundError: if a package of the extra `hub` is missing.
@@ -414,9 +420,9 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Loads a model as Lightning does; where the checkpoint says how its networks were built, builds them anew.
+        """Loads a model as Lightning does; networks are built anew if the checkpoint says how they were built.
 
-        `kdejsd.load` takes the folder of a run too.
+        `kdejsd.load` does this too, and also takes the folder of a run.
 
         Raises:
             TypeError: if the checkpoint is of another class.
@@ -476,7 +482,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         self._keep_settings(checkpoint)
 
     def _keep_settings(self, checkpoint: dict[str, Any]) -> None:
-        """Lets the checkpoint's optimisers go on with this model's settings, where the run had others."""
+        """Makes the checkpoint's optimisers continue with this model's settings, where the run had others."""
         optimizers = checkpoint.get("optimizer_states", [])
         first = checkpoint.get("hyper_parameters", {}).get("learning_rate", self.learning_rate)
         scale = self.learning_rate / first if first else 1.0

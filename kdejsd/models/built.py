@@ -1,4 +1,4 @@
-"""Gives the models the form that the command trains: their networks are built for examples of a given shape."""
+"""Gives the models a form in which they build their own networks, for examples of a given shape."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .networks import FC, Network
 
 
 class BuiltModel(GenerativeModel):
-    """Builds the networks of a model for examples of a given shape.
+    """Builds a model together with its networks, for examples of a given shape.
 
-    What it makes is of the model's own class: `built.VAE((1, 28, 28))` is a `kdejsd.models.VAE`. A class derived from
-    such a form makes objects of itself.
+    The result is of the model's own class: `built.VAE((1, 28, 28))` is a `kdejsd.models.VAE`. A class derived from such
+    a form makes objects of itself.
 
     Args:
         example_shape: the shape of one example, such as (C, H, W) of an image or (d,) of a row of d columns.
@@ -39,7 +39,9 @@ class BuiltModel(GenerativeModel):
 
 
 def with_built_networks(model: type[GenerativeModel]) -> type[BuiltModel]:
-    """Returns what makes the model from the arguments of `BuiltModel`, in place of its networks, under its own name.
+    """Returns a form of a model class that builds its networks: it takes the arguments of `BuiltModel` instead of them.
+
+    Use it for a model class of your own. It has the name of the class.
 
     Example:
         >>> from kdejsd.models import AE, with_built_networks

@@ -1,4 +1,4 @@
-"""Describes networks and targets by plain values, from which they are built again as from the command line."""
+"""Describes networks and targets by plain values, from which they can be built again, as the command does."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..targets import GaussianMixture, IsotropicNormal, StandardNormal
 
 
 def description(value: Any) -> Any:
-    """Returns the settings that stand for a class, a function, a `functools.partial` of a class, or a target.
+    """Returns plain settings that describe a class, a function, a `functools.partial` of a class, or a target.
 
-    They have the form that the command reads: an import path, or `class_path` with `init_args`. None stands for what
-    has none, such as a lambda, an object of a class of one's own or a torch Distribution.
+    They have the form that the command reads: an import path, or `class_path` with `init_args`. None is returned for
+    values that cannot be described so, such as a lambda, an object of a class of your own or a torch Distribution.
 
     Example:
         >>> from functools import partial

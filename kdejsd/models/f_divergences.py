@@ -1,11 +1,12 @@
-"""Defines the f-divergences that adversarial networks minimise, each with all that its variational lower bound needs.
+"""Defines the f-divergences that adversarial networks minimise, with everything their variational bounds need.
 
-For a convex f, P the law of the data and Q that of the model,
+An f-divergence measures how far the distribution Q of the model is from P, that of the data. For a convex f it is
+bounded from below by means over samples:
 
     D_f(P || Q) = int q f(p / q)  >=  E_P[T] - E_Q[f*(T)],    f*(t) = sup_u (u t - f(u)),
 
-with equality at T = f'(p / q). T = g_f(v) of a network's output v: g_f maps the real line into the domain of f* and
-increases, so that a large v speaks for data in all of them. T above the threshold f'(1) says p > q.
+with equality at T = f'(p / q). A network with output v gives T = g_f(v). g_f maps the real line into the domain of f*,
+and increases, so that a large v speaks for data with every f. T above the threshold f'(1) says p > q.
 
     name                f(u)                                D_f(P || Q)
     kl                  u log u                             KL(P || Q)
@@ -24,12 +25,12 @@ increases, so that a large v speaks for data in all of them. T above the thresho
     gan                 -log(1 - exp t)     t < 0           -log(1 + exp(-v))           -log 2
 
 Divergences with a logarithm are in nats. JSD is the divergence that `kdejsd.jsd` estimates, 0 to log 2;
-"jensen-shannon" is twice that. "gan" is the objective of the first GANs. It lacks f(1) = 0: its f(1) and its least
-value are -log 4, and its gradients are those of "jensen-shannon". The conjugate of "pearson" is that over all real u,
-as in the paper; over u >= 0 alone it would be -1 below t = -2. Either gives a bound, tight at the same T.
+"jensen-shannon" is twice that. "gan" is the objective of the first GANs. Its f(1), and so its least value, is -log 4
+instead of 0; its gradients are those of "jensen-shannon". The conjugate of "pearson" is the supremum over all real u,
+as in the paper. Over u >= 0 alone it would be -1 below t = -2. Either gives a bound that is tight at the same T.
 
-Source: S. Nowozin, B. Cseke, R. Tomioka, "f-GAN: Training Generative Neural Samplers using Variational Divergence
-Minimization", arXiv 1606.00709, section 2 and its tables.
+Source: Nowozin, Cseke, Tomioka, "f-GAN: Training Generative Neural Samplers using Variational Divergence Minimization",
+https://arxiv.org/abs/1606.00709, section 2 and its tables.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ _LOG2 = math.log(2)
 
 
 class FDivergence(ABC):
-    """Describes an f-divergence, one row of the table above; `by_name` returns it.
+    """Describes an f-divergence: f, its conjugate and the bound, one row of the table above; `by_name` returns it.
 
-    It has no state, and any two of a name are equal. All methods but `bound` work elementwise on tensors of any shape,
-    in their dtype, and are differentiable; NaN in gives NaN out.
+    It has no state, and any two of the same name are equal. All methods but `bound` work elementwise on tensors of any
+    shape, in their dtype, and are differentiable; NaN in gives NaN out.
 
     Attributes:
         name: the name by which `by_name` finds it.
@@ -97,7 +98,7 @@ class FDivergence(ABC):
 
     @abstractmethod
     def fake_term(self, v: Tensor) -> Tensor:
-        """Returns f*(g_f(v)) in closed form, right even where g_f(v) overflows or is rounded to the domain's edge."""
+        """Returns f*(g_f(v)) in closed form, exact even where g_f(v) overflows or is rounded to the domain's edge."""
 
     def bound(self, real_outputs: Tensor, fake_outputs: Tensor) -> Tensor:
         """Returns the lower bound of D_f(P || Q): mean g_f(v) over the data - mean f*(g_f(v)) over the model.
@@ -107,7 +108,7 @@ class FDivergence(ABC):
 
         Args:
             real_outputs: v of samples of the data P, any shape but empty.
-            fake_outputs: v of samples of the model Q, any shape but empty; as many as of P or not.
+            fake_outputs: v of samples of the model Q, any shape but empty; their number may differ.
 
         Returns:
             0-dim.

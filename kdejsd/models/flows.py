@@ -13,17 +13,21 @@ from .networks import linear_stack
 class RealNVP(nn.Module):
     """Models a density by an invertible map f: log p(z) = log N(f(z); 0, I) + log|det J_f(z)|.
 
-    Affine coupling layers (Dinh, Sohl-Dickstein, Bengio, arXiv 1605.08803, section 3) make up f. In each, one half of
-    the dimensions passes unchanged and determines by which factor and by how much each of the other half is scaled and
-    shifted. The halves (even and odd dimensions) change places from layer to layer. The flow begins as the identity.
+    Use it as a learned prior (`VAE` with prior="flow"), or train it on samples by its `log_prob`. f consists of affine
+    coupling layers. In each, one half of the dimensions passes unchanged, and determines the factors and shifts that
+    are applied to the other half. The halves (even and odd dimensions) change places from layer to layer. The flow
+    begins as the identity.
 
     Args:
         dim: l, at least 2.
-        layers: coupling layers.
+        layers: the number of coupling layers.
         hidden: width of the two hidden layers of each coupling layer's network.
 
     Raises:
         ValueError: if dim is below 2, or layers or hidden is below 1.
+
+    Source: Dinh, Sohl-Dickstein, Bengio, "Density estimation using Real NVP", https://arxiv.org/abs/1605.08803, section
+    3.
 
     Example:
         >>> import torch

@@ -40,7 +40,7 @@ class GAN(GenerativeModel):
     """Trains a generative adversarial network; the objective selects the divergence that it minimises.
 
     The discriminator V gives each example a number. It learns to tell real examples x from generated ones G(z), z
-    standard normal, by raising a lower bound on a divergence between them; the generator learns to lower it.
+    standard normal, by raising a lower bound on a divergence between them. The generator learns to lower it.
 
     With softplus(v) = log(1 + exp v), and sigmoid(V) the probability that an example is real, the objectives are:
 
@@ -51,48 +51,56 @@ class GAN(GenerativeModel):
         wgan-gp          the same + gradient_penalty * penalty, no clipping    the same
         f-...            mean f*(g_f(V(G(z)))) - mean g_f(V(x))                -mean f*(g_f(V(G(z))))
 
-    "minimax" and "non-saturating" are by Goodfellow et al. (arXiv 1406.2661), "wgan" is by Arjovsky, Chintala, Bottou
-    (arXiv 1701.07875), "wgan-gp" by Gulrajani et al. (arXiv 1704.00028; `gradient_penalty`). The others are by Nowozin,
-    Cseke, Tomioka (f-GAN, arXiv 1606.00709), with f one of `kdejsd.models.f_divergences`. The f-GAN's generator lowers
-    the bound itself (the paper's Algorithm 1), so that the named divergence is the one that is minimised. The heuristic
-    of its section 3.2 is there for f = "gan" alone, where it is "non-saturating" ("f-gan" itself is "minimax").
+    "f-..." stands for "f-" and the name of one of `kdejsd.models.f_divergences`. Its generator lowers the bound itself
+    (Algorithm 1 of the f-GAN paper), so the named divergence is the one that is minimised. The heuristic of section 3.2
+    of that paper is here for f = "gan" alone, where it is "non-saturating". ("f-gan" itself is "minimax".)
 
-    With packing p the discriminator sees p examples at a time, side by side as channels: it recognises more easily a
-    generator that makes few different examples (PacGAN, Lin, Khetan, Fanti, Oh, arXiv 1712.04086).
+    With packing p the discriminator sees p examples at a time, side by side as channels. It then recognises more easily
+    a generator that makes few different examples.
 
     A step is a minibatch, in which the discriminator trains. In every `discriminator_steps`-th one the generator trains
     too, with latents of its own. Both are trained by Adam.
 
-    It logs per step `loss/discriminator` and, where it trains, `loss/generator` (the losses above), and
-    `loss/divergence`, the minibatch's estimate of the divergence by the discriminator as it is. That is the JSD in nats
-    for "minimax" and "non-saturating" (0 to log 2), mean V(x) - mean V(G(z)) for the WGANs (the Wasserstein distance
-    times V's unknown Lipschitz constant, which is about 1 for "wgan-gp"), and else the bound of the f-divergence. Per
-    epoch it logs `val/divergence`, the estimate on held-out examples. With batch normalisation in the discriminator
-    that is a looser bound, since its running statistics are those of real and generated examples together.
+    It logs per step `loss/discriminator` and, where it trains, `loss/generator` (the losses above). It also logs
+    `loss/divergence`, the minibatch's estimate of the divergence by the current discriminator:
+
+    * for "minimax" and "non-saturating" the JSD in nats, 0 to log 2;
+    * for the WGANs mean V(x) - mean V(G(z)). This is the Wasserstein distance times V's unknown Lipschitz constant,
+      which is about 1 for "wgan-gp";
+    * for the others the bound of the f-divergence.
+
+    Per epoch it logs `val/divergence`, the estimate on held-out examples. With batch normalisation in the discriminator
+    this bound is looser, since its running statistics are those of real and generated examples together.
 
     Args:
         generator: latents [n, l] -> examples [n, ...].
         discriminator: examples [n, p C, ...] -> V, [n] or [n, 1], any real number.
         latent_dim: l, the dimension of the latents.
-        objective: the divergence and its losses, as in the table above.
+        objective: the divergence that is minimised, with its losses; the documentation of `GAN` has a table of them.
         packing: p, the number of examples that the discriminator sees at a time; the minibatch must be a multiple of
             it.
-        discriminator_steps: the number of steps of the discriminator for one of the generator; None is 5 for the
-            WGANs, as in their papers, and else 1.
+        discriminator_steps: the number of steps of the discriminator for one of the generator; None is 5 for the WGANs,
+            as in their papers, and else 1.
         clip: c, the largest absolute value of the discriminator's weights for "wgan".
-        gradient_penalty: the weight of the penalty of "wgan-gp". The default is the paper's, for images; points of
-            the plane (`kdejsd.data.Grid2D`) are learnt much faster by 0.1.
+        gradient_penalty: the weight of the penalty of "wgan-gp". The default is the paper's, for images; points of the
+            plane (`kdejsd.data.Grid2D`) are learnt much faster by 0.1.
         learning_rate: the learning rate of Adam. The default is for small fully connected networks; convolutions are
-            usually trained by 2e-4. "f-kl" and "f-pearson", whose f* grows faster than V, can diverge by either.
-        decay: as in `GenerativeModel`.
-        betas: Adam's betas; None is (0, 0.9) for the WGANs and else (0.5, 0.999). The critic of "wgan", with clipped
-            weights, was found unstable with momentum and trained by RMSProp, which is Adam with a first beta of 0 but
-            for the bias correction.
+            usually trained by 2e-4. "f-kl" and "f-pearson", whose f* grows faster than V, can diverge with either.
+        decay: lower the learning rate to 0 along a half cosine over the run, if its end is given in steps or epochs.
+        betas: Adam's betas; None is (0, 0.9) for the WGANs and else (0.5, 0.999). (The authors of "wgan" found its
+            critic unstable with momentum and trained it by RMSProp, which is Adam with a first beta of 0 up to the bias
+            correction.)
 
     Raises:
         ValueError: if the objective is unknown, packing or discriminator_steps is below 1, clip is not positive,
             gradient_penalty is negative, or a discriminator for "wgan-gp" has batch normalisation: the gradient of an
             example's output would depend on the other examples.
+
+    Source of "minimax" and "non-saturating": Goodfellow et al., "Generative Adversarial Networks",
+    https://arxiv.org/abs/1406.2661; of "wgan": Arjovsky, Chintala, Bottou, "Wasserstein GAN",
+    https://arxiv.org/abs/1701.07875; of "wgan-gp": Gulrajani et al., "Improved Training of Wasserstein GANs",
+    https://arxiv.org/abs/1704.00028; of "f-...": Nowozin, Cseke, Tomioka, "f-GAN", https://arxiv.org/abs/1606.00709; of
+    packing: Lin, Khetan, Fanti, Oh, "PacGAN", https://arxiv.org/abs/1712.04086.
 
     Example:
         >>> import torch
@@ -163,7 +171,7 @@ class GAN(GenerativeModel):
         return self.decode(latents)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Returns the "samples" [n, ...] decoded from latents [n, l], which are the batch or stand first in it.
+        """Returns the "samples" [n, ...] decoded from latents [n, l]: the batch itself, or the first of its parts.
 
         Raises:
             TypeError: if there is no tensor.
@@ -191,8 +199,8 @@ class GAN(GenerativeModel):
     def divergence(self, examples: Tensor, generated: Tensor) -> Tensor:
         """Returns the objective's estimate of the divergence between real and generated examples, each [n, ...].
 
-        It is 0-dim, and taken by the discriminator as it is. `divergence_name` says which divergence it estimates, and
-        in which unit.
+        It is 0-dim, and computed with the discriminator as it is now. `divergence_name` says which divergence it
+        estimates, and in which unit.
         """
         return self.losses.divergence(self.discriminate(examples), self.discriminate(generated))
 
@@ -340,14 +348,16 @@ def pack(examples: Tensor, packing: int) -> Tensor:
 
 
 def gradient_penalty(discriminator: nn.Module, examples: Tensor, generated: Tensor) -> Tensor:
-    """Returns the mean of (|grad V| - 1)^2 between real and generated examples (Gulrajani et al., arXiv 1704.00028).
+    """Returns the mean of (|grad V| - 1)^2 at points between real and generated examples.
 
-    As in their Algorithm 1 each pair has one point, evenly distributed on the straight line between its examples. The
-    result is 0-dim and differentiable in the discriminator's weights.
+    Each pair has one point, evenly distributed on the straight line between its examples (Algorithm 1 of the paper).
+    The result is 0-dim and differentiable in the discriminator's weights.
 
     Args:
         discriminator: examples [n, ...] -> V, [n] or [n, 1]; an example's output must depend on that example alone.
         examples, generated: [n, ...] each.
+
+    Source: Gulrajani et al., "Improved Training of Wasserstein GANs", https://arxiv.org/abs/1704.00028.
     """
     one_each = [len(examples), *[1] * (examples.ndim - 1)]
     share = torch.rand(one_each, dtype=examples.dtype, device=examples.device)

@@ -1,4 +1,4 @@
-"""Defines Generative Encoding Networks, autoencoders whose codes a lagged kernel density matches to a known law."""
+"""Defines Generative Encoding Networks: autoencoders whose codes are matched to a target by a lagged kernel density."""
 
 from __future__ import annotations
 
@@ -30,62 +30,72 @@ NUM_LAGGED = 1000  # where neither the user nor a small training set says otherw
 
 
 class GEN(Autoencoder):
-    """Trains a Generative Encoding Network by Algorithm 1 of GENs (Saha, Elhabian, Whitaker, arXiv 2010.15283).
+    """Trains a Generative Encoding Network: an autoencoder whose codes follow a known distribution, the target.
 
-    The loss is the mean squared error per value + weight * `LaggedKDE.loss` (eq. 3). The m lagged examples are drawn
-    once from the training set. Every k_b minibatches the encoder as it then is encodes them anew, in evaluation mode
-    and without gradient. `refresh` chooses between this and two other ways to keep the lagged codes young: a part of
-    them is encoded anew in every minibatch, or the codes of the minibatches themselves take the place of the oldest
-    ones, so that nothing is encoded twice.
+    The loss is the mean squared error per value plus weight * the latent term. The latent term measures, at the codes
+    of the minibatch, how far the kernel density of the lagged codes is from the target (`LaggedKDE.loss`). The lagged
+    codes are those of m training examples that are drawn once. As in the paper's Algorithm 1, the encoder encodes them
+    anew every k_b minibatches, in evaluation mode and without gradient. `refresh` chooses between this and two other
+    ways. "rolling" encodes a part of them in every minibatch. "queue" takes the codes of the minibatches themselves, so
+    nothing is encoded twice. A code leaves out its own lagged copy, which it finds by the indices of the batch.
 
-    For millions of lagged codes take `refresh="queue"` or "rolling"; the memory decides about `keep_examples`,
-    `lagged_dtype` and `lagged_device`. All m codes are encoded by one encoder at the start and before each validation
-    ("queue": at the start only). With bfloat16 they are encoded twice: first for their mean and variance.
-
-    By the indices of a batch a code leaves out its own lagged copy.
+    For millions of lagged codes take `refresh="queue"` or "rolling"; set `keep_examples`, `lagged_dtype` and
+    `lagged_device` by the memory that you have. All m codes are encoded by one encoder at the start and before each
+    validation ("queue": at the start only). With bfloat16 they are encoded twice, the first time for their mean and
+    variance.
 
     On several devices (Lightning's "ddp") each keeps and encodes its share of the lagged codes (`LaggedKDE.shard`). The
-    codes are normalised over the minibatches of all, and the steps are those of one device with the whole minibatch.
+    codes are normalised over the minibatches of all devices, so the steps are those of one device with the whole
+    minibatch.
 
-    It logs per step `loss/reconstruction` (error per value), `loss/latent` (the latent term, nats),
-    `train/latent_excess` and `train/gradient_weight`. The excess is the latent term less what codes that follow the
-    target have in the mean (`matched_latent`): near 0 for a match. The weight is the mean of 1 - r = p_t / (p_e + p_t),
-    by which the JSD's gradient is multiplied: 0.5 at p_e = p_t; near 0 the codes are in the dead zone, where nothing
-    pulls them. Per epoch it logs `val/reconstruction` and `val/jsd` (`LaggedKDE.jsd`) of the validation set, and
-    `train/latent_time_share`, the share of the step that the latent term takes: refresh, value and gradient.
+    It logs per step:
+
+    * `loss/reconstruction`, the mean squared error per value, and `loss/latent`, the latent term in nats.
+    * `train/latent_excess`, the latent term minus the mean for codes that follow the target (`matched_latent`). It is
+      near 0 for a match.
+    * `train/gradient_weight`, the mean of 1 - r = p_t / (p_e + p_t), with p_e the kernel density and p_t the target.
+      The JSD's gradient is multiplied by it. It is 0.5 at p_e = p_t. Near 0 the codes are in the dead zone, where
+      nothing pulls them to the target.
+
+    It logs per epoch `val/reconstruction` and `val/jsd` (`LaggedKDE.jsd`) of the validation set, and
+    `train/latent_time_share`: the share of the step that the latent term takes (refresh, value and gradient).
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
-        num_lagged: m, the number of lagged codes, at most the size of the training set. None is 1000; the command then
-            takes the whole training set where it is smaller.
+        num_lagged: m, the number of lagged codes, which form the kernel density; at most the size of the training set.
+            None is 1000; the command then takes the whole training set where it is smaller.
         refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
             k_b steps. "queue": the codes of the last m training examples, each as it was in its minibatch.
         refresh_every: k_b, the number of minibatches between refreshes; "queue" has no use for it.
-        weight: lambda, the weight of the latent term beside the error per value.
-        target: law of the codes; None is the standard normal.
+        weight: lambda, the weight of the latent term relative to the error per value.
+        target: the distribution that the codes are to follow; None is the standard normal.
         bandwidth: h, the kernel's standard deviation; None is the optimal one for (l, m, target).
         smoothed: compare the kernel density with the target smoothed by the same kernel; False is the paper's loss.
-        divergence: "js" (the paper's) or "kl", whose gradient does not fade where p_e >> p_t.
-        kernel_noise: add the kernel's noise to the codes, so that they are samples of p_e (`LaggedKDE.loss`). Without
-            it (False, as in the paper) the codes of a small training set are pushed apart without bound, and those of
-            held-out examples do not follow. From some 16 dimensions on the noise shrinks the codes instead; use False
-            there, with twice `optimal_bandwidth(l, m, smoothed=True)` as the bandwidth.
-        normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
-            Without it the codes soon leave the region where the loss has a gradient. At evaluation its running
-            statistics are used.
+        divergence: "js" (the paper's) or "kl", whose gradient does not fade where codes crowd together (in the dead
+            zone).
+        kernel_noise: add the kernel's noise to the codes, so that they are samples of the kernel density
+            (`LaggedKDE.loss`). Without it (False, as in the paper) the codes of a small training set are pushed apart
+            without bound, and those of held-out examples do not follow. From about 16 dimensions on the noise shrinks
+            the codes instead. Use False there, with twice `optimal_bandwidth(l, m, smoothed=True)` as the bandwidth.
+        normalize_codes: normalise the codes to the target's mean and variance, by batch normalisation without learned
+            scale after the encoder. Without it the codes soon leave the region where the loss has a gradient. At
+            evaluation its running statistics are used.
         lagged_dtype: "float32" or "bfloat16", in which the lagged codes are kept (`LaggedKDE`).
         lagged_device: "cpu" keeps the lagged codes on the host, None on the module's device.
         keep_examples: keep the m lagged examples on the module's device. False reads them from the training set
-            whenever they are encoded, which costs a tenth of the encoding for sets that are in memory. "queue" never
-            keeps them.
-        input_dropout: share of the values of a minibatch's examples that the encoder does not see, drawn anew each
-            time. It is for training sets of a few thousand examples or fewer: it keeps their codes from being placed
-            one by one, more even than samples of the target.
+            whenever they are encoded; for sets that are in memory this adds a tenth to the time of encoding. "queue"
+            never keeps them.
+        input_dropout: share of the examples' values that the encoder does not see in a training step, drawn anew each
+            time. Use it for training sets of a few thousand examples or fewer. Without it the encoder can place their
+            codes one by one, more evenly than samples of the target.
 
     Raises:
         ValueError: if a size is below 1, the weight is negative, input_dropout is outside [0, 1), and in the cases of
             `LaggedKDE`.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, equation 3
+    and Algorithm 1.
 
     Example:
         >>> import torch
@@ -222,9 +232,9 @@ class GEN(Autoencoder):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Encodes the lagged examples by the encoder as it is, in evaluation mode.
+        """Encodes all lagged examples by the encoder as it is now, in evaluation mode.
 
-        Their mean and variance become the running statistics of the normalisation, which otherwise trail behind an
+        Their mean and variance become the running statistics of the normalisation, which otherwise lag behind an
         encoder that changes quickly.
         """
         with evaluating(self.encoder, self.norm), self.explaining("lagged codes", self._lagged_examples):
@@ -317,7 +327,7 @@ class GEN(Autoencoder):
         return loss
 
     def penalty(self, codes: Tensor, labels: Tensor) -> Tensor | float:
-        """Returns an addition to the loss for codes [n, l] of a minibatch with labels [n]; a GEN's own is 0."""
+        """Returns an addition to the loss for codes [n, l] with labels [n]; 0 unless a subclass adds one."""
         return 0.0
 
     def training_codes(self, examples: Tensor) -> Tensor:
@@ -351,13 +361,13 @@ class GEN(Autoencoder):
     def latent_terms(self, codes: Tensor, index: Tensor | None) -> Tensor:
         """Returns the latent term of each code [n, l] in nats, as [n].
 
-        `index` [n] are the training examples of the codes, None for other examples.
+        `index` [n] holds the training examples of the codes; None is for other examples.
         """
         noise = noise_like(codes, self.rng()) if self.kernel_noise else None
         return self.lagged.loss(codes, index, noise=noise, reduction="none")
 
     def matched_latent(self) -> float:
-        """Returns the latent term that codes which follow the target have in the mean, in nats; see `matched_loss`."""
+        """Returns the mean latent term of codes that follow the target, in nats (`LaggedKDE.matched_loss`)."""
         return self.lagged.matched_loss(noise=self.kernel_noise)
 
     def gradient_weight(self, terms: Tensor) -> Tensor:
@@ -367,14 +377,14 @@ class GEN(Autoencoder):
     # Evaluation
 
     def jsd(self, codes: Tensor, rng: torch.Generator) -> Tensor:
-        """Returns the divergence from the law that the loss compares with, by the lagged codes' kernel.
+        """Returns the Jensen-Shannon divergence of codes from the distribution that the loss compares with, in nats.
 
         It is `LaggedKDE.jsd`.
         """
         return self.lagged.jsd(codes, rng)
 
     def latent_measures(self, codes: Tensor, index: Tensor | None) -> dict[str, float]:
-        """Returns the training loss's latent term in nats, also that of the target, and its gradient's weight 1 - r."""
+        """Returns the latent term of codes, its value for a match, and the gradient's weight 1 - r."""
         terms = self.latent_terms(codes, index)
         return {
             "latent_term": float(terms.mean()),
@@ -384,7 +394,7 @@ class GEN(Autoencoder):
 
     @property
     def expected_variance(self) -> Tensor:
-        """Returns the target's variance with the smoothed target, and h^2 less with the target itself."""
+        """Returns the variance that the loss aims at: the target's, or h^2 less if `smoothed` is False."""
         variance = super().expected_variance
         return variance if self.lagged.smoothed else variance - self.lagged.bandwidth**2
 

@@ -23,9 +23,9 @@ with train_extra():
 class ImageClassifier(pl.LightningModule):
     """Classifies images of any size by two convolutions and a hidden layer, whose outputs serve as features.
 
-    Each convolution halves the side and is followed by batch normalisation. A checkpoint says on which images it was
-    trained and how many of the held-out ones it gets right; `ImageClassifier.load_from_checkpoint(path,
-    weights_only=True)` reads it.
+    Use it to measure generated images: their classes for the diversity, their features for `frechet_distance`. Each
+    convolution halves the side and is followed by batch normalisation. A checkpoint says which images it was trained
+    on, and its accuracy on held-out ones; `ImageClassifier.load_from_checkpoint(path, weights_only=True)` reads it.
 
     Args:
         example_shape: (C, H, W).
@@ -98,7 +98,7 @@ class ImageClassifier(pl.LightningModule):
 
 
 def classifier_for(data: ExampleData, path: Path, epochs: int = 5, seed: int = 0) -> ImageClassifier:
-    """Returns the classifier in a file, in evaluation mode; if there is no such file, trains one and stores it there.
+    """Returns the classifier in a file, in evaluation mode; if there is none, trains one and stores it there.
 
     Args:
         data: labelled images.

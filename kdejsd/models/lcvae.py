@@ -1,4 +1,4 @@
-"""Defines LC-VAE, a variational autoencoder that pays for codes farther apart than their examples are."""
+"""Defines LC-VAE, a variational autoencoder with a penalty on codes that are farther apart than their examples."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ from .vae import VAE
 
 
 class LCVAE(VAE):
-    """Trains Manoj's LC-VAE: a VAE with a Lipschitz penalty on its encoder f and a constraint on the encoder's weights.
+    """Trains an LC-VAE: a VAE with a Lipschitz penalty on its encoder f and a constraint on the encoder's weights.
 
-    The loss is the VAE's with lambda omega beside the KL, everything in nats of one example, times 2 s^2 / D:
+    The loss adds lambda omega to the VAE's KL. Everything is in nats of one example, times 2 s^2 / D (see `VAE`):
 
         mean squared error per value + (2 s^2 / D) (KL(posterior | prior) + lambda omega)
 
         omega = mean over the minibatch's pairs (i, i + b/2) of |f(x_i) - f(x_j)|^2 / |x_i - x_j|^2
 
-    With the default s^2 = 1/2 that is the sum of squared errors + KL + lambda omega, divided by D. The paper's text was
-    not at hand. That it sums squared errors over the values and averages omega over the pairs is taken from the size
-    that lambda = 30 then has, about a nat on MNIST. f(x) is the code of `encode`, the posterior's mean: omega bounds a
-    map, and samples would add their variance to it. The last example of an odd minibatch is in no pair. Equal examples
-    in a pair count as 0.
+    With the default s^2 = 1/2 this is the sum of squared errors + KL + lambda omega, divided by D. The paper prints the
+    sum of omega over the pairs, beside a VAE's loss that it does not spell out. We take the mean over the pairs and the
+    sum of squared errors over the values; lambda = 30 then has the size of about a nat on MNIST. f(x) is the code of
+    `encode`, the posterior's mean: omega bounds a map, and samples would add their variance to it. The last example of
+    an odd minibatch is in no pair. Equal examples in a pair count as 0.
 
-    omega is at most the square of f's Lipschitz constant, and it falls with the square of the codes' scale, whatever
-    their arrangement. On MNIST nothing else happens (bench/results/papers): examples are about equally far apart, so
-    omega is little else than the variance of the codes, the encoder shrinks them, and the prior is left with holes.
-    `scale_free` divides omega by the variance of the minibatch's codes (the mean over the dimensions), which gives
-    omega of codes divided by their standard deviation. (One scale serves all dimensions: one for each would blow up
-    those that the posterior leaves to the prior.) Codes then keep their scale, but there is little left to win: a
-    heavier omega is met by a few far codes of examples that are far from all others.
+    Watch out: omega falls with the square of the codes' scale, whatever their arrangement. On MNIST nothing else
+    happens (bench/results/papers). Examples are about equally far apart, so omega is little else than the variance of
+    the codes. The encoder shrinks them, and leaves holes in the prior. `scale_free` prevents this: it divides omega by
+    the variance of the minibatch's codes (the mean over the dimensions), as if the codes had been divided by their
+    standard deviation. (All dimensions share one scale: a scale for each would blow up those that the posterior leaves
+    to the prior.) Codes then keep their scale, but there is little left to gain. A larger lambda only yields a few far
+    codes of examples that are far from all others.
 
-    The constraints bound the following:
+    The constraint on the weights is one of these. Batch normalisation undoes any of them: it divides by the standard
+    deviation of its input, and has a scale of its own.
 
     * "clip", the paper's: after each step the weights of the encoder's convolution and linear layers are clamped to
-      [-clip, clip]. Biases, which have no part in a Lipschitz constant, and batch normalisation are left alone. It
-      bounds each weight and so, very loosely, the norms; layers of many inputs begin and mostly stay far inside it.
-    * "spectral", the better one that the paper asks for: these layers are divided by their largest singular value
+      [-clip, clip]. Biases, which have no part in a Lipschitz constant, and batch normalisation are left alone. This
+      bounds each weight and so, very loosely, the norms; layers of many inputs start and mostly stay far inside the
+      bounds.
+    * "spectral", a better one, as the paper asks for: these layers are divided by their largest singular value
       (`torch.nn.utils.parametrizations.spectral_norm`, one power iteration per step; of a convolution that of its
       kernel as a matrix [out, in x height x width]). The encoder that is given is changed in place. For fully connected
       networks f's Lipschitz constant is then at most 1; a convolution of kernel 4 and stride 2 has at most twice its
       kernel's norm.
-    * Batch normalisation undoes either: it divides by the deviation of its input, and has a scale of its own.
+    * "none".
 
-    Beside a VAE's measures it logs per step `loss/omega`, as it is in the loss, before lambda.
+    In addition to a VAE's measures it logs per step `loss/omega`, as it is in the loss, before lambda.
 
     Args:
         encoder, decoder, latent_dim: as in `VAE`.
-        omega_weight: lambda, the weight of omega beside the KL.
+        omega_weight: lambda, the weight of omega relative to the KL.
         constraint: "clip", "spectral" or "none".
         clip: c, the largest absolute value of a weight with "clip".
         scale_free: divide omega by the variance of the codes; NaN for codes that are all equal.
@@ -61,6 +63,8 @@ class LCVAE(VAE):
     Raises:
         ValueError: if omega_weight is negative, the constraint is unknown, clip is not positive and finite, a minibatch
             has a single example, and in the cases of `VAE`.
+
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), section 4.
 
     Example:
         >>> import torch

@@ -14,6 +14,8 @@ from .._numbers import integer
 class AutoencoderNetworks(nn.Module):
     """Pairs an encoder, examples [n, ...] -> codes [n, l], with a decoder back to examples.
 
+    Derive a class from it for networks of your own: set `encoder` and `decoder`.
+
     Example:
         >>> import torch
         >>> from kdejsd.models import AutoencoderNetworks
@@ -39,10 +41,10 @@ Network = Callable[[Sequence[int], int], AutoencoderNetworks]  # from (example_s
 
 
 class FC(AutoencoderNetworks):
-    """Builds fully connected networks from an example's values to l codes and back, with ReLU between.
+    """Builds fully connected networks from an example's values to l codes and back, with ReLU between the layers.
 
     For images (C, H, W), whose values are in [0, 1], the decoder ends with a sigmoid. Examples of any other shape, such
-    as rows of columns (d,), can have any values, and there is none.
+    as rows of d columns (d,), can have any values, so there is no sigmoid.
 
     Args:
         example_shape: the shape of one example.
@@ -82,15 +84,16 @@ class FC(AutoencoderNetworks):
 class Conv(AutoencoderNetworks):
     """Builds convolutional networks for square images of side 28, 32 or 64.
 
-    Every layer of the encoder halves the side (kernel 4, stride 2, padding 1) and doubles the channels until the side
-    is 4 (3 for 28), and a linear layer follows. The decoder mirrors it. Batch normalisation and ReLU stand between.
+    Every layer of the encoder halves the side (kernel 4, stride 2, padding 1) and doubles the channels, until the side
+    is 4 (3 for 28). A linear layer follows. The decoder mirrors it. Batch normalisation and ReLU stand between the
+    layers.
 
     Args:
         example_shape: (C, H, W), H = W = 28, 32 or 64.
         latent_dim: l.
-        channels: of the first layer.
-        encoder_batch_norm: False leaves batch normalisation out of the encoder. For the discriminator of a GAN with a
-            gradient penalty, where an image's output must not depend on the others of its minibatch.
+        channels: the number of channels of the first layer.
+        encoder_batch_norm: False leaves batch normalisation out of the encoder. Use it for the discriminator of a GAN
+            with a gradient penalty, where an image's output must not depend on the others of its minibatch.
 
     Raises:
         ValueError: if the images have another size, or a size is below 1.
@@ -130,20 +133,22 @@ class Conv(AutoencoderNetworks):
 
 
 class DeepConv(AutoencoderNetworks):
-    """Builds the networks of the LC-VAE paper (Manoj), for images of 28 x 28.
+    """Builds the networks of the LC-VAE paper, for images of 28 x 28.
 
-    Encoder: four convolutions of 128, 256, 512 and 1024 channels (kernel 4, stride 2, padding 1: side 28 - 14 - 7 - 3 -
-    1), each with batch normalisation and ReLU, then one linear layer. Decoder: a linear layer to 256 x 7 x 7 and two
-    transposed convolutions that double the side, by way of 128 channels, with batch normalisation and ReLU between and
-    a sigmoid at the end. (Of the paper's decoder nothing but its first shape is known here.)
+    The encoder has four convolutions of 128, 256, 512 and 1024 channels (kernel 4, stride 2, padding 1: side 28 - 14 -
+    7 - 3 - 1), each with batch normalisation and ReLU, then one linear layer. The decoder has a linear layer to 256 x 7
+    x 7 and two transposed convolutions that double the side, the first to 128 channels. Batch normalisation and ReLU
+    stand between them, and a sigmoid at the end.
 
     Args:
         example_shape: (C, 28, 28).
         latent_dim: l.
-        channels: of the first convolution; all others are multiples of it.
+        channels: the number of channels of the first convolution; all others are multiples of it.
 
     Raises:
         ValueError: if the images have another size, or a size is below 1.
+
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), Tables 1 and 2.
 
     Example:
         >>> import torch
@@ -176,8 +181,8 @@ class DeepConv(AutoencoderNetworks):
 class HalfDeepConv(DeepConv):
     """Builds `DeepConv` at half the width, for the CPU, with about a quarter of the work.
 
-    The encoder has 64, 128, 256 and 512 channels, the decoder begins at 128 x 7 x 7. This is not the paper's network.
-    Arguments and errors are those of `DeepConv`, but for the channels.
+    The encoder has 64, 128, 256 and 512 channels, and the decoder begins at 128 x 7 x 7. This is not the paper's
+    network. It takes the arguments of `DeepConv` except `channels`, and raises the same errors.
 
     Example:
         >>> from kdejsd.models import HalfDeepConv

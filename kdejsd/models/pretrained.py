@@ -1,4 +1,4 @@
-"""Keeps a model in a folder that can be handed on: its weights as safetensors, its arguments as JSON, and a card."""
+"""Saves a model in a folder to share: its weights as safetensors, its arguments as JSON, and a model card."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save(model: GenerativeModel, folder: str | os.PathLike[str], name: str = "."
 
 
 def _arguments(model: GenerativeModel) -> dict[str, Any]:
-    """Returns the content of config.json, of which `class_path` and `init_args` are as in a run's config.yaml."""
+    """Returns the content of config.json. Its `class_path` and `init_args` are those of a run's config.yaml."""
     arguments = {name: value for name, value in model.hparams.items() if not name.startswith("_")}
     arguments |= {name: value for name, value in model.descriptions.items() if value is not None}
     if "bandwidth" in arguments:
@@ -166,7 +166,7 @@ def card(
     results: list[EvalResult] | None = None,
     sections: Mapping[str, str] | None = None,
 ) -> ModelCard:
-    """Returns the card of a model for the hub: what it is and how it is loaded, and what is given of its training.
+    """Returns the model card for the hub: which model this is, how to load it, and what is known of its training.
 
     Args:
         model: the model.
@@ -193,8 +193,8 @@ def card(
     )
     does = (inspect.getdoc(type(model)) or "Decodes latents.").splitlines()[0]
     about = (
-        f"The class of this model is `{kind}` of kdejsd {__version__}, which {does[0].lower()}{does[1:]} The law of "
-        f"its {'codes' if isinstance(model, Autoencoder) else 'latents'} is to be {model.target}."
+        f"The class of this model is `{kind}` of kdejsd {__version__}, which {does[0].lower()}{does[1:]} "
+        f"Its {'codes' if isinstance(model, Autoencoder) else 'latents'} are to follow {model.target}."
     )
     parts = {"How to load it": _how_to_load(model, name), **(sections or {})}
     text = "\n\n".join([f"# {title}", about, *(f"## {heading}\n\n{part}" for heading, part in parts.items())])

@@ -13,14 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler
 class HalfCosine(LRScheduler):
     """Lowers the learning rates to 0 along a half cosine over the run.
 
-    At step t of T each rate is its first value times (1 + cos(pi t / T)) / 2, and 0 from step T on. A rate that
-    something else has set since the last step (a tuner, a callback, a user) is not overwritten: it falls on along the
-    cosine from where it is.
+    At step t of T each rate is its first value times (1 + cos(pi t / T)) / 2, and 0 from step T on. Something else may
+    set a rate meanwhile (a tuner, a callback, a user). Such a rate is not overwritten: it falls along the cosine from
+    its new value on.
 
     Args:
         optimizer: the optimizer whose rates are lowered.
-        total: returns T, and is called at every step, since only the run knows T and tuners change it. The rates stay
-            as they are while T is infinite or not positive, by which Lightning says that it does not know it.
+        total: returns T. It is called at every step, since only the run knows T and tuners change it. The rates stay as
+            they are while T is infinite or not positive: Lightning says so while it does not know T.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, total: Callable[[], float]) -> None:
@@ -48,7 +48,7 @@ class HalfCosine(LRScheduler):
         return {name: value for name, value in super().state_dict().items() if name != "_total"}
 
     def _take_over(self, step: int) -> None:
-        """Begins anew from rates that something else has set at this step."""
+        """Starts again from rates that something else has set at this step."""
         share = self._share(step)
         for i, (group, last) in enumerate(zip(self.optimizer.param_groups, self._last_lr, strict=True)):
             if group["lr"] != last and share > 0:

@@ -1,4 +1,4 @@
-"""Defines a GEN whose modes are classes, some of whose examples are known."""
+"""Defines a GEN whose target has a component for each class, to train with few labels."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from .gen import GEN
 
 
 class SemiSupervisedGEN(GEN):
-    """Trains a GEN whose target has a component for each class, into which labels pull the codes (GENs, section 5.4).
+    """Trains a GEN whose target has a component for each class, into which labels pull the codes.
 
-    The joint law of code and class is to be that of the target, p_t(z, y) = w_y N(z; mu_y, sigma_y^2 I). By the chain
-    rule
+    Use it if some of the examples have labels: all examples shape the latent space, and the labelled ones decide which
+    class goes where. The joint distribution of code and class is to be that of the target, p_t(z, y) = w_y N(z; mu_y,
+    sigma_y^2 I). By the chain rule
 
         KL(p_e(z, y) | p_t(z, y)) = KL(p_e(z) | p_t(z)) + E log p_e(y | z) - E log p_t(y | z).
 
-    The first term is the latent term of a GEN, which needs no labels: all examples take part. The second is at most 0,
-    and 0 where a code has one class alone; leaving it out gives an upper bound. The third is a cross entropy, estimated
-    by the labelled examples:
+    The first term is the latent term of a GEN, which needs no labels. The second term is at most 0, and 0 where a code
+    has one class alone; leaving it out gives an upper bound. The third is a cross entropy, estimated by the labelled
+    examples. So
 
         loss = error per value + weight * latent term + label_weight * mean of -log p_t(y | z).
 
     The density of a code within its mode, -log p(z | y), is not minimised. It differs from the third term by log w_y -
-    log p_t(z), which the latent term holds already, and by itself would draw every code to its mode's mean.
+    log p_t(z), which the latent term contains already. By itself it would draw every code to its mode's mean.
 
-    Beside a GEN's measures it logs per step `loss/label`, the third term in nats over the minibatch's labelled
-    examples, and per epoch, if the validation set has labels, `val/accuracy`, the share of them that `classify` gets
+    In addition to a GEN's measures it logs per step `loss/label`, the third term in nats over the minibatch's labelled
+    examples. If the validation set has labels, it logs per epoch `val/accuracy`, the share of them that `classify` gets
     right.
 
     Args:
@@ -44,6 +45,9 @@ class SemiSupervisedGEN(GEN):
     Raises:
         TypeError: if the target is no GaussianMixture.
         ValueError: if label_weight is negative, a label has no component, and in the cases of `GEN`.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, section
+    5.4.
 
     Example:
         >>> import torch

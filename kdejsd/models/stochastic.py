@@ -1,4 +1,4 @@
-"""Defines a GEN with a random encoder, which fills with noise the part of a latent space that examples do not need."""
+"""Defines a GEN with a random encoder, which fills with noise the latent dimensions that examples do not need."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ BANDWIDTH_FACTOR = 1.5
 class StochasticGEN(GEN):
     """Trains a GEN with a random encoder, for latent spaces of more dimensions than the examples have.
 
-    Examples that vary in a few ways cannot fill many dimensions by a map: the codes of a GEN lie on a surface, which a
-    kernel density can hide and a classifier finds. Here the encoder gives two numbers for each dimension: a signal u,
-    normalised over the training examples to mean 0 and variance 1, and a share s between 0 and 1 of noise in the
-    variance:
+    Examples that vary in a few ways cannot fill many dimensions if each has one code. The codes of a `GEN` then lie on
+    a surface. A kernel density can hide this, but a classifier finds it. Here the encoder gives two numbers for each
+    dimension: a signal u, normalised over the training examples to mean 0 and variance 1, and a share s between 0 and 1
+    of noise in the variance:
 
         code = target's mean + target's standard deviation * (sqrt(1 - s) u + sqrt(s) noise),    noise standard normal
 
     So every dimension has the target's mean and variance whatever the shares are, if they do not depend on the signal.
-    The latent term is that of a GEN at such codes, and its lagged codes are such codes too. The error per value lowers
-    the shares where the decoder has use for the signal. As for a VAE, `encode` gives the means of the codes, and
-    samples of the codes' laws are to follow the target (`posterior_samples`; `val/jsd` is theirs).
+    The latent term is that of a GEN at such codes, and its lagged codes are such codes too. The reconstruction error
+    lowers the shares where the decoder has use for the signal. As for a VAE, `encode` gives the means of the codes.
+    Samples of the codes' distributions are to follow the target (`posterior_samples`), and `val/jsd` is the divergence
+    of these samples.
 
     The kernel density is compared with the smoothed target at the codes as they are (no kernel noise).
     `optimal_bandwidth(..., smoothed=True)` explains how large the bandwidth must be there, and bench/results/papers
@@ -42,7 +43,7 @@ class StochasticGEN(GEN):
         encoder: examples [n, ...] -> [n, 2 l], the signals and the logits of the shares.
         decoder: codes [n, l] -> examples [n, ...].
         latent_dim: l, the dimension of the codes.
-        num_lagged: m, the number of lagged codes, as in `GEN`.
+        num_lagged: m, the number of lagged codes; None is as in `GEN`.
         bandwidth: h, the kernel's standard deviation; None is 1.5 times `optimal_bandwidth(l, m, target,
             smoothed=True)`.
         target: a StandardNormal or GaussianMixture; None is the standard normal. The noise does not know a mixture's
@@ -97,7 +98,7 @@ class StochasticGEN(GEN):
     build_networks = staticmethod(VAE.build_networks)  # an encoder to twice the latent dimension
 
     def posterior(self, examples: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns means and standard deviations, each [n, l], of the normal laws of the codes of examples [n, ...].
+        """Returns the means and standard deviations, [n, l] each, of the normal codes of examples [n, ...].
 
         Raises:
             ValueError: if the encoder's output has another shape.
@@ -131,6 +132,6 @@ class StochasticGEN(GEN):
 
 
 def _drawn(law: tuple[Tensor, Tensor], rng: torch.Generator | None) -> Tensor:
-    """Draws a code of each normal law, whose means and standard deviations are [n, l] each."""
+    """Draws one code from each normal distribution, whose means and standard deviations are [n, l] each."""
     mean, scale = law
     return mean + scale * noise_like(mean, rng)

@@ -19,40 +19,42 @@ from .networks import Network
 
 
 class VAE(Autoencoder):
-    """Trains a variational autoencoder (Kingma, Welling, arXiv 1312.6114) with a diagonal normal posterior.
+    """Trains a variational autoencoder with a diagonal normal posterior, and a normal or learned prior.
 
-    Let the values be normal around the decoder's, with a variance s^2. The loss is the negative evidence lower bound of
-    an example of D values, times 2 s^2 / D and without constants:
+    The values of an example are taken to be normal around the decoder's output, with a variance s^2. The loss is the
+    negative evidence lower bound of an example of D values, times 2 s^2 / D and without constants:
 
         mean squared error per value + (2 s^2 / D) KL(posterior | prior)
 
     The KL is a sum over the latent dimensions and a mean over the examples, in nats. With the standard normal prior it
-    has a closed form. With a flow f the prior is the law of f^-1(u), u standard normal. The KL is then the negative
-    entropy of the posterior, in closed form, less log p(z) = log N(f(z); 0, I) + log|det J_f(z)| of one sample of the
-    posterior.
+    has a closed form. With a flow f (an invertible network) the prior is the distribution of f^-1(u), u standard
+    normal. The KL is then the negative entropy of the posterior, in closed form, minus log p(z) = log N(f(z); 0, I) +
+    log|det J_f(z)| of one sample of the posterior.
 
     The codes of examples are f(posterior mean), and a code u is decoded as decoder(f^-1(u)). So codes are always to
-    follow the standard normal, and every measure, picture and sample is made from them as from other models' codes (the
-    Jensen-Shannon divergence of two laws does not change under f). In a good VAE not the law of the means matches the
-    prior but that of samples of the posterior (`posterior_samples`): `val/jsd` is theirs.
+    follow the standard normal, and measures, pictures and samples are made from them as for other models. (f does not
+    change the Jensen-Shannon divergence of two distributions.) In a good VAE the posterior's samples match the prior,
+    not its means (`posterior_samples`). `val/jsd` is therefore that of samples.
 
-    It logs per step `loss/reconstruction` (error per value, of a sample of the posterior) and `loss/latent` (the KL,
-    nats), and per epoch the measures of `Autoencoder`; `val/reconstruction` is of the means.
+    It logs per step `loss/reconstruction` (error per value, of a sample of the posterior) and `loss/latent` (the KL in
+    nats), and per epoch the measures of `Autoencoder`; `val/reconstruction` is that of the means.
 
     Args:
         encoder: examples [n, ...] -> [n, 2 l], the posterior's means and the logarithms of its variances.
         decoder: z [n, l] -> examples [n, ...].
         latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
         observation_variance: s^2, the variance of the values. The default, 1/2, gives the common loss: sum of squared
-            errors + KL. The most likely value is the error per value itself, but so little weight of the prior leaves
-            the codes far from it for thousands of steps.
-        prior: "normal", or "flow" for a `RealNVP` that is learned along.
+            errors + KL. The most likely value is the error per value itself. But the prior then has so little weight
+            that the codes stay far from it for thousands of steps.
+        prior: "normal", or "flow" for a `RealNVP` that is learned along with the model.
         flow_layers: the number of layers of the flow.
         flow_hidden: the width of the flow's networks.
 
     Raises:
         ValueError: if observation_variance is not positive and finite, the prior is unknown, and in the cases of
             `RealNVP`.
+
+    Source: Kingma, Welling, "Auto-Encoding Variational Bayes", https://arxiv.org/abs/1312.6114.
 
     Example:
         >>> import torch
@@ -134,7 +136,7 @@ class VAE(Autoencoder):
         return error + 2 * self.observation_variance / examples[0].numel() * latent
 
     def penalty(self, examples: Tensor, mean: Tensor) -> Tensor | float:
-        """Returns an addition to the KL, in nats; a VAE's own is 0.
+        """Returns an addition to the KL, in nats; 0 unless a subclass has one.
 
         `mean` [n, l] is that of the posterior of the examples.
         """

@@ -15,23 +15,28 @@ SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernels, times the mean 
 
 
 class WAE(Autoencoder):
-    """Trains the Wasserstein autoencoder of Tolstikhin, Bousquet, Gelly, Schoelkopf (arXiv 1711.01558), Algorithm 2.
+    """Trains a Wasserstein autoencoder, which matches codes to the target by the maximum mean discrepancy (MMD).
 
-    The loss is the mean squared error per value + weight * `imq_mmd` of the minibatch's codes and as many samples of
-    the target. (The authors' code takes the sum over values, times 0.05, and the weight 10; for 28 x 28 images that is
-    a weight of 0.26 beside the mean. The default here is larger; with it the error is about that of an AAE or GEN.)
+    The loss is the mean squared error per value + weight * `imq_mmd` between the minibatch's codes and as many samples
+    of the target. (The authors' code takes the sum over values, times 0.05, and the weight 10. For 28 x 28 images this
+    equals a weight of 0.26 with the mean. The default here is larger; with it the error is about that of an AAE or
+    GEN.)
 
-    It logs per step `loss/reconstruction` (error per value) and `loss/latent` (the MMD; 0 in the mean for codes that
-    follow the target), and per epoch the measures of `Autoencoder`.
+    It logs per step `loss/reconstruction` (error per value) and `loss/latent` (the MMD; for codes that follow the
+    target it is 0 on average), and per epoch the measures of `Autoencoder`.
 
     Args:
         encoder, decoder, latent_dim, learning_rate, decay, betas: as in `Autoencoder`.
-        weight: lambda, the weight of the MMD beside the error per value.
-        target: law of the codes; None is the standard normal.
-        normalize_codes: batch normalisation without learned scale after the encoder, to the target's mean and variance.
+        weight: lambda, the weight of the MMD relative to the error per value.
+        target: the distribution that the codes are to follow; None is the standard normal.
+        normalize_codes: normalise the codes to the target's mean and variance, by batch normalisation without learned
+            scale after the encoder.
 
     Raises:
         ValueError: if the weight is negative, or the target has another dimension.
+
+    Source: Tolstikhin, Bousquet, Gelly, Schoelkopf, "Wasserstein Auto-Encoders", https://arxiv.org/abs/1711.01558,
+    Algorithm 2.
 
     Example:
         >>> import torch
@@ -75,18 +80,18 @@ class WAE(Autoencoder):
 
 
 def imq_mmd(codes: Tensor, samples: Tensor, mean_square: float) -> Tensor:
-    """Estimates the squared maximum mean discrepancy between two laws without bias, from samples of them.
+    """Estimates the squared maximum mean discrepancy between two distributions without bias, from samples of them.
 
-    The kernel is the sum of the inverse multiquadratic kernels C / (C + |x - y|^2) with C = mean_square times each of
+    The kernel is the sum of the inverse multiquadratic kernels C / (C + |x - y|^2), with C = mean_square times each of
     `SCALES`.
 
     Args:
-        codes: [n, l], from the one law, n at least 2.
+        codes: [n, l], from the one distribution, n at least 2.
         samples: [k, l], from the other, k at least 2.
         mean_square: the mean squared distance between two samples of the target: 2 l for the standard normal.
 
     Returns:
-        A 0-dim tensor, differentiable. For equal laws it is 0 in the mean, so often negative.
+        A 0-dim tensor, differentiable. For equal distributions it is 0 on average, so often negative.
 
     Raises:
         ValueError: if there are fewer than 2 codes or samples.

@@ -1,4 +1,4 @@
-"""Computes the log-density of a Gaussian mixture of m centers at n queries and its gradients, streamed: the kde op."""
+"""Computes the log-density of a Gaussian mixture at query points, and its gradients, without an n x m array."""
 
 from __future__ import annotations
 
@@ -29,46 +29,53 @@ def kde_log_prob(
     log_weights: Tensor | None = None,
     exclude_self: bool | Tensor = False,
 ) -> Tensor:
-    """Returns the log-density of a kernel density estimate with normalised Gaussian kernels, in nats.
+    """Returns the log-density of a Gaussian kernel density estimate (KDE) at query points, in nats.
 
-        log p_e(z') = logsumexp_i [log w_i - l log h_i - |z' - z_i|^2 / (2 h_i^2)] - (l/2) log(2 pi)   (GENs, eqs. 5-6)
+    Use it for any density made of normal kernels: the loss functions here call it, and it works as a log-likelihood by
+    itself. At a query z', with centers z_1 ... z_m of weights w_i, the value is
 
-    One streamed pass gives the value and the gradient for the queries (and for a single bandwidth). Gradients for the
-    centers, the weights and a bandwidth per center take a second, deterministic pass. An n x m array is made only by
-    second derivatives, function transforms and forward-mode AD, which run the plain reference.
+        log p_e(z') = logsumexp_i [log w_i - l log h_i - |z' - z_i|^2 / (2 h_i^2)] - (l/2) log(2 pi)
+
+    No n x m array is ever made, so millions of centers fit in memory. (The exceptions are second derivatives, function
+    transforms and forward-mode AD, which run the plain reference.) One pass gives the value and the gradient for the
+    queries and for a single bandwidth. Gradients for the centers, the weights and a bandwidth per center take a second,
+    deterministic pass. Leading dimensions broadcast.
 
     Args:
         query: [..., n, l], the points z'. n may be 0.
         centers: [..., m, l], the points z_i, m at least 1.
-        bandwidth: h, positive: a number, a 0-dim tensor, or a tensor [..., m] (one per center) or [..., 1].
+        bandwidth: h, the kernel's standard deviation, positive: a number, a 0-dim tensor, or a tensor [..., m] (one per
+            center) or [..., 1].
         log_weights: [..., m], log w_i, used as they are; None for equal weights that sum to 1.
-        exclude_self: True leaves center i out of the density at query i (leave-one-out; the query is the centers); an
-            int64 tensor [..., n] holds for each query the index of the center to leave out, -1 for none. Equal weights
-            are 1/(m - 1) for a query that leaves one out.
+        exclude_self: True leaves center i out of the density at query i (leave-one-out, for queries that are the
+            centers). An int64 tensor [..., n] holds for each query the index of the center to leave out, -1 for none.
+            Equal weights are 1/(m - 1) for a query that leaves one out.
 
-    Leading dimensions broadcast. All tensors share a device and a dtype: float32 and float64 are computed as such,
-    float16 and bfloat16 in float32. Under autocast float32 and half types may be mixed, all in float32.
+    All tensors share a device and a dtype. float32 and float64 are computed as such, float16 and bfloat16 in float32.
+    Under autocast, float32 and half types may be mixed; everything is then computed in float32.
 
-    On CUDA, float32 points of 1 to 256 dimensions go to the tensor cores, unless a gradient takes the second pass. The
-    error is like float32's; where `torch.set_float32_matmul_precision("high")` or "medium" allows reduced precision, it
-    is about 1e-3 of the largest value and of the largest gradient. That setting also lets a CPU with AMX multiply
-    bfloat16 parts of the points from 32 dimensions on (about 1e-5).
+    On CUDA, float32 points of 1 to 256 dimensions use the tensor cores, unless a gradient takes the second pass. The
+    error is like float32's. If `torch.set_float32_matmul_precision` is "high" or "medium", reduced precision is
+    allowed: the error is then about 1e-3 of the largest value and of the largest gradient. That setting also lets a CPU
+    with AMX multiply in bfloat16 parts from 32 dimensions on, with an error of about 1e-5.
 
     Returns:
-        [..., n], float64 for float64 input and float32 otherwise. NaN in a query gives NaN at that query. NaN in a
-        center, a bandwidth tensor with an entry that is not positive and finite, or a log-weight that is NaN or
-        infinity gives NaN everywhere. With the environment variable KDEJSD_CHECK=1 such values are errors instead (this
-        waits for the device). The value is -inf, and the gradient NaN, where no center has a weight that the dtype
-        holds.
+        [..., n], float64 for float64 input and float32 otherwise. NaN in a query gives NaN at that query. The result is
+        NaN everywhere if a center is NaN, an entry of a bandwidth tensor is not positive and finite, or a log-weight is
+        NaN or infinity. With the environment variable KDEJSD_CHECK=1 such values raise errors instead (this waits for
+        the device). Where every center's weight is too small for the dtype, the value is -inf and the gradient NaN.
 
-        What float32 cannot hold, float64 can. In float32 squares pass its range at distances of 1e19 h (the density is
-        then 0, from 1e38 h on NaN). Of bandwidths per center, h above is the geometric mean of the least and the
-        greatest; one that is 1e30 times another gives NaN everywhere.
+        In float32 squared distances leave the range of the dtype: from about 1e19 h on the density is 0, and from 1e38
+        h on it is NaN. With a bandwidth per center, h stands here for the geometric mean of the least and the greatest;
+        if one is 1e30 times another, the result is NaN everywhere. Use float64 for such data.
 
     Raises:
         ValueError: if shapes do not match, m = 0, or a bandwidth number is not positive and finite in the dtype.
         TypeError: if an argument has another type, or dtypes are mixed or unsupported.
         RuntimeError: if devices are mixed, CUDA is needed but cannot be used, or there is no compiled module.
+
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, equations
+    5 and 6, with the kernel normalised.
 
     Example:
         >>> import kdejsd, torch

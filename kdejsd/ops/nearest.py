@@ -17,25 +17,25 @@ _MOST_SAMPLES = 2**31 - 1  # the kernels' indices
 
 
 def nearest_other_class(latents: Tensor, labels: Tensor) -> Nearest:
-    """Returns the distance and the index of each sample's nearest sample with another label.
+    """Returns the distance and the index of each sample's nearest sample of another class.
 
-    The result is exactly that of comparing all pairs, from differences of coordinates; of samples at equal distances it
-    is the one of lowest index. The distance has a gradient for both samples of the pair, the difference divided by the
-    distance, and 0 where the distance is 0. The index has none. Squares are of the dtype: in float32 distances under
-    1e-18 lose digits and end as 0, so scale such latents.
+    It is the exact nearest-neighbour search behind `class_radius`, without an N x N array. The result is exactly that
+    of comparing all pairs, from differences of coordinates. Of samples at equal distances it is the one of lowest
+    index. The distance has a gradient for both samples of the pair: the difference divided by the distance, and 0 where
+    the distance is 0. Squares are taken in the dtype: in float32, distances under 1e-18 lose digits and end as 0. Scale
+    such latents. Leading dimensions broadcast.
 
     Args:
-        latents: [..., N, d], d at least 1. N may be 0.
+        latents: [..., N, d], d at least 1. N may be 0. float32 and float64 are computed as such, float16 and bfloat16
+            in float32.
         labels: [..., N], int64, any values: samples of equal labels are of one class.
-
-    Leading dimensions broadcast. float32 and float64 are computed as such, float16 and bfloat16 in float32.
 
     Returns:
         A named tuple: distance [..., N], float64 for float64 latents and float32 otherwise, and index [..., N], int64.
         Where there is no sample of another class, or none whose squared distance is finite in the dtype, the distance
-        is inf and the index -1. A sample with a NaN or infinite coordinate has distance NaN and index -1, and so has
-        every sample with another label than its: which one is nearest to them is not known. With the environment
-        variable KDEJSD_CHECK=1 such a coordinate is an error instead (this waits for the device).
+        is inf and the index -1. A sample with a NaN or infinite coordinate has distance NaN and index -1. So has every
+        sample with another label, since its nearest sample is then not known. With the environment variable
+        KDEJSD_CHECK=1 such a coordinate raises an error instead (this waits for the device).
 
     Raises:
         ValueError: if shapes do not match, or d = 0.

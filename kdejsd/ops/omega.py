@@ -1,4 +1,4 @@
-"""Measures how much farther apart an encoder puts two samples than they were, over pairs of a batch: the omega op."""
+"""Measures by which factor an encoder stretches the distances between the samples of a batch: the omega op."""
 
 from __future__ import annotations
 
@@ -36,19 +36,23 @@ def omega(
     pairs: Literal["halves", "all"] = "halves",
     reduction: Literal["sum", "mean", "max", "none"] = "sum",
 ) -> Tensor | OmegaMax:
-    """Returns the pairwise Lipschitz ratio of an encoder f, the regulariser of LC-VAE (Manoj).
+    """Returns how much an encoder f stretches distances between pairs of samples: the regulariser of LC-VAE.
+
+    Add it to a loss as a penalty on the encoder's Lipschitz constant (`kdejsd.models.LCVAE` says what this achieves),
+    or take its maximum to measure an encoder. For each pair of samples it is the squared ratio of distances
 
         omega(I1, I2) = |f(I1) - f(I2)|^2 / |I1 - I2|^2
 
-    Every ratio is a lower bound of the squared Lipschitz constant of f; the largest one (reduction "max") is the best
-    of these bounds. A pair of equal inputs, whose squared distance is 0 in the dtype of the computation, counts as 0
-    and has no gradient, whatever its codes.
+    Every ratio is a lower bound of the squared Lipschitz constant of f. The largest one (reduction "max") is the best
+    of these bounds. A pair of equal inputs counts as 0 and has no gradient, whatever its codes. (Equal means that the
+    squared distance is 0 in the dtype of the computation.)
 
-    Distances and gradients come from differences, not from |a|^2 + |b|^2 - 2 a.b, so that samples far from the origin
-    and close to each other keep their digits. Squares are of the dtype: in float32 distances under 1e-18 lose digits
-    and end as 0, those over 1e19 are infinite, so scale such inputs and codes. One pass over the pairs takes each
-    distance once and gives sums and gradients, in memory of the size of the arguments. Second derivatives, function
-    transforms and forward-mode AD run the plain reference, with all pairs' differences in memory.
+    One pass over the pairs takes each distance once, and gives sums and gradients. It needs no more memory than the
+    arguments do. Distances and gradients are computed from differences, not from |a|^2 + |b|^2 - 2 a.b, so samples far
+    from the origin and close to each other keep their digits. Squares are taken in the dtype: in float32, distances
+    under 1e-18 lose digits and end as 0, and those over 1e19 become infinite. Scale such inputs and codes. Second
+    derivatives, function transforms and forward-mode AD run the plain reference, which holds the differences of all
+    pairs in memory.
 
     Args:
         inputs: [b, ...], the samples I; all dimensions but the first are one vector, of at least one number.
@@ -57,15 +61,15 @@ def omega(
         reduction: "sum"; "mean" over the pairs; "max", whose gradient flows through one pair, the first of equal ones;
             "none".
 
-    Both tensors share a device and a dtype: float32 and float64 are computed as such, float16 and bfloat16 in float32.
-    Under autocast float32 and half types may be mixed, all in float32.
+    Both tensors share a device and a dtype. float32 and float64 are computed as such, float16 and bfloat16 in float32.
+    Under autocast, float32 and half types may be mixed; everything is then computed in float32.
 
     Returns:
-        [] for "sum" and "mean"; sums are taken in float64. No pairs at all sum to 0, and their mean is NaN.
+        [] for "sum" and "mean"; sums are taken in float64. With no pairs the sum is 0 and the mean NaN.
         For "max" a named tuple (value [], indices [2] in int64, the pair).
         For "none" [b/2] with "halves"; with "all" a symmetric [b, b] with a diagonal of 0.
         float64 for float64 arguments and float32 otherwise. NaN in an argument gives NaN, and for "max" a pair that has
-        it. With the environment variable KDEJSD_CHECK=1 values that are not finite are errors instead (this waits for
+        it. With the environment variable KDEJSD_CHECK=1 values that are not finite raise errors instead (this waits for
         the device).
 
     Raises:
@@ -73,6 +77,8 @@ def omega(
             unknown.
         TypeError: if an argument has another type, or dtypes are mixed or unsupported.
         RuntimeError: if devices are mixed, CUDA is needed but cannot be used, or there is no compiled module.
+
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018).
 
     Example:
         >>> import kdejsd, torch
@@ -147,7 +153,7 @@ def _all_ratios(inputs: Tensor, codes: Tensor, eager: bool) -> Tensor:
 
 
 def _half_ratios(inputs: Tensor, codes: Tensor) -> Tensor:
-    """Returns [b/2] by torch's own operators: there is no more memory to save than that of the arguments."""
+    """Returns [b/2] by torch's own operators, which here need no more memory than the arguments do."""
     (x, other_x), (z, other_z) = inputs.chunk(2), codes.chunk(2)
     return pair_ratios(x - other_x, z - other_z)
 

@@ -1,4 +1,4 @@
-"""Bounds the mean class radius by the classes' masses, with the gradient in the same pass: the radius op."""
+"""Bounds the mean class radius by the classes' probabilities, with the gradient in the same pass: the radius op."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from . import _common
 def class_radius_bound(
     p: Tensor | None = None, *, log_p: Tensor | None = None, log: bool = False, check: bool = False
 ) -> Tensor:
-    """Returns the greatest mean class radius that classes of these Gaussian measures can have.
+    """Returns the largest mean class radius that classes with these probabilities can have.
 
-    For z ~ N(0, I) in any dimension and classes of masses p_i, the mean distance of z to the nearest point of another
-    class is at most
+    A classifier divides the latent space into classes. The class radius is the mean distance of a sample z ~ N(0, I) to
+    the nearest point of another class. Compare an estimate (`class_radius`) with this bound: a smaller radius goes with
+    more diversity. For classes of probabilities p_i under N(0, I), in any dimension, the bound is
 
-        sum_i F(p_i),    F(p) = p Phi^-1(p) + phi(Phi^-1(p)),    dF/dp = p / phi(Phi^-1(p)),
+        sum_i F(p_i),    F(p) = p Phi^-1(p) + phi(Phi^-1(p)),    dF/dp = p / phi(Phi^-1(p)).
 
-    by the Gaussian isoperimetric inequality: half-spaces have the greatest distance at any mass, and two of them with
-    p = 1/2 reach the bound, 0.797884560803. F is convex, F(0) = 0 and F(1) = inf.
+    It follows from the Gaussian isoperimetric inequality: of all sets of a given probability, half-spaces have the
+    greatest distance. Two half-spaces of probability 1/2 reach the bound, 0.797884560803. F is convex, with F(0) = 0
+    and F(1) = inf.
 
     Args:
-        p: [..., K], the masses, each in [0, 1], K at least 1. The last dimension is summed. Its masses need not sum to
-            1, so that shape [..., 1] gives single values of F.
-        log_p: [..., K], their logarithms, for masses near 0 that no float holds or as log_softmax gives them; instead
-            of p.
+        p: [..., K], the probabilities, each in [0, 1], K at least 1. The last dimension is summed. They need not sum to
+            1, so the shape [..., 1] gives single values of F.
+        log_p: [..., K], their logarithms, instead of p: for probabilities too near 0 for any float, or as log_softmax
+            gives them.
         log: return the logarithm of the sum, which exists where the sum itself underflows: F(e^-1000) = e^-1003.799....
-            It is computed in plain PyTorch, for a few copies of the input.
-        check: raise where an entry is no probability or a row does not sum to 1 (this waits for the device; nothing is
-            checked while torch.compile traces).
+            It is computed in plain PyTorch, in memory for a few copies of the input.
+        check: raise an error where an entry is no probability or a row does not sum to 1. This waits for the device.
+            Nothing is checked while torch.compile traces.
 
-    The dtype is float32 or float64, computed as such to 4 units in the last place; float16 and bfloat16 are computed in
+    float32 and float64 are computed as such, to 4 units in the last place; float16 and bfloat16 are computed in
     float32. Second derivatives, function transforms and forward-mode AD run the plain reference.
 
     Returns:
-        [...], float64 for float64 input and float32 otherwise. A mass of 0 contributes 0 to the value and has gradient
-        0; a mass of 1 gives inf. An entry that is NaN or no probability gives NaN, or with the environment variable
-        KDEJSD_CHECK=1 an error.
+        [...], float64 for float64 input and float32 otherwise. A probability of 0 contributes 0 to the value and has
+        gradient 0; a probability of 1 gives inf. An entry that is NaN or no probability gives NaN, or with the
+        environment variable KDEJSD_CHECK=1 an error.
 
     Raises:
         ValueError: if both or neither of p and log_p are given, there is no class, or `check` finds a fault.

@@ -24,12 +24,13 @@ def streamed_log_prob(
 ) -> tuple[Tensor, Tensor]:
     """Computes `kdejsd.kde_log_prob` with constant centers of any floating dtype, on the query's device or the host.
 
-    Parts of the centers are converted and moved one after the other, each into the place of an earlier one. Beside the
-    centers there is room for one part, or on CUDA for three of host centers. Host centers in pinned memory are copied
-    while the part before is computed. The pass gives the gradient for the queries too; the backward is a scaling.
+    Parts of the centers are converted and moved one after the other, each into the memory of an earlier one. In
+    addition to the centers there is memory for one part, or on CUDA for three parts of host centers. Host centers in
+    pinned memory are copied while the previous part is computed. The pass gives the gradient for the queries too; the
+    backward only scales it.
 
-    With centers that are sharded over R ranks each rank brings its own n queries and its own centers. The queries of
-    all ranks are gathered, each rank passes its centers for all of them, and two sums over the ranks merge the results.
+    If the centers are sharded over R ranks, each rank brings its own n queries and its own centers. The queries of all
+    ranks are gathered, each rank passes its centers for all of them, and two sums over the ranks merge the results.
     These sums are of R n and R n (l + 2) numbers, whatever the number of centers.
 
     Function transforms and forward-mode AD run the plain reference, with all centers at once.
@@ -38,13 +39,14 @@ def streamed_log_prob(
         query: [n, l] float32 or float64, the dtype of the computation. Only it gets a gradient, and no second one.
         centers: [m, l].
         bandwidth: h, a number or a 0-dim tensor.
-        exclude: [n] int64, the index of the center to leave out for each query, -1 for none; of sharded centers
-            [R n], for the queries of all ranks in their order.
-        sharded: whether every rank of torch.distributed's default group calls this with as many queries.
+        exclude: [n] int64, the index of the center to leave out for each query, -1 for none; of sharded centers [R n],
+            for the queries of all ranks in their order.
+        sharded: whether the centers are sharded. Every rank of torch.distributed's default group then calls this, with
+            the same number of queries.
 
     Returns:
-        The log-densities [n] float64 in nats, of the centers as they are after conversion, and how many centers they
-        are of, [n] float64.
+        The log-densities [n] float64 in nats, of the centers as they are after conversion, and the number of centers in
+        each, [n] float64.
 
     Raises:
         ValueError, TypeError: as `kde_log_prob`, and if ranks have different numbers of queries.

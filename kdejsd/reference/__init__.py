@@ -1,6 +1,7 @@
-"""Implements the ops in plain PyTorch, under the names they have in `kdejsd`: the truth they are tested against.
+"""Implements the ops in plain PyTorch, under the names they have in `kdejsd`: the fast ops are tested against these.
 
-Everything here runs on any device torch has and composes with every torch transform, with all differences in memory.
+Use them to check results, or where a torch transform does not take the fast ops. They run on any device that torch has
+and compose with every torch transform, but hold the differences of all pairs in memory.
 """
 
 from .kde import jsd, jsd_loss, kde_log_prob

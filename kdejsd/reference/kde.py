@@ -55,7 +55,7 @@ def center_count(log_prob: Tensor, m: int, exclude_self: bool | Tensor) -> Tenso
 
 
 def with_own_center(log_prob: Tensor, count: Tensor, query: Tensor, own: Tensor, bandwidth: float | Tensor) -> Tensor:
-    """Returns log p_e where each query has a center of its own beside the `count` equal ones that all share.
+    """Returns log p_e if each query has a center of its own in addition to `count` equal ones that all queries share.
 
         log [(count p_e + N(query; own, h^2 I)) / (count + 1)]
 

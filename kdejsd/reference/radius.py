@@ -1,8 +1,8 @@
-"""Implements the radius op in plain PyTorch: in float64, the truth for the kernels' tests.
+"""Implements the radius op in plain PyTorch, in float64; the kernels are tested against it.
 
 With z = Phi^-1(p) the class radius bound of one class is F(p) = p z + phi(z). In that form it loses every digit as p
-goes to 0. For p <= 1/2 we write F = p G with the excess G = phi/Q - x of the normal law's hazard rate over x = -z, a
-function of log p without cancellation; F(p) = z + F(1 - p) serves p > 1/2.
+goes to 0. For p <= 1/2 we write F = p G, with G = phi/Q - x, x = -z: the hazard rate of the normal distribution minus
+x. G is a function of log p without cancellation. For p > 1/2, F(p) = z + F(1 - p).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FRACTION_TERMS = 60
 def class_radius_bound(
     p: Tensor | None = None, *, log_p: Tensor | None = None, log: bool = False, check: bool = False
 ) -> Tensor:
-    """Computes `kdejsd.class_radius_bound` in float64 whatever the dtype, under the same contract but for the checks.
+    """Computes `kdejsd.class_radius_bound` in float64 for every dtype, under the same contract except for the checks.
 
     Derivatives up to the third are right.
 
@@ -73,7 +73,7 @@ def _quantile(surprise: Tensor) -> Tensor:
 
 
 def excess(x: Tensor) -> Tensor:
-    """Returns phi/Q - x = 1/(x + 2/(x + 3/(x + ...))) for x >= 0, where Q is the normal law's upper tail."""
+    """Returns phi/Q - x = 1/(x + 2/(x + 3/(x + ...))) for x >= 0, where Q is the normal distribution's upper tail."""
     is_near = x < _FRACTION_FROM  # not by clamp, whose gradient on its bound is not the same in all versions of torch
     near, far = x.masked_fill(~is_near, _FRACTION_FROM), x.masked_fill(is_near, _FRACTION_FROM)
     fraction = 0.5 * ((far.square() + 4 * _FRACTION_TERMS).sqrt() - far)  # where numerators that stay the same lead

@@ -1,4 +1,4 @@
-"""Runs the command's work on a model: settings, folder, checkpoints, report and scores."""
+"""Does the work of the command on a model: settings, folder, checkpoints, report and scores."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device | None = None) -> GenerativeModel:
-    """Loads the model of a run, ready to encode, decode and sample.
+    """Loads the model of a run of `kdejsd fit`, ready to encode, decode and sample.
 
     Args:
-        path: the folder of a run of `kdejsd fit`, or the file of a checkpoint.
-        device: where the model is to be; None is a GPU if there is one, and else the CPU.
+        path: the folder of the run, or the file of a checkpoint.
+        device: the device to put the model on; None takes a GPU if there is one, and else the CPU.
 
     Returns:
-        The model, of its own class (`kdejsd.models.GEN`, say), in float32 and in evaluation mode. Its examples are of
+        The model, of its own class (`kdejsd.models.GEN`, say), in float32 and in evaluation mode. Its examples have the
         shape `hparams["example_shape"]`; images have values in [0, 1].
 
     Raises:

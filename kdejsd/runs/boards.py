@@ -1,4 +1,4 @@
-"""Shows on a board how a run goes: pictures over time, and settings beside results."""
+"""Shows in TensorBoard how a run goes: pictures over time, and settings beside results."""
 
 from __future__ import annotations
 
@@ -31,15 +31,13 @@ class RunPictures(pl.Callback):
     """Logs pictures and results of a run to TensorBoard; other loggers get none.
 
     The pictures are those of a report: samples, and for an autoencoder codes and reconstructions of held-out examples.
-    The latents of the samples and the held-out examples are the same every time, so that one sees what changes. They
-    are drawn after a validation, as long as all pictures together take at most a hundredth of the run's time, and at
-    the end of the run; each set comes after at least a quarter more steps than the one before. A run of some minutes
-    has a handful of them.
+    The latents of the samples and the held-out examples are the same every time, so that one sees what changes.
+    Pictures are drawn after a validation and at the end of the run. All together take at most a hundredth of the run's
+    time, and each set comes after at least a quarter more steps than the one before. A run of some minutes has a
+    handful of them.
 
-    Pictures that cannot be drawn are a warning: the run goes on without them.
-
-    At the end the run's settings are logged with the last values of the validation, as `result/...`, for TensorBoard's
-    table of hyperparameters.
+    If a picture cannot be drawn, there is a warning, and the run goes on without it. At the end the run's settings are
+    logged with the last values of the validation, as `result/...`, for TensorBoard's table of hyperparameters.
 
     Example:
         >>> import lightning.pytorch as pl

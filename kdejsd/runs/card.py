@@ -35,10 +35,10 @@ _RESULTS = ("reconstruction_error", "jsd", "divergence")
 
 
 def write_card(folder: Path, model: GenerativeModel, data: Mapping[str, Any], run: Path) -> None:
-    """Writes README.md for a run's model into a folder, with the run's pictures and its config.yaml beside it.
+    """Writes README.md for a run's model into a folder, with the run's pictures and its config.yaml.
 
-    Of what the run has not left, such as its measures, the card does not speak. Absolute paths, which are of this
-    machine, are left out of the settings.
+    The card leaves out whatever the run does not have, such as its measures. It also leaves absolute paths of this
+    machine out of the settings.
 
     Args:
         folder: where the model is, as `save_pretrained` writes it.

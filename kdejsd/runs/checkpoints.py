@@ -1,4 +1,4 @@
-"""Writes checkpoints that survive kills, full disks and diverging losses, and from which a run goes on bit for bit."""
+"""Writes checkpoints that survive kills, full disks and diverging losses; runs continue from them bit for bit."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ _NOTHING, _SAVE, _STOP = range(3)  # what a rank wishes
 class WholeCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint so that at any moment its file is the old one or the new one, whole.
 
-    It is written to the disk beside its place, and then renamed. A killed process leaves FILE.part, which the next
-    checkpoint overwrites. (Lightning's own class writes into the system's folder of temporary files and moves the file
-    from there, which is a copy where that is another file system; a full disk or a kill meanwhile destroys the old
+    It is written to the disk under the name FILE.part, and then renamed. A killed process leaves FILE.part, which the
+    next checkpoint overwrites. (Lightning's own class writes into the system's folder of temporary files and moves the
+    file from there. On another file system this is a copy, so a full disk or a kill meanwhile destroys the old
     checkpoint too.)
 
     Example:
@@ -102,15 +102,15 @@ class RunCheckpoint(Checkpoint):
 
     It saves after the run's first step, then every minute, and at the end of the run. Where writing takes more than 3
     seconds it saves less often, so that writing takes a twentieth of the time. On Ctrl-C or SIGTERM it lets the step
-    end, saves and stops the run; a second Ctrl-C stops it at once. Several ranks agree on all that after every tenth
+    end, saves and stops the run; a second Ctrl-C stops it at once. Several ranks agree on all this after every tenth
     step.
 
-    A run that goes on from the file equals one that was never stopped. For that a checkpoint is made where Lightning's
-    loops can go on: at the end of a batch without a validation after it, or at the end of a validation. It is not made
-    at the end of an epoch, from where a run with `max_steps` goes on in another order.
+    A run that continues from the file equals one that was never stopped. For this, checkpoints are made only where
+    Lightning's loops can continue: at the end of a batch without a validation after it, or at the end of a validation.
+    None is made at the end of an epoch, from where a run with `max_steps` would continue in another order.
 
-    The first checkpoint of a resumed run is the one that it began with. Where that is the run's own, its file stays as
-    it is until the first new checkpoint takes its place.
+    The first checkpoint of a resumed run is the one that it began with. If that is the run's own file, it stays as it
+    is until the first new checkpoint takes its place.
 
     Args:
         path: the path of the file.

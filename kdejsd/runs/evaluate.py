@@ -1,4 +1,4 @@
-"""Defines `kdejsd evaluate`, which writes the report of a run anew."""
+"""Defines `kdejsd evaluate`, which writes the report of a run again."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ with train_extra():
 
 
 def evaluate(args: list[str]) -> int:
-    """Writes the report of a run anew and prints where it is; returns the exit code."""
-    parser = ArgumentParser(prog="kdejsd evaluate", description="Writes the report of a run anew.", exit_on_error=False)
-    parser.add_argument("--out", type=str, help="The report's folder; default: a fresh one beside the checkpoint's.")
+    """Writes the report of a run again and prints where it is; returns the exit code."""
+    parser = ArgumentParser(
+        prog="kdejsd evaluate", description="Writes the report of a run again.", exit_on_error=False
+    )
+    parser.add_argument("--out", type=str, help="The report's folder; default: a fresh folder of the run.")
     parser.add_argument(
         "--classifier",
         type=str,
         metavar="FILE",
-        help="A classifier of the examples, saved by torch.export.save with a batch of any size: adds the diversity of "
-        "what the model makes. Loading a file can run code that is in it; use none that you do not trust.",
+        help="A classifier of the examples, saved by torch.export.save with a batch of any size. It adds the diversity "
+        "of the generated examples. Loading a file can run code that is in it; use none that you do not trust.",
     )
     config, checkpoint, model, data_module, path = open_checkpoint(parser, args)
     classifier = None if config.classifier is None else load_classifier(config.classifier, data_module.example_shape)

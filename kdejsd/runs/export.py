@@ -1,4 +1,4 @@
-"""Defines `kdejsd export`, which writes a run's model into a folder that can be handed on."""
+"""Defines `kdejsd export`, which writes a run's model into a folder to share."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ def export(args: list[str]) -> int:
     """Writes a run's model into a folder and prints where it is; returns the exit code."""
     parser = ArgumentParser(
         prog="kdejsd export",
-        description="Writes a run's model into a folder, which Model.from_pretrained loads and the Hugging Face hub "
-        "takes: model.safetensors, config.json, and a card, README.md, with the run's measures and pictures.",
+        description="Writes a run's model into a folder to share. Model.from_pretrained loads the folder, and the "
+        "Hugging Face hub takes it. It holds model.safetensors, config.json, and a card, README.md, with the run's "
+        "measures and pictures.",
         exit_on_error=False,
     )
     parser.add_argument(
         "run", type=str, metavar="RUN", help="The folder of a run of kdejsd fit, or the file of its checkpoint."
     )
-    parser.add_argument("--out", type=str, metavar="DIR", help="Default: a fresh folder in that of the run.")
+    parser.add_argument("--out", type=str, metavar="DIR", help="The folder; default: a fresh one in that of the run.")
     parser.add_argument(
-        "--onnx", action="store_true", help="Add encoder.onnx and decoder.onnx, for other runtimes than PyTorch."
+        "--onnx", action="store_true", help="Add encoder.onnx and decoder.onnx, for runtimes other than PyTorch."
     )
     config = parser.parse_args(args)
     file, checkpoint = opened(config.run)

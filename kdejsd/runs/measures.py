@@ -28,7 +28,7 @@ _OF_CODES = {
     "reconstruction_error": Measure(
         "reconstruction error, mean squared",
         "The mean squared error between an example and what is decoded from its code.",
-        "Lower is better. Far higher for held-out examples than for training ones, it tells of learning by heart.",
+        "Lower is better. If it is far higher for held-out examples, the model has learnt training examples by heart.",
     ),
     "variance_explained": Measure(
         "variance explained by what is decoded",
@@ -38,14 +38,14 @@ _OF_CODES = {
     ),
     "variance_explained_least": Measure(
         "  of the column explained least",
-        "The same share of the one column of which it is the least; a column that has one value only is left out.",
-        "Near 1. The table of the columns below tells which one it is.",
+        "The same share, for the column where it is lowest; a column that has one value only is left out.",
+        "Near 1. The table of the columns below says which one it is.",
     ),
     "latent_term": Measure(
         "latent loss, nats",
         "The term of the training loss that draws the codes to their target.",
-        "Near the value of the next row, which is not 0: the density of finitely many lagged codes is not quite the "
-        "distribution that they come from. It has gaps, where it is far below the target's density, so that the loss "
+        "Near the value of the next row. That is not 0, because the density of finitely many lagged codes differs from "
+        "the distribution that they come from. It has gaps, where it is far below the target's density. So the loss "
         "can be negative.",
     ),
     "latent_term_of_target": Measure(
@@ -56,20 +56,20 @@ _OF_CODES = {
     "gradient_weight": Measure(
         "weight of the latent gradient, 1 - r",
         "The mean over the codes of p_target / (p_codes + p_target), the factor in the gradient of the latent loss.",
-        "0.5 where the codes follow the target. Near 0 nothing draws the codes any more (the dead zone).",
+        "0.5 where the codes follow the target. Near 0 nothing draws the codes to it any more (the dead zone).",
     ),
     "jsd": Measure(
         "JSD of the codes, nats",
-        "The Jensen-Shannon divergence between the density of the codes and the target: 0 for equal "
-        "distributions, log 2 = 0.69 for distributions that have nothing in common.",
+        "The Jensen-Shannon divergence between the density of the codes and the target: 0 for equal distributions, "
+        "log 2 = 0.69 for distributions that do not overlap.",
         "Near the value of the target's own samples, in the next row. It can lie a little below that value or below 0, "
-        "since both are estimates from finitely many samples; a value far below it means codes that are too narrow, as "
-        "their variance tells.",
+        "since both are estimates from finitely many samples. A value far below it means codes that are too narrow; "
+        "look at their variance.",
     ),
     "jsd_of_target": Measure(
         "  of as many samples of the target",
         "The same divergence, of as many samples of the target itself.",
-        "The value to compare with: codes that follow the target would have it, but for chance.",
+        "The value to compare with: codes that follow the target have it, apart from chance.",
     ),
     "entropy": Measure(
         "entropy of whitened codes, nats",
@@ -80,7 +80,7 @@ _OF_CODES = {
     ),
     "entropy_of_normal": Measure(
         "  of as many normal samples",
-        "The entropy of as many samples of the standard normal, estimated alike.",
+        "The entropy of as many samples of the standard normal, estimated in the same way.",
         "The value to compare with: the estimates of both have the same bias.",
     ),
     "variance": Measure(
@@ -100,14 +100,14 @@ _OF_CODES = {
     ),
     "matched_jsd": Measure(
         "JSD by a kernel for all models, nats",
-        "The divergence of the codes by a kernel that the target and the number of codes alone decide, so that models "
-        "of every kind can be compared.",
+        "The divergence of the codes by a kernel that depends only on the target and the number of codes. It compares "
+        "models of every kind.",
         "As for the JSD above.",
     ),
     "matched_jsd_of_target": Measure(
         "  of as many samples of the target",
         "The same divergence, of as many samples of the target itself.",
-        "The value to compare with: codes that follow the target would have it, but for chance.",
+        "The value to compare with: codes that follow the target have it, apart from chance.",
     ),
 }
 
@@ -121,8 +121,7 @@ MEASURES = {
     "divergence": Measure(
         "divergence by the discriminator",
         "How far generated examples are from these, as the model's own discriminator tells them apart.",
-        "Lower is better. A discriminator that has learnt training examples by heart tells them better than held-out "
-        "ones.",
+        "Lower is better. It is higher for training examples if the discriminator has learnt them by heart.",
     ),
     "samples.count": Measure("number", "The number of generated samples that were measured."),
     "samples.modes_captured": Measure(
@@ -144,7 +143,7 @@ MEASURES = {
         "sliced Wasserstein distance",
         "How far the generated examples must be moved, in the mean over random directions, to become held-out ones; in "
         "the units that the model sees, which are standard deviations where the columns are standardised.",
-        "Near the value of the next row, which is not 0: two finite sets from one distribution lie apart by chance.",
+        "Near the value of the next row. That is not 0, because two finite sets of one distribution differ by chance.",
     ),
     "samples.sliced_wasserstein_of_training": Measure(
         "  of as many training examples",
@@ -153,24 +152,24 @@ MEASURES = {
     ),
     "samples.two_sample_accuracy": Measure(
         "two-sample accuracy",
-        "The share of generated and held-out examples that a classifier puts into the right one of both sets, after it "
-        "was trained on others of them.",
+        "The share of generated and held-out examples that a classifier puts into the right one of the two sets. The "
+        "classifier was trained on other examples of both.",
         "Near 0.5, where the classifier cannot tell generated from held-out examples; 1 says that it always can.",
     ),
     "samples.two_sample_accuracy_of_training": Measure(
         "  of as many training examples",
         "The same share, of training examples and held-out ones.",
-        "The value to compare with, near 0.5 where training and held-out examples come from one distribution.",
+        "The value to compare with. It is near 0.5 if training and held-out examples have one distribution.",
     ),
     "samples.two_sample_standard_error": Measure(
-        "  standard error for one distribution",
-        "The standard deviation that the accuracy has where both sets come from one distribution.",
+        "  standard error without difference",
+        "The standard deviation of the accuracy if both sets have one distribution.",
     ),
     "samples.two_sample_count": Measure(
         "  number compared", "The number of examples of each set that were compared for the distance and the accuracy."
     ),
     "diversity.num_samples": Measure(
-        "number of samples", "The number of latent samples whose examples a classifier has told the classes of."
+        "number of samples", "The number of latent samples whose examples a classifier has put into classes."
     ),
     "diversity.prior": Measure(
         "distribution of the latents", "The distribution that the latent samples were drawn from."
@@ -189,7 +188,7 @@ MEASURES = {
     "diversity.confidence": Measure("  confidence of the interval", "The confidence of the interval above."),
     "diversity.class_radius.mean": Measure(
         "mean class radius",
-        "The mean distance from a latent sample to the nearest place of another class.",
+        "The mean distance from a latent sample to the nearest point of another class.",
         "Lower goes with more diversity; the bounds below say how large it can be.",
     ),
     "diversity.class_radius.standard_error": Measure(
@@ -216,11 +215,14 @@ MEASURES = {
     ),
     "diversity.holes.mass": Measure(
         "latent holes, share of the prior",
-        "The share of the prior where the density of the codes is below the prior's own quantile at the level below.",
+        "The share of the prior in regions with hardly any codes: their density there is below its quantile (at the "
+        "level below) among held-out codes.",
         "That level where the codes follow the prior; more where they leave parts of it empty.",
     ),
     "diversity.holes.standard_error": Measure("  its standard error", "The standard error of the share."),
-    "diversity.holes.level": Measure("  level", "The level of the quantile, which the share would be for a match."),
+    "diversity.holes.level": Measure(
+        "  level", "The level of the quantile, which is the share for codes that follow the prior."
+    ),
     "diversity.holes.bandwidth": Measure("  bandwidth", "The bandwidth of the density of the codes."),
     "diversity.holes.num_codes": Measure("  number of codes", "The codes that the holes were looked for in."),
     "run.epochs": Measure("epochs", "The epochs that were begun."),
@@ -240,8 +242,8 @@ MEASURES = {
 def explained(key: str) -> Measure:
     """Returns the words for a measure by its place in metrics.json.
 
-    The place goes without "held_out" and "training". A measure that nobody has explained, as of a data set of one's
-    own, has its key as its label.
+    The place goes without "held_out" and "training". A measure without an explanation here, such as one of a data set
+    of your own, has its key as its label.
     """
     label = key.rpartition(".")[2].replace("_", " ")
     return MEASURES.get(key, Measure(label))

@@ -1,4 +1,4 @@
-"""Measures a trained model on a set of examples: its codes, and its discriminator's judgement."""
+"""Measures a trained model on a set of examples: by its codes, or by its discriminator."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Encoded:
 
 @torch.no_grad()
 def encode_set(model: Autoencoder, examples: Any, *, seed: int = 0) -> Encoded:
-    """Encodes an example set (`kdejsd.data.ExampleSet`) and returns its codes, labels and reconstruction error.
+    """Encodes a set of examples (`kdejsd.data.ExampleSet`): returns their codes, labels and reconstruction error.
 
     The seed is that of the posterior's samples.
 
@@ -93,22 +93,23 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
     Returns:
         * count: number of examples.
         * reconstruction_error: mean squared error per value.
-        * latent_term, latent_term_of_target: the training loss's, in nats, and the mean of codes that follow the target
-          (GEN; `matched_loss`).
+        * latent_term, latent_term_of_target: the training loss's latent term in nats, and its mean for codes that
+          follow the target (GEN; `matched_loss`).
         * gradient_weight: mean of 1 - r = p_t / (p_e + p_t); 0.5 where p_e = p_t, near 0 in the dead zone (GEN).
-        * jsd, jsd_of_target: `Autoencoder.jsd` of at most 10 000 codes, in nats, and of as many samples of the target.
-          GEN measures by the kernel that it was trained with, the other models by the optimal one. Of fewer codes it
-          is a mean over several draws of the numbers that it takes.
+        * jsd, jsd_of_target: `Autoencoder.jsd` in nats, of at most 10 000 codes and of as many samples of the target. A
+          GEN uses the kernel that it was trained with, the other models the optimal one. For few codes it is a mean
+          over several draws of the random numbers involved.
         * matched_jsd, matched_jsd_of_target: `target_jsd` of both, by the optimal kernel for every model.
-        * entropy, entropy_of_normal: of the whitened codes and of as many samples of the standard normal, in nats, each
-          from at most 10 000 (`kde_entropy`, which is biased alike for both); None for codes that cannot be whitened.
-        * variance, expected_variance: of each dimension, and what the loss aims at (`Autoencoder.expected_variance`;
-          None if that is negative, where there is no such optimum, or not finite).
+        * entropy, entropy_of_normal: `kde_entropy` in nats, of the whitened codes and of as many samples of the
+          standard normal, at most 10 000 each. Both have the same bias. None for codes that cannot be whitened.
+        * variance, expected_variance: of each dimension, and the variance that the loss aims at
+          (`Autoencoder.expected_variance`). The latter is None if it is negative, where there is no such optimum, or
+          not finite.
         * mean: of each dimension.
         * covariance_eigenvalues: ascending.
-        * posterior: for a model whose encoder gives a law (VAE, StochasticGEN), the numbers of one sample of each
-          example's posterior, which are what should follow the target. latent_term and gradient_weight are of these
-          samples; the others above are of the posterior means.
+        * posterior: for a model whose encoder gives a distribution (VAE, StochasticGEN), these numbers for one sample
+          of each example's posterior. These samples are what should follow the target. latent_term and gradient_weight
+          are of these samples; the others above are of the posterior means.
 
     Example:
         >>> from kdejsd.data import Digits
@@ -192,7 +193,7 @@ def divergence_measures(model: GAN, examples: Any, *, seed: int = 0) -> dict[str
         seed: seeds the latents of as many generated examples.
 
     Returns:
-        * count: of examples, at most 10 000, and a multiple of the model's packing.
+        * count: the number of examples, at most 10 000, and a multiple of the model's packing.
         * divergence: `GAN.divergence`; NaN for a count of 0.
 
     Example:

@@ -1,4 +1,4 @@
-"""Writes a model's encoder and decoder as ONNX, for other runtimes than PyTorch."""
+"""Writes a model's encoder and decoder as ONNX, for runtimes other than PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._modes import evaluating
 from ..models import Autoencoder, GenerativeModel
 
 OPSET = 18  # what torch's exporter writes without a conversion, and runtimes since 2023 read
-_BATCHES = (1, 7)  # sizes at which what is written is compared with the model, and neither of which it was traced with
+_BATCHES = (1, 7)  # sizes of the comparison with the model, both other than that of the tracing
 _TOLERANCE = 1e-4  # of the greatest value
 
 
@@ -24,13 +24,13 @@ def write_onnx(
     """Writes decoder.onnx, and for an autoencoder encoder.onnx, into a folder, and returns their paths.
 
     The encoder computes `model.encode`, with the normalisation of the codes or the flow, from "examples" [n, ...] to
-    "codes" [n, l]; the decoder computes `model.decode`, from "codes" to "examples". Both are float32, for batches of
-    any size n, and of opset 18. They are compared with the model, in ONNX Runtime, before they are written.
+    "codes" [n, l]. The decoder computes `model.decode`, from "codes" to "examples". Both are float32, for batches of
+    any size n, and of opset 18. Before they are written, ONNX Runtime compares them with the model.
 
     Args:
-        model: a model in float32, as it is in evaluation mode.
+        model: a model in float32, exported as it is in evaluation mode.
         folder: an existing folder.
-        example_shape: the shape of one example; None is that of which the model has built its networks.
+        example_shape: the shape of one example; None takes the shape that the model has built its networks for.
 
     Raises:
         ValueError: if the model is of another dtype, the shape is not known, or a network cannot be exported or

@@ -43,11 +43,12 @@ _WIDTH = 80  # columns of a terminal
 def write_report(
     folder: Path, model: GenerativeModel, data: ExampleData, run: Mapping[str, Any], classifier: Map | None = None
 ) -> str:
-    """Measures the model on the held-out examples and on those it was trained on, and draws its pictures.
+    """Writes the report of a trained model: measures of held-out and training examples, pictures, and a page of both.
 
-    It writes into the folder metrics.json, in which numbers that are not finite are null, and samples.png; for
-    autoencoders also latent.png and reconstructions.png, and with a classifier and 2-D latents classes.png. All of them
-    are in report.html too, a page with what each measure means and what it should be, the settings, and how to go on.
+    It writes into the folder metrics.json, in which numbers that are not finite are null, and samples.png. For
+    autoencoders it also writes latent.png and reconstructions.png, and with a classifier and 2-D latents classes.png.
+    The page report.html has all of them, explains each measure and the value it should have, and lists the settings and
+    the next steps.
 
     Args:
         folder: an existing folder.
@@ -210,9 +211,10 @@ class AutoencoderReport(Report[Autoencoder]):
 
 
 class GANReport(Report[GAN]):
-    """Adds the divergence as the discriminator sees it.
+    """Adds the divergence that the discriminator estimates.
 
-    That of training examples exceeds that of held-out ones by as much as the discriminator has learnt by heart.
+    If it is larger for training examples than for held-out ones, the discriminator has learnt training examples by
+    heart.
     """
 
     def set_measures(self) -> dict[str, Measures]:

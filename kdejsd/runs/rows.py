@@ -31,10 +31,10 @@ def column_measures(model: Autoencoder, data: ExampleData, examples: ExampleSet,
         codes: [n, l], the codes of the set.
 
     Returns:
-        * variance_explained: the share of the variance of all columns together that the reconstructions explain, in
-          the units that the model sees; NaN where no column varies.
-        * variance_explained_least: that of the column of which it is the least, NaN where no column varies.
-        * columns: for each column by its name the `error`, the root mean squared one in the units of its file, and
+        * variance_explained: the share of the variance of all columns together that the reconstructions explain, in the
+          units that the model sees; NaN where no column varies.
+        * variance_explained_least: the same share for the column where it is lowest; NaN where no column varies.
+        * columns: for each column by its name the `error`, the root mean squared error in the units of its file, and
           the `variance_explained`.
 
     Example:
@@ -79,9 +79,10 @@ def two_sample_measures(data: ExampleData, samples: Tensor) -> dict[str, float]:
     Returns:
         * sliced_wasserstein, two_sample_accuracy: of the generated examples against held-out ones (`kdejsd.metrics`),
           in the units that the model sees; NaN if a sample is not finite.
-        * sliced_wasserstein_of_training, two_sample_accuracy_of_training: of as many training examples.
-        * two_sample_standard_error: of the accuracy, where both sets are of one law.
-        * two_sample_count: how many examples of each set were compared.
+        * sliced_wasserstein_of_training, two_sample_accuracy_of_training: of as many training examples, to compare
+          with.
+        * two_sample_standard_error: of the accuracy, if both sets are of one distribution.
+        * two_sample_count: the number of examples of each set that were compared.
 
         Nothing, if a set has fewer than 5 examples.
 

@@ -39,7 +39,7 @@ def open_checkpoint(
     parser.add_argument(
         "run", type=str, metavar="RUN", help="The folder of a run of kdejsd fit, or the file of its checkpoint."
     )
-    parser.add_subclass_arguments(ExampleData, "data", help="Other examples than the run's own.", required=False)
+    parser.add_subclass_arguments(ExampleData, "data", help="Examples to use instead of the run's own.", required=False)
     path, checkpoint = None, None
     if args and not args[0].startswith("-"):
         path, checkpoint = opened(args[0])
@@ -81,7 +81,7 @@ def opened(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any]]:
     ):
         if "_class_path" not in checkpoint.get(settings, {}):
             raise ValueError(f"{file} was not written by kdejsd fit: it does not say {what} was trained")
-        class_at(checkpoint[settings]["_class_path"], f"{file} is of")  # imports the module of a class of one's own
+        class_at(checkpoint[settings]["_class_path"], f"{file} is of")  # imports the module of a user's class
     return file, checkpoint
 
 

@@ -29,19 +29,23 @@ def score(args: list[str]) -> int:
     """Writes the novelty of each example of a set and prints the most and least likely ones; returns the exit code."""
     parser = ArgumentParser(
         prog="kdejsd score",
-        description="Writes how novel each example is to a run's model: a CSV of kdejsd.novelty_score (nats, "
-        "higher is more novel), its three parts and the reconstruction error; and pictures of the 100 most and least "
-        "likely, or of either half.",
+        description="Scores how novel each example is to a run's model. Writes a CSV with kdejsd.novelty_score (nats, "
+        "higher is more novel), its three parts and the reconstruction error. Also writes pictures of the 100 most and "
+        "the 100 least likely examples, or of the two halves of fewer.",
         exit_on_error=False,
     )
-    parser.add_argument("--split", type=Literal["held_out", "training"], default="held_out", help="Which examples.")
+    parser.add_argument(
+        "--split", type=Literal["held_out", "training"], default="held_out", help="The examples to score."
+    )
     parser.add_argument(
         "--variance",
         type=PositiveFloat | None,
-        help="Of the residual in each dimension; default: measured on the examples that the run was trained on. If "
-        "they have moved, --data can name their new place.",
+        help="The residual's variance in each dimension; default: measured on the examples that the run was trained "
+        "on. If these have moved, name their new place with --data.",
     )
-    parser.add_argument("--out", type=str, metavar="FILE.csv", help="Default: scores.csv in a fresh folder of the run.")
+    parser.add_argument(
+        "--out", type=str, metavar="FILE.csv", help="The file; default: scores.csv in a fresh folder of the run."
+    )
     config, content, model, data_module, checkpoint = open_checkpoint(parser, args)
     if not isinstance(model, Autoencoder):
         raise ValueError(

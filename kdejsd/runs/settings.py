@@ -34,8 +34,8 @@ _USAGE = (
     "[--trainer.SETTING ...] [--out DIR] [--debug]"
 )
 _DESCRIPTION = (
-    "Trains a model on examples and writes a report; without settings, a Generative Encoding Network on scikit-learn's "
-    "digits in about a minute."
+    "Trains a model on examples and writes a report. Without settings it trains a Generative Encoding Network on "
+    "scikit-learn's digits, in about a minute."
 )
 _TRAINER_DEFAULTS = {
     "trainer.devices": 1,
@@ -52,12 +52,12 @@ _MAIN_TRAINER_SETTINGS = {
 class FitCLI(LightningCLI):
     """Reads every setting of trainer, model and data for `kdejsd fit`, and makes a fresh folder for the run.
 
-    A run that goes on from its own newest checkpoint has its own folder.
+    A run that continues from its own newest checkpoint keeps its folder.
 
     Attributes:
         folder: the run's folder.
-        ckpt_path: the checkpoint that the run goes on from, if there is one.
-        begun: the number of steps that this has.
+        ckpt_path: the checkpoint that the run continues from, if there is one.
+        begun: the number of steps in that checkpoint.
     """
 
     config: Any
@@ -172,7 +172,7 @@ class FitCLI(LightningCLI):
         if given.max_epochs is None and given.max_time is None and given.max_steps == -1:
             config.trainer.max_steps = kwargs["max_steps"] = _DEFAULT_STEPS
         self._choose_folder(config.out, Path("runs", config.data.class_path.rpartition(".")[2].lower()))
-        # The saved configuration is for the next run, which has a folder of its own and starts where it is told to.
+        # The saved configuration is for the next run, which has its own folder and starting point.
         config.out = config.ckpt_path = None
         if given.logger in (None, True):
             kwargs["logger"] = RunLogger(
@@ -218,7 +218,7 @@ class FitCLI(LightningCLI):
 class RunConfig(pl.Callback):
     """Writes config.yaml into the run's folder after the first step.
 
-    A run that goes on in its own folder keeps the one that is there if it cannot begin.
+    If a run that continues in its own folder cannot begin, the file that is there stays.
     """
 
     def __init__(self, path: Path, text: str) -> None:
@@ -311,9 +311,9 @@ def _settings_of(chosen: Mapping[str, type], trainer_skips: set[str]) -> Argumen
     for part, base in _BASES.items():
         names = ", ".join(cls.__name__ for cls in subclasses(base))
         run.add_argument(f"--{part}", help=f"{names} or the import path of a class; with --help, its settings.")
-    run.add_argument("--config", help="A YAML file of settings; arguments after it go before what it says.")
+    run.add_argument("--config", help="A YAML file of settings; arguments after it override its settings.")
     _add_run_settings(run)
-    run.add_argument("--seed_everything", default=0, help="The seed of all that is drawn.")
+    run.add_argument("--seed_everything", default=0, help="The seed of all random numbers.")
     run.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     for part, cls in (*chosen.items(), ("trainer", pl.Trainer)):
         group = parser.add_argument_group(f"{part}: {cls.__name__}")
@@ -328,8 +328,8 @@ def _add_run_settings(parser: Any) -> None:
     parser.add_argument("--out", help="The run's folder; default: runs/DATA-N, N the first free number.")
     parser.add_argument(
         "--ckpt_path",
-        help="Go on from this checkpoint, or from the newest one in the folder of a run, with the config.yaml of its "
-        "run unless --config is given.",
+        help="Continue from this checkpoint, or from the newest one in the folder of a run. The settings are those of "
+        "its config.yaml unless --config is given.",
     )
 
 

@@ -64,8 +64,9 @@ def draw(path, columns, labels, extent):
         codes_axes.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
         codes_axes.set(xticks=range(-4, 5, 2), yticks=range(-4, 5, 2))
         codes_axes.tick_params(labelsize=14)
-        height, width = images.shape[-2:]
-        tiles = images.reshape(SIDE, SIDE, height, width).transpose(1, 2).reshape(SIDE * height, SIDE * width)
+        height, width = images.shape[2] + 2, images.shape[3] + 2  # with a gap between images
+        padded = nn.functional.pad(images, (1, 1, 1, 1)).reshape(SIDE, SIDE, height, width)
+        tiles = padded.transpose(1, 2).reshape(SIDE * height, SIDE * width)
         image_axes.imshow(tiles, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
         image_axes.set_title("Decoded from normal samples", size=18)
         image_axes.set(xticks=[], yticks=[])
@@ -93,6 +94,7 @@ def main():
             error = nn.functional.mse_loss(decoder(codes), held_out)
             columns.append((title, codes, decoder(normal[: SIDE**2])))
         print(f"{title}: reconstruction error {error:.4f} on held-out images")
+        print(f"their farthest code {codes.norm(dim=1).max():.1f} from 0")
         print(f"entropy of their whitened codes {kdejsd.kde_entropy(codes):.2f} nats")
     print(f"entropy of as many normal samples {kdejsd.kde_entropy(normal):.2f} nats")
     draw(options.figure, columns, data.held_out.labels, extent=5)

@@ -1,7 +1,7 @@
 """Compares how many kinds of images two models make, in the eyes of a classifier that is trained on the same images.
 
-The first model is an autoencoder alone, the second has kdejsd's loss added. Both decode samples of the standard normal.
-The picture shows which class of digit each place of their latent spaces is decoded to.
+The first model is a GAN, the second a GEN, an autoencoder with kdejsd's loss. Both make images from samples of the
+standard normal. The picture shows which class of digit each place of their latent spaces is decoded to.
 
 python diversity.py
 """
@@ -19,7 +19,7 @@ from scipy.ndimage import distance_transform_edt
 
 import kdejsd
 from kdejsd.data import Digits
-from kdejsd.models import AE, FC, GEN, ImageClassifier
+from kdejsd.models import FC, GAN, GEN, ImageClassifier
 
 # Ten colours that can be told apart with any colour vision.
 COLORS = ["#3f90da", "#ffa90e", "#bd1f01", "#92dadd", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#94a4a2"]
@@ -42,7 +42,7 @@ def draw_classes(axes, model, classifier):
         axes.add_patch(Circle((0, 0), radius, fill=False, ls="--", lw=1.2))
     for label in classes.unique():
         depth = distance_transform_edt(np.pad(classes == label, 1))[1:-1, 1:-1]  # points to the region's edge
-        if depth.max() < 10:
+        if depth.max() < 6:
             continue  # too small for a number
         middle = [line[place] for place in reversed(np.unravel_index(depth.argmax(), depth.shape))]
         box = {"facecolor": "w", "alpha": 0.8, "lw": 0, "boxstyle": "circle,pad=0.1"}
@@ -59,15 +59,18 @@ def main():
     digits = Digits()
     classifier = fit(ImageClassifier(digits.example_shape, 10, data="Digits"), digits, options.steps // 2)
     print(classifier)
-    models, reports = {}, []
-    for name, kind in {"Autoencoder alone": AE, "With kdejsd's loss": GEN}.items():
-        pl.seed_everything(0, verbose=False)
-        networks = FC(digits.example_shape, latent_dim=2)
-        settings = {"weight": 0.1} if kind is GEN else {}
-        models[name] = fit(kind(networks.encoder, networks.decoder, 2, **settings), digits, options.steps)
-        reports.append(kdejsd.diversity_report(models[name].decode, classifier, latent_dim=2))
+    networks, others = FC(digits.example_shape, latent_dim=2), FC(digits.example_shape, latent_dim=2)
+    discriminator = FC(digits.example_shape, latent_dim=1).encoder  # from images to one number
+    models = {
+        "GAN": GAN(networks.decoder, discriminator, latent_dim=2),
+        "GEN": GEN(others.encoder, others.decoder, latent_dim=2, weight=0.1),
+    }
+    reports = []
+    for name, model in models.items():
+        fit(model, digits, options.steps)
+        reports.append(kdejsd.diversity_report(model.decode, classifier, latent_dim=2))
         print(name, reports[-1], "", sep="\n")
-    print(f"a is the autoencoder alone, b has kdejsd's loss: {kdejsd.compare_diversity(*reports)}")
+    print(f"a is the GAN, b is the GEN: {kdejsd.compare_diversity(*reports)}")
 
     figure = Figure(figsize=(12, 6.5), dpi=100, layout="constrained")
     for axes, (name, model), report in zip(figure.subplots(1, 2), models.items(), reports, strict=True):

@@ -40,7 +40,8 @@ napoleon_use_param = False  # "encoder, decoder: ..." is one entry for two argum
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Returns"]  # as text: what stands before a colon there is no type
 
-_FUNCTION = re.compile(r"(<mi>[a-z]{2,}</mi>)(?=<m[isnf])")  # log, det: the converter leaves no space after them
+# log, det: the converter leaves no space before and after them.
+_BESIDE_FUNCTION = re.compile(r"(</m(?:i|n|sub|sup|frac)>)(?=<mi>[a-z]{2,}</mi>)|(<mi>[a-z]{2,}</mi>)(?=<m[isnf])")
 _QUOTED = re.compile(r"(``?[^`]+``?)")
 _SPECIAL = re.compile(r"[\\*|]|(?<=\w)_(?!\w)|(?<=\b\w)\.(?!\S)")  # the last: "l." is no number of a list
 
@@ -81,7 +82,7 @@ def visit_formula(self: Any, node: Any) -> None:
     """Writes a formula as MathML, which browsers render by themselves: a page needs no script and no network."""
     display = "block" if isinstance(node, nodes.math_block) else "inline"
     formula = latex2mathml.converter.convert(node.astext(), display=display)
-    formula = _FUNCTION.sub(r'\1<mspace width="0.17em"/>', formula)
+    formula = _BESIDE_FUNCTION.sub(r'\g<0><mspace width="0.17em"/>', formula)
     self.body.append(f'<div class="formula">{formula}</div>' if display == "block" else formula)
     raise nodes.SkipNode
 

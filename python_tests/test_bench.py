@@ -656,3 +656,13 @@ def test_novelty_in_tables(tmp_path, monkeypatch, capsys):
     assert len(found) == len(rows) == 7 + 6  # digits cannot be whitened
     assert all(0.85 < auroc <= 1 for auroc in found.values())
     assert f"{100 * found['cancer', 'forest']:.1f} +-" in capsys.readouterr().out
+
+
+def test_what_the_guide_on_own_data_measures(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCH))
+    own_data = importlib.import_module("own_data")
+    own_data.few_rows(tmp_path, quick=True)
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.startswith("no setting") and all(0 < float(figure) < 3 for figure in row.split()[2:])
+    own_data.write_npy(tmp_path / "large.npy", 2000)
+    assert own_data.trained(tmp_path / "large.npy", keep_in_memory=False) < 1  # GB

@@ -8,6 +8,7 @@ Property tests run the same examples every time; `--hypothesis-profile=search` l
 import os
 import tempfile
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 _cache = tempfile.TemporaryDirectory(prefix="kdejsd-tests-")
@@ -22,3 +23,11 @@ settings.register_profile(
     "search", deadline=None, max_examples=20_000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("ci")
+
+
+@pytest.fixture
+def undrawn(request, monkeypatch):
+    """Runs leave no pictures, which take more than half of a short run's time, but in tests marked `pictures`."""
+    if request.node.get_closest_marker("pictures") is None:
+        for module in ("report", "boards"):
+            monkeypatch.setattr(f"kdejsd.runs.{module}.pictures", lambda *_: {})

@@ -546,7 +546,7 @@ def wine(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def fit(tmp_path, monkeypatch, capsys, wine):
+def fit(tmp_path, monkeypatch, capsys, wine, undrawn):
     monkeypatch.chdir(tmp_path)
 
     def fit(*args: str, command: str = "fit") -> tuple[int, str]:
@@ -557,7 +557,9 @@ def fit(tmp_path, monkeypatch, capsys, wine):
     return fit
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=pytest.mark.pictures) if name in ("GEN", "GAN") else name for name in MODELS]
+)
 def test_every_model_trains_on_a_table(fit, model):
     args = [f"--model={model}", *MODELS[model], "--trainer.max_steps=3", "--out=run"]
     code, said = fit(*args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import runpy
@@ -76,22 +77,32 @@ def run_here(script: Path, *arguments: object, cwd: Path | None = None) -> subpr
 
 
 def _started(rank: int, ranks: int, port: int, folder: Path, work: Callable[[int, int], object]) -> None:
-    """One process of a group, whose results go into a file."""
+    """One process of a group, as torchrun starts it, whose results go into a file."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
     torch.save(work(rank, ranks), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
-def results_of_ranks(ranks: int, folder: Path, work: Callable[[int, int], object]) -> list[Any]:
-    """Returns what `work(rank, ranks)` gives in each process of a group, in the order of the ranks."""
+def _joined(rank: int, ranks: int, work: Callable[[int, int], object]) -> object:
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    return work(rank, ranks)
+
+
+def results_of_ranks(ranks: int, folder: Path, work: Callable[[int, int], object], *, joined: bool = True) -> list[Any]:
+    """Returns what `work(rank, ranks)` gives in each process of a group, in the order of the ranks.
+
+    With joined=False each process must join the group by itself.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
+    work = functools.partial(_joined, work=work) if joined else work
     # One process imports what takes long, the ranks are forks of it.
     mp.get_context("forkserver").set_forkserver_preload(["kdejsd.runs.fit"])
     mp.start_processes(_started, (ranks, port, folder, work), nprocs=ranks, start_method="forkserver")

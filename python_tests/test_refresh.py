@@ -1,5 +1,6 @@
 """The refresh of lagged codes in a training loop of one's own, on one process and on several, and the examples."""
 
+import functools
 import os
 import re
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import points, results_of_ranks
+from helpers import points, results_of_ranks, run_here
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, TensorDataset
 
@@ -167,31 +168,45 @@ def test_two_ranks_train_as_one_does(tmp_path):
 # ---- The scripts that the guides show
 
 
-def run(script: str, *launcher: str, arguments: tuple[str, ...] = ()) -> tuple[float, float, float]:
-    """Runs an example in its own process or processes, and returns the numbers that it prints."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["ACCELERATE_USE_CPU"] = "true"  # else it would let each process train by itself
-    command = [sys.executable, *launcher, str(SCRIPTS / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+ENVIRONMENT["ACCELERATE_USE_CPU"] = "true"  # else it would let each process train by itself
+
+
+def run(script: str, *arguments: str) -> str:
+    """Runs an example as a user does, and returns what it prints."""
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    entropies = r"entropy of their whitened codes ([\d.]+) nats, of as many normal samples ([\d.]+)"
-    numbers = re.findall(rf"reconstruction error ([\d.]+)\n{entropies}", done.stdout)
-    assert len(numbers) == 1  # and not one of every process
-    return tuple(map(float, numbers[0]))
+    return done.stdout
 
 
-LAUNCHERS = {
-    "plain": ("plain_loop.py", ("-m", "torch.distributed.run", "--nproc_per_node=2"), ()),
-    "accelerate": ("accelerate_loop.py", ("-m", "torch.distributed.run", "--nproc_per_node=2"), ()),
-    "fabric": ("fabric_loop.py", (), ("2",)),
-    "pythae": ("pythae_gen.py", (), ()),
+def of_script(rank: int, ranks: int, script: str) -> str:
+    os.environ |= ENVIRONMENT
+    done = run_here(SCRIPTS / script)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def on_two_ranks(script: str, folder: Path) -> str:
+    """Runs an example as torchrun does, and returns what its processes print."""
+    return "".join(results_of_ranks(2, folder, functools.partial(of_script, script=script), joined=False))
+
+
+EXAMPLES_OF_GUIDES = {
+    "plain": lambda folder: on_two_ranks("plain_loop.py", folder),
+    "accelerate": lambda folder: on_two_ranks("accelerate_loop.py", folder),
+    "fabric": lambda folder: run("fabric_loop.py", "2"),
+    "pythae": lambda folder: run("pythae_gen.py"),
 }
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_an_example_trains_codes_that_follow_the_normal(name):
+@pytest.mark.parametrize("name", EXAMPLES_OF_GUIDES)
+def test_an_example_trains_codes_that_follow_the_normal(name, tmp_path):
     if name in ("accelerate", "pythae"):
         pytest.importorskip(name, reason=f"{name} is not installed")
-    script, launcher, arguments = LAUNCHERS[name]
-    error, of_codes, of_normal = run(script, *launcher, arguments=arguments)
+    entropies = r"entropy of their whitened codes ([\d.]+) nats, of as many normal samples ([\d.]+)"
+    printed = EXAMPLES_OF_GUIDES[name](tmp_path / "ranks")
+    numbers = re.findall(rf"reconstruction error ([\d.]+)\n{entropies}", printed)
+    assert len(numbers) == 1, printed  # and not one of every process
+    error, of_codes, of_normal = map(float, numbers[0])
     assert error < 0.06 and of_codes > of_normal - 1  # 0.18 before training, and 2.4 less without the latent term

@@ -557,9 +557,7 @@ def fit(tmp_path, monkeypatch, capsys, wine, undrawn):
     return fit
 
 
-@pytest.mark.parametrize(
-    "model", [pytest.param(name, marks=pytest.mark.pictures) if name in ("GEN", "GAN") else name for name in MODELS]
-)
+@pytest.mark.parametrize("model", MODELS)
 def test_every_model_trains_on_a_table(fit, model):
     args = [f"--model={model}", *MODELS[model], "--trainer.max_steps=3", "--out=run"]
     code, said = fit(*args)

@@ -8,6 +8,7 @@ Property tests run the same examples every time; `--hypothesis-profile=search` l
 import os
 import tempfile
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 _cache = tempfile.TemporaryDirectory(prefix="kdejsd-tests-")
@@ -22,3 +23,11 @@ settings.register_profile(
     "search", deadline=None, max_examples=20_000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("ci")
+
+
+@pytest.fixture
+def undrawn(request, monkeypatch):
+    """The pictures of runs are empty files, but in tests marked `pictures`: they take half of a short run's time."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("kdejsd.runs.report._png", lambda figure: b"")
+        monkeypatch.setattr("kdejsd.runs.boards.pictures", lambda *_: {})

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
+import runpy
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from kdejsd._native import cuda_problem
+from kdejsd._native import cuda_problem, native
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(bool(cuda_problem()), reason=cuda_problem() or "CUDA is usable"))
 DEVICES = ["cpu", CUDA]
@@ -51,22 +57,53 @@ def operators(call: Callable[[], object]) -> list[str]:
     ]
 
 
+def run_here(script: Path, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a command would, but in this process, which has imported what takes long."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    threads, level, folder = torch.get_num_threads(), native().level(), os.getcwd()
+    try:
+        os.chdir(cwd or folder)
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+            patch.syspath_prepend(str(script.parent))
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        native().set_level(level)
+    return subprocess.CompletedProcess(script, status, out.getvalue(), err.getvalue())
+
+
 def _started(rank: int, ranks: int, port: int, folder: Path, work: Callable[[int, int], object]) -> None:
-    """One process of a group, whose results go into a file."""
+    """One process of a group, as torchrun starts it, whose results go into a file."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
     torch.save(work(rank, ranks), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
-def results_of_ranks(ranks: int, folder: Path, work: Callable[[int, int], object]) -> list[Any]:
-    """Returns what `work(rank, ranks)` gives in each process of a group, in the order of the ranks."""
+def _joined(rank: int, ranks: int, work: Callable[[int, int], object]) -> object:
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    return work(rank, ranks)
+
+
+def results_of_ranks(ranks: int, folder: Path, work: Callable[[int, int], object], *, joined: bool = True) -> list[Any]:
+    """Returns what `work(rank, ranks)` gives in each process of a group, in the order of the ranks.
+
+    With joined=False each process must join the group by itself.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
-    mp.spawn(_started, (ranks, port, folder, work), nprocs=ranks)
+    work = functools.partial(_joined, work=work) if joined else work
+    # One process imports what takes long, the ranks are forks of it.
+    mp.get_context("forkserver").set_forkserver_preload(["kdejsd.runs.fit"])
+    mp.start_processes(_started, (ranks, port, folder, work), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]

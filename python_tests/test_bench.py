@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers import run_here
 
 import kdejsd
 from kdejsd import reference
@@ -40,6 +41,11 @@ def bench_omega(monkeypatch):
 
 
 def run(*arguments, script="bench_kde.py"):
+    return run_here(BENCH / script, *arguments)
+
+
+def run_apart(*arguments, script="bench_kde.py"):
+    """Runs a script in a process of its own, as a user does: one that starts others, and one for all."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, str(BENCH / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=50)
@@ -49,7 +55,7 @@ def test_csv_of_a_quick_run(tmp_path):
     table = tmp_path / "kde.csv"
     # The limits are measured with the system's compiler; without one they are given.
     limits = [] if shutil.which("g++") else ["--fma-gflops", "100", "--gexp", "10"]
-    done = run(
+    done = run_apart(
         *("--quick", "--sizes", "7,50,3", "33,300,40", "--threads", "1", "--budget", "0.5", "--csv", str(table)),
         *("--providers", "gemm", "attention", "differences", *limits),
     )
@@ -440,9 +446,9 @@ def test_limit_counts_the_work(bench_kde):
 
 def test_csv_of_omega(tmp_path):
     table = tmp_path / "omega.csv"
-    limits = [] if shutil.which("g++") else ["--fma-gflops", "100"]
     done = run(
-        *("--sizes", "halves,8,16,4", "all,70,33,5", "--threads", "1", "--budget", "0.3", "--csv", str(table), *limits),
+        *("--sizes", "halves,8,16,4", "all,70,33,5", "--threads", "1", "--budget", "0.3", "--csv", str(table)),
+        *("--fma-gflops", "100"),
         script="bench_omega.py",
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -485,9 +491,9 @@ def test_a_wrong_omega_is_not_timed(bench_omega):
 
 def test_radius_bench_compares_and_writes(tmp_path):
     table = tmp_path / "radius.csv"
-    limits = [] if shutil.which("g++") else ["--fma-gflops", "100", "--gexp", "10"]
     done = run(
-        *("--quick", "--sizes", "3,7", "20,300", "--threads", "1", "--budget", "0.3", "--csv", str(table), *limits),
+        *("--quick", "--sizes", "3,7", "20,300", "--threads", "1", "--budget", "0.3", "--csv", str(table)),
+        *("--fma-gflops", "100", "--gexp", "10"),
         script="bench_radius.py",
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -577,7 +583,7 @@ def test_density_bench_tells_the_wrong_from_the_right(monkeypatch):
 
 
 def test_threads_bench_compares_busy_with_quiet():
-    done = run("--threads", "2", "--seconds", "0.05", script="bench_threads.py")
+    done = run_apart("--threads", "2", "--seconds", "0.05", script="bench_threads.py")
     assert done.returncode == 0, done.stdout + done.stderr
     table = done.stdout.partition("2 threads, 1 neighbours\n")[2].splitlines()[1:]
     assert [line.split()[0] for line in table] == ["kde"] * 3 + ["centers", "omega", "nearest", "radius"]
@@ -588,7 +594,7 @@ def test_threads_bench_compares_busy_with_quiet():
 
 def test_ranks_bench_holds_its_model_against_real_ranks(tmp_path):
     table = tmp_path / "ranks.csv"
-    done = run("--quick", "--csv", str(table), script="bench_ranks.py")
+    done = run_apart("--quick", "--csv", str(table), script="bench_ranks.py")
     assert done.returncode == 0, done.stdout + done.stderr
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))

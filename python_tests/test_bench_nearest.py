@@ -2,13 +2,11 @@
 
 import csv
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_here
 
 import kdejsd
 
@@ -17,10 +15,8 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 def test_csv_of_a_quick_run(tmp_path):
     table = tmp_path / "nearest.csv"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, str(BENCH / "bench_nearest.py"), "--sizes", "300,2,sectors", "200,5,random"]
-    command += ["--threads", "1", "--budget", "0.2", "--fma-gflops", "100", "--csv", str(table)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=50)
+    arguments = ["--sizes", "300,2,sectors", "200,5,random", "--threads", "1", "--budget", "0.2"]
+    done = run_here(BENCH / "bench_nearest.py", *arguments, "--fma-gflops", "100", "--csv", table)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "N = 200, d = 5, random" in done.stdout
     with table.open(newline="") as file:

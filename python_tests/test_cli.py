@@ -33,6 +33,8 @@ from kdejsd.data import MNIST, Digits, FashionMNIST
 from kdejsd.models import BuiltModel, built
 from kdejsd.runs import progress
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SMALL = [
     "--data.train_size=300",
     "--model.latent_dim=2",
@@ -259,6 +261,7 @@ def classifier(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
     return path, network
 
 
+@pytest.mark.pictures
 def test_evaluate_with_a_classifier_reports_the_diversity(run, classifier, tmp_path):
     enough = ["--trainer.max_steps=300", "--model.learning_rate=1e-3"]  # for the decoder to make different digits
     run("fit", *SMALL, *enough, "--out=run", cwd=tmp_path)
@@ -532,6 +535,7 @@ def test_the_diversity_of_a_vae_is_that_of_what_its_flow_and_decoder_make(run, c
     assert shares.max() < 0.99
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(("name", "write"), [("SVHN", write_svhn), ("CelebA", write_celeba)])
 def test_images_in_colour(run, tmp_path, name, write):
     write(tmp_path / "files")

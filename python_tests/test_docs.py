@@ -118,7 +118,7 @@ def look_at(name: str, *args: str) -> None:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_blocks_run(name, tmp_path, monkeypatch):
+def test_blocks_run(name, tmp_path, monkeypatch, undrawn):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KDEJSD_CHECK", "0")  # as it is again after a page that sets it
     (tmp_path / "bench").symlink_to(ROOT / "bench")

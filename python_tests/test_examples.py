@@ -1,5 +1,6 @@
 """Tests the example scripts of the documentation: the training loops as they are, the others in a short form."""
 
+import functools
 import os
 import re
 import runpy
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import results_of_ranks, run_here
 from PIL import Image
 
 DOCS = Path(__file__).parents[1] / ".docs"
@@ -23,26 +25,39 @@ def numbers(pattern: str, text: str) -> list[float]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training loops, in processes of their own
+# Training loops, most of them on two processes
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+ENVIRONMENT["ACCELERATE_USE_CPU"] = "true"  # else it would let each process train by itself
 
 
-def run_loop(script: str, *launcher: str, arguments: tuple[str, ...] = ()) -> list[float]:
-    """Runs an example in its own process or processes, and returns the numbers that it prints."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["ACCELERATE_USE_CPU"] = "true"  # else it would let each process train by itself
+def run_loop(script: str, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
+    """Runs an example as a user does, and returns what it prints."""
     command = [sys.executable, *launcher, str(SCRIPTS / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    entropies = r"entropy of their whitened codes ([\d.]+) nats, of as many normal samples ([\d.]+)"
-    return numbers(rf"reconstruction error ([\d.]+)\n{entropies}", done.stdout)  # once, and not by every process
+    return done.stdout
 
 
+def of_rank(rank: int, ranks: int, script: str) -> str:
+    os.environ |= ENVIRONMENT
+    done = run_here(SCRIPTS / script)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def on_two_ranks(script: str, folder: Path) -> str:
+    """Runs an example with the variables that torchrun sets, and returns what its processes print."""
+    return "".join(results_of_ranks(2, folder, functools.partial(of_rank, script=script), joined=False))
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2")
 LOOPS = {
-    "plain": ("plain_loop.py", ("-m", "torch.distributed.run", "--nproc_per_node=2"), ()),
-    "accelerate": ("accelerate_loop.py", ("-m", "torch.distributed.run", "--nproc_per_node=2"), ()),
-    "fabric": ("fabric_loop.py", (), ("2",)),
-    "lightning": ("lightning_loop.py", (), ("--devices=2",)),
-    "pythae": ("pythae_gen.py", (), ()),
+    "plain": lambda folder: run_loop("plain_loop.py", launcher=TORCHRUN),
+    "accelerate": lambda folder: on_two_ranks("accelerate_loop.py", folder),
+    "fabric": lambda folder: run_loop("fabric_loop.py", "2"),
+    "lightning": lambda folder: run_loop("lightning_loop.py", "--devices=2"),
+    "pythae": lambda folder: run_loop("pythae_gen.py"),
 }
 
 
@@ -51,8 +66,9 @@ def test_a_loop_trains_codes_that_follow_the_normal(name, tmp_path, monkeypatch)
     if name in ("accelerate", "pythae"):
         pytest.importorskip(name, reason=f"{name} is not installed")
     monkeypatch.chdir(tmp_path)
-    script, launcher, arguments = LOOPS[name]
-    error, of_codes, of_normal = run_loop(script, *launcher, arguments=arguments)
+    entropies = r"entropy of their whitened codes ([\d.]+) nats, of as many normal samples ([\d.]+)"
+    printed = LOOPS[name](tmp_path / "ranks")
+    error, of_codes, of_normal = numbers(rf"reconstruction error ([\d.]+)\n{entropies}", printed)  # once
     assert error < 0.06 and of_codes > of_normal - 1  # 0.18 before training, and 2.4 less without the latent term
 
 

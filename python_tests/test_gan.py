@@ -370,6 +370,7 @@ def cli(*args: object) -> int:
     return main([str(arg) for arg in args])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_trains_evaluates_and_resumes_a_gan_of_points(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     args = ["--model=GAN", "--model.objective=wgan-gp", "--data=Grid2D", "--data.num_samples=2000", "--model.packing=2"]
@@ -444,6 +445,7 @@ def test_the_help_lists_the_settings_of_a_gan(capsys):
     assert "default: non-saturating" in text and "--model.num_lagged" not in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_defaults_are_those_of_the_chosen_classes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "aae.yaml").write_text("model: {class_path: AAE, init_args: {decay: false}}")

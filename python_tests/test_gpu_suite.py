@@ -390,11 +390,12 @@ def test_tests_are_counted_and_failures_told_at_once(failing, conftest, code, sa
     (tmp_path / "test_it.py").write_text(TESTS.replace("FAILING", str(failing)))
     (tmp_path / "conftest.py").write_text(conftest)
     options = ("-q", "-k", "cuda", "-p", "no:cacheprovider", "-p", "gpu_suite_pytest", "--rootdir", tmp_path)
-    parallel = ("-n", "2") if failing >= 0 and importlib.util.find_spec("xdist") else ()  # as the suite, where it can
+    # As the suite, where it can; without plugins that take longer to import than this test takes.
+    parallel = ("-p", "xdist", "-n", "2") if failing >= 0 and importlib.util.find_spec("xdist") else ()
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *parallel, "-c", "/dev/null", "test_it.py"],
         **{"capture_output": True, "text": True, "cwd": tmp_path},
-        env={**os.environ, "PYTHONPATH": str(ROOT / "bench")},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "bench"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )
     assert done.returncode == code, done.stdout + done.stderr
     assert said in done.stdout

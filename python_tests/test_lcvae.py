@@ -8,15 +8,16 @@ import lightning.pytorch as pl
 import matplotlib.image
 import pytest
 import torch
-from helpers import generator, points
+from helpers import generator, points, run_here
 from test_data import write_mnist
 from test_gen import assert_same_state, train
 from test_models import FLOW, digits, make
-from test_papers_images import PAPERS, run
+from test_papers_images import PAPERS
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 from kdejsd import omega
+from kdejsd.cli import main
 from kdejsd.data import Digits
 from kdejsd.models import FC, LCVAE, DeepConv, HalfDeepConv, built
 
@@ -240,12 +241,12 @@ def test_refusals(call, text):
 # Command and script
 
 
-def test_configuration(tmp_path):
+def test_configuration(tmp_path, monkeypatch, undrawn):
     write_mnist(tmp_path / "files", compressed=True)
     config = PAPERS / "configs" / "lcvae.yaml"
     small = ["--data.batch_size=5", "--data.train_size=20", "--trainer.max_steps=3", "--trainer.accelerator=cpu"]
-    done = run("-m", "kdejsd", "fit", "--config", config, "--data.root=files", *small, "--out=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", f"--config={config}", "--data.root=files", *small, "--out=run"]) == 0
     report = json.loads((tmp_path / "run" / "metrics.json").read_text())
     model = report["model"]
     assert (model["name"], model["latent_dim"], model["omega_weight"]) == ("LCVAE", 10, 30)
@@ -259,7 +260,9 @@ def test_configuration(tmp_path):
 
 
 def test_figures(tmp_path):
-    done = run(PAPERS / "lcvae_figures.py", "--quick", "--out", tmp_path, "--csv", tmp_path / "a.csv", cwd=tmp_path)
+    done = run_here(
+        PAPERS / "lcvae_figures.py", "--quick", "--out", tmp_path, "--csv", tmp_path / "a.csv", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = {row.pop("model"): {key: float(value) for key, value in row.items()} for row in csv.DictReader(file)}
@@ -277,5 +280,5 @@ def test_figures(tmp_path):
     assert rows["scale-free, 30 lambda"]["omega_normalised"] < rows["VAE"]["omega_normalised"]
     for figure in ("2_2", "4_1", "4_2", "4_3"):
         assert matplotlib.image.imread(tmp_path / f"lcvae_figures_{figure}.png").std() > 0.05
-    refused = run(PAPERS / "lcvae_figures.py", cwd=tmp_path)
+    refused = run_here(PAPERS / "lcvae_figures.py", cwd=tmp_path)
     assert refused.returncode == 2 and "MNIST needs --data" in refused.stderr

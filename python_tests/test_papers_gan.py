@@ -1,14 +1,13 @@
 """The script of class radius and mode collapse runs, goes on where it was stopped, and correlates what it should."""
 
 import csv
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from helpers import run_here
 from scipy.stats import spearmanr
 
 PAPERS = Path(__file__).resolve().parent.parent / "bench" / "papers"
@@ -23,11 +22,8 @@ def gan_collapse():
 
 
 def test_quick(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    line = [sys.executable, PAPERS / "gan_collapse.py", "--quick", "--out", tmp_path]
-
     def run():
-        done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=600)
+        done = run_here(PAPERS / "gan_collapse.py", "--quick", "--out", tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

@@ -2,23 +2,17 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from helpers import run_here
 from test_data import write_celeba, write_mnist, write_svhn
 
+from kdejsd.cli import main
+
 PAPERS = Path(__file__).resolve().parent.parent / "bench" / "papers"
-
-
-def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    line = [sys.executable, *map(str, command)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, timeout=600, cwd=cwd)
 
 
 @pytest.mark.parametrize(
@@ -29,14 +23,14 @@ def run(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
         ("celeba", write_celeba, 40, (32, 3, 4, 4)),
     ],
 )
-def test_configurations(tmp_path, name, write, latent_dim, shape):
+def test_configurations(tmp_path, monkeypatch, undrawn, name, write, latent_dim, shape):
     write(tmp_path / "files")
     small = ["--data.batch_size=5", "--model.num_lagged=6", "--model.bandwidth=0.9", "--trainer.max_steps=3"]
     size = ["--data.train_size=20"] if name == "mnist" else []
     config = PAPERS / "configs" / f"{name}.yaml"
-    fit = ["fit", "--config", config, "--data.root=files", "--trainer.accelerator=cpu", *small, *size, "--out=run"]
-    done = run("-m", "kdejsd", *fit, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    fit = ["fit", f"--config={config}", "--data.root=files", "--trainer.accelerator=cpu", *small, *size, "--out=run"]
+    assert main(fit) == 0
     report = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert report["run"]["steps"] == 3 and report["model"]["latent_dim"] == latent_dim
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -47,7 +41,7 @@ def test_configurations(tmp_path, name, write, latent_dim, shape):
 
 
 def test_frechet_table(tmp_path):
-    done = run(PAPERS / "gen_table3.py", "GEN", "--quick", "--out", tmp_path, cwd=tmp_path)
+    done = run_here(PAPERS / "gen_table3.py", "GEN", "--quick", "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Frechet distance (features: Digits classifier" in done.stdout and "FID" not in done.stdout
     with (tmp_path / "gen_table3.csv").open(newline="") as file:
@@ -65,17 +59,17 @@ def test_frechet_table(tmp_path):
     ]
     assert all(float(row["distance"]) > 3 * float(floor["distance"]) for row in rows)
     lines = (tmp_path / "gen_table3.csv").read_text()
-    again = run(PAPERS / "gen_table3.py", "GEN", "--quick", "--out", tmp_path, cwd=tmp_path)
+    again = run_here(PAPERS / "gen_table3.py", "GEN", "--quick", "--out", tmp_path, cwd=tmp_path)
     assert again.returncode == 0 and (tmp_path / "gen_table3.csv").read_text() == lines  # nothing is trained twice
     assert again.stdout.splitlines()[-1].split("   (")[0] == done.stdout.splitlines()[-1].split("   (")[0]
     assert matplotlib.image.imread(tmp_path / "digits_gen.png").std() > 0.05
     for wrong, text in ((["NONE"], "kdejsd.models.built has no NONE"), (["GEN"], "MNIST needs --root")):
-        refused = run(PAPERS / "gen_table3.py", *wrong, cwd=tmp_path)
+        refused = run_here(PAPERS / "gen_table3.py", *wrong, cwd=tmp_path)
         assert refused.returncode == 2 and text in refused.stderr
 
 
 def test_semi_supervised(tmp_path):
-    done = run(PAPERS / "gen_semisupervised.py", "--quick", "--out", tmp_path, cwd=tmp_path)
+    done = run_here(PAPERS / "gen_semisupervised.py", "--quick", "--out", tmp_path, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     with (tmp_path / "gen_semisupervised.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -86,5 +80,5 @@ def test_semi_supervised(tmp_path):
         assert 0 < float(row["jsd_of_target"]) < float(row["jsd"]) < 0.69
         picture = tmp_path / f"gen_semisupervised_{row['images']}_{row['labels']}.png"
         assert matplotlib.image.imread(picture).std() > 0.05
-    refused = run(PAPERS / "gen_semisupervised.py", cwd=tmp_path)
+    refused = run_here(PAPERS / "gen_semisupervised.py", cwd=tmp_path)
     assert refused.returncode == 2 and "MNIST needs --root" in refused.stderr

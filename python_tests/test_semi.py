@@ -74,7 +74,7 @@ def test_labels_pull_codes_to_their_modes():
     for labelled in (150, 0):
         data = Digits(labelled_size=labelled, batch_size=50)
         model = make(num_lagged=1000, weight=0.03, learning_rate=2e-3)
-        trainer = train(model, 20, data=data)
+        trainer = train(model, 12, data=data)
         held_out = encode_set(model, data.held_out)
         right = model.classify(held_out.codes) == held_out.labels
         accuracy[labelled] = float(right.float().mean())

@@ -83,7 +83,7 @@ def test_it_fills_dimensions_that_a_map_of_the_images_cannot():
         ("map", built.GEN(Digits.example_shape, 32, num_lagged=500, bandwidth=3.0, kernel_noise=False)),
     ):
         pl.seed_everything(1, verbose=False)
-        train(model, 25, data=Digits())
+        train(model, 15, data=Digits())
         found[name] = code_measures(model, encode_set(model, Digits().held_out), training=False)
         assert found[name]["reconstruction_error"] < 0.03  # of the mean image 0.135
     samples, codes = found["random"]["posterior"]["covariance_eigenvalues"], found["map"]["covariance_eigenvalues"]

@@ -546,7 +546,7 @@ def wine(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def fit(tmp_path, monkeypatch, capsys, wine):
+def fit(tmp_path, monkeypatch, capsys, wine, undrawn):
     monkeypatch.chdir(tmp_path)
 
     def fit(*args: str, command: str = "fit") -> tuple[int, str]:

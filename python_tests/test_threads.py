@@ -192,9 +192,10 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def test_an_interrupt_waits_for_the_kernel():
     """Ctrl-C is heard when the kernel returns, and leaves the process in order."""
     code = f"""
-import torch, kdejsd
-print("ready", flush=True)
+import signal, torch, kdejsd
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
 try:
+    print("ready", flush=True)
     while True:
         {LONG}
 except KeyboardInterrupt:

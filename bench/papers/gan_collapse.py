@@ -51,7 +51,7 @@ OBJECTIVES = (
 WIDTHS = (64, 192)
 PACKINGS = (1, 2)
 STEPS = 5000
-QUICK_OBJECTIVES, QUICK_WIDTHS, QUICK_STEPS = ("non-saturating", "f-pearson"), (64,), 300
+QUICK_OBJECTIVES, QUICK_WIDTHS, QUICK_STEPS = ("non-saturating", "f-pearson"), (64,), 150
 SAMPLES = 10_000
 DRAWS = 2000
 

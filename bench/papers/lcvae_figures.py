@@ -1,7 +1,7 @@
 """Figures 2.2 and 4.1 to 4.3 of the LC-VAE paper, VAE beside LC-VAE, and as numbers what it could judge by eye alone.
 
     python bench/papers/lcvae_figures.py --data DIR --out DIR   # MNIST
-    python bench/papers/lcvae_figures.py --quick                # scikit-learn's digits, half a minute
+    python bench/papers/lcvae_figures.py --quick                # scikit-learn's digits, 20 seconds
 
 Paper: Manoj, on the diversity of latent codes. Its text was not at hand; what each figure shows here, for l = 2:
 
@@ -173,10 +173,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="default 1")
     parser.add_argument("--out", type=Path, default=Path("runs/lcvae_figures"), help="for table, pictures, classifier")
     parser.add_argument("--csv", type=Path, help="default: lcvae_figures.csv in --out")
-    parser.add_argument("--quick", action="store_true", help="Digits, FC, 10 epochs, one seed")
+    parser.add_argument("--quick", action="store_true", help="Digits, FC, 6 epochs, one seed")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.network, options.train_size, options.batch_size, options.epochs, options.seeds = "FC", 1400, 50, 10, 1
+        options.network, options.train_size, options.batch_size, options.epochs, options.seeds = "FC", 1400, 50, 6, 1
     elif options.data is None:
         parser.error("MNIST needs --data (or take --quick)")
     options.out.mkdir(parents=True, exist_ok=True)

@@ -6,9 +6,6 @@ import re
 from itertools import pairwise
 from typing import Any
 
-import latex2mathml.converter
-from docutils import nodes
-
 import kdejsd
 
 project = "kdejsd"
@@ -80,6 +77,9 @@ def as_rst(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: l
 
 def visit_formula(self: Any, node: Any) -> None:
     """Writes a formula as MathML, which browsers render by themselves: a page needs no script and no network."""
+    import latex2mathml.converter  # here, as the tests read this file without what builds the site
+    from docutils import nodes
+
     display = "block" if isinstance(node, nodes.math_block) else "inline"
     formula = latex2mathml.converter.convert(node.astext(), display=display)
     formula = _BESIDE_FUNCTION.sub(r'\g<0><mspace width="0.17em"/>', formula)

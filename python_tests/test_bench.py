@@ -664,11 +664,16 @@ def test_novelty_in_tables(tmp_path, monkeypatch, capsys):
     assert f"{100 * found['cancer', 'forest']:.1f} +-" in capsys.readouterr().out
 
 
-def test_what_the_guide_on_own_data_measures(tmp_path, monkeypatch, capsys):
+def test_few_rows(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCH))
-    own_data = importlib.import_module("own_data")
-    own_data.few_rows(tmp_path, quick=True)
+    assert importlib.import_module("few_rows").main(["--quick"]) == 0
     *_, row = capsys.readouterr().out.splitlines()
-    assert row.startswith("no setting") and all(0 < float(figure) < 3 for figure in row.split()[2:])
-    own_data.write_npy(tmp_path / "large.npy", 2000)
-    assert own_data.trained(tmp_path / "large.npy", keep_in_memory=False) < 1  # GB
+    assert row.startswith("none") and all(0 < float(figure) < 3 for figure in row.split()[1:])
+
+
+def test_memory_of_large_tables(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    memory = importlib.import_module("bench_data_memory")
+    for suffix, write in memory.LARGE.items():
+        write(tmp_path / f"table{suffix}", 100_000)
+        assert 0.02 < memory.trained(tmp_path / f"table{suffix}", keep_in_memory=True) < 1  # GB: the table has 0.02

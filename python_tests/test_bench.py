@@ -676,4 +676,5 @@ def test_memory_of_large_tables(tmp_path, monkeypatch):
     memory = importlib.import_module("bench_data_memory")
     for suffix, write in memory.LARGE.items():
         write(tmp_path / f"table{suffix}", 100_000)
-        assert 0.02 < memory.trained(tmp_path / f"table{suffix}", keep_in_memory=True) < 1  # GB: the table has 0.02
+        # GB. The table has 0.02, but what earlier tests have freed may be used again.
+        assert 0 < memory.trained(tmp_path / f"table{suffix}", keep_in_memory=True) < 1

@@ -32,6 +32,7 @@ from torch import Tensor
 import kdejsd
 from kdejsd import reference
 from kdejsd._native import cuda_problem
+from kdejsd.divergence import DIVERGENCES
 
 Call = dict[str, Any]
 
@@ -268,7 +269,7 @@ def loss_checks(device: str, quick: bool) -> Iterator[Check]:
     run = partial(partial, compared, "jsd_loss", device=device)
     for dim in (8, 40, 257) if quick else (1, 2, 8, 17, 40, 129, 240, 257):
         n, m = size_of(dim, quick)
-        for divergence in ("js", "kl"):
+        for divergence in DIVERGENCES:
             name = f"jsd_loss {divergence} l={dim}"
             call = loss_case(dim, n, m, divergence=divergence, reduction="none")
             alone = needing(call, "codes")
@@ -424,9 +425,8 @@ def kde_infinity(dim: int, device: str, dtype: torch.dtype, precision: str) -> s
 def loss_nan(dim: int, device: str, precision: str) -> str:
     codes, lagged = (points(count, dim, seed=count).to(device, torch.float32) for count in (70, 131))
     h = 0.5 + 0.15 * math.sqrt(dim)
-    divergences = ("js", "kl")
     with matmul_precision(precision):
-        for divergence, bits in itertools.product(divergences, NAN_BITS):
+        for divergence, bits in itertools.product(DIVERGENCES, NAN_BITS):
             terms = partial(kdejsd.jsd_loss, bandwidth=h, divergence=divergence, reduction="none")
             bad = codes.clone()
             bad[5, 0] = nan_of_bits(bits)
@@ -436,7 +436,7 @@ def loss_nan(dim: int, device: str, precision: str) -> str:
             bad[77, 0] = nan_of_bits(bits)
             if not terms(codes, bad).isnan().all():
                 raise Wrong(f"{divergence}, a NaN lagged code: not all terms are NaN")
-    return f"{len(divergences) * len(NAN_BITS)} cases"
+    return f"{len(DIVERGENCES) * len(NAN_BITS)} cases"
 
 
 def others_nan(device: str, dtype: torch.dtype) -> str:

@@ -452,8 +452,10 @@ def test_means_over_all_sets_of_centers(dim, m, h, variance, own, scale):
     log_density = logsumexp(-distance / (2 * h * h), axis=1) - math.log(m + own) - dim * math.log(h)
     log_x = log_density + square / (2 * variance) + dim / 2 * math.log(variance)
     log_r = -np.logaddexp(0, -log_x)
-    for ours, terms in ((found.log_x, log_x), (found.log_r, log_r)):
-        assert abs(ours - terms.mean()) < 4 * terms.std() / math.sqrt(n) + 1e-7
+    simulated = {"log_x": log_x, "log_r": log_r}
+    assert set(found._fields) == set(simulated)
+    for name, terms in simulated.items():
+        assert abs(getattr(found, name) - terms.mean()) < 4 * terms.std() / math.sqrt(n) + 1e-7
 
 
 @pytest.mark.parametrize(("dim", "m"), [(1, 100), (2, 10**6), (8, 1000), (256, 10**6)])

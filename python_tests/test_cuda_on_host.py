@@ -456,7 +456,7 @@ def test_launches_leave_devices_and_limits_alone(host):
 # A center of its own for each code
 
 
-@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("divergence", divergences.DIVERGENCES)
 def test_own_center(divergence, host):
     for exclusion in divergences.EXCLUSIONS:
         for name in ("none", "smoothed", "mixture"):

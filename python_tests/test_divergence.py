@@ -982,12 +982,21 @@ def test_errors_of_jsd(error, text, arguments):
         kdejsd.jsd(*arguments)
 
 
-# The loss of matched codes
+# What else a divergence brings beside its terms: the share of the target, and the loss of matched codes
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_target_share_from_the_terms(divergence):
+    """Also where one density is 0, or so small that a term is at the end of its range."""
+    gap = torch.tensor([-math.inf, -800.0, 800.0, math.inf, *range(-30, 31)], dtype=torch.float64)  # log p_t - log p_e
+    share = TABLE[divergence].target_share(TABLE[divergence].terms(gap))
+    torch.testing.assert_close(share, torch.sigmoid(gap), rtol=0, atol=1e-12)
+
 
 UNIFORM = Independent(Uniform(-torch.ones(2), torch.ones(2)), 1)
 
 
-@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize(("smoothed", "kernel_noise"), [(False, False), (True, False), (True, True)])
 def test_matched_loss_is_the_mean_for_codes_that_follow_the_target(smoothed, kernel_noise, divergence):
     dim, m, h, scale = 3, 50, 0.5, 2.0

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import kdejsd
 from kdejsd import reference
+from kdejsd.divergence import DIVERGENCES
 from kdejsd.ops.kde import _operator
 
 KDES = ["number", "scalar tensor", "per center", "per center, weights", "weights", "excluded", "excluded, weights"]
@@ -516,7 +517,7 @@ def jsd_losses(divergence: str, reduction: str):
 LEARNT = ("centers", "log_weights")  # what takes the second pass
 NUMBER_CALLS = {
     "kde_log_prob": kdejsd.kde_log_prob,
-    **{f"{d}, {r}": jsd_losses(d, r) for d in ("js", "kl") for r in ("mean", "sum", "none")},
+    **{f"{d}, {r}": jsd_losses(d, r) for d in DIVERGENCES for r in ("mean", "sum", "none")},
 }
 
 

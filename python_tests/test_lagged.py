@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 from kdejsd import GaussianMixture, StandardNormal
 from kdejsd.bandwidth import optimal_bandwidth
+from kdejsd.divergence import DIVERGENCES
 from kdejsd.lagged import LaggedKDE
 from kdejsd.reference import jsd_loss, kde_log_prob
 
@@ -112,7 +113,7 @@ def test_a_restored_queue_goes_on():
     assert torch.equal(lagged.own_copy(torch.arange(1000)), other.own_copy(torch.arange(1000)))
 
 
-@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize("target", [None, GaussianMixture([[-2.0, 0, 0], [2.0, 0, 0]], 0.5, [0.3, 0.7])])
 def test_loss_and_gradient_agree_with_the_reference(divergence, smoothed, target):
@@ -128,7 +129,7 @@ def test_loss_and_gradient_agree_with_the_reference(divergence, smoothed, target
     torch.testing.assert_close(query.grad.double(), expected_gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_noise_puts_the_current_kernel_in_place_of_the_lagged_copy(divergence):
     lagged, codes, indices = make(divergence=divergence, target=GaussianMixture([[0.0, 0, 0]], 1.2))
     generator = torch.Generator().manual_seed(1)
@@ -152,7 +153,7 @@ def test_noise_puts_the_current_kernel_in_place_of_the_lagged_copy(divergence):
 
 @pytest.mark.parametrize("storage_dtype", [torch.float32, torch.bfloat16], ids=["one pass", "streamed"])
 @pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("smoothed", [False, True])
 @pytest.mark.parametrize("target", [None, GaussianMixture([[-2.0, 0, 0], [2.0, 0, 0]], 0.5, [0.3, 0.7])])
 def test_loss_with_noise_is_its_formula(target, smoothed, divergence, indexed, storage_dtype):
@@ -245,7 +246,7 @@ def test_default_bandwidth_is_the_optimal_one():
 
 
 @pytest.mark.parametrize("noise", [False, True])
-@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("smoothed", [False, True])
 def test_matched_loss_is_that_of_codes_which_follow_the_target(smoothed, divergence, noise):
     target = StandardNormal(2).smoothed(1.0)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import kdejsd
 from kdejsd import reference
+from kdejsd.divergence import DIVERGENCES
 from kdejsd.ops import streamed
 
 SECONDS = 120  # for one example; it takes milliseconds
@@ -333,7 +334,7 @@ def loss_calls(draw) -> dict:
     call = draw(kde_calls(special=draw(st.booleans()), batched=False))
     call = {{"query": "codes", "centers": "lagged"}.get(k, k): v for k, v in call.items()}
     call["divergence"], call["reduction"] = (
-        draw(st.sampled_from(["js", "kl"])),
+        draw(st.sampled_from(list(DIVERGENCES))),
         draw(st.sampled_from(["none", "mean", "sum"])),
     )
     return call

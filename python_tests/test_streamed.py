@@ -9,6 +9,7 @@ from test_torch import Passing
 from torch.autograd import forward_ad
 
 from kdejsd import GaussianMixture, kde_log_prob, reference
+from kdejsd.divergence import DIVERGENCES
 from kdejsd.lagged import LaggedKDE
 from kdejsd.ops import streamed
 
@@ -180,7 +181,7 @@ def kept(m, seed=0, target=None, divergence="js", **storage):
     return lagged
 
 
-@pytest.mark.parametrize("divergence", ["js", "kl"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("target", [None, GaussianMixture([[-1.0] * DIM, [1.0] * DIM], 0.7)])
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("indexed", [False, True])

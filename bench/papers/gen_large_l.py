@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"{'eigenvalues: least, median, greatest':38}{'KL, nats':>10}",
             flush=True,
         )
-        for divergence in DIVERGENCES:
+        for divergence in ("js", "kl"):  # those of the record
             for form, bandwidth, loss in forms(dim, divergence):
                 began = time.perf_counter()
                 found = train(dim, loss, steps, options.seed)

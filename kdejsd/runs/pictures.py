@@ -20,8 +20,9 @@ _ROWS = 1000  # a histogram of fewer is ragged
 
 CAPTIONS = {
     "latent": "The codes of held-out examples. Codes that follow their target are spread as it is: for a normal target "
-    "they are densest in the middle, grow sparse outwards, and leave no empty places between the classes. Of few codes "
-    "the first principal components have variances above the target's and the last ones below it by chance alone.",
+    "they are densest in the middle, grow sparse outwards, and leave no empty places between the classes. If "
+    "the axes are principal components and the codes are few, the first ones have variances above the target's and the "
+    "last ones below it, by chance alone.",
     "reconstructions": "Held-out examples, and what is decoded from their codes.",
     "samples": "What the model makes of samples of the target. None of it is in the data.",
     "classes": "The latent space, coloured by the class of what is made from each of its places. A dot, of an "

@@ -24,7 +24,7 @@ CAPTIONS = {
     "the axes are principal components and the codes are few, the first ones have variances above the target's and the "
     "last ones below it, by chance alone.",
     "reconstructions": "Held-out examples, and what is decoded from their codes.",
-    "samples": "What the model makes of samples of the target. None of it is in the data.",
+    "samples": "What the model makes of samples of the target.",
     "classes": "The latent space, coloured by the class of what is made from each of its places. A dot, of an "
     "autoencoder, is the code of an example, and one on another colour is decoded to an example of another class.",
 }

@@ -18,6 +18,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import machine
 import numpy as np
@@ -57,9 +58,10 @@ def peak_of_held() -> Iterator[list[float]]:
         watching.join()
 
 
-def parts(rows: int) -> list[np.ndarray]:
+def parts(rows: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(0)
-    return [rng.standard_normal((min(PART, rows - start), COLUMNS), np.float32) for start in range(0, rows, PART)]
+    for start in range(0, rows, PART):
+        yield rng.standard_normal((min(PART, rows - start), COLUMNS), np.float32)
 
 
 def write_parquet(path: Path, rows: int) -> None:
@@ -70,11 +72,11 @@ def write_parquet(path: Path, rows: int) -> None:
 
 
 def write_npy(path: Path, rows: int) -> None:
-    np.save(path, np.concatenate(parts(rows)))
+    np.save(path, np.concatenate(list(parts(rows))))
 
 
 def write_pt(path: Path, rows: int) -> None:
-    torch.save(torch.from_numpy(np.concatenate(parts(rows))), path)
+    torch.save(torch.from_numpy(np.concatenate(list(parts(rows)))), path)
 
 
 LARGE: dict[str, Callable[[Path, int], None]] = {".parquet": write_parquet, ".npy": write_npy, ".pt": write_pt}
@@ -92,19 +94,19 @@ def trained(path: Path, keep_in_memory: bool) -> float:
     return extra[0]
 
 
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls the function where it finds no memory that an earlier call has left."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def run(folder: Path, rows: int) -> None:
     print(f"\n{rows} rows of {COLUMNS} columns, {4 * rows * COLUMNS / 1e9:.3g} GB   extra in memory, GB   in files, GB")
     for suffix, write in LARGE.items():
         path = folder / f"large{suffix}"
-        writer = multiprocessing.get_context("spawn").Process(target=write, args=(path, rows))
-        writer.start()
-        writer.join()
-        peaks = []
-        for keep_in_memory in (True, False):
-            # A process of its own for each, so that none finds memory that another one has left.
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                peaks.append(pool.apply(trained, (path, keep_in_memory)))
-        print(f"{suffix:42} {peaks[0]:22.2f} {peaks[1]:14.2f}", flush=True)
+        in_own_process(write, path, rows)
+        in_memory, in_files = (in_own_process(trained, path, keep_in_memory) for keep_in_memory in (True, False))
+        print(f"{suffix:42} {in_memory:22.2f} {in_files:14.2f}", flush=True)
         path.unlink()
 
 

@@ -42,13 +42,13 @@ def run(folder: Path, quick: bool) -> None:
     data = ["--data", "Table", "--data.path", str(folder / "cells.csv"), "--data.label", "diagnosis"]
     print(f"\n{'settings':78} held-out JSD   target's JSD   held-out error   error")
     for number, settings in enumerate(FEW[:1] if quick else FEW):
-        run = folder / str(number)
-        options = [*data, "--data.held_out", "0.3", "--out", str(run), *settings]
+        out = folder / str(number)
+        options = [*data, "--data.held_out", "0.3", "--out", str(out), *settings]
         with contextlib.redirect_stdout(io.StringIO()):
             failed = kdejsd(["fit", *options, *([MAX_STEPS, "20"] if quick else [])])
         if failed:
             raise SystemExit(f"kdejsd fit {' '.join(options)} failed")
-        measures = json.loads((run / "metrics.json").read_text())
+        measures = json.loads((out / "metrics.json").read_text())
         held_out, training = measures["held_out"], measures["training"]
         print(
             f"{' '.join(settings) or 'none':78} {held_out['jsd']:12.3f} {held_out['jsd_of_target']:14.3f}"

@@ -33,8 +33,7 @@ def rows_of(path: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def test_quick_run_and_its_record(study, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study, "PATIENCE", 4)  # half the steps, for networks that are nearly as good
+def test_quick_run_and_its_record(study, tmp_path, capsys):
     record, figure = tmp_path / "new" / "trials.csv", tmp_path / "new" / "figure.png"
     assert study.main(["--quick", "--csv", str(record), "--figure", str(figure)]) == 0
     out = capsys.readouterr().out
@@ -59,7 +58,7 @@ def test_quick_run_and_its_record(study, tmp_path, capsys, monkeypatch):
     for m in study.QUICK_SAMPLES:
         columns = ([r[name] for r in cells[2, m]] for name in ("truth", "kde", "discriminator"))
         together = np.corrcoef(list(columns))
-        assert (together > 0.85).all()
+        assert (together > 0.9).all()
         for r in together[np.triu_indices(3, 1)]:
             assert f"{r:.3f} [" in out
 

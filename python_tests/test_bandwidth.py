@@ -389,7 +389,7 @@ def test_table_1_of_the_gens_paper(gen_table1, tmp_path, capsys):
     path = tmp_path / "table.csv"
     assert gen_table1.main(["--quick", "--csv", str(path)]) == 0
     out = capsys.readouterr().out
-    assert out.count("> 1.0 agrees") == 3
+    assert out.count("> 1.0 agrees") == 3 and "Of the 15 printed cells 15 agree." in out
     with path.open(newline="") as file:
         rows = {(int(r["latent_dim"]), int(r["num_centers"])): float(r["bandwidth"]) for r in csv.DictReader(file)}
     assert len(rows) == 15
@@ -400,17 +400,45 @@ def test_table_1_of_the_gens_paper(gen_table1, tmp_path, capsys):
         assert [rows[dim, m] for dim in (2, 5, 10, 20, 40)] == sorted(rows[dim, m] for dim in (2, 5, 10, 20, 40))
 
 
-def test_table_1_says_which_cells_agree_and_which_are_unknown(gen_table1, tmp_path, capsys):
-    printed = tmp_path / "printed.csv"
-    printed.write_text("latent_dim,num_centers,printed,standard_error\n20,250,0.92,0.01\n20,500,0.50,\n")
-    options = ["--quick", "--printed", str(printed)]
-    assert gen_table1.main(options) == 1
+def test_table_1_goes_on_from_its_record(gen_table1, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "table.csv"
+    asked = []
+
+    def found(dim, m, trials, seed):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append((dim, m))
+        return bandwidth.OptimalBandwidth(gen_table1.PRINTED[dim, m].value + 0.1 * seed, 0.01, (0.0,) * trials)
+
+    monkeypatch.setattr(gen_table1, "optimal_bandwidth", found)
+    command = ["--quick", "--csv", str(path)]
+    with pytest.raises(KeyboardInterrupt):
+        gen_table1.main(command)
+    asked.append("stopped")
+    assert gen_table1.main(command) == 0
+    assert asked[:4] == [(2, 250), (2, 500), "stopped", (2, 1000)] and len(asked) == 16
+    whole = path.read_text()
+    assert gen_table1.main(command) == 0 and len(asked) == 16 and path.read_text() == whole
+    capsys.readouterr()
+    assert gen_table1.main([*command, "--seed", "1"]) == 1  # other samples are other cells
     out = capsys.readouterr().out
-    assert "0.92 agrees" in out and "0.50 DIFFERS" in out
-    assert "Of the 5 printed cells known here, 4 agree." in out and "NOT COMPARED: the 10 cells" in out
-    printed.write_text("latent_dim,num_centers,printed\n20,250,about one\n")
-    with pytest.raises(ValueError, match=r"printed\.csv: expected"):
-        gen_table1.main(options)
+    assert len(asked) == 31 and path.read_text().startswith(whole)
+    assert "0.89 ± 0.01 DIFFERS" in out and "> 1.0 agrees" in out
+
+
+@pytest.mark.parametrize(
+    ("latent_dim", "m", "spread", "inside", "outside"),
+    [
+        (2, 250, 0.0, 0.540, 0.542),  # 0.46 ± 0.08: 3 * 0.0253 and 0.005 for rounding
+        (2, 250, 0.4, 0.606, 0.608),  # our own error, 0.04, beside it
+        (40, 8000, 0.0, 0.9303, 0.9301),  # 0.94 ± 0.00: a deviation of up to 0.005
+        (40, 500, 0.01, 0.9971, 0.9969),  # > 1.0
+    ],
+)
+def test_table_1_agrees_within_both_errors_and_rounding(gen_table1, latent_dim, m, spread, inside, outside):
+    printed = gen_table1.PRINTED[latent_dim, m]
+    assert printed.agrees(gen_table1.Cell(latent_dim, m, 0, 100, inside, spread))
+    assert not printed.agrees(gen_table1.Cell(latent_dim, m, 0, 100, outside, spread))
 
 
 @pytest.mark.parametrize(("dim", "m", "trials"), [(2, 50, None), (1, 10, None), (2, 50, 3), (8, 50, 3), (8, 100, 3)])

@@ -640,6 +640,37 @@ def test_entropies_of_codes_go_on_where_they_stopped(tmp_path, ablation):
         assert f"300 images: GEN {float(rows[0]['entropy']) - float(rows[0]['normal']):+.3f} from" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["gen_table1", "gen_table2"])
+def test_records_of_printed_tables_are_what_their_scripts_print(monkeypatch, capsys, name):
+    monkeypatch.syspath_prepend(str(BENCH / "papers"))
+    monkeypatch.delenv("KDEJSD_DATA", raising=False)
+    record = BENCH / "results" / "papers" / name
+    assert importlib.import_module(name).main(["--csv", str(record.with_suffix(".csv"))]) == 0
+    assert capsys.readouterr().out in record.with_suffix(".txt").read_text()
+
+
+def test_entropies_beside_the_printed_ones(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH / "papers"))
+    table2 = importlib.import_module("gen_table2")
+    # The errors of the means are 0.0231 / sqrt(5) and 0.01 / sqrt(2): three times both are 0.0376.
+    assert table2.judged([11.711, 11.725], (11.681, 0.0231)) == "+0.037 agrees"
+    assert table2.judged([11.634, 11.648], (11.681, 0.0231)) == "-0.040 DIFFERS"
+    assert table2.judged([11.6], (11.681, 0.0231)) == "-0.081"
+    row = {"train_size": 1000, "codes": "training", "entropy": 6.6, "normal": 11.7, "error_per_pixel": 0.02}
+    table = table2.entropies([row | {"row": "AAE"}, row | {"row": "WAE"}], ["AAE", "WAE"], [1000, 300]).splitlines()
+    lines = [line.split() for line in table[:7]]
+    assert [line[-2:] for line in lines] == [
+        ["1000", "300"],
+        ["11.700", "-"],
+        ["0.055", "-"],
+        ["+0.032", "-"],
+        ["6.600", "-"],
+        ["1.816", "-"],
+        ["+0.048", "-"],
+    ]
+    assert table[7].split() == ["WAE", "6.600", "-"] and "printed" not in "".join(table[8:])
+
+
 def test_every_ingredient_of_the_recipe_can_be_changed(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH / "papers"))
     table2 = importlib.import_module("gen_table2")

@@ -146,10 +146,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"printed: mean of {PRINTED_TRIALS} trials ± their standard deviation\n")
     print(table({key: cells[key] for key in wanted}))
     print(
-        "\nA printed number agrees if it is within 3 standard errors of the difference (ours, and the printed deviation\n"
-        f"over the root of {PRINTED_TRIALS}) plus half a unit of its last digit for rounding. A deviation of 0.00 counts "
-        f"as {ROUNDING}.\n"
-        '"> x" agrees if ours plus 3 standard errors is above x.'
+        "\nA printed number agrees if it is within 3 standard errors of the difference plus half a unit of its last\n"
+        f"digit for rounding. The paper's standard error is the printed deviation over the root of {PRINTED_TRIALS};\n"
+        f'one of 0.00 counts as {ROUNDING}. A "> x" agrees if ours plus 3 standard errors is above x.'
     )
     print(f"Of the {len(wanted)} printed cells {agreeing} agree.")
     return 0 if agreeing == len(wanted) else 1

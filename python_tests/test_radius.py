@@ -481,20 +481,57 @@ def test_sharp_bound_is_continuous_and_rises():
     assert steps[:2800].max() < 3e-3
 
 
+def fifths_at_most():
+    """Distributions without a class above 1/5, some of them with classes of probability 0."""
+    source = np.random.default_rng(4)
+    for classes in (5, 6, 8, 13, 40, 1000):
+        for concentration in (0.3, 1.0, 10.0, 300.0):
+            p = source.dirichlet(np.full(classes, concentration), 1000)
+            even = np.full(classes, 1 / classes)
+            # As far towards even probabilities as the greatest one asks for: it is then 1/5 in most rows.
+            share = np.clip((0.2 - even[0]) / (p.max(-1, keepdims=True) - even[0]), 0, 1)
+            p = even + share * (p - even)
+            yield torch.from_numpy(np.concatenate([p, np.zeros((len(p), 2))], -1))
+
+
 def test_printed_bound():
-    """Its known properties: its peak, that equal classes reach a third to a fifth of it, and where it fails."""
-    p = torch.linspace(0.5, 0.9, 4001, dtype=torch.float64)
-    p = torch.stack([p, 1 - p], -1)
-    bound = kdejsd.collision_radius_bound(p, form="printed")
-    assert bound.max().item() == pytest.approx(1.8443, abs=5e-5)
-    assert -p.square().sum(-1)[bound.argmax()].log().item() == pytest.approx(0.588, abs=1e-3)
+    for p in fifths_at_most():
+        assert (kdejsd.collision_radius_bound(p, form="printed") >= kdejsd.collision_radius_bound(p)).all()
+        assert (kdejsd.collision_radius_bound(p, form="printed") >= kdejsd.class_radius_bound(p)).all()
     for classes, ratio in ((5, 3.0), (1000, 4.34)):
         equal = torch.full((classes,), 1 / classes, dtype=torch.float64)
-        loose = kdejsd.collision_radius_bound(equal, form="printed") / kdejsd.class_radius_bound(equal)
-        assert loose.item() == pytest.approx(ratio, abs=0.01)
-    for p in distributions():
-        assert (kdejsd.collision_radius_bound(p, form="printed") >= kdejsd.class_radius_bound(p)).all()
-    assert kdejsd.collision_radius_bound(torch.tensor([0.95, 0.05]), form="printed") == math.inf
+        bound = kdejsd.collision_radius_bound(equal, form="printed")
+        entropy = math.log(classes)
+        assert bound.item() == pytest.approx(math.log(4 * math.pi * entropy) / math.sqrt(2 * entropy), rel=1e-14)
+        assert (bound / kdejsd.class_radius_bound(equal)).item() == pytest.approx(ratio, abs=0.01)
+    entropy = math.log(1e9)  # of a billion equal classes
+    loose = math.log(4 * math.pi * entropy) / math.sqrt(2 * entropy) / kdejsd.uniform_radius_bound(1e9)
+    assert loose.item() == pytest.approx(5.45, abs=0.01)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_printed_bound_is_refused_where_a_class_has_more_than_a_fifth(dtype, device):
+    """Theorem 3.1 assumes 0 < p_i <= 1/5 of every class."""
+
+    def printed(p):
+        return kdejsd.collision_radius_bound(torch.as_tensor(p, dtype=dtype, device=device), form="printed")
+
+    fifth = printed([0.2] * 5)
+    assert fifth.item() == pytest.approx(1.67598, abs=1e-2 if dtype.itemsize == 2 else 1e-5)
+    assert torch.equal(printed([0.2] * 5 + [0.0]), fifth)  # a class that never occurs
+    assert printed([[0.1] * 10, [math.nan] * 10]).isnan().tolist() == [False, True]
+    assert printed([math.nan, 0.5]).isnan()
+    assert printed(torch.zeros(0, 3)).shape == (0,)
+    more = 0.21 if dtype.itemsize == 2 else 0.200001
+    with pytest.raises(
+        ValueError, match=r"^p must be at most 1/5 for every class .* Theorem 3.1 assumes, got 0.2\d*; "
+    ):
+        printed([more] + [(1 - more) / 9] * 9)
+    with pytest.raises(ValueError, match=r"got 0\.25; form='sharp'"):  # of four classes one has a quarter at least
+        printed([0.25] * 4)
+    with pytest.raises(ValueError, match=r"got 0.5 in row \[1, 0\]; "):
+        printed([[[0.1] * 10], [[0.5] * 2 + [0.0] * 8]])
 
 
 def test_uniform_radius_bound():
@@ -517,10 +554,19 @@ def test_max_collision_entropy_inverts_the_bound():
     radius = kdejsd.collision_radius_bound(p)
     torch.testing.assert_close(kdejsd.max_collision_entropy(radius), entropy, rtol=1e-11, atol=0)
     torch.testing.assert_close(kdejsd.max_collision_entropy(radius * 7, lipschitz=7.0), entropy, rtol=1e-11, atol=0)
-    high = entropy[3:]
-    radius = kdejsd.collision_radius_bound(p[3:], form="printed")
+    high = torch.tensor([math.log(5), 1.61, 1.62, 2.0, 5.0, 50.0, 300.0], dtype=torch.float64)
+    radius = (4 * math.pi * high).log() / (2 * high).sqrt()
     torch.testing.assert_close(kdejsd.max_collision_entropy(radius, form="printed"), high, rtol=1e-9, atol=0)
-    assert kdejsd.max_collision_entropy(0.4037, form="printed") > 180  # where the sharp one says 3.2
+    torch.testing.assert_close(
+        kdejsd.max_collision_entropy(7 * radius, form="printed", lipschitz=7.0), high, rtol=1e-9, atol=0
+    )
+    for classes in (5, 25):
+        equal = torch.full((classes,), 1 / classes)
+        radius = kdejsd.collision_radius_bound(equal, form="printed")
+        for given in (radius, radius.item()):
+            entropy = kdejsd.max_collision_entropy(given, form="printed")
+            assert entropy.item() == pytest.approx(math.log(classes), rel=1e-5)
+    assert kdejsd.max_collision_entropy(0.4037, form="printed") == pytest.approx(184, abs=0.2)  # sharp: 3.2
 
 
 def test_max_collision_entropy_at_the_ends():
@@ -528,11 +574,18 @@ def test_max_collision_entropy_at_the_ends():
     got = kdejsd.max_collision_entropy(torch.tensor([-0.1, nan, 0.0, 1e-4, 30.0], dtype=torch.float64))
     assert got[:2].isnan().all() and got[2] == inf
     assert got[3].item() == pytest.approx(5e7, rel=1e-5) and 0 < got[4] < 1e-100
-    assert kdejsd.max_collision_entropy(torch.tensor([1.85, 0.5]), form="printed").isnan().tolist() == [True, False]
+    printed = kdejsd.max_collision_entropy(torch.tensor([1.6761, 1.6759, -0.1, nan]), form="printed")
+    assert printed.isnan().tolist() == [True, False, True, True]
     assert kdejsd.max_collision_entropy(torch.tensor([0.5])).dtype == torch.float32
-    for radius, form, text in ((-1.0, "sharp", "at least 0"), (nan, "sharp", "at least 0"), (1.9, "printed", "peak")):
-        with pytest.raises(ValueError, match=f"radius must be {'at most the ' if text == 'peak' else ''}{text}"):
+    for radius, form, text in (
+        (-1.0, "sharp", "at least 0"),
+        (nan, "sharp", "at least 0"),
+        (1.6761, "printed", r"at most 1.67598 .* some class has more than the 1/5 .*; got 1.6761"),
+    ):
+        with pytest.raises(ValueError, match=f"radius must be {text}"):
             kdejsd.max_collision_entropy(radius, form=form)
+    with pytest.raises(ValueError, match=r"radius must be at most 3\.35196 with"):
+        kdejsd.max_collision_entropy(3.36, form="printed", lipschitz=2)
     with pytest.raises(ValueError, match="form must be 'sharp' or 'printed', got 'tight'"):
         kdejsd.max_collision_entropy(0.4, form="tight")
     with pytest.raises(ValueError, match="form must be"):
@@ -546,8 +599,9 @@ def test_bounds_are_differentiable():
         leaf = x.requires_grad_()
         assert gradcheck(kdejsd.collision_radius_bound, (leaf,))
         assert gradgradcheck(kdejsd.collision_radius_bound, (leaf,))
-    printed = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]], dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda t: kdejsd.collision_radius_bound(t, form="printed"), (printed,))
+    even = torch.tensor([[0.19, 0.18, 0.18, 0.15, 0.15, 0.15], [0.1, 0.15, 0.15, 0.2, 0.2, 0.2]], dtype=torch.float64)
+    even = even.mul(0.99).requires_grad_()
+    assert gradcheck(lambda t: kdejsd.collision_radius_bound(t, form="printed"), (even,))
     radius = torch.tensor([0.05, 0.4, 0.55, 0.7, 1.4], dtype=torch.float64, requires_grad=True)
     assert gradcheck(kdejsd.max_collision_entropy, (radius,))
     assert gradcheck(lambda t: kdejsd.max_collision_entropy(t, form="printed"), (radius,))

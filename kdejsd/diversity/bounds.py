@@ -23,8 +23,8 @@ from .class_entropy import collision_probability
 # [0, sqrt(v)], and psi(v) is the bound; a little further, psi(v) alone is no bound (0.3816 and 3 times 0.2061).
 _CONCAVE_TO = 0.19885433806054141
 _PSI_THERE = 0.55729318316533512
-# Up to here the printed bound of Theorem 3.1 is above the sharp one; it fails soon after (at 0.905 and 0.095: 0.8285).
-_PRINTED_TO = 0.82704399209499694
+_MOST = 0.2  # of a class's probability, as Theorem 3.1 assumes; the collision probability is then at most this too
+_ROUNDING = 1e-6  # relative, above a limit
 _NEWTON_STEPS = 12
 _BISECTIONS = 60
 
@@ -40,9 +40,9 @@ def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float |
         form: "sharp" holds for every p. For v <= 0.1989 it is psi(v) = F(v)/v, with F as in `class_radius_bound`, and
             classes of equal probability reach it. For larger v, where that would not hold, it is the least concave
             function over psi on [0, sqrt(v)], at v. "printed" is Theorem 3.1 of the paper, log(4 pi H) / sqrt(2 H) with
-            H = log 1/v. For equal classes it is 3 to 5.5 times as large, with a peak of 1.8443 at H = 0.588. It fails
-            if one class has a probability above 0.905. It is inf for v > 0.827, where the sharp bound no longer proves
-            it.
+            H = log 1/v. It is an error where a class has more than 1/5, because the theorem assumes that none has. So
+            there are at least five classes; those of probability 0 do not count. The printed bound is 3 times as large
+            as the sharp one for five equal classes, and 5.5 times for a billion. It waits for the device, to look at p.
         lipschitz: a Lipschitz constant L of the map from the latent space to the data. L times the bound then bounds
             the radius of the classes in data space.
 
@@ -51,9 +51,11 @@ def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float |
 
     Raises:
         TypeError, ValueError: as in `collision_probability`; if the form is unknown, or lipschitz is no number or not
-            positive and finite.
+            positive and finite; if the form is "printed" and a class has a probability above 1/5 (a row with NaN gives
+            NaN).
 
-    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), Theorem 3.1.
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), Theorem 3.1, for the
+    printed form; the sharp one is ours.
 
     Example:
         >>> import kdejsd, torch
@@ -64,6 +66,8 @@ def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float |
     _check_form(form)
     v = collision_probability(p)
     wide = v.double()
+    if form == "printed":
+        _check_assumption(p)
     bound = _sharp(wide) if form == "sharp" else _printed(wide)
     return (bound * _lipschitz(lipschitz)).to(v.dtype)
 
@@ -72,7 +76,8 @@ def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tens
     """Returns the largest mean class radius that K classes of equal probability can have, K F(1/K).
 
     F is as in `class_radius_bound`. Two half-spaces reach the bound. Classes of unequal probability can have a larger
-    radius.
+    radius. (Theorem 3.2 of the paper prints log(4 pi log K) / sqrt(2 log K) instead, for K >= 5. That is
+    `collision_radius_bound` of K equal classes in the printed form.)
 
     Args:
         num_classes: K >= 1, a number or a tensor of any shape; it need not be whole (it may be exp of an entropy).
@@ -86,7 +91,8 @@ def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tens
         ValueError: if a number is below 1, or lipschitz is not positive and finite.
         TypeError: if an argument is no number.
 
-    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), Theorem 3.2.
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), Lemmas B.1 and B.4, at
+    p_i = 1/K.
 
     Example:
         >>> import kdejsd, torch
@@ -109,21 +115,26 @@ def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipsch
     Args:
         radius: mean class radius, positive, a number or a tensor of any shape. In latent space with the sharp form,
             0.4037 gives log 25: no more than 25 classes of equal probability.
-        form: as in `collision_radius_bound`. The printed bound is inverted above its peak (H >= 0.588), so for radii up
-            to 1.8443. It allows e^9 classes and more where the sharp one allows 25.
+        form: as in `collision_radius_bound`. If no class has more than 1/5, the collision probability has not either.
+            So the printed bound is inverted for H >= log 5, where it falls as H rises: for radii up to 1.67598. A
+            larger radius shows that some class has more than 1/5. A smaller one does not show that none has, and the
+            result holds only then. At the radius of 25 equal classes the printed form allows e^184 classes.
         lipschitz: L, if `radius` was measured in data space: the radius in latent space is then at least radius / L.
 
     The sharp form waits for the device: beyond a certain radius another inverse is needed, which takes longer.
 
     Returns:
         Nats, in the shape of radius: float32 for a float32 or half tensor, float64 otherwise. It is differentiable, for
-        radii beyond 0.5573 only once. A radius of 0 gives inf. A tensor entry that is negative, NaN or beyond the
-        printed form's peak gives NaN.
+        radii beyond 0.5573 only once. A radius of 0 gives inf. A tensor entry that is negative, NaN or above 1.67598 in
+        the printed form gives NaN.
 
     Raises:
-        ValueError: if the form is unknown, a number is negative or beyond the printed form's peak, or lipschitz is not
-            positive and finite.
+        ValueError: if the form is unknown, a number is negative or above 1.67598 in the printed form, or lipschitz is
+            not positive and finite.
         TypeError: if a tensor is complex, or an argument is no number.
+
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), section 3, for the
+    printed form; the sharp one is ours.
 
     Example:
         >>> import kdejsd, math
@@ -131,17 +142,20 @@ def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipsch
         25.0 equal classes at most
     """
     _check_form(form)
-    peak = 4 * math.sqrt(0.5 * math.pi) / math.e  # where H = e^2 / (4 pi)
+    most = float(_printed(torch.tensor(_MOST, dtype=torch.float64)))
     radius, lipschitz = _number_or_tensor("radius", radius), _lipschitz(lipschitz)
     if not isinstance(radius, Tensor):
         if not radius >= 0:
             raise ValueError(f"radius must be at least 0, got {radius}")
-        if form == "printed" and not isinstance(lipschitz, Tensor) and radius / lipschitz > peak:
-            raise ValueError(f"radius must be at most the peak of the printed bound, {peak:.6g}, got {radius}")
+        if form == "printed" and not isinstance(lipschitz, Tensor) and radius / lipschitz > most * (1 + _ROUNDING):
+            raise ValueError(
+                f"radius must be at most {most * lipschitz:.6g} with form='printed', the bound for five equal classes: "
+                f"beyond it some class has more than the 1/5 that Theorem 3.1 assumes; got {radius}"
+            )
     value, dtype = _as_double("radius", radius)
     latent = value / lipschitz
     if form == "printed":
-        return _inverse_printed(latent.masked_fill(latent.detach() > peak, math.nan)).to(dtype)
+        return _inverse_printed(latent.masked_fill(latent.detach() > most * (1 + _ROUNDING), math.nan)).to(dtype)
     near = latent.detach() <= _PSI_THERE
     entropy = _inverse_psi(latent.masked_fill(~near, 0.5 * _PSI_THERE))
     if not bool(near.all()):
@@ -152,6 +166,18 @@ def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipsch
 def _check_form(form: str) -> None:
     if form not in ("sharp", "printed"):
         raise ValueError(f"form must be 'sharp' or 'printed', got {form!r}")
+
+
+def _check_assumption(p: Tensor) -> None:
+    """Refuses probabilities that Theorem 3.1 says nothing of."""
+    greatest = p.detach().amax(-1)
+    above = greatest > _MOST * (1 + max(_ROUNDING, 4 * torch.finfo(p.dtype).eps))
+    if bool(above.any()):
+        row = above.nonzero()[0].tolist()
+        raise ValueError(
+            "p must be at most 1/5 for every class with form='printed', as Theorem 3.1 assumes, got "
+            f"{float(greatest[tuple(row)]):.9g}{f' in row {row}' if row else ''}; form='sharp' holds for every p"
+        )
 
 
 def _number_or_tensor(name: str, value: RealNumber | Tensor) -> float | Tensor:
@@ -254,13 +280,12 @@ def _inverse_majorant(radius: Tensor) -> Tensor:
 
 
 def _printed(v: Tensor) -> Tensor:
-    beyond = v.detach() > _PRINTED_TO
-    entropy = -v.masked_fill(beyond, 0.5).log()
-    return ((4 * math.pi * entropy).log() / (2 * entropy).sqrt()).masked_fill(beyond, math.inf)
+    entropy = -v.log()
+    return (4 * math.pi * entropy).log() / (2 * entropy).sqrt()
 
 
 def _inverse_printed(radius: Tensor) -> Tensor:
-    """Solves sqrt(2 pi) y exp(-y/2) = radius for y = log(4 pi H) >= 2.
+    """Solves sqrt(2 pi) y exp(-y/2) = radius for y = log(4 pi H), where it falls: for y >= 2.
 
     Newton's method in log radius, which is concave in y, comes down on the root from the right; two steps are left to
     autograd.

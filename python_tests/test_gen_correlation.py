@@ -61,6 +61,11 @@ def test_quick_run_and_its_record(study, tmp_path, capsys):
         assert (together > 0.9).all()
         for r in together[np.triu_indices(3, 1)]:
             assert f"{r:.3f} [" in out
+        within = [r for r in cells[2, m] if r["separation"] <= 6]
+        assert len(within) == 12
+        for name in ("kde", "discriminator"):
+            r = np.corrcoef([r["separation"] for r in within], [r[name] for r in within])[0, 1]
+            assert f"{r:.3f} [" in out.partition("with s itself")[2]
 
     # What is recorded is not computed again, what is missing is, and is what it was.
     lines = record.read_text().splitlines(keepends=True)
@@ -82,7 +87,7 @@ def test_quick_run_and_its_record(study, tmp_path, capsys):
         study.main(["--quick", "--csv", str(record)])
 
 
-@pytest.mark.parametrize(("option", "text"), [("--trials=3", "at least 4.*got 3"), ("--seed=-1", "at least 0, got -1")])
+@pytest.mark.parametrize(("option", "text"), [("--trials=4", "at least 5.*got 4"), ("--seed=-1", "at least 0, got -1")])
 def test_bad_options(study, capsys, option, text):
     with pytest.raises(SystemExit):
         study.main([option])

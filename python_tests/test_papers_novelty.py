@@ -38,7 +38,7 @@ def test_gen_novelty(script, tmp_path, capsys):
     assert float(found["only 0", "density"]["novel_share"]) == pytest.approx(321 / 359, abs=1e-6)
     out = capsys.readouterr().out
     assert f"{100 * float(found['0 to 4', 'density']['auroc']):.1f} %" in out
-    assert "The paper's numbers are not available here" in out
+    assert "The paper shows pictures and prints no numbers" in out
     for experiment in ("only_0", "0_to_4"):
         most, least = (tmp_path / f"novelty_{experiment}_{name}_likely.png" for name in ("most", "least"))
         assert (matplotlib.image.imread(most) != matplotlib.image.imread(least)).any()

@@ -5,7 +5,7 @@
     ... --csv divergences.csv --figure divergences.png      # leave a record
 
 Papers: M. Arjovsky, S. Chintala, L. Bottou, "Wasserstein GAN", arXiv 1701.07875, Example 1; S. Nowozin, B. Cseke,
-R. Tomioka, "f-GAN", arXiv 1606.00709; S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv
+R. Tomioka, "f-GAN", arXiv 1606.00709; S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv
 2010.15283, eq. 3.
 
 Divergences by the shift of the model, Q, from the data, P:

@@ -1,4 +1,4 @@
-"""Figures 3.1 and 2.1 of Manoj's paper on latent diversity, on GANs of one's own: does the class radius tell mode
+"""Figures 3.1 and 2.1 of Manoj's paper on latent density, on GANs of one's own: does the class radius tell mode
 collapse?
 
     python bench/papers/gan_collapse.py --out DIR              # 40 GANs, about 15 minutes of one idle core
@@ -18,7 +18,11 @@ samples in one class has no class radius: it is counted as larger than any (the 
 radius), and is not in the first picture. One with samples that are not finite is left out of all but the record. Run
 again with the same --out, it goes on where it was stopped.
 
-The paper's text was not at hand: its GANs and its numbers are not known here, and these are not they.
+Paper: N. Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018); in the earlier version, "Looser
+is Worse: On the Coding Space of Deep Generative Models", the figures are the same. Its grid of 25 modes and its classes
+are those here (Example 2.2); Figure 3.1 has GANs on variants of it, with (2n + 1)^2 modes. It plots the radius against
+the size of the support, without numbers. Of its GANs it says nothing, and how it approximates the radius is not said
+either: these are not they.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python bench/papers/gen_interpolation.py CKPT --out STEM     # CKPT as `kdejsd fit` writes it
     python bench/papers/gen_interpolation.py --quick --out STEM  # trains one on scikit-learn's digits first
 
-Paper: S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. Each row of a picture
-leads from the code of one held-out image to that of another (of another class, where there are classes) in equal steps,
-along a line in STEM_line.png and along an arc in STEM_arc.png. Printed is where the ways lead: the mean length of the
-latents, that of the codes being 1, and their mean log-density under the target. The middle of a line between two normal
-codes is shorter than codes are, the more so the more dimensions there are, and likelier than any; on an arc it is
-neither.
+Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. Each row of a
+picture leads from the code of one held-out image to that of another (of another class, where there are classes) in
+equal steps, along a line in STEM_line.png and along an arc in STEM_arc.png. Printed is where the ways lead: the mean
+length of the latents, that of the codes being 1, and their mean log-density under the target. The middle of a line
+between two normal codes is shorter than codes are, the more so the more dimensions there are, and likelier than any; on
+an arc it is neither. The paper shows faces of CelebA between test images and between random samples, along the line.
 """
 
 from __future__ import annotations

@@ -3,10 +3,13 @@
     python bench/papers/gen_novelty.py --data DIR      # MNIST and Fashion-MNIST, about 13 minutes on one core
     python bench/papers/gen_novelty.py --quick         # under a minute: scikit-learn's digits
 
-Paper: S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. A GEN is trained on
-images that count as normal: one digit of MNIST, or all of them. Held-out images of the same and of other classes, or of
-Fashion-MNIST, are scored by `kdejsd.novelty_score` and by its parts alone; a good score puts the novel ones above the
-normal ones. The paper's own numbers could not be had for this: there is no printed column, and none from memory.
+Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. A GEN is trained
+on images that count as normal: one digit of MNIST, or all of them. Held-out images of the same and of other classes, or
+of Fashion-MNIST, are scored by `kdejsd.novelty_score` and by its parts alone; a good score puts the novel ones above
+the normal ones. The paper sorts the held-out images of a single digit by their score, and shows the 100 of the lowest
+and the 100 of the highest. It prints no numbers and says neither which images its models were trained on nor how large
+sigma^2 is; here that is `kdejsd.residual_variance`. Such pictures are drawn too, of the first experiment (the digit 0)
+and of all digits.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from kdejsd.data import MNIST, BatchLoader, BatchOrder, Digits, ExampleSet, Fash
 from kdejsd.models import built
 
 SCORES = {
-    "density": "all three parts: the negative log-density of eq. 11",
+    "density": "all three parts: the negative log-density of eq. 10",
     "reconstruction": "the reconstruction error alone",
     "latent": "the log-density of the code under the target alone",
     "latent KDE": "the same under the kernel density of the training codes",
@@ -222,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out:
             write(options.out.with_name(f"{options.out.name}.csv"), rows)  # so far: an interrupted run leaves it
         print(f"  AUROC of the density {100 * rows[-len(SCORES)].auroc:.1f} %   ({time.perf_counter() - start:.0f} s)")
-    print(f"\n{table(rows)}\nThe paper's numbers are not available here; one model each, seed {options.seed}.")
+    print(f"\n{table(rows)}\nThe paper shows pictures and prints no numbers. One model each, seed {options.seed}.")
     return 0
 
 

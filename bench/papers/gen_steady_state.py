@@ -3,7 +3,7 @@
     python bench/papers/gen_steady_state.py --data DIR     # MNIST for the trained GENs, about 3 minutes on one core
     python bench/papers/gen_steady_state.py --quick        # under a minute: few codes, a GEN on scikit-learn's digits
 
-Paper: S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. The law, for many
+Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. The law, for many
 lagged codes: p_e is the law of the codes convolved with the kernel, so that p_e = p_t leaves the codes the variance
 1 - h^2. Against the target smoothed by the same kernel it leaves them 1, at any h.
 

@@ -14,7 +14,10 @@ The features are those of Inception where torch-fidelity and its weights are ins
 the FID. Otherwise they are the last hidden layer of a small classifier of the data's own labels, trained here and kept
 in the output folder. Values of different features, and of different numbers of images, do not compare.
 
-Paper: S. Saha, S. Elhabian, R. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283, section 5.3.
+Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283, section 5.3. It
+prints FIDs of AAE, VAE and GEN: 56.08 ± 0.35, 55.21 ± 0.24 and 45.52 ± 0.33 on SVHN with l = 25, and 52.65 ± 0.06,
+55.51 ± 0.25 and 43.65 ± 0.09 on CelebA with l = 40. These do not compare with distances on other data by other
+features; only the order of the models does.
 """
 
 from __future__ import annotations

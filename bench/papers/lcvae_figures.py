@@ -3,12 +3,17 @@
     python bench/papers/lcvae_figures.py --data DIR --out DIR   # MNIST
     python bench/papers/lcvae_figures.py --quick                # scikit-learn's digits, 20 seconds
 
-Paper: Manoj, on the diversity of latent codes. Its text was not at hand; what each figure shows here, for l = 2:
+Paper: N. Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), section 4, and the earlier
+version, "Looser is Worse: On the Coding Space of Deep Generative Models". It trains convolutional networks (`DeepConv`)
+for 20 epochs of MNIST's 60 000 images, in minibatches of 300, by Adam at 1e-3, with lambda = 30 and c = 0.30. By
+default ours are smaller and train shorter, for a CPU. What each figure shows here, for l = 2:
 
     2.2  the regions of the latent plane by the class that a classifier sees in the decoded images
     4.1  codes of held-out images, by class
     4.2  images decoded from a grid of the plane, at quantiles of the standard normal in both directions
     4.3  images decoded between the codes of pairs of held-out images of two classes
+
+In the paper 2.2 has the codes of a VAE, 4.1 those of both models, and 4.2 and 4.3 samples and reconstructions, l = 10.
 
 Compared are a VAE and LC-VAEs (`kdejsd.models.LCVAE`): with clipped weights as in the paper, with spectral
 normalisation, and clipped with the scale-free omega, at the same lambda and at 30 times it. All of a seed begin with

@@ -83,6 +83,9 @@ def latent_holes(
             few for the level; if a number is out of range; and where `entropy_bandwidth` does.
         TypeError: if the codes are not a floating-point tensor, or `target` is no target.
 
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), Definition 2.4: a hole
+    is a point that is the code of no image. The density and its threshold are ours.
+
     Example:
         >>> import kdejsd, torch
         >>> codes = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0))

@@ -125,6 +125,9 @@ def class_radius(latents: Tensor, labels: Tensor) -> ClassRadius:
         ValueError: if shapes do not match, or there are fewer than 2 samples.
         TypeError: if latents are not floating point, or labels are not int64.
 
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), Definition 2.5. It draws
+    a latent within the classes, by their probabilities; where each latent has a class, that is N(0, I).
+
     Example:
         >>> import kdejsd, torch
         >>> latents = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))

@@ -22,9 +22,10 @@ class LCVAE(VAE):
 
         omega = mean over the minibatch's pairs (i, i + b/2) of |f(x_i) - f(x_j)|^2 / |x_i - x_j|^2
 
-    With the default s^2 = 1/2 this is the sum of squared errors + KL + lambda omega, divided by D. The paper prints the
-    sum of omega over the pairs, beside a VAE's loss that it does not spell out. We take the mean over the pairs and the
-    sum of squared errors over the values; lambda = 30 then has the size of about a nat on MNIST. f(x) is the code of
+    With the default s^2 = 1/2 this is the sum of squared errors + KL + lambda omega, divided by D. The paper has the
+    sum of omega over the pairs, beside the KL and "the l2 norm between two images" (Appendix A.1), and does not say
+    over what these are summed or averaged. We take the mean over the pairs and the sum of squared errors over the
+    values; lambda = 30 then has the size of about a nat on MNIST. f(x) is the code of
     `encode`, the posterior's mean: omega bounds a map, and samples would add their variance to it. The last example of
     an odd minibatch is in no pair. Equal examples in a pair count as 0.
 
@@ -43,7 +44,7 @@ class LCVAE(VAE):
       [-clip, clip]. Biases, which have no part in a Lipschitz constant, and batch normalisation are left alone. This
       bounds each weight and so, very loosely, the norms; layers of many inputs start and mostly stay far inside the
       bounds.
-    * "spectral", a better one, as the paper asks for: these layers are divided by their largest singular value
+    * "spectral", a better one, which the paper leaves open: these layers are divided by their largest singular value
       (`torch.nn.utils.parametrizations.spectral_norm`, one power iteration per step; of a convolution that of its
       kernel as a matrix [out, in x height x width]). The encoder that is given is changed in place. For fully connected
       networks f's Lipschitz constant is then at most 1; a convolution of kernel 4 and stride 2 has at most twice its

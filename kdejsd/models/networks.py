@@ -138,7 +138,8 @@ class DeepConv(AutoencoderNetworks):
     The encoder has four convolutions of 128, 256, 512 and 1024 channels (kernel 4, stride 2, padding 1: side 28 - 14 -
     7 - 3 - 1), each with batch normalisation and ReLU, then one linear layer. The decoder has a linear layer to 256 x 7
     x 7 and two transposed convolutions that double the side, the first to 128 channels. Batch normalisation and ReLU
-    stand between them, and a sigmoid at the end.
+    stand between them, and a sigmoid at the end. (The paper prints the padding "SAME", with which the last side would
+    be 2 and not 1, and names no batch normalisation after the decoder's linear layer.)
 
     Args:
         example_shape: (C, 28, 28).

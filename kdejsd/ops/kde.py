@@ -74,8 +74,8 @@ def kde_log_prob(
         TypeError: if an argument has another type, or dtypes are mixed or unsupported.
         RuntimeError: if devices are mixed, CUDA is needed but cannot be used, or there is no compiled module.
 
-    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, equations
-    5 and 6, with the kernel normalised.
+    Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, equation
+    1, with the kernel normalised.
 
     Example:
         >>> import kdejsd, torch

@@ -78,7 +78,7 @@ def omega(
         TypeError: if an argument has another type, or dtypes are mixed or unsupported.
         RuntimeError: if devices are mixed, CUDA is needed but cannot be used, or there is no compiled module.
 
-    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018).
+    Source: Naren Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), section 4.1.
 
     Example:
         >>> import kdejsd, torch

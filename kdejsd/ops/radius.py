@@ -51,6 +51,9 @@ def class_radius_bound(
         TypeError: if an argument has another type, or the dtype is unsupported.
         RuntimeError: if CUDA is needed but cannot be used, or there is no compiled module.
 
+    Source: Fawzi, Fawzi, Fawzi, "Adversarial vulnerability for any classifier", https://arxiv.org/abs/1802.08686; Naren
+    Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018), Lemmas B.1 and B.4.
+
     Example:
         >>> import kdejsd, torch
         >>> kdejsd.class_radius_bound(torch.tensor([[0.5, 0.5], [0.9, 0.1]]))

@@ -18,11 +18,11 @@ samples in one class has no class radius: it is counted as larger than any (the 
 radius), and is not in the first picture. One with samples that are not finite is left out of all but the record. Run
 again with the same --out, it goes on where it was stopped.
 
-Paper: N. Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018); in the earlier version, "Looser
-is Worse: On the Coding Space of Deep Generative Models", the figures are the same. Its grid of 25 modes and its classes
-are those here (Example 2.2); Figure 3.1 has GANs on variants of it, with (2n + 1)^2 modes. It plots the radius against
-the size of the support, without numbers. Of its GANs it says nothing, and how it approximates the radius is not said
-either: these are not they.
+Paper: N. Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018); the earlier version, "Looser is
+Worse: On the Coding Space of Deep Generative Models", has both figures too. The grid of 25 modes and the classes are
+those of its Example 2.2 and Figure 2.1. Figure 3.1 plots the radius against the size of the support, without numbers,
+for GANs on variants of the grid with (2n + 1)^2 modes. The paper says nothing about these GANs, nor how it approximates
+the radius. Those here are others.
 """
 
 from __future__ import annotations

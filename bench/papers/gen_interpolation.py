@@ -8,7 +8,7 @@ picture leads from the code of one held-out image to that of another (of another
 equal steps, along a line in STEM_line.png and along an arc in STEM_arc.png. Printed is where the ways lead: the mean
 length of the latents, that of the codes being 1, and their mean log-density under the target. The middle of a line
 between two normal codes is shorter than codes are, the more so the more dimensions there are, and likelier than any; on
-an arc it is neither. The paper shows faces of CelebA between test images and between random samples, along the line.
+an arc it is neither. The paper shows faces, between test images and between random samples, along the line.
 """
 
 from __future__ import annotations

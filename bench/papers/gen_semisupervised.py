@@ -8,10 +8,10 @@ whose mode is the most probable at its code. Three models are trained for as man
 as many images that all have labels, so that what the unlabelled ones are worth shows; and without any label, where each
 mode is afterwards named after a class of the training images, one to one, so that most of them fit.
 
-Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. It has as many
-images, and the bandwidth is found as there, by samples of the target. It shows pictures of the codes without and with
-labels and prints no accuracy. It says neither where its modes lie and how wide they are, nor how labels enter its loss:
-the ring, which treats all classes alike, and the cross entropy are ours.
+Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. As there, 10 000 of
+50 000 images have labels, and the bandwidth is found by samples of the target. The paper shows pictures of the codes
+without and with labels and prints no accuracy. It says neither where its modes lie and how wide they are, nor how
+labels enter its loss: the ring, which treats all classes alike, and the cross entropy are ours.
 
 What differs: the paper's KDE has m = 10 000 codes of images apart from those trained on. Here m is 5000, for speed, and
 they are codes of images trained on, as in every GEN of this package; a code leaves its own lagged copy out. That is

@@ -25,9 +25,9 @@ class LCVAE(VAE):
     With the default s^2 = 1/2 this is the sum of squared errors + KL + lambda omega, divided by D. The paper has the
     sum of omega over the pairs, beside the KL and "the l2 norm between two images" (Appendix A.1), and does not say
     over what these are summed or averaged. We take the mean over the pairs and the sum of squared errors over the
-    values; lambda = 30 then has the size of about a nat on MNIST. f(x) is the code of
-    `encode`, the posterior's mean: omega bounds a map, and samples would add their variance to it. The last example of
-    an odd minibatch is in no pair. Equal examples in a pair count as 0.
+    values; lambda = 30 then has the size of about a nat on MNIST. f(x) is the code of `encode`, the posterior's mean:
+    omega bounds a map, and samples would add their variance to it. The last example of an odd minibatch is in no pair.
+    Equal examples in a pair count as 0.
 
     Watch out: omega falls with the square of the codes' scale, whatever their arrangement. On MNIST nothing else
     happens (bench/results/papers). Examples are about equally far apart, so omega is little else than the variance of

@@ -1,0 +1,362 @@
+"""The match without its price: how near can codes come to the normal at the error of a plain autoencoder?
+
+    python bench/papers/gen_price.py --data DIR --csv FILE --figure FILE    # MNIST, l = 8, 10 000 images, 4000 steps
+    ... --steps 4000 16000 64000 --rows "AE" "GEN, weight 1"                # longer runs, of some rows
+    ... --latent-dims 32 64 --images 20000                                  # more dimensions
+    python bench/papers/gen_price.py --quick                                # under a minute: scikit-learn's digits
+
+All rows have the same images, minibatches of 100, and number of steps, and learning rates that fall to 0. All but the
+wider ones have the same networks. With --csv a run goes on where one that wrote the same file was stopped. A row has,
+for the training images and for as many held-out ones (at most 10 000):
+
+    error          mean squared error per pixel of the images decoded from these codes, in per cent of the AE's too
+    gap            leave-one-out KDE entropy of the whitened codes less that of as many samples of the normal, in nats
+    told apart     held-out accuracy of a classifier that tells the codes from such samples: 50 % is the best
+
+What is tried:
+
+    AE                      no latent term: its error is the bar
+    GEN, weight w           the recipe of Table 2, with its latent term times w
+    GEN, rising weight      the weight rises from 0 to 1 over the run, linearly
+    AE, wider; GEN, wider   hidden layers of 1024 and 512 units in place of 512 and 256; weight 1
+    AE, then a flow by KDE  an invertible map (RealNVP) of the trained AE's codes, trained for as many steps by the
+                            latent term of a GEN alone: it costs no pixels
+    AE, then a flow         the same map, trained by its likelihood
+    VAE, flow, s^2 = v      encoder with noise, decoder and map trained together: the VAE with a flow as its prior, by
+                            its observation variance. Its codes are samples, one of each image's posterior. The flow
+                            has ten layers of 128 units, the small one six of 64.
+    StochasticGEN, weight w a GEN with noise, in many dimensions
+
+Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. Section 5.2 reports
+a GEN with an entropy of 11.46 at an error of about 0.02, "close to" that of an autoencoder without a latent term.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from gen_latent_dims import told_apart
+from matplotlib.figure import Figure
+from quiet import quiet_trainer
+from torch import Tensor
+
+from kdejsd import LaggedKDE, kde_entropy
+from kdejsd.data import MNIST, Digits, ExampleData, ExampleSet, FashionMNIST
+from kdejsd.models import AE, FC, RealNVP, built
+from kdejsd.models.autoencoder import reconstruction_error
+from kdejsd.models.schedule import HalfCosine
+from kdejsd.runs.measuring import encode_set
+
+LATENT_DIM, QUICK_DIM = 8, 4
+IMAGES, STEPS = 10_000, 4000
+QUICK_IMAGES, QUICK_STEPS = 1000, 60
+BATCH = 100
+MOST_CODES = 10_000
+LAYERS, HIDDEN = 10, 128  # of the flows
+WIDER = (1024, 512)
+SETS = {"MNIST": MNIST, "FashionMNIST": FashionMNIST}
+PARTS = ("training", "held-out")
+KEY = ("data", "images", "latent_dim", "steps", "row", "seed")
+FIELDS = (*KEY, "codes", "error", "gap", "told_apart", "seconds")
+
+Row = dict[str, Any]
+
+
+class Encoded(NamedTuple):
+    """Codes [n, l] of a set of images, and the mean squared error per pixel of what is decoded from them."""
+
+    codes: Tensor
+    error: float
+
+
+# A recipe trains on a data set, with l dimensions and so many steps, and encodes the training and the held-out images.
+Recipe = Callable[[ExampleData, int, int], list[Encoded]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recipes
+
+
+def fitted(model: Any, data: ExampleData, steps: int) -> Any:
+    epochs = max(1, steps // (len(data.training) // BATCH))
+    quiet_trainer(max_epochs=epochs, check_val_every_n_epoch=epochs).fit(model, datamodule=data)
+    return model
+
+
+@torch.no_grad()
+def encoded(model: Any, images: ExampleSet) -> Encoded:
+    """Samples of the posterior where the model has one, and the error of their reconstructions."""
+    found = encode_set(model, images)
+    if found.posterior is None:
+        return Encoded(found.codes, found.reconstruction_error)
+    error = 0.0
+    for part in torch.arange(len(images)).split(1000):
+        error += float(reconstruction_error(model.decode(found.posterior[part]), images[part][0])) * len(part)
+    return Encoded(found.posterior, error / len(images))
+
+
+def by_name(kind: str, **settings: Any) -> Recipe:
+    """Trains a model by its name in kdejsd.models.built, with these settings and else its own."""
+
+    def recipe(data: ExampleData, dim: int, steps: int) -> list[Encoded]:
+        own = {"num_lagged": min(len(data.training), MOST_CODES)} if kind.endswith("GEN") else {}
+        model = fitted(getattr(built, kind)(data.example_shape, dim, **own | settings), data, steps)
+        return [encoded(model, images) for images in (data.training, data.held_out)]
+
+    return recipe
+
+
+def with_flow(observation_variance: float, layers: int = LAYERS, hidden: int = HIDDEN) -> Recipe:
+    flow = {"flow_layers": layers, "flow_hidden": hidden}
+    return by_name("VAE", prior="flow", observation_variance=observation_variance, **flow)
+
+
+class RisingGEN(built.GEN):
+    """A GEN whose weight rises from 0 to what it was given, linearly over the run."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if self.global_step == 0:
+            self.last_weight = self.weight
+        self.weight = self.last_weight * self.global_step / self.trainer.estimated_stepping_batches
+
+
+def rising(data: ExampleData, dim: int, steps: int) -> list[Encoded]:
+    model = fitted(RisingGEN(data.example_shape, dim, num_lagged=min(len(data.training), MOST_CODES)), data, steps)
+    return [encoded(model, images) for images in (data.training, data.held_out)]
+
+
+def wider(shape: Any, dim: int) -> FC:
+    return FC(shape, dim, hidden=WIDER)
+
+
+def then_a_flow(by_kde: bool) -> Recipe:
+    """Trains an AE, then for as many steps a flow that maps its codes, each scaled to mean 0 and variance 1."""
+
+    def recipe(data: ExampleData, dim: int, steps: int) -> list[Encoded]:
+        model: AE = fitted(built.AE(data.example_shape, dim), data, steps)
+        training, held_out = (encoded(model, images) for images in (data.training, data.held_out))
+        mean, deviation = training.codes.mean(0), training.codes.std(0)
+        z = (training.codes - mean) / deviation
+        flow = RealNVP(dim, LAYERS, HIDDEN)
+        (train_by_kde if by_kde else train_by_likelihood)(flow, z, steps)
+        with torch.no_grad():
+            return [Encoded(flow((codes - mean) / deviation)[0], error) for codes, error in (training, held_out)]
+
+    return recipe
+
+
+def train_by_likelihood(flow: RealNVP, z: Tensor, steps: int) -> None:
+    train(flow, len(z), steps, lambda step, chosen: -flow.log_prob(z[chosen]).mean())
+
+
+def train_by_kde(flow: RealNVP, z: Tensor, steps: int) -> None:
+    """The latent term of a GEN with its defaults, whose lagged codes are encoded anew in every tenth step."""
+    index = torch.randperm(len(z))[:MOST_CODES].sort().values
+    lagged = LaggedKDE(len(index), z.shape[1])
+
+    def latent(step: int, chosen: Tensor) -> Tensor:
+        if step % 10 == 0:
+            with torch.no_grad():
+                lagged.refresh(flow(z[index])[0], index)
+        codes = flow(z[chosen])[0]
+        return lagged.loss(codes, chosen, noise=torch.randn_like(codes))
+
+    train(flow, len(z), steps, latent)
+
+
+def train(flow: RealNVP, count: int, steps: int, loss: Callable[[int, Tensor], Tensor]) -> None:
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
+    schedule = HalfCosine(optimizer, lambda: steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step, torch.randperm(count)[:BATCH]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+
+
+RECIPES: dict[str, Recipe] = {
+    "AE": by_name("AE"),
+    "GEN, weight 1": by_name("GEN"),
+    "GEN, weight 0.1": by_name("GEN", weight=0.1),
+    "GEN, weight 0.01": by_name("GEN", weight=0.01),
+    "GEN, weight 0.001": by_name("GEN", weight=0.001),
+    "GEN, rising weight": rising,
+    "AE, wider": by_name("AE", network=wider),
+    "GEN, wider": by_name("GEN", network=wider),
+    "AE, then a flow by KDE": then_a_flow(by_kde=True),
+    "AE, then a flow": then_a_flow(by_kde=False),
+    "VAE, flow, s^2 = 0.5": with_flow(0.5),
+    "VAE, flow, s^2 = 0.25": with_flow(0.25),
+    "VAE, flow, s^2 = 0.1": with_flow(0.1),
+    "VAE, flow, s^2 = 0.03": with_flow(0.03),
+    "VAE, small flow, s^2 = 0.1": with_flow(0.1, layers=6, hidden=64),
+    "StochasticGEN, weight 1": by_name("StochasticGEN"),
+    "StochasticGEN, weight 0.1": by_name("StochasticGEN", weight=0.1),
+}
+IN_MANY_DIMENSIONS = ("AE", "AE, then a flow", "VAE, flow, s^2 = 0.1", "VAE, flow, s^2 = 0.03")
+IN_MANY_DIMENSIONS += ("StochasticGEN, weight 1", "StochasticGEN, weight 0.1")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measures
+
+
+def measured(row: str, data: ExampleData, dim: int, steps: int, seed: int) -> list[Row]:
+    """Trains by a recipe: a row for the training images and one for the held-out ones."""
+    began = time.perf_counter()
+    pl.seed_everything(seed, verbose=False)
+    both = RECIPES[row](data, dim, steps)
+    seconds = round(time.perf_counter() - began)
+    key = dict(zip(KEY, (type(data).__name__, len(data.training), dim, steps, row, seed), strict=True))
+    count = min(len(data.training), len(data.held_out), MOST_CODES)
+    rng = torch.Generator().manual_seed(seed)
+    samples = torch.randn(count, dim, generator=rng)
+    normal = float(kde_entropy(samples))
+    rows = []
+    for part, (codes, error) in zip(PARTS, both, strict=True):
+        # In any order but that of the files: MNIST's first test images are of other writers than its last.
+        codes = codes[torch.randperm(len(codes), generator=rng)[:count]]
+        numbers = {"error": error, "gap": float(kde_entropy(codes)) - normal, "told_apart": told_apart(codes, samples)}
+        rows.append(key | {"codes": part} | {k: float(f"{v:.5g}") for k, v in numbers.items()} | {"seconds": seconds})
+    return rows
+
+
+def read_rows(path: Path | None) -> list[Row]:
+    if path is None or not path.exists():
+        return []
+    texts = {"data", "row", "codes"}
+    whole = {"images", "latent_dim", "steps", "seed", "seconds"}
+    with path.open(newline="") as file:
+        return [
+            {k: v if k in texts else int(v) if k in whole else float(v) for k, v in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_rows(rows: list[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Table and figure
+
+
+def group(rows: list[Row], **wanted: object) -> list[Row]:
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+def mean(rows: list[Row], name: str) -> float:
+    return statistics.fmean(row[name] for row in rows)
+
+
+def table(rows: list[Row]) -> str:
+    """A block for each data set, l and number of steps; training / held-out, means over the seeds."""
+    lines = []
+    for data, images, dim, steps in dict.fromkeys(tuple(row[k] for k in KEY[:4]) for row in rows):
+        block = group(rows, data=data, images=images, latent_dim=dim, steps=steps)
+        lines += [f"\n{data}, {images} images, l = {dim}, {steps} steps; training / held-out codes"]
+        lines += [f"{'':28}{'models':>6}{'error per pixel':>20}{'of the AE':>15}{'gap':>17}{'told apart':>20}{'s':>8}"]
+        bars = [mean(bar, "error") if (bar := group(block, row="AE", codes=part)) else None for part in PARTS]
+        for name in (name for name in RECIPES if group(block, row=name)):
+            both = [group(block, row=name, codes=part) for part in PARTS]
+            errors, gaps, told = ([mean(part, k) for part in both] for k in ("error", "gap", "told_apart"))
+            shares = " / ".join(f"{100 * e / b:.0f} %" if b else "-" for e, b in zip(errors, bars, strict=True))
+            lines += [
+                f"{name:28}{len(both[0]):>6}{'{:.4f} / {:.4f}'.format(*errors):>20}{shares:>15}"
+                f"{'{:+.2f} / {:+.2f}'.format(*gaps):>17}{'{:.1%} / {:.1%}'.format(*told):>20}"
+                f"{mean(both[0], 'seconds'):>8.0f}"
+            ]
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], dim: int) -> Figure:
+    """The gap of training and of held-out codes against the error, for every number of steps."""
+    rows = group(rows, latent_dim=dim)
+    lengths = sorted({row["steps"] for row in rows})
+    figure = Figure(figsize=(4.5 * len(PARTS), 3.2 * len(lengths)), layout="constrained")
+    panels = figure.subplots(len(lengths), len(PARTS), squeeze=False, sharex=True, sharey=True)
+    families = {"GEN, weight": "o-", "VAE, flow": "s-", "AE, then": "^", "GEN, rising": "D", "GEN, wider": "v"}
+    for line, steps in zip(panels, lengths, strict=True):
+        for axes, part in zip(line, PARTS, strict=True):
+            found = group(rows, steps=steps, codes=part)
+            for family, style in families.items():
+                names = [name for name in RECIPES if name.startswith(family) and group(found, row=name)]
+                points = [[mean(group(found, row=name), k) for name in names] for k in ("error", "gap")]
+                if names:
+                    axes.plot(*points, style, markersize=4, label=family)
+                for name, x, y in zip(names, *points, strict=True):
+                    axes.annotate(name.removeprefix(family).lstrip(", "), (x, y), fontsize=6, xytext=(3, 3),
+                                  textcoords="offset points")  # fmt: skip
+            if bar := group(found, row="AE"):
+                axes.axvline(mean(bar, "error"), color="grey", linestyle=":", label="error of the AE")
+            axes.axhline(0, color="grey", linewidth=0.8)
+            axes.set_title(f"codes of {part} images, {steps} steps", fontsize=9)
+            axes.set_xlabel("mean squared error per pixel", fontsize=8)
+            axes.set_ylabel("entropy less the normal's, nats", fontsize=8)
+            axes.tick_params(labelsize=7)
+    panels[0, 0].legend(fontsize=7)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Match of codes to the normal against the error that it costs.")
+    parser.add_argument("--quick", action="store_true", help="digits, four dimensions, few steps: nothing to believe")
+    parser.add_argument("--data", default=os.environ.get("KDEJSD_DATA"), help="folder of the idx files")
+    parser.add_argument("--set", choices=list(SETS), default="MNIST", help="default MNIST")
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"images trained on (default {IMAGES})")
+    parser.add_argument("--latent-dims", type=int, nargs="+", metavar="L", help=f"default {LATENT_DIM}")
+    parser.add_argument("--steps", type=int, nargs="+", metavar="N", help=f"default {STEPS}")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these; default all that suit the dimension")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one model each (default 0)")
+    parser.add_argument("--threads", type=int, default=1, help="as torch.set_num_threads (default 1)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where results go, and from where a run goes on")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="a picture of the gap against the error")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.rows or ()) - set(RECIPES):
+        parser.error(f"--rows must be of {'; '.join(RECIPES)}, got {'; '.join(sorted(unknown))}")
+    if options.data is None and not options.quick:
+        parser.error("--data DIR is needed: the folder of the idx files (or KDEJSD_DATA)")
+    torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision("medium")
+    data: ExampleData
+    if options.quick:
+        data = Digits(batch_size=BATCH, train_size=QUICK_IMAGES)
+    else:
+        data = SETS[options.set](options.data, batch_size=BATCH, train_size=options.images)
+    dims = options.latent_dims or [QUICK_DIM if options.quick else LATENT_DIM]
+
+    rows = read_rows(options.csv)
+    start = time.perf_counter()
+    for seed in options.seeds:
+        for dim in dims:
+            few = [name for name in RECIPES if not name.startswith("Stochastic")]
+            for steps in options.steps or [QUICK_STEPS if options.quick else STEPS]:
+                for name in options.rows or (few if dim <= LATENT_DIM else IN_MANY_DIMENSIONS):
+                    key = (type(data).__name__, len(data.training), dim, steps, name, seed)
+                    if not group(rows, **dict(zip(KEY, key, strict=True))):
+                        rows += measured(name, data, dim, steps, seed)
+                        if options.csv:
+                            write_rows(rows, options.csv)
+                        print(f"{key}: {time.perf_counter() - start:.0f} s", flush=True)
+    print(table(rows))
+    if options.figure:
+        draw(rows, dims[0]).savefig(options.figure, dpi=150)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -58,12 +58,20 @@ def test_frechet_table(tmp_path):
         ("test", "1", chosen),
     ]
     assert all(float(row["distance"]) > 3 * float(floor["distance"]) for row in rows)
+    near = ("precision", "recall", "density", "coverage")
+    assert [float(floor[name]) > 0.85 for name in near] == [True] * 4
+    for row in models:
+        assert 0 <= float(row["coverage"]) < float(floor["coverage"])
+        assert all(0 <= float(row[name]) <= 1 for name in ("precision", "recall"))
     lines = (tmp_path / "gen_table3.csv").read_text()
     again = run_here(PAPERS / "gen_table3.py", "GEN", "--quick", "--out", tmp_path, cwd=tmp_path)
     assert again.returncode == 0 and (tmp_path / "gen_table3.csv").read_text() == lines  # nothing is trained twice
     assert again.stdout.splitlines()[-1].split("   (")[0] == done.stdout.splitlines()[-1].split("   (")[0]
     assert matplotlib.image.imread(tmp_path / "digits_gen.png").std() > 0.05
-    for wrong, text in ((["NONE"], "kdejsd.models.built has no NONE"), (["GEN"], "MNIST needs --root")):
+    for wrong, text in (
+        (["NONE"], "models must be of GEN, StochasticGEN, AAE, VAE, VAE-flow, WAE, got NONE"),
+        (["GEN"], "MNIST needs --root"),
+    ):
         refused = run_here(PAPERS / "gen_table3.py", *wrong, cwd=tmp_path)
         assert refused.returncode == 2 and text in refused.stderr
 

@@ -5,10 +5,11 @@
 
 Every model is trained on the same images with the same networks, and as many images as are held out are generated from
 its target. Reported is the Frechet distance between features of generated and of held-out images, as the mean over
-seeds and its standard deviation; and, as the floor, that of as many training images. The weight of a model's latent
-term is its default times one of `FACTORS`: from 1 on the next one is tried as long as the distance to a part of the
-training images, which the model that is tried is not trained on, falls. Run again with the same --out, it goes on where
-it was stopped.
+seeds and its standard deviation; and, as the floor, that of as many training images. Beside it stand precision and
+density (are generated images like real ones?), and recall and coverage (are all kinds of real images generated?), by
+the package prdc, which `pip install prdc` brings. The weight of a model's latent term is its default times one of
+`FACTORS`: from 1 on the next one is tried as long as the distance to a part of the training images, which the model
+that is tried is not trained on, falls. Run again with the same --out, it goes on where it was stopped.
 
 The features are those of Inception where torch-fidelity and its weights are installed, and only then is the distance
 the FID. Otherwise they are the last hidden layer of a small classifier of the data's own labels, trained here and kept
@@ -23,8 +24,10 @@ features; only the order of the models does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import inspect
+import io
 import math
 import statistics
 import time
@@ -41,21 +44,25 @@ from kdejsd.metrics import InceptionFeatures, frechet_distance
 from kdejsd.models.image_classifier import classifier_for
 from kdejsd.runs.measuring import encode_set
 
-MODELS = ("GEN", "AAE", "VAE", "WAE")
 LATENT_DIM = 8
 FACTORS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 QUICK_FACTORS = (0.1, 1.0)
 TUNING_SEED = 100  # of none of the models of the table
 WEIGHTS = {"VAE": "observation_variance"}  # what weighs a model's latent term, where it is not called `weight`
-# Of a model beside what all of them share.
-SETTINGS: dict[str, dict[str, Any]] = {"GEN": {"num_lagged": 10_000}}
-QUICK: dict[str, dict[str, Any]] = {"GEN": {"num_lagged": 500, "bandwidth": 0.4}}
-FIELDS = ("data", "run", "model", "part", "seed", "factor", "distance", "reconstruction_error", "seconds", "measure")
-
-
-def model_class(name: str) -> Any:
-    """The model in the form whose networks are built for images."""
-    return getattr(models.built, name)
+# Of each row the class and its settings beside what all of them share.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "GEN": ("GEN", {"num_lagged": 10_000}),
+    "StochasticGEN": ("StochasticGEN", {"num_lagged": 10_000}),
+    "AAE": ("AAE", {}),
+    "VAE": ("VAE", {}),
+    "VAE-flow": ("VAE", {"prior": "flow", "flow_layers": 10, "flow_hidden": 128}),
+    "WAE": ("WAE", {}),
+}
+QUICK: dict[str, dict[str, Any]] = {name: {"num_lagged": 500, "bandwidth": 0.4} for name in ("GEN", "StochasticGEN")}
+NEAREST = 5  # neighbours of precision, recall, density and coverage
+NEAR = ("precision", "recall", "density", "coverage")
+FIELDS = ("data", "run", "model", "part", "seed", "factor", "distance", *NEAR, "reconstruction_error", "seconds")
+FIELDS += ("measure",)
 
 
 def features_for(images: data.ExampleData, folder: Path, epochs: int) -> tuple[nn.Module, str]:
@@ -80,15 +87,28 @@ class Part(data.ExampleData):
         return self._split(self.whole.training, held_out=0.2)
 
 
-def weighted(name: str, factor: float, settings: dict[str, Any]) -> dict[str, Any]:
+def weighted(kind: str, factor: float, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with the default weight of the latent term times the factor."""
-    weight = WEIGHTS.get(name, "weight")
-    return settings | {weight: factor * inspect.signature(getattr(models, name)).parameters[weight].default}
+    weight = WEIGHTS.get(kind, "weight")
+    default = inspect.signature(models.GEN if kind == "StochasticGEN" else getattr(models, kind)).parameters[weight]
+    return settings | {weight: factor * default.default}
 
 
-def train(name: str, images: data.ExampleData, network: Any, latent_dim: int, settings: dict, epochs: int, seed: int):
+@torch.no_grad()
+def nearness(real: Tensor, generated: Tensor, features: nn.Module) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi et al., arXiv 1904.06991), density and coverage (Naeem et al., arXiv
+    2002.09797) by the balls around each image's features that reach to its nearest neighbours."""
+    import prdc  # not above: studies that take other parts of this file do without it
+
+    both = [torch.cat([features(part) for part in images.split(1000)]).numpy() for images in (real, generated)]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of images
+        found: dict[str, float] = prdc.compute_prdc(*both, nearest_k=NEAREST)
+    return found
+
+
+def train(kind: str, images: data.ExampleData, network: Any, latent_dim: int, settings: dict, epochs: int, seed: int):
     pl.seed_everything(seed, verbose=False)
-    model = model_class(name)(images.example_shape, latent_dim, network, **settings)
+    model = getattr(models.built, kind)(images.example_shape, latent_dim, network, **settings)
     trainer = quiet_trainer(max_epochs=epochs)
     trainer.fit(model, datamodule=images)
     return model.to("cpu")
@@ -128,36 +148,44 @@ class Study:
             writer.writeheader()
             writer.writerows(self.rows)
 
-    def floor(self) -> float:
+    def floor(self) -> dict[str, str]:
+        """The row of as many training images in place of generated ones."""
         if not self.known(model="training images"):
             held_out = self.held_out("test")
             training = as_tensor(self.parts["test"].training, len(held_out))
             distance = frechet_distance(held_out, training, self.features)
-            self.add(model="training images", part="test", distance=f"{distance:.4f}")
-        return float(self.known(model="training images")[0]["distance"])
+            near = {k: f"{v:.4f}" for k, v in nearness(held_out, training, self.features).items()}
+            self.add(model="training images", part="test", distance=f"{distance:.4f}", **near)
+        return self.known(model="training images")[0]
 
     def held_out(self, part: str) -> Tensor:
         return as_tensor(self.parts[part].held_out, 10_000)
 
-    def measured(self, name: str, part: str, seed: int, factor: float) -> tuple[float, float]:
-        """Distance and reconstruction error of one model, trained here unless an earlier run did."""
+    def measured(self, name: str, part: str, seed: int, factor: float) -> dict[str, str]:
+        """The row of one model, trained here unless an earlier run did."""
         key = {"model": name, "part": part, "seed": seed, "factor": factor}
         if not self.known(**key):
             began = time.perf_counter()
-            settings = weighted(name, factor, (QUICK if self.options.quick else SETTINGS).get(name, {}))
+            kind, settings = ROWS[name]
+            settings = weighted(kind, factor, settings | (QUICK.get(name, {}) if self.options.quick else {}))
             network, images = getattr(models, self.options.network), self.parts[part]
-            model = train(name, images, network, self.options.latent_dim, settings, self.options.epochs, seed)
+            model = train(kind, images, network, self.options.latent_dim, settings, self.options.epochs, seed)
             real = self.held_out(part)
             generated = model.sample(len(real), torch.Generator().manual_seed(seed)).clamp(0, 1)
             distance = frechet_distance(real, generated, self.features)
             error = encode_set(model, images.held_out).reconstruction_error
+            near = nearness(real, generated, self.features) if part == "test" else {}
             seconds = time.perf_counter() - began
-            self.add(**key, distance=f"{distance:.4f}", reconstruction_error=f"{error:.6f}", seconds=f"{seconds:.0f}")
+            self.add(
+                **key | {k: f"{v:.4f}" for k, v in near.items()},
+                distance=f"{distance:.4f}",
+                reconstruction_error=f"{error:.6f}",
+                seconds=f"{seconds:.0f}",
+            )
             if (part, seed) == ("test", 0):
                 picture = self.options.out / f"{self.set_name.lower()}_{name.lower()}.png"
                 plots.grid(generated[:100]).savefig(picture)
-        row = self.known(**key)[0]
-        return float(row["distance"]), float(row["reconstruction_error"])
+        return self.known(**key)[0]
 
     def tuned(self, name: str) -> dict[float, float]:
         """The distances of the factors tried."""
@@ -167,7 +195,7 @@ class Study:
         for way in (factors[start::-1], factors[start:]):
             least = math.inf
             for factor in way:
-                tried[factor] = self.measured(name, "tuning", TUNING_SEED, factor)[0]
+                tried[factor] = float(self.measured(name, "tuning", TUNING_SEED, factor)["distance"])
                 if not tried[factor] < least:
                     break
                 least = tried[factor]
@@ -176,9 +204,20 @@ class Study:
         return tried
 
 
+def line(name: str, rows: list[dict[str, str]]) -> str:
+    """Means over the rows, and the standard deviation of the distance."""
+    distances = [float(row["distance"]) for row in rows]
+    spread = f" ± {statistics.stdev(distances):.3f}" if len(rows) > 1 else ""
+    text = f"{name:16}{f'{statistics.mean(distances):.3f}{spread}':>18}"
+    for column in (*NEAR, "reconstruction_error"):
+        numbers = [float(row[column]) for row in rows if row.get(column)]
+        text += f"{statistics.mean(numbers):>11.4f}" if numbers else f"{'-':>11}"
+    return text
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Frechet distances of generated images (GENs paper, Table 3).")
-    parser.add_argument("models", nargs="*", default=list(MODELS), help=f"default: {' '.join(MODELS)}")
+    parser.add_argument("models", nargs="*", default=list(ROWS), help=f"default: {' '.join(ROWS)}")
     parser.add_argument("--data", nargs="+", default=["MNIST", "FashionMNIST"], help="classes of kdejsd.data")
     parser.add_argument("--root", help="folder of the data's files")
     parser.add_argument("--network", choices=["FC", "Conv"], default="FC", help="networks of the models (default FC)")
@@ -193,8 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         options.data, options.latent_dim, options.epochs, options.seeds = ["Digits"], 2, 5, 2
     for name in options.models:
-        if not hasattr(models.built, name):
-            parser.error(f"kdejsd.models.built has no {name}")
+        if name not in ROWS:
+            parser.error(f"models must be of {', '.join(ROWS)}, got {name}")
     for name in options.data:
         if not (isinstance(getattr(data, name, None), type) and issubclass(getattr(data, name), data.ExampleData)):
             parser.error(f"kdejsd.data has no {name}")
@@ -210,20 +249,18 @@ def main(arguments: list[str] | None = None) -> int:
         study = Study(set_name, images, options)
         floor = study.floor()
         print(
-            f"\n{set_name}: {study.measure}, {len(study.held_out('test'))} images; {study.run}, {options.seeds} seeds",
+            f"\n{set_name}: {study.measure}, {len(study.held_out('test'))} images; {study.run}, {options.seeds} seeds\n"
+            f"\n{'':16}{'distance':>18}" + "".join(f"{title:>11}" for title in (*NEAR, "error")),
             flush=True,
         )
-        print(f"{'training images':16}{floor:10.3f}", flush=True)
+        print(line("training images", [floor]), flush=True)
         for name in options.models:
             tuning = study.tuned(name)
             factor = min(tuning, key=tuning.__getitem__)
             found = [study.measured(name, "test", seed, factor) for seed in range(options.seeds)]
-            distances, errors = zip(*found, strict=True)
-            spread = f" ± {statistics.stdev(distances):.3f}" if len(distances) > 1 else ""
             tried = ", ".join(f"{key:g}: {distance:.1f}" for key, distance in sorted(tuning.items()))
             print(
-                f"{name:16}{statistics.mean(distances):10.3f}{spread}   reconstruction error "
-                f"{statistics.mean(errors):.4f}; weight x {factor:g} (when tuned {tried})"
+                f"{line(name, found)}   weight x {factor:g} (when tuned {tried})"
                 f"   ({time.perf_counter() - start:.0f} s)",
                 flush=True,
             )

@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from kdejsd.cli import main
 from kdejsd.data import Digits, ExampleData, ExampleSet, Grid2D
 from kdejsd.models import FC, GAN, Conv, GenerativeModel, built, f_divergences, with_built_networks
-from kdejsd.models.gan import gradient_penalty, losses, pack
+from kdejsd.models.gan import gradient_penalty, losses, pack, real_gradient_penalty
 from kdejsd.runs.measuring import divergence_measures
 from kdejsd.runs.report import write_report
 
@@ -163,6 +163,59 @@ def test_the_penalty_is_along_the_lines_from_real_to_fake_and_has_second_derivat
     assert float(penalty) == pytest.approx(float((0.7 * lengths - 1).square().mean()), rel=1e-12)
     (slope,) = torch.autograd.grad(penalty, critic.a)
     assert float(slope) == pytest.approx(float((2 * (0.7 * lengths - 1) * lengths).mean()), rel=1e-12)
+
+
+def test_the_penalty_at_real_examples_is_half_the_mean_squared_slope():
+    class Cubic(nn.Module):  # V = a sum x^3 / 3, whose slope is a x^2
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.a * x.flatten(1).pow(3).sum(1, keepdim=True) / 3
+
+    critic, real = Cubic(), points(50, 2, 3, 3, seed=1)
+    penalty = real_gradient_penalty(critic, real)
+    fourth = real.flatten(1).pow(4).sum(1).mean()
+    assert float(penalty) == pytest.approx(float(0.49 * fourth / 2), rel=1e-12)
+    (slope,) = torch.autograd.grad(penalty, critic.a)
+    assert float(slope) == pytest.approx(float(0.7 * fourth), rel=1e-12)
+    assert not real.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("objective", "given", "weight"),
+    [("wgan-gp", None, 10), ("f-kl", None, 1), ("f-pearson", None, 1), ("f-gan", None, 0), ("minimax", 2.5, 2.5)],
+)
+def test_the_discriminators_loss_has_the_penalty(objective, given, weight):
+    model = make(objective, gradient_penalty=given, discriminator_steps=1)
+    assert model.gradient_penalty == weight
+    told, penalties = [], []
+    backward, penalty = model.manual_backward, model.penalty
+
+    def recorded(loss):
+        told.append(loss.detach())
+        backward(loss)
+
+    def noted(*examples):
+        penalties.append(penalty(*examples))
+        return penalties[-1]
+
+    model.manual_backward, model.penalty = recorded, noted
+    plain = type(model.losses).discriminator
+    without = []
+
+    class Noted(type(model.losses)):
+        def discriminator(self, real, fake):
+            without.append(plain(self, real, fake).detach())
+            return plain(self, real, fake)
+
+    model.losses = Noted(**vars(model.losses))
+    train(model, 1)
+    assert len(penalties) == (3 if weight else 0) and len(without) == 3
+    for step, loss in enumerate(told[::2]):  # every second one is the generator's
+        added = weight * float(penalties[step]) if weight else 0
+        assert float(loss) == pytest.approx(float(without[step]) + added, rel=1e-5)
 
 
 def test_packing_puts_images_side_by_side_as_channels():
@@ -342,6 +395,10 @@ def networks(packing: int = 1) -> tuple[nn.Module, nn.Module]:
         (
             lambda: make("wgan-gp", shape=(1, 28, 28), network=Conv),
             "discriminator must have no batch normalisation for .*--model.network.encoder_batch_norm false",
+        ),
+        (
+            lambda: make("minimax", gradient_penalty=0.5, shape=(1, 28, 28), network=Conv),
+            r'discriminator must have no batch normalisation for objective "minimax" with a gradient penalty of 0\.5',
         ),
         (lambda: train(make(packing=3), 1), "a batch must be a multiple of packing = 3 examples, got 100"),
         (

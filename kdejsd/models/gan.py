@@ -33,6 +33,7 @@ Objective = Literal[
     "f-jensen-shannon",
     "f-gan",
 ]
+_PENALTIES = {"wgan-gp": 10.0, "f-kl": 1.0, "f-pearson": 1.0}
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -50,6 +51,10 @@ class GAN(GenerativeModel):
         wgan             mean V(G(z)) - mean V(x), weights kept in [-c, c]     -mean V(G(z))
         wgan-gp          the same + gradient_penalty * penalty, no clipping    the same
         f-...            mean f*(g_f(V(G(z)))) - mean g_f(V(x))                -mean f*(g_f(V(G(z))))
+
+    Any objective can have a gradient penalty. That of "wgan-gp" keeps the slope of V near 1 between real and generated
+    examples. That of the others is half the mean of |grad V(x)|^2 at real examples (R1). "f-kl" and "f-pearson" need
+    it: their f* grows faster than V, and without it training can diverge.
 
     "f-..." stands for "f-" and the name of one of `kdejsd.models.f_divergences`. Its generator lowers the bound itself
     (Algorithm 1 of the f-GAN paper), so the named divergence is the one that is minimised. The heuristic of section 3.2
@@ -82,10 +87,11 @@ class GAN(GenerativeModel):
         discriminator_steps: the number of steps of the discriminator for one of the generator; None is 5 for the WGANs,
             as in their papers, and else 1.
         clip: c, the largest absolute value of the discriminator's weights for "wgan".
-        gradient_penalty: the weight of the penalty of "wgan-gp". The default is the paper's, for images; points of the
-            plane (`kdejsd.data.Grid2D`) are learnt much faster by 0.1.
+        gradient_penalty: the weight of the gradient penalty. None is 10 for "wgan-gp", 1 for "f-kl" and "f-pearson",
+            and 0, no penalty, for the others. The 10 is that of the paper, for images; "wgan-gp" learns points of the
+            plane (`kdejsd.data.Grid2D`) much faster by 0.1.
         learning_rate: the learning rate of Adam. The default is for small fully connected networks; convolutions are
-            usually trained by 2e-4. "f-kl" and "f-pearson", whose f* grows faster than V, can diverge with either.
+            usually trained by 2e-4.
         decay: lower the learning rate to 0 along a half cosine over the run, if its end is given in steps or epochs.
         betas: Adam's betas; None is (0, 0.9) for the WGANs and else (0.5, 0.999). (The authors of "wgan" found its
             critic unstable with momentum and trained it by RMSProp, which is Adam with a first beta of 0 up to the bias
@@ -93,14 +99,16 @@ class GAN(GenerativeModel):
 
     Raises:
         ValueError: if the objective is unknown, packing or discriminator_steps is below 1, clip is not positive,
-            gradient_penalty is negative, or a discriminator for "wgan-gp" has batch normalisation: the gradient of an
-            example's output would depend on the other examples.
+            gradient_penalty is negative, or a discriminator with a gradient penalty has batch normalisation: the
+            gradient of an example's output would depend on the other examples.
 
     Source of "minimax" and "non-saturating": Goodfellow et al., "Generative Adversarial Networks",
     https://arxiv.org/abs/1406.2661; of "wgan": Arjovsky, Chintala, Bottou, "Wasserstein GAN",
     https://arxiv.org/abs/1701.07875; of "wgan-gp": Gulrajani et al., "Improved Training of Wasserstein GANs",
-    https://arxiv.org/abs/1704.00028; of "f-...": Nowozin, Cseke, Tomioka, "f-GAN", https://arxiv.org/abs/1606.00709; of
-    packing: Lin, Khetan, Fanti, Oh, "PacGAN", https://arxiv.org/abs/1712.04086.
+    https://arxiv.org/abs/1704.00028; of R1: Mescheder, Geiger, Nowozin, "Which Training Methods for GANs do actually
+    Converge?", https://arxiv.org/abs/1801.04406; of "f-...": Nowozin, Cseke, Tomioka, "f-GAN",
+    https://arxiv.org/abs/1606.00709; of packing: Lin, Khetan, Fanti, Oh, "PacGAN",
+    https://arxiv.org/abs/1712.04086.
 
     Example:
         >>> import torch
@@ -122,7 +130,7 @@ class GAN(GenerativeModel):
         packing: int = 1,
         discriminator_steps: int | None = None,
         clip: float = 0.01,
-        gradient_penalty: float = 10.0,
+        gradient_penalty: float | None = None,
         learning_rate: float = 1e-3,
         decay: bool = True,
         betas: tuple[float, float] | None = None,
@@ -133,11 +141,14 @@ class GAN(GenerativeModel):
         if discriminator_steps is not None:
             discriminator_steps = integer("discriminator_steps", discriminator_steps, 1)
         clip = positive("clip", clip)
+        if gradient_penalty is None:
+            gradient_penalty = _PENALTIES.get(objective, 0.0)
         gradient_penalty = not_negative("gradient_penalty", gradient_penalty)
-        if objective == "wgan-gp" and any(isinstance(part, _BATCH_NORMS) for part in discriminator.modules()):
+        if gradient_penalty and any(isinstance(part, _BATCH_NORMS) for part in discriminator.modules()):
             raise ValueError(
-                'discriminator must have no batch normalisation for objective "wgan-gp", whose penalty is of each '
-                "example's own gradient; Conv leaves it out with --model.network.encoder_batch_norm false"
+                f'discriminator must have no batch normalisation for objective "{objective}" with a gradient penalty '
+                f"of {gradient_penalty:g}, which is of each example's own gradient; Conv leaves it out with "
+                "--model.network.encoder_batch_norm false"
             )
         wasserstein = objective in ("wgan", "wgan-gp")
         if betas is None:
@@ -226,10 +237,9 @@ class GAN(GenerativeModel):
             )
         real, fake = self.discriminate(examples), self.discriminate(generated)
         told = self.losses.discriminator(real, fake)
-        if self.objective == "wgan-gp":
-            told = told + self.gradient_penalty * gradient_penalty(
-                self.discriminator, pack(examples, self.packing), pack(generated, self.packing)
-            )
+        if self.gradient_penalty:
+            packed = (pack(part, self.packing) for part in (examples, generated))
+            told = told + self.gradient_penalty * self.penalty(*packed)
         divergence = self.losses.divergence(real, fake).detach()
         self.log_dict({"loss/discriminator": told, "loss/divergence": divergence}, prog_bar=True)
         discriminator.zero_grad()
@@ -249,6 +259,12 @@ class GAN(GenerativeModel):
                 # Not generator.step(), which would be counted too.
                 self.trainer.strategy.optimizer_step(generator.optimizer, lambda: None)
         self.step_schedulers()
+
+    def penalty(self, examples: Tensor, generated: Tensor) -> Tensor:
+        """Returns the gradient penalty at packed examples [n, ...], without its weight, 0-dim."""
+        if self.objective == "wgan-gp":
+            return gradient_penalty(self.discriminator, examples, generated)
+        return real_gradient_penalty(self.discriminator, examples)
 
     # Evaluation
 
@@ -365,3 +381,18 @@ def gradient_penalty(discriminator: nn.Module, examples: Tensor, generated: Tens
     (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
     lengths: Tensor = torch.linalg.vector_norm(slope.flatten(1), dim=1)
     return (lengths - 1).square().mean()
+
+
+def real_gradient_penalty(discriminator: nn.Module, examples: Tensor) -> Tensor:
+    """Returns half the mean of |grad V|^2 at real examples, 0-dim and differentiable in the discriminator's weights.
+
+    Args:
+        discriminator: examples [n, ...] -> V, [n] or [n, 1]; an example's output must depend on that example alone.
+        examples: [n, ...].
+
+    Source: Mescheder, Geiger, Nowozin, "Which Training Methods for GANs do actually Converge?",
+    https://arxiv.org/abs/1801.04406.
+    """
+    points = examples.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(discriminator(points).sum(), points, create_graph=True)
+    return slope.flatten(1).square().sum(1).mean() / 2

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
@@ -181,6 +182,33 @@ def test_the_penalty_at_real_examples_is_half_the_mean_squared_slope():
     (slope,) = torch.autograd.grad(penalty, critic.a)
     assert float(slope) == pytest.approx(float(0.7 * fourth), rel=1e-12)
     assert not real.requires_grad
+
+
+def test_every_objective_has_its_penalty():
+    real, fake = torch.rand(2, 6, 1, 8, 8)
+    for objective in OBJECTIVES:
+        model = make(objective, packing=2)
+        packed = pack(real, 2), pack(fake, 2)
+        torch.manual_seed(0)
+        got = model.penalty(*packed)
+        torch.manual_seed(0)
+        expected = (
+            gradient_penalty(model.discriminator, *packed)
+            if objective == "wgan-gp"
+            else real_gradient_penalty(model.discriminator, packed[0])
+        )
+        assert float(got) == float(expected) > 0
+
+
+def test_kl_can_diverge_without_its_penalty():
+    data = Grid2D(2, num_samples=20_000)
+    network = partial(FC, hidden=(192, 192, 192))
+    options = {"shape": data.example_shape, "network": network, "seed": 3}
+    with pytest.raises(FloatingPointError, match=r"the loss is -?inf"):
+        train(make("f-kl", gradient_penalty=0.0, **options), 1, data=data)
+    model = make("f-kl", **options)
+    train(model, 1, data=data)
+    assert model.sample(100).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -520,6 +520,7 @@ def test_printed_bound_is_refused_where_a_class_has_more_than_a_fifth(dtype, dev
     fifth = printed([0.2] * 5)
     assert fifth.item() == pytest.approx(1.67598, abs=1e-2 if dtype.itemsize == 2 else 1e-5)
     assert torch.equal(printed([0.2] * 5 + [0.0]), fifth)  # a class that never occurs
+    assert kdejsd.max_collision_entropy(fifth, form="printed").item() == pytest.approx(math.log(5), rel=1e-2)
     assert printed([[0.1] * 10, [math.nan] * 10]).isnan().tolist() == [False, True]
     assert printed([math.nan, 0.5]).isnan()
     assert printed(torch.zeros(0, 3)).shape == (0,)
@@ -576,6 +577,10 @@ def test_max_collision_entropy_at_the_ends():
     assert got[3].item() == pytest.approx(5e7, rel=1e-5) and 0 < got[4] < 1e-100
     printed = kdejsd.max_collision_entropy(torch.tensor([1.6761, 1.6759, -0.1, nan]), form="printed")
     assert printed.isnan().tolist() == [True, False, True, True]
+    least = kdejsd.max_collision_entropy(torch.tensor([0.0, 1e-300, 1e-140], dtype=torch.float64), form="printed")
+    assert least[:2].tolist() == [inf, inf]
+    assert (4 * math.pi * least[2]).log() / (2 * least[2]).sqrt() == pytest.approx(1e-140)
+    assert kdejsd.max_collision_entropy(0, form="printed") == inf
     assert kdejsd.max_collision_entropy(torch.tensor([0.5])).dtype == torch.float32
     for radius, form, text in (
         (-1.0, "sharp", "at least 0"),

@@ -16,13 +16,14 @@ captured, with the bound for as many equal classes (other probabilities allow mo
 beside the samples, for the GANs that capture the fewest modes (at least one), the median and the most. A GAN with all
 samples in one class has no class radius: it is counted as larger than any (the fewer the classes, the larger the
 radius), and is not in the first picture. One with samples that are not finite is left out of all but the record. Run
-again with the same --out, it goes on where it was stopped.
+again with the same --out, it goes on where it was stopped. No GAN but "wgan-gp" has a gradient penalty, so that
+"f-kl" and "f-pearson" can diverge here; by default both have one.
 
 Paper: N. Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018); the earlier version, "Looser is
 Worse: On the Coding Space of Deep Generative Models", has both figures too. The grid of 25 modes and the classes are
-those of its Example 2.2 and Figure 2.1. Figure 3.1 plots the radius against the size of the support, without numbers,
-for GANs on variants of the grid with (2n + 1)^2 modes. The paper says nothing about these GANs, nor how it approximates
-the radius. Those here are others.
+those of Example 2.2 of 2018 and its Figure 2.1. Figure 3.1 plots the radius against the size of the support, without
+numbers, for GANs on variants of the grid with (2n + 1)^2 modes. The paper says nothing about these GANs, nor how it
+approximates the radius. Those here are others.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ FIELDS = (
 def train(data: Grid2D, objective: Any, width: int, packing: int, seed: int, steps: int) -> built.GAN:
     pl.seed_everything(seed, verbose=False)
     network = partial(FC, hidden=(width, width, width))
-    model = built.GAN(data.example_shape, 2, network, objective=objective, packing=packing)
+    penalty = {} if objective == "wgan-gp" else {"gradient_penalty": 0.0}
+    model = built.GAN(data.example_shape, 2, network, objective=objective, packing=packing, **penalty)
     trainer = quiet_trainer(max_steps=steps, limit_val_batches=0)
     try:
         trainer.fit(model, datamodule=data)

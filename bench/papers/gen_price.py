@@ -5,9 +5,10 @@
     ... --latent-dims 32 64 --images 20000                                  # more dimensions
     python bench/papers/gen_price.py --quick                                # under a minute: scikit-learn's digits
 
-All rows have the same images, minibatches of 100, and number of steps, and learning rates that fall to 0. All but the
-wider ones have the same networks. With --csv a run goes on where one that wrote the same file was stopped. A row has,
-for the training images and for as many held-out ones (at most 10 000):
+All rows have the same images, minibatches of 100, number of steps, and learning rates that fall to 0; flows of a
+trained AE have as many steps again. All but the wider ones have the same networks. The images depend on the seed. With
+--csv a run goes on where one that wrote the same file was stopped. A row has, for the training images and for as many
+held-out ones (at most 10 000):
 
     error          mean squared error per pixel of the images decoded from these codes, in per cent of the AE's too
     gap            leave-one-out KDE entropy of the whitened codes less that of as many samples of the normal, in nats
@@ -16,8 +17,8 @@ for the training images and for as many held-out ones (at most 10 000):
 What is tried:
 
     AE                      no latent term: its error is the bar
-    GEN, weight w           the recipe of Table 2, with its latent term times w
-    GEN, rising weight      the weight rises from 0 to 1 over the run, linearly
+    GEN, weight w           a GEN whose lagged codes are those of all training images, with its latent term times w
+    GEN, rising weight      the weight rises from 0 towards 1 over the run, linearly
     AE, wider; GEN, wider   hidden layers of 1024 and 512 units in place of 512 and 256; weight 1
     AE, then a flow by KDE  an invertible map (RealNVP) of the trained AE's codes, trained for as many steps by the
                             latent term of a GEN alone: it costs no pixels
@@ -45,11 +46,12 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from gen_latent_dims import told_apart
+from gen_table2 import entropy
 from matplotlib.figure import Figure
 from quiet import quiet_trainer
-from torch import Tensor
+from torch import Tensor, nn
 
-from kdejsd import LaggedKDE, kde_entropy
+from kdejsd import LaggedKDE
 from kdejsd.data import MNIST, Digits, ExampleData, ExampleSet, FashionMNIST
 from kdejsd.models import AE, FC, RealNVP, built
 from kdejsd.models.autoencoder import reconstruction_error
@@ -98,10 +100,16 @@ def encoded(model: Any, images: ExampleSet) -> Encoded:
     found = encode_set(model, images)
     if found.posterior is None:
         return Encoded(found.codes, found.reconstruction_error)
+    return Encoded(found.posterior, decoding_error(model, found.posterior, images))
+
+
+@torch.no_grad()
+def decoding_error(model: Any, codes: Tensor, images: ExampleSet) -> float:
+    """Mean squared error per pixel of the images decoded from codes [n, l]."""
     error = 0.0
     for part in torch.arange(len(images)).split(1000):
-        error += float(reconstruction_error(model.decode(found.posterior[part]), images[part][0])) * len(part)
-    return Encoded(found.posterior, error / len(images))
+        error += float(reconstruction_error(model.decode(codes[part]), images[part][0])) * len(part)
+    return error / len(images)
 
 
 def by_name(kind: str, **settings: Any) -> Recipe:
@@ -123,10 +131,12 @@ def with_flow(observation_variance: float, layers: int = LAYERS, hidden: int = H
 class RisingGEN(built.GEN):
     """A GEN whose weight rises from 0 to what it was given, linearly over the run."""
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self.last_weight = self.weight
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self.global_step == 0:
-            self.last_weight = self.weight
         self.weight = self.last_weight * self.global_step / self.trainer.estimated_stepping_batches
 
 
@@ -139,43 +149,71 @@ def wider(shape: Any, dim: int) -> FC:
     return FC(shape, dim, hidden=WIDER)
 
 
+class Flow(nn.Module):
+    """Maps codes [n, l]: scales each dimension to mean 0 and variance 1, then applies a flow, at first the identity."""
+
+    def __init__(self, codes: Tensor) -> None:
+        super().__init__()
+        self.mean, self.deviation = codes.mean(0), codes.std(0)
+        self.flow = RealNVP(codes.shape[1], LAYERS, HIDDEN)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        z: Tensor = self.flow((codes - self.mean) / self.deviation)[0]
+        return z
+
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.flow.inverse(z) * self.deviation + self.mean
+
+
 def then_a_flow(by_kde: bool) -> Recipe:
-    """Trains an AE, then for as many steps a flow that maps its codes, each scaled to mean 0 and variance 1."""
+    """Trains an AE, then for as many steps a flow that maps its codes."""
 
     def recipe(data: ExampleData, dim: int, steps: int) -> list[Encoded]:
         model: AE = fitted(built.AE(data.example_shape, dim), data, steps)
-        training, held_out = (encoded(model, images) for images in (data.training, data.held_out))
-        mean, deviation = training.codes.mean(0), training.codes.std(0)
-        z = (training.codes - mean) / deviation
-        flow = RealNVP(dim, LAYERS, HIDDEN)
-        (train_by_kde if by_kde else train_by_likelihood)(flow, z, steps)
+        codes = encode_set(model, data.training).codes
+        flow = Flow(codes)
+        (train_by_kde if by_kde else train_by_likelihood)(flow, codes, steps)
         with torch.no_grad():
-            return [Encoded(flow((codes - mean) / deviation)[0], error) for codes, error in (training, held_out)]
+            found = []
+            for images in (data.training, data.held_out):
+                z = flow(encode_set(model, images).codes)
+                found.append(Encoded(z, decoding_error(model, flow.inverse(z), images)))
+        return found
 
     return recipe
 
 
-def train_by_likelihood(flow: RealNVP, z: Tensor, steps: int) -> None:
-    train(flow, len(z), steps, lambda step, chosen: -flow.log_prob(z[chosen]).mean())
+def train_by_likelihood(flow: Flow, codes: Tensor, steps: int) -> None:
+    z = (codes - flow.mean) / flow.deviation
+    train(flow, len(z), steps, lambda step, chosen: -flow.flow.log_prob(z[chosen]).mean())
 
 
-def train_by_kde(flow: RealNVP, z: Tensor, steps: int) -> None:
-    """The latent term of a GEN with its defaults, whose lagged codes are encoded anew in every tenth step."""
-    index = torch.randperm(len(z))[:MOST_CODES].sort().values
-    lagged = LaggedKDE(len(index), z.shape[1])
+def train_by_kde(flow: Flow, codes: Tensor, steps: int) -> None:
+    """The latent term of a GEN with its defaults, whose lagged codes are encoded anew in every tenth step.
+
+    No code normalisation follows the flow, which would leave its scale free.
+    """
+    index = torch.randperm(len(codes))[:MOST_CODES].sort().values
+    lagged = LaggedKDE(len(index), codes.shape[1])
 
     def latent(step: int, chosen: Tensor) -> Tensor:
         if step % 10 == 0:
             with torch.no_grad():
-                lagged.refresh(flow(z[index])[0], index)
-        codes = flow(z[chosen])[0]
-        return lagged.loss(codes, chosen, noise=torch.randn_like(codes))
+                lagged.refresh(flow(codes[index]), index)
+        z = flow(codes[chosen])
+        return lagged.loss(z, chosen, noise=torch.randn_like(z))
 
-    train(flow, len(z), steps, latent)
+    train(flow, len(codes), steps, latent, betas=(0.5, 0.999))
 
 
-def train(flow: RealNVP, count: int, steps: int, loss: Callable[[int, Tensor], Tensor]) -> None:
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
+def train(
+    flow: Flow,
+    count: int,
+    steps: int,
+    loss: Callable[[int, Tensor], Tensor],
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> None:
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, betas=betas)
     schedule = HalfCosine(optimizer, lambda: steps)
     for step in range(steps):
         optimizer.zero_grad()
@@ -221,12 +259,12 @@ def measured(row: str, data: ExampleData, dim: int, steps: int, seed: int) -> li
     count = min(len(data.training), len(data.held_out), MOST_CODES)
     rng = torch.Generator().manual_seed(seed)
     samples = torch.randn(count, dim, generator=rng)
-    normal = float(kde_entropy(samples))
+    normal = entropy(samples)
     rows = []
     for part, (codes, error) in zip(PARTS, both, strict=True):
         # In any order but that of the files: MNIST's first test images are of other writers than its last.
         codes = codes[torch.randperm(len(codes), generator=rng)[:count]]
-        numbers = {"error": error, "gap": float(kde_entropy(codes)) - normal, "told_apart": told_apart(codes, samples)}
+        numbers = {"error": error, "gap": entropy(codes) - normal, "told_apart": told_apart(codes, samples)}
         rows.append(key | {"codes": part} | {k: float(f"{v:.5g}") for k, v in numbers.items()} | {"seconds": seconds})
     return rows
 
@@ -283,13 +321,18 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: list[Row], dim: int) -> Figure:
-    """The gap of training and of held-out codes against the error, for every number of steps."""
-    rows = group(rows, latent_dim=dim)
+def draw(rows: list[Row]) -> Figure:
+    """The gap of training and of held-out codes of one set and l against the error, for every number of steps."""
     lengths = sorted({row["steps"] for row in rows})
     figure = Figure(figsize=(4.5 * len(PARTS), 3.2 * len(lengths)), layout="constrained")
     panels = figure.subplots(len(lengths), len(PARTS), squeeze=False, sharex=True, sharey=True)
-    families = {"GEN, weight": "o-", "VAE, flow": "s-", "AE, then": "^", "GEN, rising": "D", "GEN, wider": "v"}
+    families = {
+        "GEN, weight": "C0o-",
+        "VAE, flow": "C1s-",
+        "AE, then": "C2^",
+        "GEN, rising": "C3D",
+        "GEN, wider": "C4v",
+    }
     for line, steps in zip(panels, lengths, strict=True):
         for axes, part in zip(line, PARTS, strict=True):
             found = group(rows, steps=steps, codes=part)
@@ -299,8 +342,10 @@ def draw(rows: list[Row], dim: int) -> Figure:
                 if names:
                     axes.plot(*points, style, markersize=4, label=family)
                 for name, x, y in zip(names, *points, strict=True):
-                    axes.annotate(name.removeprefix(family).lstrip(", "), (x, y), fontsize=6, xytext=(3, 3),
-                                  textcoords="offset points")  # fmt: skip
+                    below = family == "VAE, flow"  # where they would be on each other
+                    text = name.removeprefix(family).lstrip(", ").removeprefix("s^2 = ")
+                    place = {"xytext": (3, -8 if below else 3), "textcoords": "offset points"}
+                    axes.annotate(text, (x, y), fontsize=6, **place)
             if bar := group(found, row="AE"):
                 axes.axvline(mean(bar, "error"), color="grey", linestyle=":", label="error of the AE")
             axes.axhline(0, color="grey", linewidth=0.8)
@@ -330,18 +375,21 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--rows must be of {'; '.join(RECIPES)}, got {'; '.join(sorted(unknown))}")
     if options.data is None and not options.quick:
         parser.error("--data DIR is needed: the folder of the idx files (or KDEJSD_DATA)")
+    epoch = (QUICK_IMAGES if options.quick else options.images) // BATCH
+    if wrong := [steps for steps in options.steps or () if steps < 1 or steps % epoch]:
+        parser.error(f"--steps must be multiples of an epoch's {epoch}, got {wrong[0]}")
     torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("medium")
-    data: ExampleData
-    if options.quick:
-        data = Digits(batch_size=BATCH, train_size=QUICK_IMAGES)
-    else:
-        data = SETS[options.set](options.data, batch_size=BATCH, train_size=options.images)
     dims = options.latent_dims or [QUICK_DIM if options.quick else LATENT_DIM]
 
     rows = read_rows(options.csv)
     start = time.perf_counter()
+    data: ExampleData
     for seed in options.seeds:
+        if options.quick:
+            data = Digits(batch_size=BATCH, train_size=QUICK_IMAGES, seed=seed)
+        else:
+            data = SETS[options.set](options.data, batch_size=BATCH, train_size=options.images, seed=seed)
         for dim in dims:
             few = [name for name in RECIPES if not name.startswith("Stochastic")]
             for steps in options.steps or [QUICK_STEPS if options.quick else STEPS]:
@@ -354,7 +402,9 @@ def main(arguments: list[str] | None = None) -> int:
                         print(f"{key}: {time.perf_counter() - start:.0f} s", flush=True)
     print(table(rows))
     if options.figure:
-        draw(rows, dims[0]).savefig(options.figure, dpi=150)
+        drawn = {"data": type(data).__name__, "images": len(data.training), "latent_dim": dims[0]}
+        lengths = options.steps or [QUICK_STEPS if options.quick else STEPS]
+        draw([row for row in group(rows, **drawn) if row["steps"] in lengths]).savefig(options.figure, dpi=150)
     return 0
 
 

@@ -13,8 +13,9 @@ A cell is the leave-one-out KDE entropy of whitened codes (`kdejsd.kde_entropy`)
 of as many images held out (at most 10 000). It is biased by its KDE, the more the fewer codes: compare it with that of
 as many samples of the standard normal, the first row, and with nothing else. Whitened codes have no entropy above the
 normal's but by being more even than independent samples: an entropy of training codes above the first row is
-over-fitting, too. `PRINTED` holds the paper's table. The paper does not say whose codes are measured; those of training
-images are compared with it. With --csv FILE a run goes on where one that wrote the same file was stopped.
+over-fitting, too. `PRINTED` holds the paper's table. By the paper's notation the codes are those of training
+images, and ours of training images are compared with it. With --csv FILE a run goes on where one that wrote the same
+file was stopped.
 """
 
 from __future__ import annotations

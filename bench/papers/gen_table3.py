@@ -31,6 +31,7 @@ import io
 import math
 import statistics
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         options.data, options.latent_dim, options.epochs, options.seeds = ["Digits"], 2, 5, 2
     for name in options.models:
+        if find_spec("prdc") is None:
+            parser.error("precision, recall, density and coverage need prdc: pip install prdc")
         if name not in ROWS:
             parser.error(f"models must be of {', '.join(ROWS)}, got {name}")
     for name in options.data:

@@ -25,6 +25,7 @@ _CONCAVE_TO = 0.19885433806054141
 _PSI_THERE = 0.55729318316533512
 _MOST = 0.2  # of a class's probability, as Theorem 3.1 assumes; the collision probability is then at most this too
 _ROUNDING = 1e-6  # relative, above a limit
+_LEAST_PRINTED = 1e-150  # the printed bound at an entropy of 2e305
 _NEWTON_STEPS = 12
 _BISECTIONS = 60
 
@@ -40,9 +41,10 @@ def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float |
         form: "sharp" holds for every p. For v <= 0.1989 it is psi(v) = F(v)/v, with F as in `class_radius_bound`, and
             classes of equal probability reach it. For larger v, where that would not hold, it is the least concave
             function over psi on [0, sqrt(v)], at v. "printed" is Theorem 3.1 of the paper, log(4 pi H) / sqrt(2 H) with
-            H = log 1/v. It is an error where a class has more than 1/5, because the theorem assumes that none has. So
-            there are at least five classes; those of probability 0 do not count. The printed bound is 3 times as large
-            as the sharp one for five equal classes, and 5.5 times for a billion. It waits for the device, to look at p.
+            H = log 1/v. It is an error where a class has more than 1/5, because the theorem assumes that none has. (A
+            distribution then has five classes at least.) Classes of probability 0 do not count. The printed bound is 3
+            times as large as the sharp one for five equal classes, and 5.45 times for a billion. It waits for the
+            device, to look at p.
         lipschitz: a Lipschitz constant L of the map from the latent space to the data. L times the bound then bounds
             the radius of the classes in data space.
 
@@ -68,6 +70,7 @@ def collision_radius_bound(p: Tensor, *, form: str = "sharp", lipschitz: float |
     wide = v.double()
     if form == "printed":
         _check_assumption(p)
+        wide = wide - (wide.detach() - _MOST).clamp_min(0)  # what rounding adds
     bound = _sharp(wide) if form == "sharp" else _printed(wide)
     return (bound * _lipschitz(lipschitz)).to(v.dtype)
 
@@ -76,7 +79,7 @@ def uniform_radius_bound(num_classes: float | Tensor, *, lipschitz: float | Tens
     """Returns the largest mean class radius that K classes of equal probability can have, K F(1/K).
 
     F is as in `class_radius_bound`. Two half-spaces reach the bound. Classes of unequal probability can have a larger
-    radius. (Theorem 3.2 of the paper prints log(4 pi log K) / sqrt(2 log K) instead, for K >= 5. That is
+    radius. (Theorem 3.2 of the paper prints log(4 pi log K) / sqrt(2 log K) instead, which needs K >= 5. That is
     `collision_radius_bound` of K equal classes in the printed form.)
 
     Args:
@@ -155,7 +158,9 @@ def max_collision_entropy(radius: float | Tensor, *, form: str = "sharp", lipsch
     value, dtype = _as_double("radius", radius)
     latent = value / lipschitz
     if form == "printed":
-        return _inverse_printed(latent.masked_fill(latent.detach() > most * (1 + _ROUNDING), math.nan)).to(dtype)
+        overflows = (latent.detach() >= 0) & (latent.detach() < _LEAST_PRINTED)
+        inner = latent.masked_fill(overflows, 1.0).masked_fill(latent.detach() > most * (1 + _ROUNDING), math.nan)
+        return _inverse_printed(inner).masked_fill(overflows, math.inf).to(dtype)
     near = latent.detach() <= _PSI_THERE
     entropy = _inverse_psi(latent.masked_fill(~near, 0.5 * _PSI_THERE))
     if not bool(near.all()):

@@ -39,7 +39,7 @@ class RealNVP(nn.Module):
         (True, tensor([-2.8379], grad_fn=<...>))
     """
 
-    def __init__(self, dim: int, layers: int = 6, hidden: int = 64) -> None:
+    def __init__(self, dim: int, layers: int = 10, hidden: int = 128) -> None:
         super().__init__()
         dim = integer("dim", dim, 2)
         layers, hidden = integer("layers", layers, 1), integer("hidden", hidden, 1)

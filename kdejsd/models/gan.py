@@ -53,8 +53,8 @@ class GAN(GenerativeModel):
         f-...            mean f*(g_f(V(G(z)))) - mean g_f(V(x))                -mean f*(g_f(V(G(z))))
 
     Any objective can have a gradient penalty. That of "wgan-gp" keeps the slope of V near 1 between real and generated
-    examples. That of the others is half the mean of |grad V(x)|^2 at real examples (R1). "f-kl" and "f-pearson" need
-    it: their f* grows faster than V, and without it training can diverge.
+    examples. That of the others is half the mean of |grad V(x)|^2 at real examples (R1). Without it "f-kl" and
+    "f-pearson" can diverge.
 
     "f-..." stands for "f-" and the name of one of `kdejsd.models.f_divergences`. Its generator lowers the bound itself
     (Algorithm 1 of the f-GAN paper), so the named divergence is the one that is minimised. The heuristic of section 3.2
@@ -148,7 +148,7 @@ class GAN(GenerativeModel):
             raise ValueError(
                 f'discriminator must have no batch normalisation for objective "{objective}" with a gradient penalty '
                 f"of {gradient_penalty:g}, which is of each example's own gradient; Conv leaves it out with "
-                "--model.network.encoder_batch_norm false"
+                "--model.network.encoder_batch_norm false; --model.gradient_penalty 0 is without a penalty"
             )
         wasserstein = objective in ("wgan", "wgan-gp")
         if betas is None:
@@ -285,6 +285,7 @@ class GAN(GenerativeModel):
             "objective": self.objective,
             "packing": self.packing,
             "discriminator_steps": self.discriminator_steps,
+            "gradient_penalty": self.gradient_penalty,
         }
 
 

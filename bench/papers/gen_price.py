@@ -53,7 +53,7 @@ from torch import Tensor, nn
 
 from kdejsd import LaggedKDE
 from kdejsd.data import MNIST, Digits, ExampleData, ExampleSet, FashionMNIST
-from kdejsd.models import AE, FC, RealNVP, built
+from kdejsd.models import AE, FC, GEN, RealNVP, built
 from kdejsd.models.autoencoder import reconstruction_error
 from kdejsd.models.schedule import HalfCosine
 from kdejsd.runs.measuring import encode_set
@@ -112,12 +112,12 @@ def decoding_error(model: Any, codes: Tensor, images: ExampleSet) -> float:
     return error / len(images)
 
 
-def by_name(kind: str, **settings: Any) -> Recipe:
-    """Trains a model by its name in kdejsd.models.built, with these settings and else its own."""
+def trained(kind: Any, **settings: Any) -> Recipe:
+    """Trains a model of a class that builds its networks, with these settings and else its own."""
 
     def recipe(data: ExampleData, dim: int, steps: int) -> list[Encoded]:
-        own = {"num_lagged": min(len(data.training), MOST_CODES)} if kind.endswith("GEN") else {}
-        model = fitted(getattr(built, kind)(data.example_shape, dim, **own | settings), data, steps)
+        own = {"num_lagged": min(len(data.training), MOST_CODES)} if issubclass(kind, GEN) else {}
+        model = fitted(kind(data.example_shape, dim, **own | settings), data, steps)
         return [encoded(model, images) for images in (data.training, data.held_out)]
 
     return recipe
@@ -125,7 +125,7 @@ def by_name(kind: str, **settings: Any) -> Recipe:
 
 def with_flow(observation_variance: float, layers: int = LAYERS, hidden: int = HIDDEN) -> Recipe:
     flow = {"flow_layers": layers, "flow_hidden": hidden}
-    return by_name("VAE", prior="flow", observation_variance=observation_variance, **flow)
+    return trained(built.VAE, prior="flow", observation_variance=observation_variance, **flow)
 
 
 class RisingGEN(built.GEN):
@@ -140,11 +140,6 @@ class RisingGEN(built.GEN):
         self.weight = self.last_weight * self.global_step / self.trainer.estimated_stepping_batches
 
 
-def rising(data: ExampleData, dim: int, steps: int) -> list[Encoded]:
-    model = fitted(RisingGEN(data.example_shape, dim, num_lagged=min(len(data.training), MOST_CODES)), data, steps)
-    return [encoded(model, images) for images in (data.training, data.held_out)]
-
-
 def wider(shape: Any, dim: int) -> FC:
     return FC(shape, dim, hidden=WIDER)
 
@@ -157,8 +152,11 @@ class Flow(nn.Module):
         self.mean, self.deviation = codes.mean(0), codes.std(0)
         self.flow = RealNVP(codes.shape[1], LAYERS, HIDDEN)
 
+    def scaled(self, codes: Tensor) -> Tensor:
+        return (codes - self.mean) / self.deviation
+
     def forward(self, codes: Tensor) -> Tensor:
-        z: Tensor = self.flow((codes - self.mean) / self.deviation)[0]
+        z: Tensor = self.flow(self.scaled(codes))[0]
         return z
 
     def inverse(self, z: Tensor) -> Tensor:
@@ -170,21 +168,20 @@ def then_a_flow(by_kde: bool) -> Recipe:
 
     def recipe(data: ExampleData, dim: int, steps: int) -> list[Encoded]:
         model: AE = fitted(built.AE(data.example_shape, dim), data, steps)
-        codes = encode_set(model, data.training).codes
-        flow = Flow(codes)
-        (train_by_kde if by_kde else train_by_likelihood)(flow, codes, steps)
+        sets = data.training, data.held_out
+        codes = [encode_set(model, images).codes for images in sets]
+        flow = Flow(codes[0])
+        (train_by_kde if by_kde else train_by_likelihood)(flow, codes[0], steps)
         with torch.no_grad():
-            found = []
-            for images in (data.training, data.held_out):
-                z = flow(encode_set(model, images).codes)
-                found.append(Encoded(z, decoding_error(model, flow.inverse(z), images)))
-        return found
+            mapped = [flow(part) for part in codes]
+            errors = [decoding_error(model, flow.inverse(z), images) for z, images in zip(mapped, sets, strict=True)]
+        return [Encoded(*pair) for pair in zip(mapped, errors, strict=True)]
 
     return recipe
 
 
 def train_by_likelihood(flow: Flow, codes: Tensor, steps: int) -> None:
-    z = (codes - flow.mean) / flow.deviation
+    z = flow.scaled(codes)
     train(flow, len(z), steps, lambda step, chosen: -flow.flow.log_prob(z[chosen]).mean())
 
 
@@ -223,14 +220,14 @@ def train(
 
 
 RECIPES: dict[str, Recipe] = {
-    "AE": by_name("AE"),
-    "GEN, weight 1": by_name("GEN"),
-    "GEN, weight 0.1": by_name("GEN", weight=0.1),
-    "GEN, weight 0.01": by_name("GEN", weight=0.01),
-    "GEN, weight 0.001": by_name("GEN", weight=0.001),
-    "GEN, rising weight": rising,
-    "AE, wider": by_name("AE", network=wider),
-    "GEN, wider": by_name("GEN", network=wider),
+    "AE": trained(built.AE),
+    "GEN, weight 1": trained(built.GEN),
+    "GEN, weight 0.1": trained(built.GEN, weight=0.1),
+    "GEN, weight 0.01": trained(built.GEN, weight=0.01),
+    "GEN, weight 0.001": trained(built.GEN, weight=0.001),
+    "GEN, rising weight": trained(RisingGEN),
+    "AE, wider": trained(built.AE, network=wider),
+    "GEN, wider": trained(built.GEN, network=wider),
     "AE, then a flow by KDE": then_a_flow(by_kde=True),
     "AE, then a flow": then_a_flow(by_kde=False),
     "VAE, flow, s^2 = 0.5": with_flow(0.5),
@@ -238,8 +235,8 @@ RECIPES: dict[str, Recipe] = {
     "VAE, flow, s^2 = 0.1": with_flow(0.1),
     "VAE, flow, s^2 = 0.03": with_flow(0.03),
     "VAE, small flow, s^2 = 0.1": with_flow(0.1, layers=6, hidden=64),
-    "StochasticGEN, weight 1": by_name("StochasticGEN"),
-    "StochasticGEN, weight 0.1": by_name("StochasticGEN", weight=0.1),
+    "StochasticGEN, weight 1": trained(built.StochasticGEN),
+    "StochasticGEN, weight 0.1": trained(built.StochasticGEN, weight=0.1),
 }
 IN_MANY_DIMENSIONS = ("AE", "AE, then a flow", "VAE, flow, s^2 = 0.1", "VAE, flow, s^2 = 0.03")
 IN_MANY_DIMENSIONS += ("StochasticGEN, weight 1", "StochasticGEN, weight 0.1")

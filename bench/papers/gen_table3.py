@@ -56,7 +56,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "StochasticGEN": ("StochasticGEN", {"num_lagged": 10_000}),
     "AAE": ("AAE", {}),
     "VAE": ("VAE", {}),
-    "VAE-flow": ("VAE", {"prior": "flow", "flow_layers": 10, "flow_hidden": 128}),
+    "VAE-flow": ("VAE", {"prior": "flow"}),
     "WAE": ("WAE", {}),
 }
 QUICK: dict[str, dict[str, Any]] = {name: {"num_lagged": 500, "bandwidth": 0.4} for name in ("GEN", "StochasticGEN")}
@@ -91,8 +91,10 @@ class Part(data.ExampleData):
 def weighted(kind: str, factor: float, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with the default weight of the latent term times the factor."""
     weight = WEIGHTS.get(kind, "weight")
-    default = inspect.signature(models.GEN if kind == "StochasticGEN" else getattr(models, kind)).parameters[weight]
-    return settings | {weight: factor * default.default}
+    # A class may hand the argument on to the one that it is derived from.
+    signatures = (inspect.signature(part).parameters for part in getattr(models, kind).__mro__)
+    default = next(parameters[weight].default for parameters in signatures if weight in parameters)
+    return settings | {weight: factor * default}
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import seed_everything
 from quiet import quiet_trainer
+from torch import Tensor
 
 import kdejsd
 from kdejsd import kde_entropy
 from kdejsd.data import MNIST, Digits, ExampleData, ExampleSet
-from kdejsd.models import built
+from kdejsd.models import GEN, built
 from kdejsd.runs.measuring import encode_set
 
 LATENT_DIM = 8
@@ -95,8 +96,8 @@ def wider(data: ExampleData) -> tuple[pl.LightningModule, ExampleData]:
 class OwnCopies(built.GEN):
     """A GEN that leaves no code's own lagged copy out."""
 
-    def latent_terms(self, codes: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-        terms: torch.Tensor = super().latent_terms(codes, None)
+    def latent_terms(self, codes: Tensor, index: Tensor | None) -> Tensor:
+        terms: Tensor = super().latent_terms(codes, None)
         return terms
 
 
@@ -104,15 +105,17 @@ def own_copies(data: ExampleData) -> tuple[pl.LightningModule, ExampleData]:
     return OwnCopies(data.example_shape, LATENT_DIM, **recipe(data)), data
 
 
-class Halves(ExampleData):
-    """Of the training images of a data set one half to train on, the other for the lagged codes alone."""
+class Apart(ExampleData):
+    """Of the training images of a data set, drawn by its seed, some for the lagged codes alone (`lagged_images`), and
+    the others to train on."""
 
-    def __init__(self, data: ExampleData) -> None:
-        super().__init__(data.batch_size, seed=data.seed)
+    def __init__(self, data: ExampleData, lagged_size: int, **settings: Any) -> None:
+        super().__init__(data.batch_size, seed=data.seed, **settings)
         self.example_shape = data.example_shape
         self.whole = data
-        order = torch.randperm(len(data.training), generator=torch.Generator().manual_seed(data.seed))
-        used, lagged = order.chunk(2)
+        count = len(data.training)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(data.seed))
+        used, lagged = order.split([count - lagged_size, lagged_size])
         self.lagged_images = data.training.subset(lagged)
         self._used = data.training.subset(used)
 
@@ -120,20 +123,25 @@ class Halves(ExampleData):
         return self._used, self.whole.held_out
 
 
-class LaggedApart(built.GEN):
+class LaggedApart(GEN):
     """A GEN whose lagged codes are those of images that it is not trained on, given as `apart` [m, C, H, W]."""
 
-    apart: torch.Tensor
+    apart: Tensor
 
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self._lagged_examples.fill_(-1)
-        self._kept_examples = self.apart
+    def _drawn_examples(self, count: int) -> Tensor:
+        return torch.full((len(self.apart),), -1)
+
+    def _read_examples(self, start: int, end: int) -> Iterator[Tensor]:
+        yield from self.apart[start:end].split(1000)
+
+
+class BuiltLaggedApart(LaggedApart, built.GEN):
+    pass
 
 
 def lagged_apart(data: ExampleData) -> tuple[pl.LightningModule, ExampleData]:
-    halves = Halves(data)
-    model = LaggedApart(data.example_shape, LATENT_DIM, **recipe(data) | {"num_lagged": len(halves.lagged_images)})
+    halves = Apart(data, len(data.training) // 2)
+    model = BuiltLaggedApart(data.example_shape, LATENT_DIM, **recipe(data) | {"num_lagged": len(halves.lagged_images)})
     model.apart = halves.lagged_images[torch.arange(len(halves.lagged_images))][0]
     return model, halves
 
@@ -161,7 +169,7 @@ ABLATION: dict[str, Maker] = {
 # One model
 
 
-def entropy(codes: torch.Tensor) -> float:
+def entropy(codes: Tensor) -> float:
     """Of the whitened codes, in nats; NaN where they cannot be whitened."""
     try:
         return float(kde_entropy(codes))

@@ -17,7 +17,8 @@ In the paper 2.2 has the codes of a VAE, 4.1 those of both models, and 4.2 and 4
 
 Compared are a VAE and LC-VAEs (`kdejsd.models.LCVAE`): with clipped weights as in the paper, with spectral
 normalisation, and clipped with the scale-free omega, at the same lambda and at 30 times it. All of a seed begin with
-the same weights and see the same minibatches. The pictures are of the first seed.
+the same weights and see the same minibatches. The pictures are of the first seed. Run again with the same --out, it
+goes on where it was stopped, within a model's training too; its seconds are those since then.
 
 The numbers are of held-out images. omega is the mean over all pairs of 2000 of them, once of the codes as they are and
 once of codes divided by their standard deviation (one for all dimensions): an encoder that only shrinks its codes
@@ -33,7 +34,6 @@ held-out images, of the same classifier, so not the FID.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import math
 import time
@@ -47,6 +47,7 @@ import torch
 from gen_interpolation import pairs
 from matplotlib.figure import Figure
 from quiet import quiet_trainer
+from record import Record, rounded
 from torch import Tensor, nn
 
 from kdejsd import diversity_report, latent_holes, models, omega, plots
@@ -54,6 +55,7 @@ from kdejsd.data import MNIST, Digits, ExampleData
 from kdejsd.metrics import frechet_distance
 from kdejsd.models.image_classifier import ImageClassifier, classifier_for
 from kdejsd.models.vae import kl_to_normal
+from kdejsd.runs.checkpoints import RunCheckpoint, WholeCheckpointIO
 from kdejsd.runs.measuring import encode_set
 
 LATENT_DIM = 2
@@ -84,17 +86,30 @@ MEASURES = {  # and what they are called in the table
     "holes_samples": "holes, samples",
     "frechet": "Frechet distance",
 }
+KEY = {"network": str, "omega_weight": float, "train_size": int, "batch_size": int, "epochs": int}
+KEY |= {"model": str, "seed": int}
+KINDS = KEY | dict.fromkeys((*MEASURES, "seconds"), float)
 
 
 def train(
-    name: str, images: ExampleData, network: Any, omega_weight: float, epochs: int, seed: int, **shared: Any
+    name: str,
+    images: ExampleData,
+    network: Any,
+    omega_weight: float,
+    epochs: int,
+    seed: int,
+    checkpoint: Path,
+    **shared: Any,
 ) -> models.LCVAE:
+    """Trains a model, from its checkpoint on if there is one."""
     pl.seed_everything(seed, verbose=False)
     factor, settings = MODELS[name]
     settings = {"omega_weight": factor * omega_weight, **settings, **shared}
     model = models.built.LCVAE(images.example_shape, LATENT_DIM, network, **settings)
     pl.seed_everything(seed, verbose=False)  # the same noise for all: spectral normalisation has drawn some
-    quiet_trainer(max_epochs=epochs, accelerator="cpu").fit(model, datamodule=images)
+    saved = {"enable_checkpointing": True, "callbacks": [RunCheckpoint(checkpoint)], "plugins": [WholeCheckpointIO()]}
+    trainer = quiet_trainer(max_epochs=epochs, accelerator="cpu", **saved)
+    trainer.fit(model, datamodule=images, ckpt_path=checkpoint if checkpoint.exists() else None)
     return model.eval()
 
 
@@ -176,8 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first models (default 0)")
     parser.add_argument("--seeds", type=int, default=2, help="models of each kind (default 2)")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
-    parser.add_argument("--out", type=Path, default=Path("runs/lcvae_figures"), help="for table, pictures, classifier")
-    parser.add_argument("--csv", type=Path, help="default: lcvae_figures.csv in --out")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/lcvae_figures"), help="for record, pictures and checkpoints"
+    )
     parser.add_argument("--quick", action="store_true", help="Digits, FC, 6 epochs, one seed")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -199,19 +215,26 @@ def main(arguments: list[str] | None = None) -> int:
         flush=True,
     )
     seeds = range(options.seed, options.seed + options.seeds)
-    rows, found, drawn = [], {}, {}
+    record = Record(options.out / "lcvae_figures.csv", KINDS)
+    found, drawn = {}, {}
     for seed in seeds:
         for model_name in MODELS:
-            began = time.perf_counter()
-            network, shared = getattr(models, options.network), QUICK if options.quick else {}
-            model = train(model_name, images, network, options.omega_weight, options.epochs, seed, **shared)
-            numbers = measures(model, images, classifier, samples=2000 if options.quick else 10_000)
-            found[model_name, seed] = numbers
-            seconds = round(time.perf_counter() - began)
-            rows.append((model_name, seed, *numbers.values(), seconds))
-            print(f"{model_name}, seed {seed}: {seconds} s", flush=True)
-            if seed == options.seed:
-                drawn[model_name] = figures(model, images, classifier)
+            sizes = options.omega_weight, options.train_size, options.batch_size, options.epochs
+            key = dict(zip(KEY, (options.network, *sizes, model_name, seed), strict=True))
+            if not record.find(**key) or seed == options.seed:  # whose models are drawn
+                began = time.perf_counter()
+                checkpoint = options.out / f"{'_'.join(map(str, key.values())).replace(' ', '_')}.ckpt"
+                network, shared = getattr(models, options.network), QUICK if options.quick else {}
+                training = (options.omega_weight, options.epochs, seed, checkpoint)
+                model = train(model_name, images, network, *training, **shared)
+                if not record.find(**key):
+                    numbers = measures(model, images, classifier, samples=2000 if options.quick else 10_000)
+                    seconds = round(time.perf_counter() - began)
+                    record.add(key | {k: rounded(v, 9) for k, v in numbers.items()} | {"seconds": seconds})
+                if seed == options.seed:
+                    drawn[model_name] = figures(model, images, classifier)
+                print(f"{model_name}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+            found[model_name, seed] = record.find(**key)[0]
 
     print(f"\n{'seeds ' + ' / '.join(map(str, seeds)):20}{''.join(f'{model_name:>24}' for model_name in MODELS)}")
     for key, name in MEASURES.items():
@@ -220,10 +243,6 @@ def main(arguments: list[str] | None = None) -> int:
     for number in next(iter(drawn.values())):
         parts = {model_name: pictures[number] for model_name, pictures in drawn.items()}
         side_by_side(parts).savefig(options.out / f"lcvae_figures_{number}.png")
-    with (options.csv or options.out / "lcvae_figures.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("model", "seed", *MEASURES, "seconds"))
-        writer.writerows(rows)
     return 0
 
 

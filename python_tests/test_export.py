@@ -12,8 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import onnx
 import onnxruntime
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 import torch
 from torch import nn
@@ -22,6 +25,7 @@ from torch.distributions import Independent, Normal
 import kdejsd
 from kdejsd import GaussianMixture, StandardNormal
 from kdejsd.cli import main
+from kdejsd.data import Table, Tensors
 from kdejsd.models import AE, FC, GAN, VAE, Conv, GenerativeModel, built
 from kdejsd.runs.card import write_card
 from kdejsd.runs.onnx import OPSET, write_onnx
@@ -178,7 +182,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.rpartition("/")[2]
-        if self.path.startswith("/user/digits/resolve/v1/") and name in self.files:
+        if re.match(r"/user/digits/resolve/(v1|main)/", self.path) and name in self.files:
             self.answer(self.files[name])
         else:
             self.send_error(404)
@@ -200,9 +204,11 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_model_goes_to_the_hub_and_back(tmp_path, monkeypatch):
-    """huggingface_hub itself runs, against a server of this test: nothing is uploaded to the hub."""
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of this machine, which huggingface_hub itself talks to: nothing is uploaded to the real one."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
     handler = type("ThisHub", (Hub,), {"files": {}, "tokens": set()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -210,21 +216,24 @@ def test_a_model_goes_to_the_hub_and_back(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", place)
     addresses = f"{place}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", addresses)
-    try:
-        model = built.VAE(IMAGES)
-        address = model.push_to_hub("user/digits", token="hf_of_a_test", commit_message="A model")
-        assert address.endswith(f"/user/digits/commit/{'1' * 40}") and handler.tokens == {"Bearer hf_of_a_test"}
-        assert handler.files.keys() == {"README.md", "config.json", "model.safetensors"}
-        assert 'from_pretrained("user/digits")' in handler.files["README.md"].decode()
-        options = {"revision": "v1", "token": "hf_of_a_test", "cache_dir": tmp_path}
-        same_state(model, VAE.from_pretrained("user/digits", **options))
-        handler.files.clear()
-        same_state(model, VAE.from_pretrained("user/digits", **options, local_files_only=True))
-        with pytest.raises(FileNotFoundError, match=r"user/none is neither a folder nor a repository .* from the hub"):
-            VAE.from_pretrained("user/none", **options)
-    finally:
-        server.shutdown()
-        server.server_close()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_model_goes_to_the_hub_and_back(hub, tmp_path):
+    model = built.VAE(IMAGES)
+    address = model.push_to_hub("user/digits", token="hf_given", commit_message="A model")
+    assert address.endswith(f"/user/digits/commit/{'1' * 40}") and hub.tokens == {"Bearer hf_given"}
+    assert hub.files.keys() == {"README.md", "config.json", "model.safetensors"}
+    assert 'from_pretrained("user/digits")' in hub.files["README.md"].decode()
+    options = {"revision": "v1", "token": "hf_given", "cache_dir": tmp_path}
+    same_state(model, VAE.from_pretrained("user/digits", **options))
+    hub.files.clear()
+    same_state(model, VAE.from_pretrained("user/digits", **options, local_files_only=True))
+    with pytest.raises(FileNotFoundError, match=r"user/none is neither a folder nor a repository .* from the hub"):
+        VAE.from_pretrained("user/none", **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -323,6 +332,11 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+def code_of(card: huggingface_hub.ModelCard) -> str:
+    [code] = re.findall(r"```python\n(.*?)```", card.text, re.S)
+    return code
+
+
 def test_export_writes_a_run_with_its_card(run, tmp_path, monkeypatch, capsys):
     assert main(["export", str(run)]) == 0
     out = run / "export-1"
@@ -341,10 +355,9 @@ def test_export_writes_a_run_with_its_card(run, tmp_path, monkeypatch, capsys):
     assert f"{numbers['jsd']:.4g} |" in card.text and "The Jensen-Shannon divergence between" in card.text
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
         assert picture in pictures and (out / picture).stat().st_size > 1000
-    [code] = re.findall(r"```python\n(.*?)```", card.text, re.S)
     monkeypatch.chdir(out)
     names = {}
-    exec(code, names)
+    exec(code_of(card), names)
     assert names["decoded"].shape == (10, 1, 8, 8) and names["samples"].shape == (100, 1, 8, 8)
     [again] = re.findall(r"```sh\nkdejsd (.*?)\n```", card.text)
     assert main([*again.split(), f"--out={tmp_path / 'again'}", "--trainer.accelerator=cpu"]) == 0
@@ -360,7 +373,7 @@ def test_a_card_tells_no_paths(tmp_path):
     out = tmp_path / "out"
     model = built.VAE((1, 28, 28))
     model.save_pretrained(out)
-    write_card(out, model, data, tmp_path)
+    write_card(out, model, {"datamodule_hyper_parameters": data}, tmp_path)
     card, config = (out / "README.md").read_text(), (out / "config.yaml").read_text()
     assert "`MNIST`, with batch_size = 50." in card and "batch_size: 50" in config
     assert "kdejsd fit --config config.yaml --data.root PATH" in card
@@ -380,9 +393,123 @@ def test_export_with_onnx_and_what_it_refuses(run, tmp_path, capsys):
         ([str(tmp_path / "none")], 1, f"the checkpoint {tmp_path / 'none'} does not exist"),
         ([], 2, "run must be given"),
         ([str(run), "--onx"], 2, "there is no setting --onx"),
+        ([str(run), "--push=digits"], 1, "push must be a repository with its owner, such as user/digits, got digits"),
     ):
         assert main(["export", *args]) == status
         assert capsys.readouterr().err.startswith(f"kdejsd export: error: {text}")
+
+
+def people(count: int, seed: int = 0) -> pa.Table:
+    """Columns of very different scales, which float32 would round, and a label."""
+    random = np.random.default_rng(seed)
+    return pa.table(
+        {
+            "height": random.normal(170, 10, count),
+            "born": random.integers(1_600_000_000, 1_700_000_000, count),
+            "member": random.random(count) < 0.5,
+            "town": pa.array(random.choice(["Ulm", "Köln"], count)),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def run_on_table(tmp_path_factory) -> tuple[Path, Table]:
+    """A run and its data, whose held-out rows are those of a file of their own."""
+    folder = tmp_path_factory.mktemp("table")
+    paths = {"path": folder / "people.csv", "held_out_path": folder / "later.csv"}
+    for seed, path in enumerate(paths.values()):
+        pa.csv.write_csv(people(80, seed), path)
+    settings = ["--data=Table", "--data.label=town", *(f"--data.{name}={path}" for name, path in paths.items())]
+    assert main([*FIT, *settings, "--trainer.accelerator=cpu", f"--out={folder / 'run'}"]) == 0
+    return folder / "run", Table(**paths, label="town")
+
+
+def decoded_by_run(run: Path, data: Table) -> np.ndarray:
+    """What the run's model decodes of the held-out rows, in the units of their file."""
+    model = kdejsd.load(run, "cpu")
+    with torch.no_grad():
+        return data.restored(model.decode(model.encode(data.held_out.examples))).numpy()
+
+
+def test_whoever_gets_a_run_on_a_table_can_use_its_columns(run_on_table, tmp_path, monkeypatch):
+    run, data = run_on_table
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--onnx", f"--out={out}"]) == 0
+    expected = decoded_by_run(run, data)
+    columns = json.loads((out / "columns.json").read_text())
+    mean, scale = data.standardization.mean.tolist(), data.standardization.scale.tolist()
+    names = ["height", "born", "member"]
+    assert columns == {"names": names, "mean": mean, "scale": scale, "classes": ["Köln", "Ulm"]}
+    card = huggingface_hub.ModelCard.load(out / "README.md")
+    assert f"| born | {mean[1]:.4g} | {scale[1]:.4g} |" in card.text and "Köln, Ulm." in card.text
+    assert "The ONNX files, too, work with standardised rows" in card.text
+
+    rows = people(80, seed=1).select(["member", "born", "height"])
+    pa.csv.write_csv(rows, out / "rows.csv")  # without classes, in another order
+    monkeypatch.chdir(out)
+    found = {}
+    exec(code_of(card), found)
+    assert np.array_equal(found["decoded"], expected)
+    assert found["samples"].shape == (100, 3) and found["samples"][:, 1].min() > 1_000_000_000
+
+    prepared = ((np.column_stack([rows[name] for name in names]) - mean) / scale).astype(np.float32)
+    [codes] = onnxruntime.InferenceSession("encoder.onnx").run(["codes"], {"examples": prepared})
+    np.testing.assert_allclose(codes, found["codes"], rtol=1e-4, atol=1e-4)
+
+
+def test_export_puts_a_run_on_the_hub(run_on_table, hub, tmp_path, monkeypatch, capsys):
+    run, data = run_on_table
+    out = tmp_path / "out"
+    assert main(["export", str(run), f"--out={out}", "--push=user/digits"]) == 0
+    assert capsys.readouterr().out.endswith(f"/user/digits/commit/{'1' * 40}\n")
+    assert hub.files == {path.name: path.read_bytes() for path in out.iterdir()}
+    assert hub.tokens == {"Bearer hf_of_a_test"}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    pa.csv.write_csv(people(80, seed=1), "rows.csv")
+    found = {}
+    exec(code_of(huggingface_hub.ModelCard.load(out / "README.md")), found)
+    assert np.array_equal(found["decoded"], decoded_by_run(run, data))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "places"),
+    [
+        pytest.param(lambda path: Table(path / "rows.csv", label="town"), built.GAN, None, id="GAN"),
+        pytest.param(lambda path: Tensors(path / "rows.pt", standardize=True), built.AE, None, id="tensors"),
+        pytest.param(lambda path: Table(path / "rows.npy", columns=[3, 1]), built.AE, [2, 0], id="array"),
+        pytest.param(
+            lambda path: Table(path / "rows.csv", standardize=False, label="town"), built.AE, [0, 1, 2], id="as it is"
+        ),
+    ],
+)
+def test_the_code_of_a_card_fits_the_data(make, kind, places, tmp_path, monkeypatch):
+    rows = people(20)
+    pa.csv.write_csv(rows, tmp_path / "rows.csv")
+    matrix = np.column_stack(rows.drop(["town"]).columns)
+    np.save(tmp_path / "rows.npy", matrix)
+    torch.save(torch.randn(20, 2, 3) * 7 + 1000, tmp_path / "rows.pt")
+    data = make(tmp_path)
+    data.setup()
+    settings = {"_class_path": f"kdejsd.data.{type(data).__name__}", **data.hparams}
+    model = kind(data.example_shape, network=partial(FC, hidden=(8,))).eval()
+    model.save_pretrained(tmp_path)
+    checkpoint = {"datamodule_hyper_parameters": settings, type(data).__name__: data.state_dict()}
+    write_card(tmp_path, model, checkpoint, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code_of(huggingface_hub.ModelCard.load("README.md")), found)
+    assert found["samples"].shape == (100, *data.example_shape)
+    if kind is built.GAN:
+        assert found["samples"][:, 1].min() > 1_000_000_000
+        return
+    if places is not None:
+        assert np.array_equal(found["rows"], matrix[:, places])
+    given = torch.from_numpy(found["rows"])
+    examples = given.float() if data.standardization is None else data.standardization.done(given)
+    with torch.no_grad():
+        expected = data.restored(model.decode(model.encode(examples)))
+    assert np.array_equal(found["decoded"], expected.double().numpy())
 
 
 @pytest.mark.parametrize(

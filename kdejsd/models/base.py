@@ -310,7 +310,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         The folder is made if it is not there. It then holds three files. model.safetensors has the weights and the rest
         of the state, such as a GEN's lagged codes, each in its own dtype. config.json has the arguments of the model.
         README.md says how to load it; one that is already there stays as it is. `kdejsd export` adds the measures of a
-        run.
+        run, and the names and the scale of its columns.
 
         Args:
             folder: the path of the folder.
@@ -397,6 +397,8 @@ class GenerativeModel(pl.LightningModule, ABC):
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None, **commit: Any
     ) -> str:
         """Uploads the files of `save_pretrained` to the Hugging Face hub, and returns the address of the commit.
+
+        `kdejsd export RUN --push NAME` uploads the model of a run with the run's measures.
 
         Args:
             repo_id: the name of the repository, such as "user/digits"; it is made if it is not there.

@@ -165,6 +165,7 @@ def card(
     data: str | None = None,
     results: list[EvalResult] | None = None,
     sections: Mapping[str, str] | None = None,
+    code: str | None = None,
 ) -> ModelCard:
     """Returns the model card for the hub: which model this is, how to load it, and what is known of its training.
 
@@ -174,6 +175,7 @@ def card(
         data: the name of the examples that it was trained on.
         results: measures for the hub.
         sections: further sections by their titles, as Markdown.
+        code: lines of Python that load the model and use it; None takes examples of random values.
 
     Example:
         >>> from kdejsd.models import built
@@ -196,12 +198,20 @@ def card(
         f"The class of this model is `{kind}` of kdejsd {__version__}, which {does[0].lower()}{does[1:]} "
         f"Its {'codes' if isinstance(model, Autoencoder) else 'latents'} are to follow {model.target}."
     )
-    parts = {"How to load it": _how_to_load(model, name), **(sections or {})}
+    parts = {"How to load it": _how_to_load(name, code or _code(model, name)), **(sections or {})}
     text = "\n\n".join([f"# {title}", about, *(f"## {heading}\n\n{part}" for heading, part in parts.items())])
     return ModelCard(f"---\n{header}\n---\n\n{text}\n")
 
 
-def _how_to_load(model: GenerativeModel, name: str) -> str:
+def _how_to_load(name: str, code: str) -> str:
+    here = (
+        "; `.` is the folder of this file, and the name of a repository on the hub loads as well" if name == "." else ""
+    )
+    return f"`pip install kdejsd[train,hub]` installs what it needs{here}.\n\n```python\n{code}\n```"
+
+
+def _code(model: GenerativeModel, name: str) -> str:
+    """Returns lines of Python that load the model and use it on examples of random values."""
     shape = model.hparams.get("example_shape")
     needs = "" if shape is not None else ", ...)  # with its networks, which are no part of the folder"
     lines = ["import torch", "from kdejsd.models import GenerativeModel", ""]
@@ -213,12 +223,7 @@ def _how_to_load(model: GenerativeModel, name: str) -> str:
             f"    codes = model.encode(examples)  # [10, {model.latent_dim}]",
             "    decoded = model.decode(codes)  # the shape of the examples",
         ]
-    lines += ["    samples = model.sample(100)  # new examples"]
-    here = (
-        "; `.` is the folder of this file, and the name of a repository on the hub loads as well" if name == "." else ""
-    )
-    code = "\n".join(lines)
-    return f"`pip install kdejsd[train,hub]` installs what it needs{here}.\n\n```python\n{code}\n```"
+    return "\n".join([*lines, "    samples = model.sample(100)  # new examples"])
 
 
 def _shortened(error: Exception) -> str:

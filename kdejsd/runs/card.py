@@ -12,6 +12,7 @@ from typing import Any
 from .._extras import extra, train_extra
 from ..models import GenerativeModel
 from ..models.pretrained import CARD, card
+from .columns import COLUMNS, code, columns_of, described
 from .measures import explained
 from .page import Table, shown, tables_of
 from .pictures import CAPTIONS
@@ -34,22 +35,31 @@ _MAIN = (
 _RESULTS = ("reconstruction_error", "jsd", "divergence")
 
 
-def write_card(folder: Path, model: GenerativeModel, data: Mapping[str, Any], run: Path) -> None:
-    """Writes README.md for a run's model into a folder, with the run's pictures and its config.yaml.
+def write_card(
+    folder: Path, model: GenerativeModel, checkpoint: Mapping[str, Any], run: Path, repository: str = "."
+) -> None:
+    """Writes README.md for a run's model into a folder, with columns.json, the run's pictures and its config.yaml.
 
-    The card leaves out whatever the run does not have, such as its measures. It also leaves absolute paths of this
-    machine out of the settings.
+    The card leaves out whatever the run does not have, such as its measures, and there is no columns.json for examples
+    without columns or a scale. The card also leaves absolute paths of this machine out of the settings.
 
     Args:
-        folder: where the model is, as `save_pretrained` writes it.
+        folder: where the model is, as `save_pretrained` and `write_onnx` write it.
         model: the model.
-        data: the settings of the examples that it was trained on, as in the run's checkpoint.
+        checkpoint: the content of the run's checkpoint.
         run: the folder of the run.
+        repository: from which the card's code loads the model; "." is the folder itself.
     """
+    data, columns = checkpoint["datamodule_hyper_parameters"], columns_of(checkpoint)
     name = data["_class_path"].rpartition(".")[2]
     settings = {key: value for key, value in data.items() if not key.startswith("_")}
     public = _without_paths(settings)
-    sections = {"The examples": f"`{name}`, with {', '.join(f'{key} = {shown(public[key])}' for key in public)}."}
+    sections, lines = {}, None
+    if columns:
+        (folder / COLUMNS).write_text(json.dumps(columns, indent=2) + "\n")
+        lines = code(model, repository, columns, str(data.get("path")))
+        sections["Columns and units"] = _markdown(described(columns, onnx=any(folder.glob("*.onnx"))))
+    sections["The examples"] = f"`{name}`, with {', '.join(f'{key} = {shown(public[key])}' for key in public)}."
     pictures = [picture for picture in CAPTIONS if (run / f"{picture}.png").is_file()]
     for picture in pictures:
         shutil.copy(run / f"{picture}.png", folder)
@@ -66,7 +76,7 @@ def write_card(folder: Path, model: GenerativeModel, data: Mapping[str, Any], ru
         (folder / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         paths = "".join(f" --data.{key} PATH" for key in settings if key not in public)
         sections["The command that made it"] = f"```sh\nkdejsd fit --config config.yaml{paths}\n```"
-    card(model, data=name, results=results, sections=sections).save(folder / CARD)
+    card(model, repository, name, results, sections, code=lines).save(folder / CARD)
 
 
 def _results(held_out: Mapping[str, Any], data: str, model: GenerativeModel) -> list[EvalResult]:
@@ -88,7 +98,10 @@ def _results(held_out: Mapping[str, Any], data: str, model: GenerativeModel) -> 
 def _markdown(table: Table) -> str:
     rows = [["", *table.columns, "what it is"], ["---"] * (len(table.columns) + 2)]
     rows += [[measure.label.strip(), *values, f"{measure.meaning} {measure.aim}"] for measure, values in table.rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    if not any(measure.meaning for measure, _ in table.rows):  # of columns, whose names say what they are
+        rows = [row[:-1] for row in rows]
+    grid = "\n".join(f"| {' | '.join(row)} |" for row in rows) if table.rows else ""
+    return "\n\n".join(filter(None, (table.words, grid)))
 
 
 def _without_paths(value: Any) -> Any:

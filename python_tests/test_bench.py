@@ -692,7 +692,10 @@ def test_novelty_in_tables(tmp_path, monkeypatch, capsys):
     found = {(row["data"], row["detector"]): float(row["auroc"]) for row in rows}
     assert len(found) == len(rows) == 7 + 6  # digits cannot be whitened
     assert all(0.85 < auroc <= 1 for auroc in found.values())
-    assert f"{100 * found['cancer', 'forest']:.1f} +-" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{100 * found['cancer', 'forest']:.1f} +-" in printed
+    header = dict(re.findall(r"^(\w+) {2,}(.+)$", printed, re.M))
+    assert rows[0].items() >= {name: header[name] for name in ("machine", "versions", "commit", "date")}.items()
 
 
 def test_few_rows(monkeypatch, capsys):

@@ -5,7 +5,7 @@ set -u -o pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 tools=$root/bench/gpu_suite_tools.py
-stages=(environment first-light bench profile tests sanitizers tuning ops compiled checks)
+stages=(environment first-light bench profile tests sanitizers tuning ops density compiled checks)
 
 usage() {
   cat <<USAGE
@@ -23,6 +23,7 @@ Tries kdejsd on a machine with a CUDA device, in stages, each with a limit of it
   sanitizers    memcheck and racecheck, on few and small inputs
   tuning        bench_kde.py with other choices of kernels, warps, splits
   ops           the benchmarks of omega, the class radius and the nearest sample
+  density       five sizes of bench_density.py; needs scikit-learn
   compiled      the peers that compile first
   checks        initcheck and synccheck
 
@@ -35,7 +36,8 @@ Tries kdejsd on a machine with a CUDA device, in stages, each with a limit of it
 --prebuilt  where a compiled module may lie that was built before, prebuilt/ if not given. It is taken if it is of these
             sources, for this Python and this device; else one is built, which takes a minute.
 --wheels    where wheels of Python packages may lie that are missing here, .whl/ if not given
---dry-run   environment, first-light, bench and tests against the CPU, with small inputs; the tests are only collected
+--dry-run   environment, first-light, bench, tests and density against the CPU, with small inputs; the tests are only
+            collected
 --prebuild  builds that module, for Python 3.12 and sm_90, and ends. PYTHON312 names the interpreter, CUDAARCHS another
             architecture. Needs nvcc; an index of packages, unless the interpreter has those that a build takes.
 
@@ -373,6 +375,22 @@ suite_ops() {
   done
 }
 
+suite_density() {
+  local lacking
+  lacking=$("$python" "$tools" lacking density)
+  if [[ $lacking ]]; then
+    note skip density "$lacking"
+    return
+  fi
+  if [[ $device == cpu ]]; then
+    benchmark "bench density" 60 bench_density.py --sizes 200,16 300,2 --providers sklearn scipy --threads 1 \
+      --budget 0.1 --csv "$logs/bench_density.csv"
+    return
+  fi
+  benchmark "bench density" 60 bench_density.py --budget 0.3 --csv "$logs/bench_density.csv" \
+    --sizes 10000,16 100000,16 10000,8 10000,1 10000,64
+}
+
 suite_compiled() {
   benchmark "bench compiled peers" 100 bench_kde.py --budget 10 --csv "$logs/bench_compiled.csv" \
     --providers "gemm compiled" "stream compiled" pykeops --sizes 512,100000,40 300,10000,8
@@ -387,12 +405,12 @@ suite_checks() {
 
 declare -A limits=(
   [environment]=90 [first-light]=60 [bench]=110 [profile]=70 [tests]=130 [sanitizers]=110 [tuning]=120 [ops]=80
-  [compiled]=100 [checks]=110
+  [density]=60 [compiled]=100 [checks]=110
 )
 for stage in "${stages[@]}"; do
   if [[ -z $only || ",environment,$only," == *",$stage,"* ]]; then
     stage_end=$((SECONDS + limits[$stage]))
-    if [[ $device == cpu && ! $stage =~ ^(environment|first-light|bench|tests)$ ]]; then
+    if [[ $device == cpu && ! $stage =~ ^(environment|first-light|bench|tests|density)$ ]]; then
       note skip "$stage" "needs a CUDA device"
     else
       "suite_$stage"

@@ -1,7 +1,7 @@
 """Answers what gpu_suite.sh asks: what is here, whether a module that was brought along fits, which files are tested.
 
     gpu_suite_tools.py environment              the machine, its tools and its Python packages
-    gpu_suite_tools.py lacking build|run|tests  packages that are missing or too old for it, a line each
+    gpu_suite_tools.py lacking build|run|tests|density      packages that are missing or too old for it, a line each
     gpu_suite_tools.py sources                  a hash of what the compiled module is built from
     gpu_suite_tools.py seal FOLDER ARCHITECTURES SOURCES    writes beside a module what it was built from and for
     gpu_suite_tools.py refusal FOLDER CAPABILITY            why the module there is not to be used, or nothing
@@ -32,10 +32,11 @@ NEEDED = {
     "build": {"pybind11": "3.0", "scikit-build-core": "0.11", "cmake": "3.24"},
     "run": {"torch": "2.6", "numpy": "1", "scipy": "1"},
     "tests": {"pytest": "8", "hypothesis": "6.100"},
+    "density": {"scikit-learn": "1.6"},
 }
 PACKAGES = (
     *("torch", "triton", "numpy", "scipy", "pytest", "pytest-xdist", "hypothesis", "pybind11", "scikit-build-core"),
-    *("lightning", "jsonargparse", "pykeops", "torch-kde", "flash-sinkhorn", "flash-sd-kde"),
+    *("scikit-learn", "lightning", "jsonargparse", "pykeops", "torch-kde", "flash-sinkhorn", "flash-sd-kde"),
 )
 
 

@@ -13,14 +13,16 @@ classes. What varies over the seeds is the split, and the training of the GEN an
 from __future__ import annotations
 
 import argparse
-import csv
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import harness
 import lightning.pytorch as pl
+import machine
 import numpy as np
 import torch
 from papers.quiet import quiet_trainer
@@ -149,16 +151,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     seeds, steps = (1, 100) if options.quick else (5, 500)
     chosen = [task for task in tasks() if not options.quick or (task.data, task.normal) in QUICK]
+    facts = machine.facts("cpu")
+    harness.print_facts(facts)
     found: list[Found] = []
-    for task in chosen:
-        for seed in range(seeds):
-            found += run(task, seed, steps)
-        print(f"{task.data}: {task.normal} done", flush=True)
-        if options.csv:
-            with options.csv.open("w", newline="") as file:
-                writer = csv.writer(file)
-                writer.writerows([Found._fields, *((*row[:-1], f"{row.auroc:.6f}") for row in found)])
-    print(f"AUROC, %; mean and standard error over {seeds} splits; GENs of {steps} steps")
+    shared: harness.Row = {key: facts[key] for key in harness.FACTS}
+    with harness.csv_table(options.csv, (*Found._fields, *harness.FACTS), shared) as write:
+        for task in chosen:
+            rows = [row for seed in range(seeds) for row in run(task, seed, steps)]
+            write({**row._asdict(), "auroc": f"{row.auroc:.6f}"} for row in rows)
+            found += rows
+            print(f"{task.data}: {task.normal} done", file=sys.stderr)
+    print(f"\nAUROC, %; mean and standard error over {seeds} splits; GENs of {steps} steps")
     print(table(found))
     return 0
 

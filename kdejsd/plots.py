@@ -96,7 +96,7 @@ def latent_classes(
     """Draws the regions of a 2-D latent space from which each class is generated, in the colours of `latent`.
 
     The target's circles are drawn over them, and codes as dots where they are given. A dot in a region of another
-    colour is an example whose code is decoded to an image of another class.
+    colour is an example whose code is decoded to one of another class.
 
     Args:
         generator: [B, 2] -> what the classifier takes; None where the classifier acts on the latents.

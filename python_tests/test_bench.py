@@ -24,6 +24,7 @@ import kdejsd
 from kdejsd import reference
 from kdejsd._native import cuda_problem, native
 from kdejsd.data import Digits
+from kdejsd.sklearn import KernelDensity
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
@@ -242,11 +243,29 @@ def flash_packages(bench_kde, monkeypatch):
             pdf += phi.sum(-1)
             weighted += (phi @ data).T
 
+    class FlashSDKDE:
+        def __init__(self, bandwidth, mode="sd_kde", device="cuda", eps=1e-12):
+            assert (mode, device) == ("sd_kde", "cuda")
+            self.bandwidth, self.eps = bandwidth, eps
+
+        def fit(self, X):
+            data = torch.from_numpy(np.asarray(X, np.float32))
+            if data.shape[1] != 16:
+                raise ValueError('mode="sd_kde" currently requires 16 features')
+            squares = (data.unsqueeze(1) - data).square().sum(-1)
+            score = (torch.softmax(squares * (-0.5 / self.bandwidth**2), -1) @ data - data) / self.bandwidth**2
+            self.centers = data + self.bandwidth**2 / 2 * score
+            return self
+
+        def score_samples(self, X):
+            density = kde_eval(self.centers, torch.from_numpy(np.asarray(X, np.float32)), self.bandwidth)
+            return torch.log(density + self.eps).numpy()
+
     modules = {
         "flash_sinkhorn": {},
         "flash_sinkhorn.kernels": {"sinkhorn_geomloss_online_grad_sqeuclid": online_grad},
         "flash_sinkhorn.kernels.sinkhorn_splitn_sqeuclid": {"flashsinkhorn_lse_splitn": lse_splitn},
-        "flash_sd_kde": {"kde_eval": kde_eval},
+        "flash_sd_kde": {"kde_eval": kde_eval, "FlashSDKDE": FlashSDKDE},
         "kernels": {},
         "kernels.flash_sd_kde": {"gaussian_kde_score_triton": score_triton},
         "kernels.flash_sd_kde.empirical": {"_empirical_sd_kde_kernel_nd": SumsKernel()},
@@ -582,6 +601,50 @@ def test_density_bench_tells_the_wrong_from_the_right(monkeypatch):
     assert broken.note == "ZeroDivisionError: division by zero" and not broken.score
 
 
+@pytest.fixture
+def density_on_cuda(flash_packages, monkeypatch):
+    """The benchmark of density estimators, with the CPU in place of a CUDA device."""
+    bench = importlib.import_module("bench_density")
+    cpu = {"facts": bench.machine.facts("cpu"), "available_bytes": bench.machine.available_bytes("cpu")}
+    for name, value in cpu.items():
+        monkeypatch.setattr(bench.machine, name, lambda device, value=value: value)
+    monkeypatch.setattr(bench, "cuda_problem", lambda: "")
+    monkeypatch.setattr(bench, "KernelDensity", lambda *args, device=None, **kw: KernelDensity(*args, **kw))
+    return bench
+
+
+def test_density_bench_on_cuda(density_on_cuda, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    arguments = ["--device", "cuda", "--sizes", "300,16", "300,8", "--budget", "0.01", "--csv", str(tmp_path / "a.csv")]
+    density_on_cuda.main([*arguments, "--providers", "flash-sd-kde"])
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = {(row["l"], row["provider"]): row for row in csv.DictReader(file)}
+    ours = ("kdejsd", "kdejsd float32", "kdejsd debiased")
+    assert rows.keys() == {(dim, name) for dim in ("16", "8") for name in (*ours, "flash-sd-kde")}
+    assert all(float(rows[dim, name]["error"]) < 1e-3 for dim in ("16", "8") for name in ours)
+    assert all(row["device"] == "cuda" for row in rows.values())
+    assert float(rows["16", "flash-sd-kde"]["score_ms"]) > 0
+    assert rows["8", "flash-sd-kde"]["note"] == "takes l = 16 alone"
+
+
+@pytest.mark.parametrize(("device", "made", "waited"), [("cpu", 1, 0), ("cuda", 2, 2)])
+def test_density_bench_does_not_time_a_first_call_on_cuda(density_on_cuda, monkeypatch, device, made, waited):
+    calls, waits = [], []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(True))
+    times, _ = density_on_cuda.repeated(lambda: calls.append(True), 0, device)
+    assert (len(times), len(calls), len(waits)) == (1, made, waited)
+
+
+def test_flash_sd_kde_is_debiased_as_kdejsd_is(density_on_cuda):
+    problem = density_on_cuda.Problem((300, 16))
+    problem.bandwidth = 1.2  # wide enough for the centers to move
+    provider = density_on_cuda.providers("cuda")["flash-sd-kde"]
+    found = provider.fit(problem.samples, problem.bandwidth)(problem.query)[problem.rows]
+    expected = np.logaddexp(problem.truth(provider.debiased), np.log(1e-12))  # which the package adds to a density
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - np.logaddexp(problem.truth(False), np.log(1e-12))).max() > 0.1
+
+
 def test_threads_bench_compares_busy_with_quiet():
     done = run_apart("--threads", "2", "--seconds", "0.05", script="bench_threads.py")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -692,7 +755,10 @@ def test_novelty_in_tables(tmp_path, monkeypatch, capsys):
     found = {(row["data"], row["detector"]): float(row["auroc"]) for row in rows}
     assert len(found) == len(rows) == 7 + 6  # digits cannot be whitened
     assert all(0.85 < auroc <= 1 for auroc in found.values())
-    assert f"{100 * found['cancer', 'forest']:.1f} +-" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{100 * found['cancer', 'forest']:.1f} +-" in printed
+    header = dict(re.findall(r"^(\w+) {2,}(.+)$", printed, re.M))
+    assert rows[0].items() >= {name: header[name] for name in ("machine", "versions", "commit", "date")}.items()
 
 
 def test_few_rows(monkeypatch, capsys):

@@ -25,9 +25,9 @@ SUITE = ROOT / "bench" / "gpu_suite.sh"
 COMMAND = (str(SUITE), "--wheels", "/nowhere")  # whatever lies in this checkout
 RECORD = {"environment.txt", "first_light.txt", "bench.txt", "bench.csv", "tests.txt", "summary.txt", "logs.tar.gz"}
 
-# Stand-ins for the programs of a GPU machine. gpu_suite_tools.py answers itself, but for whether kdejsd is usable.
-# With a file `hold` beside them the checks of first light take a minute, with `wrong` they fail. In `asked` is how the
-# benchmarks were called.
+# Stand-ins for the programs of a GPU machine. gpu_suite_tools.py answers itself, but for whether kdejsd is usable, and
+# scikit-learn is here. With a file `hold` beside them the checks of first light take a minute, with `wrong` they fail,
+# with `bare` scikit-learn is missing. In `asked` is how the benchmarks were called.
 PROGRAMS = {
     "nvidia-smi": 'case "$*" in *compute_cap*) echo 9.0 ;; *) echo Test GPU ;; esac',
     "ncu": "echo '    Duration    us    12.3'",
@@ -36,6 +36,7 @@ PROGRAMS = {
 here=$(dirname "$0")
 case "$*" in
   *gpu_suite_tools.py\\ module*) echo "$PYTHONPATH"; echo kdejsd is usable on cuda ;;
+  *gpu_suite_tools.py\\ lacking\\ density) [[ ! -e $here/bare ]] || echo 'scikit-learn: none is here' ;;
   *gpu_suite_tools.py*) exec REAL_PYTHON "$@" ;;
   *cuda_first_light.py*)
     echo 'ok   the first check: value 1e-7 (1e-7)'
@@ -139,31 +140,40 @@ def test_all_stages_leave_seven_files(tmp_path, programs, prebuilt):
         *("first light, no tensor", "initcheck", "synccheck"),
     ]
     assert [name for name in found if name.startswith("ncu")] == [f"ncu, l = {dim}" for dim in (40, 256, 8, 64, 2)]
-    assert {"bench omega", "bench radius", "bench nearest", "bench compiled peers"} <= found.keys()
+    assert {"bench omega", "bench radius", "bench nearest", "bench density", "bench compiled peers"} <= found.keys()
     assert "first light: 2 of 2 ok" in found["first light"][1]
     assert "--tool memcheck --kernel-name kns=kdejsd" in (out / "tests.txt").read_text()
     # The Python files are the checkout's, the compiled module that of the folder that was brought along.
     path = next(line for line in (out / "environment.txt").read_text().splitlines() if line.startswith(f"{ROOT}:"))
     assert re.match(rf"{ROOT}:[^:]+/site:", path)
     with tarfile.open(out / "logs.tar.gz") as archive:
-        assert {"logs/profile.txt", "logs/tuning_splits.csv", "logs/bench_omega.csv"} <= set(archive.getnames())
+        csvs = {f"logs/{name}.csv" for name in ("tuning_splits", "bench_omega", "bench_density")}
+        assert {"logs/profile.txt", *csvs} <= set(archive.getnames())
     assert str(out) in done.stdout and "kdejsd on Test GPU" in done.stdout
 
 
 def test_the_benchmarks_take_what_they_are_asked(tmp_path, programs, prebuilt, tools, monkeypatch):
     """Names of options, providers and tunings, which otherwise a device alone would show to be wrong."""
-    run("--out", tmp_path / "out", "--prebuilt", prebuilt, "--only", "bench,tuning,compiled", programs=programs)
-    bench_kde, harness, peers = map(importlib.import_module, ("bench_kde", "harness", "peers"))
+    only = ("--only", "bench,tuning,density,compiled")
+    run("--out", tmp_path / "out", "--prebuilt", prebuilt, *only, programs=programs)
+    bench_kde, bench_density = map(importlib.import_module, ("bench_kde", "bench_density"))
+    harness, peers = map(importlib.import_module, ("harness", "peers"))
+    monkeypatch.setattr(bench_density, "cuda_problem", lambda: "")
     monkeypatch.setattr(harness, "cuda_problem", lambda: "")
     monkeypatch.setattr(harness, "tuning_problem", lambda tunings: "")
     tuned = []
     asked = (programs / "asked").read_text().splitlines()
     for line in asked:
         monkeypatch.setattr(sys, "argv", shlex.split(line))
+        if "bench_density" in line:
+            found = bench_density.arguments_of(None)
+            harness.chosen(bench_density.providers(found.device), found.providers)
+            assert found.device == "cuda" and any(dim == 16 for _, dim in found.sizes)  # that of flash-sd-kde
+            continue
         found = bench_kde.parse_arguments()
         harness.chosen(peers.providers("cuda", ["base"], found.tune), found.providers)
         tuned += [name for name, _ in found.tune]
-    assert len(asked) == 5 and tuned
+    assert len(asked) == 6 and tuned
     tuned += [name.lower() for name in re.findall(r"KDEJSD_CUDA_(\w+)=", SUITE.read_text())]
     kernels = "".join(file.read_text() for file in (ROOT / "csrc" / "cuda").glob("*.*"))
     assert all(f'"{name}"' in kernels for name in tuned)
@@ -199,6 +209,13 @@ def test_without_a_profiler_and_a_sanitizer(tmp_path, programs, prebuilt):
     found = summary(tmp_path / "out")
     assert found["profile"] == ("skip", "ncu is not here")
     assert found["memcheck"] == found["racecheck"] == ("skip", "compute-sanitizer is not here")
+
+
+def test_without_scikit_learn(tmp_path, programs, prebuilt):
+    (programs / "bare").touch()
+    done = run("--out", tmp_path / "out", "--prebuilt", prebuilt, "--only", "density", programs=programs)
+    assert done.returncode == 0
+    assert summary(tmp_path / "out")["density"] == ("skip", "scikit-learn: none is here")
 
 
 def test_the_time_is_kept(tmp_path, programs, prebuilt):
@@ -409,12 +426,12 @@ def test_tests_are_counted_and_failures_told_at_once(failing, conftest, code, sa
 
 
 def test_a_dry_run_of_the_cpu(tmp_path):
-    done = run("--dry-run", "--until", "bench", "--out", tmp_path / "out", timeout=170)
+    done = run("--dry-run", "--only", "first-light,bench,density", "--out", tmp_path / "out", timeout=170)
     out = tmp_path / "out"
     assert done.returncode == 0, done.stdout + done.stderr
     assert {file.name for file in out.iterdir()} == RECORD - {"tests.txt"}
     found = summary(out)
-    assert list(found) == ["environment", "module", "first light", "bench"]
+    assert list(found) == ["environment", "module", "first light", "bench", "bench density"]
     assert re.search(r"first light: (\d+) of \1 ok", found["first light"][1])
     lines = (out / "first_light.txt").read_text().splitlines()
     names = {line.partition(": ")[0] for line in lines if line.startswith("ok   ")}
@@ -423,3 +440,6 @@ def test_a_dry_run_of_the_cpu(tmp_path):
         assert any(name.startswith(f"ok   {op}") for name in names)
     with (out / "bench.csv").open(newline="") as file:
         assert {row["l"] for row in csv.DictReader(file) if row["provider"] == "kdejsd"} == {"3", "40"}
+    with tarfile.open(out / "logs.tar.gz") as archive:
+        lines = archive.extractfile("logs/bench_density.csv").read().decode().splitlines()
+    assert {row["provider"] for row in csv.DictReader(lines)} == {"kdejsd", "kdejsd float32", "sklearn", "scipy"}

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from helpers import points, results_of_ranks
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from kdejsd import GaussianMixture
 from kdejsd.data import Digits
@@ -387,8 +388,27 @@ def trained(kind, settings, ranks, precision="64-true", save=None, ckpt_path=Non
     return {"state": model.state_dict(), "measured": measured}
 
 
+def validated(ranks):
+    """The measures of a validation set, which Lightning divides among the ranks."""
+    pl.seed_everything(3, verbose=False)
+    target = GaussianMixture(points(10, 2, dtype=torch.float32), 0.8)
+    model = built.SemiSupervisedGEN(Digits.example_shape, 2, target=target, bandwidth=0.5, num_lagged=10)
+    examples, labels, _ = Digits().held_out[torch.arange(120)]
+    labels[::7] = -1
+    loader = DataLoader(TensorDataset(examples, labels, torch.arange(120)), batch_size=10)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return trainer.validate(model, loader, verbose=False)[0]
+
+
 def training(rank, ranks, folder):
-    found = {}
+    found = {"validated": validated(ranks)}
     for name, (kind, settings) in TRAINED.items():
         found[name] = trained(kind, settings, ranks, save=folder / f"{name}.ckpt")
     for name, (kind, settings) in NOISY.items() if ranks == 2 else ():  # in float32, to which Lightning rounds weights
@@ -422,6 +442,13 @@ def test_a_run_on_several_ranks_is_the_run_of_one_with_the_whole_minibatch(runs,
                 for part in ("lagged.codes", "lagged.examples"):
                     state[part] = state[part][order]
         assert_same(found, expected, 1e-6)
+
+
+def test_measures_of_a_validation_set_that_is_divided_are_those_of_all_its_examples(runs):
+    expected = validated(1)
+    assert expected.keys() == {"val/reconstruction", "val/jsd", "val/accuracy"} and expected["val/jsd"] > 0.05
+    for of_rank in runs[0]:
+        assert_same(of_rank["validated"], expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", NOISY)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, mse_loss
+from torch.utils._pytree import tree_leaves
 
-from .._ranks import gathered, summed
-from ..data import Batch
+from .._ranks import gathered, rank_and_size, summed
+from ..data import Batch, BatchOrder
 from ..divergence import target_jsd
+from ..metrics._rows import MOST, RowsMeasure
 from ..targets import Law, Target, as_law, checked_target, finite_moments, law_moments
 from .base import GenerativeModel, checked, inputs
 from .networks import Network
 
-JSD_SAMPLES = 10_000  # a measured divergence is of at most this many codes: its cost grows with their square
+Jsd = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class Autoencoder(GenerativeModel):
@@ -25,7 +27,8 @@ class Autoencoder(GenerativeModel):
     To define an autoencoder of your own, write a constructor that sets the target, and a `training_step`. Every model
     logs its mean squared error per value as `loss/reconstruction`, and the term that it adds to this error as
     `loss/latent`. Per epoch it logs for the validation set `val/reconstruction`, and `val/jsd`: the divergence of the
-    codes from the target (`jsd`). If the encoder has a posterior, `val/jsd` is that of samples of the posterior.
+    codes from the target (`jsd`), of at most 10 000 codes of all devices together. If the encoder has a posterior,
+    `val/jsd` is that of samples of the posterior.
 
     Args:
         encoder: examples [n, ...] -> codes [n, l].
@@ -61,6 +64,8 @@ class Autoencoder(GenerativeModel):
         self.encoder = encoder
         self.decoder = decoder
         self.norm: nn.Module = nn.Identity()
+        self._validated_apart = False
+        self._codes_jsd = CodesJSD(self.jsd, distributed_available_fn=self._measures_are_gathered)
 
     def _aim_at(self, target: Target | None, normalize_codes: bool) -> None:
         self.target = checked_target(target, self.latent_dim)
@@ -157,21 +162,49 @@ class Autoencoder(GenerativeModel):
         return law_moments(as_law(self.target))[1]
 
     def on_validation_epoch_start(self) -> None:
-        self._codes: list[Tensor] = []
-        self._rng = torch.Generator(self.device).manual_seed(0)  # the same samples every time
+        loaders = tree_leaves(self.trainer.val_dataloaders)
+        self._validated_apart = not all(_on_every_rank(loader) for loader in loaders)
+        self._codes_jsd.set_dtype(torch.promote_types(self.dtype, torch.float32))  # type: ignore[arg-type]
+        # The same samples every time, but others for other examples.
+        self._rng = torch.Generator(self.device).manual_seed(self.global_rank if self._validated_apart else 0)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Returns the "codes" [n, l] of the batch."""
         examples = checked(batch)[0]
         codes = self.encode(examples)
         error = reconstruction_error(self.decode(codes), examples)
         self.log("val/reconstruction", error, prog_bar=True, batch_size=len(examples), sync_dist=True)
         samples = self.posterior_samples(examples, self._rng)
-        self._codes.append(codes if samples is None else samples)
+        self._codes_jsd.update(codes if samples is None else samples)
+        self.log("val/jsd", self._codes_jsd, prog_bar=True)
+        return {"codes": codes}
 
-    def on_validation_epoch_end(self) -> None:
-        codes = torch.cat(self._codes)[:JSD_SAMPLES]
-        self.log("val/jsd", self.jsd(codes, self._rng), prog_bar=True, sync_dist=True)
-        self._codes.clear()
+    def _measures_are_gathered(self) -> bool:
+        """Returns whether metrics of the validation set gather what they have from all ranks."""
+        return self._validated_apart and rank_and_size()[1] > 1
+
+
+class CodesJSD(RowsMeasure):
+    """Measures by a function the divergence of codes that come batch by batch, on all ranks together.
+
+    It is a metric of torchmetrics like `kdejsd.metrics.CodeJSD`; the function knows the model's target and kernel.
+    """
+
+    def __init__(self, jsd: Jsd, **kwargs: Any) -> None:
+        super().__init__(MOST, "codes", **kwargs)
+        self.jsd = jsd
+
+    def update(self, codes: Tensor) -> None:
+        self._keep("codes", codes)
+
+    def _measure(self, codes: Tensor) -> Tensor:
+        return self.jsd(codes, torch.Generator(codes.device).manual_seed(0))
+
+
+def _on_every_rank(loader: Any) -> bool:
+    """Returns whether each rank gets all examples of a validation set, as from the sets of `kdejsd.data`."""
+    sampler = getattr(loader, "sampler", None)
+    return isinstance(sampler, BatchOrder) and sampler.num_replicas == 1
 
 
 class CodeNorm(nn.Module):

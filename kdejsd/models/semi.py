@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
+from .._extras import train_extra
 from .._numbers import not_negative
 from ..data import Batch
 from ..targets import GaussianMixture
 from .gen import GEN
+
+with train_extra():
+    from torchmetrics.classification import MulticlassAccuracy
 
 
 class SemiSupervisedGEN(GEN):
@@ -75,6 +79,9 @@ class SemiSupervisedGEN(GEN):
             label_weight = not_negative("label_weight", label_weight)
         super().__init__(encoder, decoder, latent_dim, target=target, **kwargs)
         self.label_weight = self.weight if label_weight is None else label_weight
+        self._right = MulticlassAccuracy(
+            target.means.shape[0], average="micro", distributed_available_fn=self._measures_are_gathered
+        )
 
     @property
     def classes(self) -> GaussianMixture:
@@ -108,10 +115,11 @@ class SemiSupervisedGEN(GEN):
         self.log("loss/label", term, prog_bar=True)
         return self.label_weight * term
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        found = super().validation_step(batch, batch_idx)
         labels = batch[1]
         known = labels >= 0
         if bool(known.any()):
-            right = (self.classify(self._codes[-1]) == labels)[known].float().mean()
-            self.log("val/accuracy", right, prog_bar=True, batch_size=int(known.sum()), sync_dist=True)
+            self._right.update(self.classify(found["codes"][known]), labels[known])
+            self.log("val/accuracy", self._right, prog_bar=True)
+        return found

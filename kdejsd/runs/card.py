@@ -100,7 +100,8 @@ def _markdown(table: Table) -> str:
     rows += [[measure.label.strip(), *values, f"{measure.meaning} {measure.aim}"] for measure, values in table.rows]
     if not any(measure.meaning for measure, _ in table.rows):  # of columns, whose names say what they are
         rows = [row[:-1] for row in rows]
-    grid = "\n".join(f"| {' | '.join(row)} |" for row in rows) if table.rows else ""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]  # as names of columns may have it
+    grid = "\n".join(f"| {' | '.join(row)} |" for row in cells) if table.rows else ""
     return "\n\n".join(filter(None, (table.words, grid)))
 
 

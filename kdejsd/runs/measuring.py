@@ -14,7 +14,8 @@ from .._extras import train_extra
 from .._modes import evaluating
 from ..divergence import target_jsd
 from ..entropy import kde_entropy
-from ..models.autoencoder import JSD_SAMPLES, Autoencoder
+from ..metrics._rows import MOST
+from ..models.autoencoder import Autoencoder
 from ..models.base import CHUNK
 from ..models.gan import GAN
 from ..targets import as_law
@@ -141,7 +142,7 @@ def code_measures(model: Autoencoder, encoded: Encoded, *, training: bool, seed:
 
 def _law_measures(model: Autoencoder, codes: Tensor, rng: torch.Generator) -> dict[str, Any]:
     expected = model.expected_variance
-    count = min(len(codes), JSD_SAMPLES)
+    count = min(len(codes), MOST)
 
     def matched(z: Tensor) -> Tensor:
         return target_jsd(z, model.target, rng)
@@ -172,13 +173,13 @@ def _mean_of_draws(count: int, measure: Callable[[], Tensor]) -> float:
 
     A single draw for 57 codes has a standard deviation of 0.02 nats, more than what there is to see.
     """
-    draws = min(_DRAWS, -(-JSD_SAMPLES // count))
+    draws = min(_DRAWS, -(-MOST // count))
     return sum(float(measure()) for _ in range(draws)) / draws
 
 
 def _entropy(codes: Tensor) -> float | None:
     try:
-        return float(kde_entropy(codes[:JSD_SAMPLES]))
+        return float(kde_entropy(codes[:MOST]))
     except ValueError:
         return None
 
@@ -204,7 +205,7 @@ def divergence_measures(model: GAN, examples: Any, *, seed: int = 0) -> dict[str
         >>> divergence_measures(model, Digits().held_out)["count"]
         359
     """
-    count = min(len(examples), JSD_SAMPLES) // model.packing * model.packing
+    count = min(len(examples), MOST) // model.packing * model.packing
     rng = torch.Generator().manual_seed(seed)
     total = 0.0 if count else math.nan
     with evaluating(model):

@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--threads", type=int, default=1, help="as torch.set_num_threads (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/gen_latent_dims"), help="folder of the classifiers")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="where results go")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where results go, and from where a run goes on")
     options = parser.parse_args(arguments)
     if options.data is None and not options.quick:
         parser.error("--data DIR is needed: the folder of the sets' idx files (or KDEJSD_DATA)")

@@ -712,6 +712,25 @@ def test_records_of_printed_tables_are_what_their_scripts_print(monkeypatch, cap
     assert capsys.readouterr().out in record.with_suffix(".txt").read_text()
 
 
+def test_entropies_of_digits_are_not_those_of_mnist(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCH / "papers"))
+    table2 = importlib.import_module("gen_table2")
+    table = tmp_path / "table2.csv"
+    shutil.copy(BENCH / "results" / "papers" / "gen_table2.csv", table)  # has rows of GEN, 1000 images, seed 0
+    trained = []
+
+    def train_and_measure(row, make, data, seed, steps):
+        trained.append((type(data), steps))
+        row = {"row": row, "train_size": 1000, "seed": seed, "steps": steps, "entropy": 7.0, "normal": 7.5}
+        return [row | {"codes": part, "error_per_pixel": 0.05} for part in ("training", "held-out")]
+
+    monkeypatch.setattr(table2, "train_and_measure", train_and_measure)
+    for _ in range(2):  # the second time they are known
+        assert table2.main(["--quick", "--rows", "GEN", "--sizes", "1000", "--csv", str(table)]) == 0
+        assert trained == [(Digits, 60)]
+        assert "1000 images: GEN -0.500 from the normal row" in capsys.readouterr().out
+
+
 def test_entropies_beside_the_printed_ones(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH / "papers"))
     table2 = importlib.import_module("gen_table2")

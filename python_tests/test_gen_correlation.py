@@ -1,4 +1,4 @@
-"""The correlation study of the GENs paper: its laws are what they are said to be, its networks learn apart, it runs."""
+"""The correlation study of the GENs paper: its distributions and its networks are right, and it runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_quick_run_and_its_record(study, tmp_path, capsys):
         truth, kde, network = (np.array([r[name] for r in cell]) for name in ("truth", "kde", "discriminator"))
         assert cell[0]["separation"] == 0 and truth[0] == 0
         assert (np.diff(truth) > -1e-6).all() and truth[-1] == pytest.approx(0.2010, abs=1e-3)
-        assert (network < truth + 0.02).all()  # 10 000 fresh samples of each law: a standard error of about 0.003
+        assert (network < truth + 0.02).all()  # 10 000 fresh samples of each: a standard error of about 0.003
         assert (kde < LOG2).all() and len(set(kde)) == len(set(network)) == study.QUICK_TRIALS
         assert {r["bandwidth"] for r in cell} == {cell[0]["bandwidth"]}
         assert all(r["steps"] % study.CHECK_EVERY == 0 and 0 < r["steps"] <= study.MOST_STEPS for r in cell)
@@ -120,10 +120,10 @@ def test_samples_follow_the_whitened_mixture(study):
         variance = 1 + s**2 / 4
         means = torch.stack((-0.5 * s * u, 0.5 * s * u)) / variance.sqrt()
         covariance = torch.eye(3).double() - (1 - 1 / variance) * torch.outer(u, u)
-        law = MixtureSameFamily(Categorical(torch.ones(2).double()), MultivariateNormal(means, covariance))
+        mixture = MixtureSameFamily(Categorical(torch.ones(2).double()), MultivariateNormal(means, covariance))
         terms = [
-            logsigmoid(law.log_prob(codes) - normal.log_prob(codes)),
-            logsigmoid(normal.log_prob(at_normal) - law.log_prob(at_normal)),
+            logsigmoid(mixture.log_prob(codes) - normal.log_prob(codes)),
+            logsigmoid(normal.log_prob(at_normal) - mixture.log_prob(at_normal)),
         ]
         estimate = LOG2 + 0.5 * sum(t.mean() for t in terms)
         error = 0.5 * math.hypot(*(t.std().item() / math.sqrt(n) for t in terms))
@@ -143,7 +143,7 @@ def test_stacked_networks_are_separate_networks(study):
 
 
 def test_networks_stop_one_by_one(study):
-    """Laws that are the same, hard to tell apart, and disjoint: each network is at its best held-out loss."""
+    """Distributions that are the same, hard to tell apart, and disjoint: each network is at its best held-out loss."""
     codes, normal = (points(2, 3, 400, 2, dtype=torch.float32, seed=seed) for seed in (0, 1))
     shift = torch.tensor([0.0, 1.5, 30.0])[:, None, None]
     networks = study.Discriminators(3, 2, generator(2))

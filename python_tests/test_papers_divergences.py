@@ -78,7 +78,7 @@ def test_jsd_of_shifted_normals(study, shift):
 
 
 @pytest.mark.parametrize("noise", [False, True])
-def test_law_of_the_gradient(study, noise):
+def test_limit_of_the_gradient(study, noise):
     """It is what the loss of many codes has, and without noise the derivative of E log p_e / (p_e + p_t) there."""
     h, shift = 0.8, 2.0
     codes, lagged = points(2, 8000, 1, seed=1)
@@ -86,7 +86,7 @@ def test_law_of_the_gradient(study, noise):
     form = "noise" if noise else "smoothed"
     loss = study.latent_loss(form, codes + moved, lagged + shift, h, generator(2)).mean()
     (measured,) = torch.autograd.grad(loss, moved)
-    assert study.gradient_law(shift, h, noise) == pytest.approx(float(measured), rel=0.04)
+    assert study.gradient_limit(shift, h, noise) == pytest.approx(float(measured), rel=0.04)
 
     v = 1 + h * h
 
@@ -98,7 +98,7 @@ def test_law_of_the_gradient(study, noise):
         return quad(term, -12, 15, epsabs=1e-12)[0]
 
     slope = (loss_at(shift + 1e-3) - loss_at(shift - 1e-3)) / 2e-3
-    assert study.gradient_law(shift, h, noise) == pytest.approx(slope, rel=1e-5)
+    assert study.gradient_limit(shift, h, noise) == pytest.approx(slope, rel=1e-5)
 
 
 def test_assignment_is_the_least_of_all(study):

@@ -54,19 +54,15 @@ def test_correlation_with_its_interval(gan_collapse):
     modes = random.integers(2, 26, 40)
 
     def rows(radius):
-        return [
-            {"class_radius": str(r), "modes_captured": str(m)} for r, m in zip(radius, modes, strict=True)
-        ]  # as a CSV has them
+        return [{"class_radius": r, "modes_captured": m} for r, m in zip(radius, modes, strict=True)]
 
     falling = rows(1 / np.sqrt(modes))
     assert gan_collapse.correlation(falling, "modes_captured") == pytest.approx((-1, -1, -1))
     value, low, high = gan_collapse.correlation(rows(random.random(40)), "modes_captured")
     assert low < value < high and low < 0 < high and 0.3 < high - low < 1
     # One class alone has no radius: counted as the largest. Samples that are not finite: left out.
-    collapsed = [
-        *falling,
-        {"class_radius": "inf", "modes_captured": "1"},
-        {"class_radius": "", "modes_captured": "nan"},
-    ]
+    one_class = {"class_radius": np.inf, "modes_captured": 1}
+    not_finite = {"class_radius": None, "modes_captured": np.nan}
+    collapsed = [*falling, one_class, not_finite]
     assert gan_collapse.correlation(collapsed, "modes_captured")[0] == pytest.approx(-1)
     assert np.isnan(gan_collapse.correlation(falling[:2], "modes_captured")).all()

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,8 +43,9 @@ def test_a_background_bounds_the_loss_and_counts_a_tenth(gen_large_l):
         assert float(bounded(near, centers)) == pytest.approx(float(plain(near, centers)), abs=0.11)
 
 
-def test_quick_run_and_its_record(gen_large_l, tmp_path, capsys):
-    assert gen_large_l.main(["--quick", "--csv", str(tmp_path / "quick.csv")]) == 0
+def test_quick_run_and_its_record(gen_large_l, tmp_path, monkeypatch, capsys):
+    command = ["--quick", "--csv", str(tmp_path / "quick.csv")]
+    assert gen_large_l.main(command) == 0
     with (tmp_path / "quick.csv").open(newline="") as file:
         rows = {(row["form"], row["divergence"]): row for row in csv.DictReader(file)}
     assert len(rows) == 20 and {row["latent_dim"] for row in rows.values()} == {"8"}
@@ -51,4 +53,26 @@ def test_quick_run_and_its_record(gen_large_l, tmp_path, capsys):
         assert float(row["kl"]) < 0.75 * gen_large_l.kl_from_normal(torch.logspace(-1, 0.5, 8).double())
     # Against the target itself the codes end narrower than it, against the smoothed one they do not.
     assert float(rows["paper", "js"]["median"]) < 0.75 < float(rows["h x 1", "js"]["median"])
-    assert "Abramson" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Abramson" in out
+
+    # A second call takes its rows from the record, and trains what is missing there, which is all for another seed.
+    trained = []
+    monkeypatch.setattr(gen_large_l, "train", lambda dim, loss, steps, seed: trained.append(seed) or torch.ones(dim))
+    record = (tmp_path / "quick.csv").read_text()
+    assert gen_large_l.main(command) == 0 and not trained
+    assert capsys.readouterr().out == out and (tmp_path / "quick.csv").read_text() == record
+    (tmp_path / "quick.csv").write_text("".join(record.splitlines(keepends=True)[:16]))
+    assert gen_large_l.main(command) == 0 and trained == [0] * 5
+    assert capsys.readouterr().out.startswith("".join(out.splitlines(keepends=True)[:18]))
+    assert gen_large_l.main([*command, "--seed", "1"]) == 0 and trained == [0] * 5 + [1] * 20
+
+
+def test_the_script_prints_its_committed_record(gen_large_l, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gen_large_l, "train", None)
+    record = PAPERS.parent / "results" / "papers" / "gen_large_l.csv"
+    assert gen_large_l.main(["--csv", str(shutil.copy(record, tmp_path))]) == 0
+    printed = record.with_suffix(".txt").read_text().partition("\n")[2].split()
+    for ours, theirs in zip(capsys.readouterr().out.split(), printed, strict=True):
+        # The text has four digits of numbers of which the record has six: the fourth can differ by one.
+        assert ours == theirs or float(ours) == pytest.approx(float(theirs), rel=1e-3)

@@ -2,7 +2,9 @@
 
 import csv
 import importlib
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -12,6 +14,7 @@ from helpers import points
 from kdejsd.data import ExampleSet
 
 PAPERS = Path(__file__).resolve().parent.parent / "bench" / "papers"
+RECORDS = PAPERS.parent / "results" / "papers"
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_gen_novelty(script, tmp_path, capsys):
+def test_gen_novelty(script, tmp_path, monkeypatch, capsys):
     gen_novelty = script("gen_novelty")
     assert gen_novelty.main(["--quick", "--out", str(tmp_path / "novelty")]) == 0
     rows = rows_of(tmp_path / "novelty.csv")
@@ -42,6 +45,45 @@ def test_gen_novelty(script, tmp_path, capsys):
     for experiment in ("only_0", "0_to_4"):
         most, least = (tmp_path / f"novelty_{experiment}_{name}_likely.png" for name in ("most", "least"))
         assert (matplotlib.image.imread(most) != matplotlib.image.imread(least)).any()
+
+    # A second call takes its rows from the record.
+    monkeypatch.setattr(gen_novelty, "trained", None)
+    record = (tmp_path / "novelty.csv").read_text()
+    assert gen_novelty.main(["--quick", "--out", str(tmp_path / "novelty")]) == 0
+    assert (tmp_path / "novelty.csv").read_text() == record
+    again = capsys.readouterr().out
+    assert again.partition("\n\n")[2] == out.partition("\n\n")[2] and again.count("from the record") == 2
+
+
+def test_gen_novelty_takes_no_rows_of_other_settings(script, tmp_path, monkeypatch, capsys):
+    gen_novelty = script("gen_novelty")
+    record = Path(shutil.copy(RECORDS / "gen_novelty.csv", tmp_path))  # has rows of "only 0", a digit of MNIST
+    trained = []
+
+    def run(experiment, setting, pictures):
+        trained.append((setting.latent_dim, setting.seed, experiment.name))
+        row = {"auroc": 0.25 + 0.1 * setting.seed, "average_precision": 0.5, "novel_share": 0.5}
+        return [row | {"score": name} for name in gen_novelty.SCORES]
+
+    monkeypatch.setattr(gen_novelty, "run", run)
+    settings = [(8, 0), (8, 1), (2, 0)]
+    for dim, seed in [*settings, *settings]:
+        options = ["--latent_dim", str(dim), "--seed", str(seed), "--out", str(record.with_suffix(""))]
+        assert gen_novelty.main(["--quick", *options]) == 0
+        assert f"AUROC of the density {25 + 10 * seed}.0 %" in capsys.readouterr().out
+    assert trained == [(*setting, name) for setting in settings for name in ("only 0", "0 to 4")]
+
+
+def test_gen_novelty_prints_its_committed_record(script, tmp_path, monkeypatch, capsys):
+    gen_novelty = script("gen_novelty")
+    images = ExampleSet(torch.zeros(10, 1, 1, 1), torch.arange(10))
+    for name in ("MNIST", "FashionMNIST"):
+        monkeypatch.setattr(gen_novelty, name, lambda root: SimpleNamespace(training=images, held_out=images))
+    monkeypatch.setattr(gen_novelty, "run", None)
+    record = Path(shutil.copy(RECORDS / "gen_novelty.csv", tmp_path))
+    assert gen_novelty.main(["--data", "DIR", "--out", str(record.with_suffix(""))]) == 0
+    table = capsys.readouterr().out.partition("\n\n")[2]
+    assert "mean of 10" in table and table in (RECORDS / "gen_novelty.txt").read_text()
 
 
 def test_gen_novelty_divides_the_classes(script):
@@ -67,14 +109,14 @@ def test_gen_steady_state(script, tmp_path, capsys):
     assert gen_steady_state.main(["--quick", "--out", str(tmp_path / "steady")]) == 0
     rows = rows_of(tmp_path / "steady.csv")
     for row in rows:
-        h, variance, law = (float(row[name]) for name in ("bandwidth", "variance", "law"))
-        assert law == pytest.approx(1.0 if row["smoothed"] == "True" else 1 - h * h)
+        h, variance, predicted = (float(row[name]) for name in ("bandwidth", "variance", "law"))
+        assert predicted == pytest.approx(1.0 if row["smoothed"] == "True" else 1 - h * h)
         if row["family"] == "kernel":
-            assert variance == pytest.approx(law, rel=0.02)
+            assert variance == pytest.approx(predicted, rel=0.02)
         elif row["family"] == "linear" and h > 0.6:
-            assert variance == pytest.approx(law, rel=0.1)
+            assert variance == pytest.approx(predicted, rel=0.1)
         elif row["family"] == "GEN":
-            assert variance == pytest.approx(law, rel=0.15)
+            assert variance == pytest.approx(predicted, rel=0.15)
     assert {row["family"] for row in rows} == set(gen_steady_state.FAMILIES)
     assert "0.813" in capsys.readouterr().out and (tmp_path / "steady.png").stat().st_size > 5000
 
@@ -84,7 +126,8 @@ def test_the_steady_state_of_many_dimensions(script, smoothed):
     gen_steady_state = script("gen_steady_state")
     codes = gen_steady_state.steady_codes("kernel", 5, 400, 0.8, smoothed, steps=200, seed=1)
     assert codes.shape == (2, 400, 5)
-    assert float(codes.var(1).mean()) == pytest.approx(gen_steady_state.law_of(0.8, smoothed), rel=0.05)
+    predicted = gen_steady_state.predicted_variance(0.8, smoothed)
+    assert float(codes.var(1).mean()) == pytest.approx(predicted, rel=0.05)
 
 
 def test_gen_interpolation(script, tmp_path, capsys):

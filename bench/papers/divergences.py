@@ -1,4 +1,4 @@
-"""Shows what divergences say of laws that hardly overlap, and where the training loss of GENs has no gradient.
+"""Shows what divergences say of distributions that hardly overlap, and where GENs' training loss has no gradient.
 
     python bench/papers/divergences.py                      # all of it, 3 minutes of one idle core
     python bench/papers/divergences.py --quick              # a quarter of a minute: l up to 2, few samples
@@ -15,7 +15,7 @@ Divergences by the shift of the model, Q, from the data, P:
 
 Each is given as it is (KL(Q || P), JSD, W1) and as estimated from samples: by the KDE of Q's samples and the target
 smoothed by the same kernel (for the lines, which have no density, the KDE of P's samples), which is an estimate of what
-is left of it when both laws are blurred by the kernel, stated beside it; by a discriminator
+is left of it when both P and Q are blurred by the kernel, stated beside it; by a discriminator
 (`kdejsd.models.f_divergences`, half the bound of "jensen-shannon", on fresh samples; networks and training of
 gen_correlation.py); and W1 of the samples, exact in one dimension, by optimal assignment of 1000 to 1000 in more.
 
@@ -31,8 +31,8 @@ the divergence that is missing: samples of the target where p_e << p_t have a gr
     kl          divergence="kl" against the target itself
     W1          the Wasserstein distance of the codes from samples of the target
 
-What bench/results/papers/divergences.txt shows: JSD is flat where the laws do not overlap, W1 is not, and JSD by the
-KDE is flat only where the laws blurred by the kernel do not overlap. Away from the target eq. 3 pulls ever less; the
+What bench/results/papers/divergences.txt shows: JSD is flat where P and Q do not overlap, W1 is not, and JSD by the KDE
+is flat only where P and Q blurred by the kernel do not overlap. Away from the target eq. 3 pulls ever less; the
 smoothed target and the kernel's noise reach further, a wide kernel by far, at a weaker pull near the target. "kl" pulls
 in proportion to the shift, W1 with the same force everywhere. Normalised codes are never out there.
 """
@@ -60,7 +60,7 @@ import kdejsd
 from kdejsd.models.f_divergences import by_name
 from kdejsd.targets import GaussianMixture, IsotropicNormal, StandardNormal
 
-ASSIGNED = 1000  # samples of each law in an optimal assignment
+ASSIGNED = 1000  # samples of each distribution in an optimal assignment
 LINE_SHIFTS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
 NORMAL_SHIFTS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0)
 GRADIENT_SHIFTS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0)
@@ -97,7 +97,7 @@ def normal_jsd(shift: float) -> float:
     return math.log(2) + normal_mean(lambda x: logsigmoid(shift * x + shift**2 / 2))
 
 
-def gradient_law(shift: float, bandwidth: float, noise: bool) -> float:
+def gradient_limit(shift: float, bandwidth: float, noise: bool) -> float:
     """d loss / d shift against the smoothed target for codes N(shift e_1, I) and infinitely many lagged codes.
 
     Both densities are then of the variance v = 1 + h^2, log p_e - log p_t is (shift x + shift^2 / 2) / v at the codes,
@@ -125,9 +125,9 @@ def w1(a: Tensor, b: Tensor) -> float:
     return float(assignment(a[:ASSIGNED], b[:ASSIGNED]))
 
 
-def study_laws(study: str, dim: int, num_samples: int, tests: int, most_steps: int, seed: int) -> list[Row]:
-    """All measures of one pair of laws at all its shifts, from as many samples of each law to train on, as many held
-    out and so many fresh ones."""
+def study_pair(study: str, dim: int, num_samples: int, tests: int, most_steps: int, seed: int) -> list[Row]:
+    """All measures of P and Q at all their shifts, from as many samples of each to train on, as many held out and so
+    many fresh ones."""
     generator = torch.Generator().manual_seed(seed)
     lines = study == "lines"
     shifts = LINE_SHIFTS if lines else NORMAL_SHIFTS
@@ -167,11 +167,11 @@ def study_laws(study: str, dim: int, num_samples: int, tests: int, most_steps: i
             blurred = shift / (h if lines else math.hypot(1, h))
             add("KL, blurred", blurred**2 / 2, h)
             add("JSD, blurred", normal_jsd(blurred), h)
-            law = GaussianMixture(data[number], h) if lines else StandardNormal(dim).smoothed(h)
+            target = GaussianMixture(data[number], h) if lines else StandardNormal(dim).smoothed(h)
             centers = model[number]
             noisy = centers + h * torch.randn(centers.shape, generator=generator)  # samples of the KDE
-            add("KL, KDE", kdejsd.jsd_loss(noisy, centers, h, target=law, divergence="kl"), h)
-            add("JSD, KDE", kdejsd.jsd(noisy, centers, h, law.sample(num_samples, generator), target=law), h)
+            add("KL, KDE", kdejsd.jsd_loss(noisy, centers, h, target=target, divergence="kl"), h)
+            add("JSD, KDE", kdejsd.jsd(noisy, centers, h, target.sample(num_samples, generator), target=target), h)
         add("JSD, discriminator", by_name("jensen-shannon").bound(*(output[number] for output in outputs)) / 2)
         add("W1, samples", w1(data[number], model[number]))
     return rows
@@ -216,8 +216,8 @@ def study_gradients(dim: int, spread: float, num_samples: int, seed: int) -> lis
             (gradient,) = torch.autograd.grad(loss.mean(), moved)
             rows.append(Row("gradient", dim, spread, h, shift, form, float(gradient[0])))
             if form in ("smoothed", "noise") and spread == 1:
-                law = gradient_law(shift, h, form == "noise")
-                rows.append(Row("law of the gradient", dim, spread, h, shift, form, law))
+                limit = gradient_limit(shift, h, form == "noise")
+                rows.append(Row("limit of the gradient", dim, spread, h, shift, form, limit))
         for name, change in (("1 - r", lambda z: z), ("1 - r, normalised", normalized)):
             terms = latent_loss("noise", change(codes + along), change(lagged + along), best, generator)
             weight = -torch.expm1(terms - math.log(2))
@@ -268,7 +268,7 @@ def draw(rows: list[Row]) -> Figure:
     """Above JSD and, against the axis on the right, W1 by shift; below the pull of each form of the loss."""
     above = [case for case in cases(rows) if "gradient" not in case[0].study]
     below = [case for case in cases(rows) if case[0].study == "gradient"]
-    laws = {case[0].latent_dim: case for case in cases(rows) if case[0].study == "law of the gradient"}
+    limits = {case[0].latent_dim: case for case in cases(rows) if case[0].study == "limit of the gradient"}
     columns = max(len(above), len(below))
     figure = Figure(figsize=(4.3 * columns, 8), dpi=100, layout="constrained")
     grid = figure.add_gridspec(2, columns)
@@ -276,14 +276,14 @@ def draw(rows: list[Row]) -> Figure:
         draw_divergences(figure.add_subplot(grid[0, number]), case)
     for number, case in enumerate(below):
         axes = figure.add_subplot(grid[1, number])
-        draw_gradients(axes, case, laws[case[0].latent_dim] if case[0].spread == 1 else [])
+        draw_gradients(axes, case, limits[case[0].latent_dim] if case[0].spread == 1 else [])
         if number == 0:
             axes.legend(fontsize=7, loc="lower left")
     return figure
 
 
 def draw_divergences(axes: Axes, case: list[Row]) -> None:
-    """One pair of laws; KL is left to the table."""
+    """One pair of distributions; KL is left to the table."""
     right = axes.twinx()
     for (measure, h), values in curves(case).items():
         x, y = list(values), list(values.values())
@@ -310,8 +310,8 @@ def draw_divergences(axes: Axes, case: list[Row]) -> None:
     axes.legend(handles, labels, fontsize=7, loc="center right")
 
 
-def draw_gradients(axes: Axes, case: list[Row], laws: list[Row]) -> None:
-    """One spread of the codes; dotted the law for infinitely many."""
+def draw_gradients(axes: Axes, case: list[Row], limits: list[Row]) -> None:
+    """One spread of the codes; dotted the limit for infinitely many."""
     colors = {"itself": "k", "kl": "C1", "W1": "C3"}
     by_bandwidth = dict(zip(WIDE, ("C9", "C4", "C6"), strict=True))
     for (form, h), values in curves(case).items():
@@ -320,14 +320,14 @@ def draw_gradients(axes: Axes, case: list[Row], laws: list[Row]) -> None:
             label = form if h is None else f"{form}, h = {h:.2f}"
             pull = [abs(y) for y in values.values()]
             axes.semilogy(list(values), pull, "--" if form == "smoothed" else "-", color=color, label=label)
-    for (_, h), values in curves(laws).items():
+    for (_, h), values in curves(limits).items():
         axes.semilogy(list(values), list(values.values()), ":", lw=0.8, color=by_bandwidth.get(h, "C0"))
     axes.set(xlabel="shift of the codes", ylabel="|d loss / d shift|", ylim=(1e-16, 1e2), title=title(case))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="KL, JSD and W1 of laws that hardly overlap (arXiv 1701.07875, Example 1); the dead zone of GENs."
+        description="Divergences of what hardly overlaps (arXiv 1701.07875, Example 1), and the dead zone of GENs."
     )
     parser.add_argument("--quick", action="store_true", help="l up to 2, few samples and steps of the discriminator")
     parser.add_argument("--seed", type=int, default=0, help="of samples and networks (default 0)")
@@ -342,18 +342,16 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     start = time.perf_counter()
     for study, dim in (("lines", 2), *(("normals", dim) for dim in dims)):
-        rows += study_laws(study, dim, *sizes, options.seed)
+        rows += study_pair(study, dim, *sizes, options.seed)
         print(f"{study}, l = {dim}   ({time.perf_counter() - start:.0f} s)", flush=True)
     for dim in gradient_dims:
         for spread in SPREADS:
             rows += study_gradients(dim, spread, sizes[0], options.seed)
             print(f"gradients, l = {dim}, spread {spread:g}   ({time.perf_counter() - start:.0f} s)", flush=True)
 
+    print("\nDivergences in nats and W1: of both distributions, of both when blurred, and as estimated from samples.")
     print(
-        "\nDivergences in nats and W1: of the laws, of the laws blurred by the kernel, and as estimated from samples."
-    )
-    print(
-        "Gradients: d loss / d shift of the codes, negative where the loss pushes them further out; their law is that"
+        "Gradients: d loss / d shift of the codes, negative where the loss pushes them further out; their limit is that"
     )
     print(
         "for infinitely many codes. 1 - r is the mean over the codes of the form noise; below 1e-16 it is rounded to 0."

@@ -29,7 +29,6 @@ approximates the radius. Those here are others.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import time
@@ -42,6 +41,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from quiet import quiet_trainer
+from record import Record, Row, rounded
 from scipy.stats import spearmanr
 
 from kdejsd import diversity_report, plots
@@ -60,11 +60,9 @@ QUICK_OBJECTIVES, QUICK_WIDTHS, QUICK_STEPS = ("non-saturating", "f-pearson"), (
 SAMPLES = 10_000
 DRAWS = 2000
 
-Row = dict[str, str]
-FIELDS = (
-    *("objective", "width", "packing", "seed", "steps", "modes", "modes_captured", "high_quality_share", "reverse_kl"),
-    *("class_radius", "standard_error", "radius_bound", "collision_entropy", "seconds"),
-)
+KINDS = {"objective": str, "width": int, "packing": int, "seed": int, "steps": int, "modes": int}
+KINDS |= {"modes_captured": float, "high_quality_share": float, "reverse_kl": float, "class_radius": float}
+KINDS |= {"standard_error": float, "radius_bound": float, "collision_entropy": float, "seconds": int}
 
 
 def train(data: Grid2D, objective: Any, width: int, packing: int, seed: int, steps: int) -> built.GAN:
@@ -82,7 +80,7 @@ def train(data: Grid2D, objective: Any, width: int, packing: int, seed: int, ste
 
 def measure(model: Any, data: Grid2D) -> Row:
     samples = model.sample(SAMPLES, torch.Generator().manual_seed(0))
-    row = {name: f"{value:.6g}" for name, value in data.sample_measures(samples).items()}
+    row = {name: rounded(value, 6) for name, value in data.sample_measures(samples).items()}
     if not bool(samples.isfinite().all()):
         return row
     found = diversity_report(model.generator, data.classifier(), 2, num_samples=SAMPLES)
@@ -90,7 +88,7 @@ def measure(model: Any, data: Grid2D) -> Row:
     radius = found.class_radius
     numbers = radius.mean, radius.standard_error, found.radius_bound, found.collision_entropy
     names = "class_radius", "standard_error", "radius_bound", "collision_entropy"
-    return row | {name: f"{value:.6g}" for name, value in zip(names, numbers, strict=True)}
+    return row | {name: rounded(value, 6) for name, value in zip(names, numbers, strict=True)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -99,13 +97,13 @@ def measure(model: Any, data: Grid2D) -> Row:
 
 def known(rows: list[Row]) -> list[Row]:
     """The GANs whose samples were finite."""
-    return [row for row in rows if row["class_radius"]]
+    return [row for row in rows if row["class_radius"] is not None]
 
 
 def correlation(rows: list[Row], name: str) -> tuple[float, float, float]:
     """Spearman's correlation of the class radius with another measure, and its 95 % interval; NaN for fewer than three
     GANs."""
-    data = [(float(row["class_radius"]), float(row[name])) for row in known(rows)]
+    data = [(row["class_radius"], row[name]) for row in known(rows)]
     if len(data) < 3:
         return math.nan, math.nan, math.nan
 
@@ -125,8 +123,8 @@ def table(rows: list[Row]) -> str:
     lines = [
         f"{'objective':20}{'width':>6}{'packing':>8}{'modes':>7}{'quality':>9}{'rev. KL':>9}{'radius':>9}{'bound':>8}"
     ]
-    diverged = [row for row in rows if not row["class_radius"]]
-    ordered = sorted(known(rows), key=lambda row: (float(row["modes_captured"]), -float(row["reverse_kl"])))
+    diverged = [row for row in rows if row["class_radius"] is None]
+    ordered = sorted(known(rows), key=lambda row: (row["modes_captured"], -row["reverse_kl"]))
     for row in [*ordered, *diverged]:
         line = f"{row['objective']:20}{row['width']:>6}{row['packing']:>8}"
         for name, form, width in (
@@ -136,7 +134,7 @@ def table(rows: list[Row]) -> str:
             ("class_radius", ".4f", 9),
             ("radius_bound", ".4f", 8),
         ):
-            line += f"{format(float(row[name]), form) if row[name] else '-':>{width}}"
+            line += f"{'-' if row[name] is None else format(row[name], form):>{width}}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -145,35 +143,14 @@ def radius_figure(rows: list[Row]) -> Figure | None:
     """None if no GAN captures two modes."""
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for row in known(rows):
-        classes, radius = float(row["modes_captured"]), float(row["class_radius"])
+        classes, radius = row["modes_captured"], row["class_radius"]
         if classes >= 2 and math.isfinite(radius):
-            curves.setdefault(row["objective"], []).append((classes, radius, float(row["standard_error"])))
+            curves.setdefault(row["objective"], []).append((classes, radius, row["standard_error"]))
     return plots.radius_vs_support(curves) if curves else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command
-
-
-class Study:
-    """The rows, those of an earlier run in the same folder among them; each is written once it is known."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[Row] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
-
-    def find(self, key: Row) -> Row | None:
-        return next((row for row in self.rows if key.items() <= row.items()), None)
-
-    def add(self, row: Row) -> None:
-        self.rows.append({name: row.get(name, "") for name in FIELDS})
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -189,25 +166,24 @@ def main(arguments: list[str] | None = None) -> int:
     n, steps = (1, QUICK_STEPS) if options.quick else (2, STEPS)
     kinds = (QUICK_OBJECTIVES, QUICK_WIDTHS, PACKINGS) if options.quick else (OBJECTIVES, WIDTHS, PACKINGS)
     data = Grid2D(n)
-    study, rows = Study(options.out / "gan_collapse.csv"), []
+    record, rows = Record(options.out / "gan_collapse.csv", KINDS), []
     start = time.perf_counter()
     for seed, (objective, width, packing) in enumerate(itertools.product(*kinds), options.seed):
-        settings = {"objective": objective, "width": width, "packing": packing, "seed": seed, "steps": steps}
-        key = {name: str(value) for name, value in settings.items()} | {"modes": str(len(data.modes))}
+        key = {"objective": objective, "width": width, "packing": packing, "seed": seed, "steps": steps}
+        key["modes"] = len(data.modes)
         checkpoint = options.out / f"gan_{seed}.pt"
-        if (row := study.find(key)) is None or not checkpoint.exists():
+        if not record.find(**key) or not checkpoint.exists():
             began = time.perf_counter()
             model = train(data, objective, width, packing, seed, steps)
             torch.save(model.generator.state_dict(), checkpoint)
-            row = key | measure(model, data) | {"seconds": f"{time.perf_counter() - began:.0f}"}
-            study.add(row)
+            record.add(key | measure(model, data) | {"seconds": round(time.perf_counter() - began)})
+        row = record.find(**key)[-1]  # of the last one trained, whose checkpoint it is
         rows.append(row)
         print(
             f"[{len(rows):2}/{math.prod(map(len, kinds))}] {objective}, width {width}, packing {packing}: "
-            f"{row['modes_captured']} modes   ({time.perf_counter() - start:.0f} s)",
+            f"{row['modes_captured']:g} modes   ({time.perf_counter() - start:.0f} s)",
             flush=True,
         )
-    rows = [{name: row.get(name, "") for name in FIELDS} for row in rows]
 
     print(f"\n{len(rows)} GANs of {steps} steps on {len(data.modes)} modes\n\n{table(rows)}\n")
     print(f"Spearman's correlation of the class radius, {len(known(rows))} GANs, with its 95 % interval")
@@ -216,11 +192,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  with {name.replace('_', ' '):20} {value:.3f}   {low:.3f} to {high:.3f}")
     if (figure := radius_figure(rows)) is not None:
         figure.savefig(options.out / "gan_collapse_radius.png")
-    covering = [row for row in known(rows) if float(row["modes_captured"]) >= 1]
-    covering.sort(key=lambda row: (float(row["modes_captured"]), float(row["high_quality_share"])))
+    covering = [row for row in known(rows) if row["modes_captured"] >= 1]
+    covering.sort(key=lambda row: (row["modes_captured"], row["high_quality_share"]))
     if covering:
         for name, row in (("fewest", covering[0]), ("median", covering[len(covering) // 2]), ("most", covering[-1])):
-            hidden = (int(row["width"]),) * 3
+            hidden = (row["width"],) * 3
             generator = FC(data.example_shape, 2, hidden).decoder
             generator.load_state_dict(torch.load(options.out / f"gan_{row['seed']}.pt", weights_only=True))
             plots.latent_classes(generator, data.classifier()).savefig(options.out / f"gan_collapse_{name}_classes.png")
@@ -228,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
                 samples = generator(torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(0)))
             draw(data, samples).savefig(options.out / f"gan_collapse_{name}_samples.png")
             kind = f"{row['objective']}, width {row['width']}, packing {row['packing']}"
-            print(f"{name}: {kind}: {row['modes_captured']} modes")
+            print(f"{name}: {kind}: {row['modes_captured']:g} modes")
     return 0
 
 

@@ -29,17 +29,17 @@ and 2.5 l wide), leaky ReLU, Adam, and when to stop: `Discriminators`.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from record import Record, Row
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, softplus
@@ -56,30 +56,18 @@ QUICK_TRIALS = 16
 WIDEST_OF_PAPER = 6.0
 WIDEST = 8.0  # in standard deviations of the two normals: 3 in 100 000 of the samples lie on the other's side
 TEST_SAMPLES = 10_000
-MINIBATCH = 64  # of each law
+MINIBATCH = 64  # codes, and as many samples of the target
 CHECK_EVERY = 50  # steps
 PATIENCE = 10  # checks without a better held-out loss
 MOST_STEPS = 20_000
 
-
-@dataclass(frozen=True)
-class Trial:
-    """A row of the record; divergences in nats, `steps` those after which the discriminator was best."""
-
-    latent_dim: int
-    num_samples: int
-    trial: int
-    separation: float
-    truth: float
-    kde: float
-    discriminator: float
-    steps: int
-    bandwidth: float
-    seed: int
+# Divergences are in nats; `steps` are those after which the discriminator was best.
+KINDS = {"latent_dim": int, "num_samples": int, "trial": int, "separation": float, "truth": float, "kde": float}
+KINDS |= {"discriminator": float, "steps": int, "bandwidth": float, "seed": int}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The law of the codes
+# The distribution of the codes
 
 
 def whitened_axis(separation: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +82,8 @@ def whitened_axis(separation: Tensor) -> tuple[Tensor, Tensor]:
 def true_jsd(separation: Tensor) -> Tensor:
     """JSD of the whitened mixture from the standard normal, in nats, [...] in float64, whatever l and the direction.
 
-    Across the line through the centers both laws are the same, so it is an integral along it. The trapezoidal rule
-    converges faster than any power of the step for such integrands.
+    Across the line through the centers both distributions are the same, so it is an integral along it. The
+    trapezoidal rule converges faster than any power of the step for such integrands.
     """
     mean, std = (x[..., None] for x in whitened_axis(separation.double()))
     t = torch.linspace(-12, 12, 4001, dtype=torch.float64)
@@ -127,8 +115,8 @@ def sample_mixture(separation: Tensor, direction: Tensor, n: int, generator: tor
 class Discriminators:
     """One network a trial, their weights stacked; [B, n, l] -> logits [B, n], positive for codes, negative for target.
 
-    Trained by Adam (1e-3) on minibatches of 64 samples of each law. Every 50 steps the held-out loss is taken; a
-    network is kept as it was at its best, and leaves the stack when 10 checks have passed without a better one.
+    Trained by Adam (1e-3) on minibatches of 64 codes and 64 samples of the target. Every 50 steps the held-out loss is
+    taken. A network is kept as it was at its best, and leaves the stack after 10 checks without a better one.
     """
 
     def __init__(self, batch: int, dim: int, generator: torch.Generator) -> None:
@@ -175,7 +163,7 @@ class Discriminators:
         optimizer = _adam(self.parameters)
         for step in range(1, most_steps + 1):
             drawn = torch.randint(training[0].shape[1], (2, MINIBATCH), generator=generator)
-            loss = self.loss(*(law[:, index] for law, index in zip(training, drawn, strict=True)))
+            loss = self.loss(*(samples[:, index] for samples, index in zip(training, drawn, strict=True)))
             optimizer.zero_grad()
             loss.sum().backward()
             optimizer.step()
@@ -191,7 +179,7 @@ class Discriminators:
                 break
             if not going.all():
                 running = running[going]
-                training, held_out = ([law[going] for law in laws] for laws in (training, held_out))
+                training, held_out = ([samples[going] for samples in part] for part in (training, held_out))
                 states = [optimizer.state[p] for p in self.parameters]
                 self.parameters = [p.detach()[going] for p in self.parameters]
                 optimizer = _adam(self.parameters)
@@ -209,7 +197,7 @@ def _adam(parameters: list[Tensor]) -> torch.optim.Adam:
 # The study
 
 
-def run_cell(dim: int, num_samples: int, trials: int, seed: int) -> list[Trial]:
+def run_cell(dim: int, num_samples: int, trials: int, seed: int) -> list[Row]:
     """All trials of a cell in one batch: a function of its arguments alone."""
     state = np.random.SeedSequence((seed, dim, num_samples)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
@@ -227,22 +215,23 @@ def run_cell(dim: int, num_samples: int, trials: int, seed: int) -> list[Trial]:
     discriminator = math.log(2) - networks.evaluate(test_codes, test_normal)
 
     columns = (separation, true_jsd(separation), kde, discriminator, steps)
-    return [
-        Trial(dim, num_samples, trial, *values, bandwidth, seed)
-        for trial, values in enumerate(zip(*(column.tolist() for column in columns), strict=True))
-    ]
+    rows = []
+    for trial, values in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+        row = zip(KINDS, (dim, num_samples, trial, *values, bandwidth, seed), strict=True)
+        rows.append({name: round(value, 6) for name, value in row})
+    return rows
 
 
 PAIRS = (("kde", "discriminator"), ("kde", "truth"), ("discriminator", "truth"))
-Cells = dict[tuple[int, int], list[Trial]]
+Cells = dict[tuple[int, int], list[Row]]
 
 
-def correlation(cell: list[Trial], pair: tuple[str, str]) -> tuple[float, float, float, float]:
+def correlation(cell: list[Row], pair: tuple[str, str]) -> tuple[float, float, float, float]:
     """Pearson's r over the trials, the ends of its 95 % confidence interval, p of no correlation.
 
     The interval is Fisher's z, made for pairs that are jointly normal: with s on a grid a good approximation, no more.
     """
-    found = stats.pearsonr(*([getattr(trial, name) for trial in cell] for name in pair))
+    found = stats.pearsonr(*([trial[name] for trial in cell] for name in pair))
     interval = found.confidence_interval(0.95)
     return float(found.statistic), float(interval.low), float(interval.high), float(found.pvalue)
 
@@ -267,7 +256,7 @@ def differences(cells: Cells, name: str) -> str:
     for dim in dims:
         texts = []
         for m in sizes:
-            errors = np.array([getattr(trial, name) - trial.truth for trial in cells[dim, m]])
+            errors = np.array([trial[name] - trial["truth"] for trial in cells[dim, m]])
             texts.append(f"{errors.mean():.4f} ± {errors.std(ddof=1):.4f}")
         lines.append(f"{dim:>3}" + "".join(f"{text:>23}" for text in texts))
     return "\n".join(lines)
@@ -294,31 +283,7 @@ def draw(cells: Cells) -> Figure:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The record and the command
-
-
-def read_record(path: Path) -> Cells:
-    """The cells of a record, which is written a whole cell at a time."""
-    kinds = {"int": int, "float": float}
-    with path.open(newline="") as file:
-        try:
-            trials = [Trial(*(kinds[str(f.type)](row[f.name]) for f in fields(Trial))) for row in csv.DictReader(file)]
-        except (KeyError, TypeError, ValueError) as error:
-            names = ", ".join(f.name for f in fields(Trial))
-            raise ValueError(f"{path} is not a record of this study: expected numbers in {names} ({error})") from error
-    return {cell: list(rows) for cell, rows in groupby(trials, lambda t: (t.latent_dim, t.num_samples))}
-
-
-def write_record(path: Path, cells: Cells) -> None:
-    """The whole record at once, so that an interruption leaves the one before or this one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(field.name for field in fields(Trial))
-        for trial in (trial for cell in cells.values() for trial in cell):
-            writer.writerow(x if isinstance(x, int) else f"{x:.6f}" for x in vars(trial).values())
-    unfinished.replace(path)
+# The command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -340,8 +305,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--trials must be at least 5, of which 4 for confidence intervals up to s = 6, got {trials}")
     if options.seed < 0:
         parser.error(f"--seed must be at least 0, got {options.seed}")
-    recorded = read_record(options.csv) if options.csv and options.csv.exists() else {}
-    others = {(cell[0].seed, len(cell)) for cell in recorded.values()} - {(options.seed, trials)}
+    record = Record(options.csv, KINDS)
+    recorded = Counter((row["latent_dim"], row["num_samples"], row["seed"]) for row in record.rows)
+    others = {(seed, number) for (*_, seed), number in recorded.items()} - {(options.seed, trials)}
     if others:
         seed, number = min(others)
         parser.error(
@@ -351,33 +317,32 @@ def main(arguments: list[str] | None = None) -> int:
 
     dims, sizes = (QUICK_DIMS, QUICK_SAMPLES) if options.quick else (LATENT_DIMS, NUM_SAMPLES)
     wanted = [(dim, m) for dim in dims for m in sizes]
+    cells: Cells = {}
     start = time.perf_counter()
     for number, (dim, m) in enumerate(wanted, 1):
-        done = (dim, m) in recorded
+        done = bool(record.find(latent_dim=dim, num_samples=m))
         if not done:
-            recorded[dim, m] = run_cell(dim, m, trials, options.seed)
-            if options.csv:
-                write_record(options.csv, recorded)
-        (r, *_), (kde, *_), (network, *_) = (correlation(recorded[dim, m], pair) for pair in PAIRS)
+            record.add(*run_cell(dim, m, trials, options.seed))
+        cells[dim, m] = record.find(latent_dim=dim, num_samples=m)
+        (r, *_), (kde, *_), (network, *_) = (correlation(cells[dim, m], pair) for pair in PAIRS)
         print(
             f"[{number:2}/{len(wanted)}] l = {dim:2}, m = {m:4}: KDE and discriminator {r:6.3f}, "
             f"KDE and truth {kde:6.3f}, discriminator and truth {network:6.3f}   "
             f"({'from the record' if done else f'{time.perf_counter() - start:.0f} s'})",
             flush=True,
         )
-    cells = {cell: recorded[cell] for cell in wanted}
 
     print(f"\nPearson correlations over {trials} trials, with 95 % confidence intervals; * for p < 0.001")
     for pair in PAIRS:
         print(f"\n{' and '.join(pair).replace('kde', 'KDE')}\n{table(cells, pair)}")
-    within = {key: [trial for trial in cell if trial.separation <= WIDEST_OF_PAPER] for key, cell in cells.items()}
+    within = {key: [trial for trial in cell if trial["separation"] <= WIDEST_OF_PAPER] for key, cell in cells.items()}
     print(f"\nAs in the paper, with s itself; only the trials with s up to {WIDEST_OF_PAPER:g}")
     for name in ("kde", "discriminator"):
         print(f"\n{name.replace('kde', 'KDE')} and s\n{table(within, (name, 'separation'))}")
     print("\nWhat correlations do not show: the estimate minus the truth, nats, mean ± standard deviation of trials")
     for name in ("kde", "discriminator"):
         print(f"\n{name.replace('kde', 'KDE')}\n{differences(cells, name)}")
-    print(f"\nThe truth lies between 0 and {max(t.truth for cell in cells.values() for t in cell):.4f} nats.")
+    print(f"\nThe truth lies between 0 and {max(t['truth'] for cell in cells.values() for t in cell):.4f} nats.")
     print(f"Processor time: {time.process_time():.0f} s, threads: {torch.get_num_threads()}")
     if options.figure:
         options.figure.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
     python bench/papers/gen_large_l.py --csv gen_large_l.csv       # 10 minutes of one idle core
     python bench/papers/gen_large_l.py --quick                     # a few seconds: eight dimensions, few steps
 
+With --csv a run goes on where one that wrote the same file was stopped.
+
 The encoder is a linear map of normal data, z = A x, x ~ N(0, Sigma): codes are normal whatever A is, and their
 divergence from the target, KL(N(0, A Sigma A^T) | N(0, I)), has a closed form. The variances of x go from 0.1 to 3.2,
 evenly in their logarithm, in a random orientation; A begins as the identity and is trained by the latent term alone,
@@ -16,7 +18,7 @@ what differs between runs is the form of the loss. Let h be `optimal_bandwidth(.
     background     ... at 2/3 h, the kernel density mixed with a tenth of one broad normal, of 1.5 times the variance of
                    the smoothed target, which bounds the loss below
     Abramson       ... at h, the bandwidth of each center times (p / g)^(-1/(2 l)), p the density there and g its
-                   geometric mean, between a half and 2: his square root law per dimension, or any two centers would
+                   geometric mean, between a half and 2: his square root rule per dimension, or any two centers would
                    differ by orders of magnitude
 
 each as "js" and as "kl". This is a study of our own; the GENs paper (arXiv 2010.15283) stops at 50 dimensions.
@@ -25,14 +27,14 @@ each as "js" and as "kl". This is a study of our own; the GENs paper (arXiv 2010
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from record import Record, rounded
 from torch import Tensor
 
 from kdejsd import LaggedKDE, StandardNormal, jsd_loss, kde_log_prob, optimal_bandwidth
@@ -45,22 +47,11 @@ CENTERS, BATCH, REFRESH_EVERY = 4000, 100, 10
 LEARNING_RATE = 1e-2
 BACKGROUND, BROADER = 0.1, 1.5
 
+# Eigenvalues of the codes' covariance after training, and the codes' divergence from the target in nats.
+KINDS = {"latent_dim": int, "form": str, "divergence": str, "bandwidth": float, "least": float, "median": float}
+KINDS |= {"greatest": float, "kl": float, "seconds": float, "seed": int}
+
 Loss = Callable[[Tensor, Tensor], Tensor]  # codes [n, l], lagged codes [m, l] -> 0-dim
-
-
-class Row(NamedTuple):
-    """A line of the record: eigenvalues of the codes' covariance after training, and the codes' divergence from the
-    target in nats."""
-
-    latent_dim: int
-    form: str
-    divergence: str
-    bandwidth: float
-    least: float
-    median: float
-    greatest: float
-    kl: float
-    seconds: float
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -83,25 +74,25 @@ def ladder(dim: int, bandwidths: Sequence[float], divergence: str) -> Loss:
 
 
 def background(dim: int, h: float, divergence: str) -> Loss:
-    law = StandardNormal(dim).smoothed(h)
-    broad = IsotropicNormal(dim, BROADER * law.variance)
+    target = StandardNormal(dim).smoothed(h)
+    broad = IsotropicNormal(dim, BROADER * target.variance)
 
     def loss(codes: Tensor, centers: Tensor) -> Tensor:
         wide = codes.double()
         density = math.log1p(-BACKGROUND) + kde_log_prob(codes, centers, h).double()
         density = torch.logaddexp(density, math.log(BACKGROUND) + broad.log_prob(wide))
-        return DIVERGENCES[divergence].terms(law.log_prob(wide) - density).mean()
+        return DIVERGENCES[divergence].terms(target.log_prob(wide) - density).mean()
 
     return loss
 
 
 def abramson(dim: int, h: float, divergence: str) -> Loss:
-    law = StandardNormal(dim).smoothed(h)
+    target = StandardNormal(dim).smoothed(h)
 
     def loss(codes: Tensor, centers: Tensor) -> Tensor:
         density = kde_log_prob(centers, centers, h, exclude_self=True)
         bandwidths = h * (-(density - density.mean()) / (2 * dim)).exp().clamp(0.5, 2)
-        return jsd_loss(codes, centers, bandwidths, target=law, divergence=divergence)
+        return jsd_loss(codes, centers, bandwidths, target=target, divergence=divergence)
 
     return loss
 
@@ -152,24 +143,18 @@ def kl_from_normal(eigenvalues: Tensor) -> float:
     return float(0.5 * (eigenvalues - 1 - eigenvalues.log()).sum())
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A GEN's latent term in many dimensions, with linear encoders.")
     parser.add_argument("--quick", action="store_true", help="eight dimensions, few steps: no result to believe")
     parser.add_argument("--seed", type=int, default=0, help="of data, map and minibatches (default 0)")
     parser.add_argument("--threads", type=int, default=1, help="as torch.set_num_threads (default 1)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="where results go")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where results go, and from where a run goes on")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     dims, steps = (QUICK_DIMS, QUICK_STEPS) if options.quick else (LATENT_DIMS, STEPS)
 
-    rows: list[Row] = []
+    record = Record(options.csv, KINDS, added={"seed": 0})  # once without, and then the default
+    line = "{form:24}{divergence:6}{bandwidth:7.3f}   {least:12.4g}{median:12.4g}{greatest:12.4g}  {kl:10.4g}"
     for dim in dims:
         print(
             f"\nl = {dim}, m = {CENTERS}, {steps} steps\n{'form':24}{'':6}{'h':>7}   "
@@ -178,19 +163,16 @@ def main(arguments: list[str] | None = None) -> int:
         )
         for divergence in ("js", "kl"):  # those of the record
             for form, bandwidth, loss in forms(dim, divergence):
-                began = time.perf_counter()
-                found = train(dim, loss, steps, options.seed)
-                least, median, greatest = (float(found[k]) for k in (0, dim // 2, -1))
-                seconds = round(time.perf_counter() - began, 1)
-                row = Row(dim, form, divergence, bandwidth, least, median, greatest, kl_from_normal(found), seconds)
-                rows.append(row)
-                print(
-                    f"{form:24}{divergence:6}{bandwidth:7.3f}   {least:12.4g}{median:12.4g}{greatest:12.4g}  "
-                    f"{row.kl:10.4g}",
-                    flush=True,
-                )
-                if options.csv:
-                    write(options.csv, rows)
+                key = {"latent_dim": dim, "form": form, "divergence": divergence, "seed": options.seed}
+                if not record.find(**key):
+                    began = time.perf_counter()
+                    found = train(dim, loss, steps, options.seed)
+                    seconds = round(time.perf_counter() - began, 1)
+                    least, median, greatest = (float(found[k]) for k in (0, dim // 2, -1))
+                    row = {"bandwidth": bandwidth, "least": least, "median": median, "greatest": greatest}
+                    row["kl"] = kl_from_normal(found)
+                    record.add(key | {k: rounded(v, 6) for k, v in row.items()} | {"seconds": seconds})
+                print(line.format(**record.find(**key)[0]), flush=True)
     return 0
 
 

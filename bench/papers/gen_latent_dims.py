@@ -7,7 +7,8 @@ it cost?
 Rows that FILE holds already are printed and not run again: a stopped run goes on, and other dimensions can be added.
 
 MNIST and Fashion-MNIST, the same fully connected networks, images and steps for every model. Codes of 10 000 held-out
-images (of a model with a random encoder one sample of each image's law) against as many samples of the standard normal:
+images (of a model with a random encoder one sample of each image's posterior) against as many samples of the standard
+normal:
 
     variances          least and greatest over the dimensions
     eigenvalues        least and greatest, of the codes' covariance
@@ -25,7 +26,6 @@ Models: "paper" is GEN as in the paper but for normalised codes (target itself, 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import time
 import warnings
@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from gen_table3 import as_tensor, features_for
 from quiet import quiet_trainer
+from record import Record, Row, rounded
 from scipy.stats import wasserstein_distance
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
@@ -53,10 +54,9 @@ CENTERS, QUICK_CENTERS = 5000, 500
 TRAIN_SIZE, EPOCHS, QUICK_EPOCHS = 20_000, 8, 3
 MOST_CODES = 10_000
 DIRECTIONS = 200
-FIELDS = (
-    *("data", "latent_dim", "model", "seed", "bandwidth", "error_per_pixel", "least_variance", "greatest_variance"),
-    *("least", "greatest", "told_apart", "sliced", "sliced_of_samples", "frechet", "seconds"),
-)
+KINDS = {"data": str, "latent_dim": int, "model": str, "seed": int, "bandwidth": float, "error_per_pixel": float}
+KINDS |= {"least_variance": float, "greatest_variance": float, "least": float, "greatest": float, "told_apart": float}
+KINDS |= {"sliced": float, "sliced_of_samples": float, "frechet": float, "seconds": int}
 
 
 def model_settings(dim: int, centers: int) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -102,7 +102,7 @@ def normal_samples(count: int, dim: int, seed: int) -> Tensor:
 
 def measured(
     data: ExampleData, dim: int, kind: str, settings: dict[str, Any], epochs: int, seed: int, features: Any
-) -> dict[str, Any]:
+) -> Row:
     """Trains a model and measures it: the columns of its row from "error_per_pixel" on."""
     began = time.perf_counter()
     pl.seed_everything(seed, verbose=False)
@@ -136,9 +136,9 @@ def measured(
     }
 
 
-def show(row: dict[str, Any]) -> None:
-    bandwidth = f"{row['bandwidth']:.3f}" if row.get("bandwidth") else "-"
-    if "told_apart" not in row:
+def show(row: Row) -> None:
+    bandwidth = f"{row['bandwidth']:.3f}" if row["bandwidth"] else "-"
+    if row["told_apart"] is None:
         print(f"{row['model']:28}{bandwidth:>7}  its codes are not finite", flush=True)
         return
     print(
@@ -150,24 +150,6 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="") as file:
-        texts = {"data", "model"}
-        return [{k: v if k in texts else float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
-
-
-def rounded(value: Any) -> Any:
-    """Rounds a row as the record has it: a row that is read from there shall not print another last digit."""
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def write_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Codes of GENs and other models by the number of latent dimensions.")
     parser.add_argument("--quick", action="store_true", help="digits, four dimensions, few steps: nothing to believe")
@@ -176,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--threads", type=int, default=1, help="as torch.set_num_threads (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/gen_latent_dims"), help="folder of the classifiers")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="where results go")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="where results go, and from where a run goes on")
     options = parser.parse_args(arguments)
     if options.data is None and not options.quick:
         parser.error("--data DIR is needed: the folder of the sets' idx files (or KDEJSD_DATA)")
@@ -188,8 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     centers, epochs = (QUICK_CENTERS, QUICK_EPOCHS) if options.quick else (CENTERS, EPOCHS)
     dims = options.latent_dims or (QUICK_DIMS if options.quick else LATENT_DIMS)
 
-    rows = read_rows(options.csv) if options.csv and options.csv.exists() else []
-    known = {(row["data"], row["latent_dim"], row["model"], row["seed"]): row for row in rows}
+    record = Record(options.csv, KINDS)
     for data in sets:
         features, measure = features_for(data, options.out, epochs=5)
         print(f"\n{type(data).__name__}: {epochs} epochs of {len(data.training)} images; {measure}")
@@ -200,17 +181,12 @@ def main(arguments: list[str] | None = None) -> int:
                 flush=True,
             )
             for name, (kind, settings) in model_settings(dim, centers).items():
-                key = type(data).__name__, dim, name, options.seed
-                if key not in known:
-                    row = dict(zip(("data", "latent_dim", "model", "seed"), key, strict=True))
-                    row["bandwidth"] = settings.get("bandwidth", "")
+                key = {"data": type(data).__name__, "latent_dim": dim, "model": name, "seed": options.seed}
+                if not record.find(**key):
+                    row = key | {"bandwidth": settings.get("bandwidth")}
                     row |= measured(data, dim, kind, settings, epochs, options.seed, features)
-                    row = {k: rounded(v) for k, v in row.items()}
-                    known[key] = row
-                    rows.append(row)
-                    if options.csv:
-                        write_rows(rows, options.csv)
-                show(known[key])
+                    record.add({k: rounded(v, 6) if isinstance(v, float) else v for k, v in row.items()})
+                show(record.find(**key)[0])
     return 0
 
 

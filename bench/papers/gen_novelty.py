@@ -2,6 +2,7 @@
 
     python bench/papers/gen_novelty.py --data DIR      # MNIST and Fashion-MNIST, about 13 minutes on one core
     python bench/papers/gen_novelty.py --quick         # under a minute: scikit-learn's digits
+    ... --out STEM                                     # leave a record; run again with it, it goes on from there
 
 Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. A GEN is trained
 on images that count as normal: one digit of MNIST, or all of them. Held-out images of the same and of other classes, or
@@ -15,17 +16,16 @@ and of all digits.
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
 from quiet import quiet_trainer
+from record import Record, Row
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 
@@ -42,6 +42,9 @@ SCORES = {
     "log|det|": "the decoder's log-determinant alone",
     "surface": "latent and log-determinant, without the residual",
 }
+LATENT_DIM, SEED = 8, 0
+KINDS = {"experiment": str, "score": str, "auroc": float, "average_precision": float, "novel_share": float}
+KINDS |= {"data": str, "latent_dim": int, "seed": int}
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,6 @@ class Setting:
     batch_size: int
     steps: int
     seed: int
-
-
-class Row(NamedTuple):
-    experiment: str
-    score: str
-    auroc: float
-    average_precision: float
-    novel_share: float
 
 
 def images_of(data: ExampleSet) -> Tensor:
@@ -119,7 +114,8 @@ def scores_of(model: built.GEN, images: Tensor, variance: float) -> tuple[Novelt
 
 
 def run(experiment: Experiment, setting: Setting, pictures: Path | None) -> list[Row]:
-    """Trains, scores, and draws the 100 most and least likely of the normal held-out images."""
+    """Trains, scores, and draws the 100 most and least likely of the normal held-out images: of each score the columns
+    from "score" to "novel_share"."""
     model = trained(experiment, setting)
     variance = residual_variance(model.encode, model.decode, images_of(experiment.training))
     normal = images_of(experiment.normal)
@@ -133,7 +129,8 @@ def run(experiment: Experiment, setting: Setting, pictures: Path | None) -> list
     for name in SCORES:
         values = torch.cat([of_normal[name], of_novel[name]]).double().numpy()
         auroc, precision = roc_auc_score(labels, values), average_precision_score(labels, values)
-        rows.append(Row(experiment.name, name, float(auroc), float(precision), float(labels.mean())))
+        measures = {"auroc": auroc, "average_precision": precision, "novel_share": labels.mean()}
+        rows.append({"score": name} | {k: round(float(v), 6) for k, v in measures.items()})
     print(
         f"  residual's standard deviation {variance**0.5:.4f}; means of normal and novel images, nats: "
         f"latent {found.latent.mean():.1f} and {beyond.latent.mean():.1f}, log|det| {found.log_det.mean():.1f} and "
@@ -150,29 +147,22 @@ def run(experiment: Experiment, setting: Setting, pictures: Path | None) -> list
 
 def table(rows: list[Row]) -> str:
     """AUROC and average precision in percent, an experiment a line, and the mean of those with one class normal."""
-    experiments = list(dict.fromkeys(row.experiment for row in rows))
+    experiments = list(dict.fromkeys(row["experiment"] for row in rows))
     single = [name for name in experiments if name.startswith("only")]
     groups = {name: [name] for name in experiments} | ({f"mean of {len(single)}": single} if len(single) > 1 else {})
     lines = []
     for title, field in (("AUROC, %", "auroc"), ("Average precision of the novel, %", "average_precision")):
         lines += [title, f"{'normal':22}" + "".join(f"{name:>15}" for name in SCORES) + f"{'novel':>9}"]
         for group, names in groups.items():
-            members = [row for row in rows if row.experiment in names]
+            members = [row for row in rows if row["experiment"] in names]
             cells = []
             for score in SCORES:
-                values = [getattr(row, field) for row in members if row.score == score]
+                values = [row[field] for row in members if row["score"] == score]
                 cells.append(f"{100 * sum(values) / len(values):15.1f}")
-            share = sum(row.novel_share for row in members) / len(members)
+            share = sum(row["novel_share"] for row in members) / len(members)
             lines.append(f"{group:22}" + "".join(cells) + f"{100 * share:8.0f}%")
         lines.append("")
     return "\n".join(lines + [f"{name:15} {meaning}" for name, meaning in SCORES.items()])
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows((*row[:2], *(f"{x:.6f}" for x in row[2:])) for row in rows)
 
 
 def experiments_of(options: argparse.Namespace) -> list[Experiment]:
@@ -193,9 +183,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="scikit-learn's digits, two small models")
     parser.add_argument("--data", default=os.environ.get("KDEJSD_DATA"), metavar="DIR", help="of the idx files")
     parser.add_argument("--digits", type=int, nargs="*", default=range(10), help="each normal once (default: all)")
-    parser.add_argument("--latent_dim", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
-    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.csv and pictures STEM_*.png as well")
+    parser.add_argument("--latent_dim", type=int, default=LATENT_DIM, help=f"default {LATENT_DIM}")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of weights and batches (default {SEED})")
+    parser.add_argument(
+        "--out", type=Path, metavar="STEM", help="keep results in STEM.csv, from where a run goes on; draw STEM_*.png"
+    )
     options = parser.parse_args(arguments)
     if not options.quick and options.data is None:
         parser.error("--data names the folder of the idx files of MNIST and Fashion-MNIST (or set KDEJSD_DATA)")
@@ -204,6 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         few = Setting(options.latent_dim, num_lagged=5000, batch_size=100, steps=2000, seed=options.seed)
         many = Setting(options.latent_dim, num_lagged=10_000, batch_size=100, steps=8000, seed=options.seed)
+    # The last columns were not there once: all rows were of MNIST then, and of the defaults.
+    added = {"data": "MNIST", "latent_dim": LATENT_DIM, "seed": SEED}
+    record = Record(options.out and options.out.with_name(f"{options.out.name}.csv"), KINDS, added)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -219,12 +214,20 @@ def main(arguments: list[str] | None = None) -> int:
             f"{len(experiment.novel)} novel images held out",
             flush=True,
         )
-        drawn = options.out and (not single or number == 1)
-        stem = experiment.name.partition(" (")[0].replace(" ", "_").lower()
-        rows += run(experiment, setting, options.out.with_name(f"{options.out.name}_{stem}") if drawn else None)
-        if options.out:
-            write(options.out.with_name(f"{options.out.name}.csv"), rows)  # so far: an interrupted run leaves it
-        print(f"  AUROC of the density {100 * rows[-len(SCORES)].auroc:.1f} %   ({time.perf_counter() - start:.0f} s)")
+        key = {"experiment": experiment.name, "data": "Digits" if options.quick else "MNIST"}
+        key |= {"latent_dim": options.latent_dim, "seed": options.seed}
+        done = record.find(**key)
+        if not done:
+            drawn = options.out and (not single or number == 1)
+            stem = experiment.name.partition(" (")[0].replace(" ", "_").lower()
+            found = run(experiment, setting, options.out.with_name(f"{options.out.name}_{stem}") if drawn else None)
+            record.add(*(key | row for row in found))
+        rows += record.find(**key)
+        print(
+            f"  AUROC of the density {100 * rows[-len(SCORES)]['auroc']:.1f} %   "
+            f"({'from the record' if done else f'{time.perf_counter() - start:.0f} s'})",
+            flush=True,
+        )
     print(f"\n{table(rows)}\nThe paper shows pictures and prints no numbers. One model each, seed {options.seed}.")
     return 0
 

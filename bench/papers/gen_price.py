@@ -35,7 +35,6 @@ a GEN with an entropy of 11.46 at an error of about 0.02, "close to" that of an 
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import time
@@ -49,6 +48,7 @@ from gen_latent_dims import told_apart
 from gen_table2 import entropy
 from matplotlib.figure import Figure
 from quiet import quiet_trainer
+from record import Record, Row, rounded
 from torch import Tensor, nn
 
 from kdejsd import LaggedKDE
@@ -67,10 +67,8 @@ LAYERS, HIDDEN = 10, 128  # of the flows
 WIDER = (1024, 512)
 SETS = {"MNIST": MNIST, "FashionMNIST": FashionMNIST}
 PARTS = ("training", "held-out")
-KEY = ("data", "images", "latent_dim", "steps", "row", "seed")
-FIELDS = (*KEY, "codes", "error", "gap", "told_apart", "seconds")
-
-Row = dict[str, Any]
+KINDS = {"data": str, "images": int, "latent_dim": int, "steps": int, "row": str, "seed": int}
+KINDS |= {"codes": str, "error": float, "gap": float, "told_apart": float, "seconds": int}
 
 
 class Encoded(NamedTuple):
@@ -247,12 +245,11 @@ IN_MANY_DIMENSIONS += ("StochasticGEN, weight 1", "StochasticGEN, weight 0.1")
 
 
 def measured(row: str, data: ExampleData, dim: int, steps: int, seed: int) -> list[Row]:
-    """Trains by a recipe: a row for the training images and one for the held-out ones."""
+    """Trains by a recipe: the columns from "codes" on for the training images, and for the held-out ones."""
     began = time.perf_counter()
     pl.seed_everything(seed, verbose=False)
     both = RECIPES[row](data, dim, steps)
     seconds = round(time.perf_counter() - began)
-    key = dict(zip(KEY, (type(data).__name__, len(data.training), dim, steps, row, seed), strict=True))
     count = min(len(data.training), len(data.held_out), MOST_CODES)
     rng = torch.Generator().manual_seed(seed)
     samples = torch.randn(count, dim, generator=rng)
@@ -262,28 +259,8 @@ def measured(row: str, data: ExampleData, dim: int, steps: int, seed: int) -> li
         # In any order but that of the files: MNIST's first test images are of other writers than its last.
         codes = codes[torch.randperm(len(codes), generator=rng)[:count]]
         numbers = {"error": error, "gap": entropy(codes) - normal, "told_apart": told_apart(codes, samples)}
-        rows.append(key | {"codes": part} | {k: float(f"{v:.5g}") for k, v in numbers.items()} | {"seconds": seconds})
+        rows.append({"codes": part} | {k: rounded(v) for k, v in numbers.items()} | {"seconds": seconds})
     return rows
-
-
-def read_rows(path: Path | None) -> list[Row]:
-    if path is None or not path.exists():
-        return []
-    texts = {"data", "row", "codes"}
-    whole = {"images", "latent_dim", "steps", "seed", "seconds"}
-    with path.open(newline="") as file:
-        return [
-            {k: v if k in texts else int(v) if k in whole else float(v) for k, v in row.items()}
-            for row in csv.DictReader(file)
-        ]
-
-
-def write_rows(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -301,7 +278,8 @@ def mean(rows: list[Row], name: str) -> float:
 def table(rows: list[Row]) -> str:
     """A block for each data set, l and number of steps; training / held-out, means over the seeds."""
     lines = []
-    for data, images, dim, steps in dict.fromkeys(tuple(row[k] for k in KEY[:4]) for row in rows):
+    settings = ("data", "images", "latent_dim", "steps")
+    for data, images, dim, steps in dict.fromkeys(tuple(row[k] for k in settings) for row in rows):
         block = group(rows, data=data, images=images, latent_dim=dim, steps=steps)
         lines += [f"\n{data}, {images} images, l = {dim}, {steps} steps; training / held-out codes"]
         lines += [f"{'':28}{'models':>6}{'error per pixel':>20}{'of the AE':>15}{'gap':>17}{'told apart':>20}{'s':>8}"]
@@ -379,7 +357,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_float32_matmul_precision("medium")
     dims = options.latent_dims or [QUICK_DIM if options.quick else LATENT_DIM]
 
-    rows = read_rows(options.csv)
+    record = Record(options.csv, KINDS)
     start = time.perf_counter()
     data: ExampleData
     for seed in options.seeds:
@@ -391,17 +369,16 @@ def main(arguments: list[str] | None = None) -> int:
             few = [name for name in RECIPES if not name.startswith("Stochastic")]
             for steps in options.steps or [QUICK_STEPS if options.quick else STEPS]:
                 for name in options.rows or (few if dim <= LATENT_DIM else IN_MANY_DIMENSIONS):
-                    key = (type(data).__name__, len(data.training), dim, steps, name, seed)
-                    if not group(rows, **dict(zip(KEY, key, strict=True))):
-                        rows += measured(name, data, dim, steps, seed)
-                        if options.csv:
-                            write_rows(rows, options.csv)
-                        print(f"{key}: {time.perf_counter() - start:.0f} s", flush=True)
-    print(table(rows))
+                    key = {"data": type(data).__name__, "images": len(data.training), "latent_dim": dim}
+                    key |= {"steps": steps, "row": name, "seed": seed}
+                    if not record.find(**key):
+                        record.add(*(key | row for row in measured(name, data, dim, steps, seed)))
+                        print(f"{tuple(key.values())}: {time.perf_counter() - start:.0f} s", flush=True)
+    print(table(record.rows))
     if options.figure:
         drawn = {"data": type(data).__name__, "images": len(data.training), "latent_dim": dims[0]}
         lengths = options.steps or [QUICK_STEPS if options.quick else STEPS]
-        draw([row for row in group(rows, **drawn) if row["steps"] in lengths]).savefig(options.figure, dpi=150)
+        draw([row for row in record.find(**drawn) if row["steps"] in lengths]).savefig(options.figure, dpi=150)
     return 0
 
 

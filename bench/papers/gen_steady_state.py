@@ -3,9 +3,9 @@
     python bench/papers/gen_steady_state.py --data DIR     # MNIST for the trained GENs, about 3 minutes on one core
     python bench/papers/gen_steady_state.py --quick        # under a minute: few codes, a GEN on scikit-learn's digits
 
-Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. The law, for many
-lagged codes: p_e is the law of the codes convolved with the kernel, so that p_e = p_t leaves the codes the variance
-1 - h^2. Against the target smoothed by the same kernel it leaves them 1, at any h.
+Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. Its prediction,
+for many lagged codes: p_e is the distribution of the codes convolved with the kernel, so that p_e = p_t leaves the
+codes the variance 1 - h^2. Against the target smoothed by the same kernel it leaves them 1, at any h.
 
 Codes in families, from the least to the most of what training is:
 
@@ -18,10 +18,10 @@ Codes in families, from the least to the most of what training is:
              images where the lagged codes are up to ten steps old, as in the paper
 
 What bench/results/papers/gen_steady_state.txt shows: codes that generalise (linear) and a GEN with fresh lagged codes
-follow the law where the kernel density is smooth enough; free codes are pushed apart without bound, as every one of
-them can go where the centers happen to be thin; with the kernel's noise they rest, below the law where m is small for
-the dimension (a code's own kernel then outweighs the others' push). Lagged codes ten steps old leave a raw encoder far
-below the law.
+follow the prediction where the kernel density is smooth enough; free codes are pushed apart without bound, as every
+one of them can go where the centers happen to be thin; with the kernel's noise they rest, below the prediction where m
+is small for the dimension (a code's own kernel then outweighs the others' push). Lagged codes ten steps old leave a raw
+encoder far below the prediction.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class Row(NamedTuple):
     bandwidth: float
     smoothed: bool
     variance: float  # of a code's dimension, their mean
-    law: float
+    predicted: float
 
 
-def law_of(bandwidth: float, smoothed: bool) -> float:
+def predicted_variance(bandwidth: float, smoothed: bool) -> float:
     return 1.0 if smoothed else 1 - bandwidth**2
 
 
@@ -73,17 +73,17 @@ def steady_codes(
     start = torch.randn(POPULATIONS, num_centers, latent_dim, generator=generator)
     matrix = torch.eye(latent_dim)
     trained = (matrix if family == "linear" else start).requires_grad_()
-    target = StandardNormal(latent_dim)
-    law = target.smoothed(bandwidth) if smoothed else target
+    normal = StandardNormal(latent_dim)
+    target = normal.smoothed(bandwidth) if smoothed else normal
     optimizer = torch.optim.Adam([trained], lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         codes = start @ matrix
         if family == "kernel":
             noise = torch.randn(codes.shape, generator=generator)
-            loss = jsd_loss(codes + bandwidth * noise, codes.detach(), bandwidth, target=law)
+            loss = jsd_loss(codes + bandwidth * noise, codes.detach(), bandwidth, target=target)
         else:
-            loss = jsd_loss(codes, codes.detach().flip(0), bandwidth, target=law)
+            loss = jsd_loss(codes, codes.detach().flip(0), bandwidth, target=target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -118,16 +118,17 @@ def gen_codes(
 
 
 def table(rows: list[Row]) -> str:
-    """A line for each dimension and bandwidth, the variance of each family beside the law."""
+    """A line for each dimension and bandwidth, the variance of each family beside the prediction."""
+    columns = "".join(f"{name:>9}" for name in ("predicted", *FAMILIES))
     lines = [
         f"{'':12}{'the target itself':^63}   {'the smoothed target':^63}",
-        f"{'l':>3}{'h':>8} " + "   ".join(f"{'law':>9}" + "".join(f"{name:>9}" for name in FAMILIES) for _ in "12"),
+        f"{'l':>3}{'h':>8} {columns}   {columns}",
     ]
     found = {(row.latent_dim, row.bandwidth, row.smoothed, row.family): row for row in rows}
     for dim, bandwidth in sorted({(row.latent_dim, row.bandwidth) for row in rows}):
         halves = []
         for smoothed in (False, True):
-            cells = [f"{law_of(bandwidth, smoothed):9.3f}"]
+            cells = [f"{predicted_variance(bandwidth, smoothed):9.3f}"]
             for family in FAMILIES:
                 row = found.get((dim, bandwidth, smoothed, family))
                 cells.append(f"{'':9}" if row is None else f"{row.variance:9.3f}")
@@ -137,13 +138,13 @@ def table(rows: list[Row]) -> str:
 
 
 def figure(rows: list[Row]) -> Figure:
-    """Variance by bandwidth, left against the target itself, right against the smoothed one; the curves are the law."""
+    """Variance by bandwidth, left against the target itself, right against the smoothed one; curves as predicted."""
     picture = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
     h = torch.linspace(0.2, 1, 200)
     dims = sorted({row.latent_dim for row in rows})
     markers = dict(zip(FAMILIES, "o^sDx+", strict=True))
     for axes, smoothed in zip(picture.subplots(1, 2, sharey=True), (False, True), strict=True):
-        axes.plot(h.numpy(), [law_of(float(x), smoothed) for x in h], color="k", lw=1)
+        axes.plot(h.numpy(), [predicted_variance(float(x), smoothed) for x in h], color="k", lw=1)
         for row in rows:
             if row.smoothed == smoothed:
                 color, marker = f"C{dims.index(row.latent_dim)}", markers[row.family]
@@ -151,7 +152,7 @@ def figure(rows: list[Row]) -> Figure:
         title = "against the target smoothed by the kernel" if smoothed else "against the target itself (the paper)"
         axes.set(xlabel="bandwidth h", title=title, ylim=(0, 1.65))
     picture.axes[0].set_ylabel("variance of the codes (1.6 and more: at 1.6)")
-    handles = [Line2D([], [], color="k", lw=1, label="law")]
+    handles = [Line2D([], [], color="k", lw=1, label="predicted")]
     handles += [Line2D([], [], ls="", marker=m, color="0.4", fillstyle="none", label=f) for f, m in markers.items()]
     handles += [Patch(color=f"C{number}", label=f"l = {dim}") for number, dim in enumerate(dims)]
     picture.legend(handles=handles, loc="outside right center", frameon=False)
@@ -182,24 +183,25 @@ def main(arguments: list[str] | None = None) -> int:
         bandwidths = [round(best + share * (1 - best), 3) for share in (0.0, 0.4, 0.8)]
         for bandwidth in bandwidths:
             for smoothed in (False, True):
-                law = law_of(bandwidth, smoothed)
+                predicted = predicted_variance(bandwidth, smoothed)
                 for family in FAMILIES[:3]:
                     codes = steady_codes(family, dim, centers, bandwidth, smoothed, steps, options.seed)
                     variance = float(codes.var(1).mean())
-                    rows.append(Row(family, dim, centers, bandwidth, smoothed, variance, law))
+                    rows.append(Row(family, dim, centers, bandwidth, smoothed, variance, predicted))
                 if bandwidth == bandwidths[1]:
                     lagged = min(centers, 500)
                     common = (data, dim, lagged, bandwidth, smoothed)
                     training, held_out = gen_codes(*common, 1, gen_steps, options.seed)
                     older, _ = gen_codes(*common, 10, gen_steps, options.seed)
                     for family, codes in zip(FAMILIES[3:], (training, held_out, older), strict=True):
-                        rows.append(Row(family, dim, lagged, bandwidth, smoothed, float(codes.var(0).mean()), law))
+                        variance = float(codes.var(0).mean())
+                        rows.append(Row(family, dim, lagged, bandwidth, smoothed, variance, predicted))
                 done = ", ".join(
                     f"{row.family} {row.variance:.3f}" for row in rows if row[3:5] == (bandwidth, smoothed)
                 )
                 print(
                     f"l = {dim:2}, h = {bandwidth:.3f}, {'smoothed target' if smoothed else 'target itself  '}: "
-                    f"law {law:.3f}, {done}   ({time.perf_counter() - start:.0f} s)",
+                    f"predicted {predicted:.3f}, {done}   ({time.perf_counter() - start:.0f} s)",
                     flush=True,
                 )
     print(f"\nVariance of the codes at rest, mean over their dimensions\n\n{table(rows)}")
@@ -207,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         figure(rows).savefig(options.out.with_name(f"{options.out.name}.png"))
         with options.out.with_name(f"{options.out.name}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(Row._fields)
+            writer.writerow((*Row._fields[:-1], "law"))  # the last column is called so in older records
             writer.writerows(rows)
     return 0
 

@@ -11,11 +11,13 @@ table: means and standard deviations of ten trials, to two decimals.
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
+
+from record import Record
 
 from kdejsd.bandwidth import optimal_bandwidth
 
@@ -42,6 +44,9 @@ class Cell:
     @property
     def standard_error(self) -> float:
         return self.spread / math.sqrt(self.trials)
+
+
+KINDS = get_type_hints(Cell)
 
 
 @dataclass(frozen=True)
@@ -89,26 +94,6 @@ def table(cells: dict[tuple[int, int], Cell]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path | None) -> list[Cell]:
-    if path is None or not path.exists():
-        return []
-    integers = ("latent_dim", "num_centers", "seed", "trials")
-    with path.open(newline="") as file:
-        return [
-            Cell(*(int(row[name]) for name in integers), float(row["bandwidth"]), float(row["spread"]))
-            for row in csv.DictReader(file)
-        ]
-
-
-def write(path: Path, cells: list[Cell]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(asdict(cells[0]))
-        for cell in cells:
-            writer.writerow(f"{x:.6f}" if isinstance(x, float) else x for x in asdict(cell).values())
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Table 1 of the GENs paper (arXiv 2010.15283) beside our own values.")
     parser.add_argument("--quick", action="store_true", help=f"m up to {QUICK_CENTERS[-1]}, {QUICK_TRIALS} trials")
@@ -120,21 +105,16 @@ def main(arguments: list[str] | None = None) -> int:
     if trials < 2:
         parser.error(f"--trials must be at least 2, for a standard error, got {trials}")
 
-    recorded = read(options.csv)
-    cells = {
-        (cell.latent_dim, cell.num_centers): cell
-        for cell in recorded
-        if (cell.seed, cell.trials) == (options.seed, trials)
-    }
+    record = Record(options.csv, KINDS)
+    known = (Cell(**row) for row in record.find(seed=options.seed, trials=trials))
+    cells = {(cell.latent_dim, cell.num_centers): cell for cell in known}
     wanted = [(dim, m) for dim in LATENT_DIMS for m in (QUICK_CENTERS if options.quick else NUM_CENTERS)]
     todo = [key for key in wanted if key not in cells]
     start = time.perf_counter()
     for number, (dim, m) in enumerate(todo, 1):
         found = optimal_bandwidth(dim, m, trials=trials, seed=options.seed)
-        cells[dim, m] = ours = Cell(dim, m, options.seed, trials, found.value, found.std)
-        recorded.append(ours)
-        if options.csv:
-            write(options.csv, recorded)
+        cells[dim, m] = ours = Cell(dim, m, options.seed, trials, round(found.value, 6), round(found.std, 6))
+        record.add(asdict(ours))
         print(
             f"[{number:2}/{len(todo)}] l = {dim:2}, m = {m:4}: h = {ours.bandwidth:.4f}, spread {ours.spread:.4f}, "
             f"standard error {ours.standard_error:.4f}   ({time.perf_counter() - start:.1f} s)",

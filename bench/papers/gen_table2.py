@@ -21,7 +21,6 @@ file was stopped.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import math
 import os
@@ -35,6 +34,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import seed_everything
 from quiet import quiet_trainer
+from record import Record, Row, rounded
 from torch import Tensor
 
 import kdejsd
@@ -62,9 +62,9 @@ PRINTED = {
     "AAE": dict(zip(SIZES, [(6.552, 1.8164), (8.408, 0.5280), (8.742, 0.4209), (9.862, 1.1321)], strict=True)),
     "VAE": dict(zip(SIZES, [(10.478, 0.1647), (10.483, 0.2013), (10.347, 0.0769), (10.130, 0.1516)], strict=True)),
 }
-FIELDS = ("row", "train_size", "seed", "codes", "count", "entropy", "normal", "error_per_pixel", "steps", "seconds")
+KINDS = {"row": str, "train_size": int, "seed": int, "codes": str, "count": int, "entropy": float, "normal": float}
+KINDS |= {"error_per_pixel": float, "steps": int, "seconds": float}
 
-Row = dict[str, Any]
 Maker = Callable[[ExampleData], tuple[pl.LightningModule, ExampleData]]
 
 
@@ -204,9 +204,9 @@ def train_and_measure(row: str, make: Maker, data: ExampleData, seed: int, steps
                 "seed": seed,
                 "codes": part,
                 "count": count,
-                "entropy": entropy(encoded.codes[:count]),
-                "normal": normal_entropy(count, seed),
-                "error_per_pixel": encoded.reconstruction_error,
+                "entropy": rounded(entropy(encoded.codes[:count])),
+                "normal": rounded(normal_entropy(count, seed)),
+                "error_per_pixel": rounded(encoded.reconstruction_error),
                 "steps": epochs * (len(data.training) // BATCH),
                 "seconds": round(seconds, 1),
             }
@@ -320,22 +320,9 @@ def verdict(rows: list[Row], names: list[str], sizes: Iterable[int]) -> str:
 # Command
 
 
-def read(path: Path | None) -> list[Row]:
-    if path is None or not path.exists():
-        return []
-    kinds = {"train_size": int, "seed": int, "count": int, "steps": int}
-    kinds |= dict.fromkeys(("entropy", "normal", "error_per_pixel", "seconds"), float)
-    with path.open(newline="") as file:
-        return [{key: kinds.get(key, str)(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def write(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+def of_this_run(record: Record, quick: bool) -> list[Row]:
+    """The rows of scikit-learn's digits, which alone have so few steps, or those of MNIST."""
+    return [row for row in record.rows if (row["steps"] <= QUICK_STEPS) == quick]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -364,8 +351,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_float32_matmul_precision(options.precision)
 
     names = options.rows or list(makers)
-    rows = read(options.csv)
-    done = {(r["seed"], r["train_size"], r["row"]) for r in rows}
+    record = Record(options.csv, KINDS)
+    done = {(r["seed"], r["train_size"], r["row"]) for r in of_this_run(record, options.quick)}
     todo = [key for key in itertools.product(range(trials), sizes, names) if key not in done]
     if todo and options.data is None and not options.quick:
         parser.error("--data DIR is needed: the folder of MNIST's idx files (or KDEJSD_DATA)")
@@ -378,9 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
             data = MNIST(options.data, batch_size=BATCH, train_size=size, seed=seed)
             steps = STEPS.get(size, max(STEPS.values()))
         found = train_and_measure(name, makers[name], data, seed, steps)
-        rows += found
-        if options.csv:
-            write(options.csv, rows)
+        record.add(*found)
         parts = "; ".join(f"{r['codes']} {r['entropy']:.3f} ({r['error_per_pixel']:.4f})" for r in found)
         print(
             f"[{number:2}/{len(todo)}] {name}, {size} images, seed {seed}: {parts}; normal {found[0]['normal']:.3f}"
@@ -388,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
 
-    rows = [row for row in rows if row["seed"] < trials]
+    rows = [row for row in of_this_run(record, options.quick) if row["seed"] < trials]
     print(f"\n{trials} model{'s' if trials > 1 else ''} a cell; whitened codes, l = {LATENT_DIM}; nats", end="")
     if options.ablation:
         print(": entropy less that of as many normal samples,\ntraining / held-out codes; squared error per pixel\n")

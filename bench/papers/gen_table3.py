@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import inspect
 import io
 import math
@@ -38,6 +37,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from quiet import quiet_trainer
+from record import Record, Row
 from torch import Tensor, nn
 
 from kdejsd import data, models, plots
@@ -62,8 +62,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 QUICK: dict[str, dict[str, Any]] = {name: {"num_lagged": 500, "bandwidth": 0.4} for name in ("GEN", "StochasticGEN")}
 NEAREST = 5  # neighbours of precision, recall, density and coverage
 NEAR = ("precision", "recall", "density", "coverage")
-FIELDS = ("data", "run", "model", "part", "seed", "factor", "distance", *NEAR, "reconstruction_error", "seconds")
-FIELDS += ("measure",)
+KINDS = {"data": str, "run": str, "model": str, "part": str, "seed": int, "factor": float, "distance": float}
+KINDS |= dict.fromkeys(NEAR, float) | {"reconstruction_error": float, "seconds": int, "measure": str}
 
 
 def features_for(images: data.ExampleData, folder: Path, epochs: int) -> tuple[nn.Module, str]:
@@ -105,8 +105,8 @@ def nearness(real: Tensor, generated: Tensor, features: nn.Module) -> dict[str, 
 
     both = [torch.cat([features(part) for part in images.split(1000)]).numpy() for images in (real, generated)]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the numbers of images
-        found: dict[str, float] = prdc.compute_prdc(*both, nearest_k=NEAREST)
-    return found
+        found = prdc.compute_prdc(*both, nearest_k=NEAREST)
+    return {name: round(float(value), 4) for name, value in found.items()}
 
 
 def train(kind: str, images: data.ExampleData, network: Any, latent_dim: int, settings: dict, epochs: int, seed: int):
@@ -123,9 +123,10 @@ def as_tensor(images: data.ExampleSet, count: int) -> Tensor:
 
 
 class Study:
-    """The rows of one data set, those of an earlier run in the same folder among them; each is written once known."""
+    """Finds the rows of one data set in the record, or measures them."""
 
-    def __init__(self, set_name: str, images: data.ExampleData, options: argparse.Namespace) -> None:
+    def __init__(self, record: Record, set_name: str, images: data.ExampleData, options: argparse.Namespace) -> None:
+        self.record = record
         self.set_name = set_name
         self.parts = {"test": images, "tuning": Part(images)}
         self.options = options
@@ -133,41 +134,26 @@ class Study:
             f"{options.network}, l = {options.latent_dim}, {options.epochs} epochs of {len(images.training)} images"
         )
         self.features, self.measure = features_for(images, options.out, epochs=5)
-        self.path = options.out / "gen_table3.csv"
-        self.rows = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
+        self.key = {"data": set_name, "run": self.run}
 
-    def known(self, **key: object) -> list[dict[str, str]]:
-        key |= {"data": self.set_name, "run": self.run}
-        return [row for row in self.rows if all(row[name] == str(value) for name, value in key.items())]
-
-    def add(self, **row: object) -> None:
-        row |= {"data": self.set_name, "run": self.run, "measure": self.measure}
-        self.rows.append({name: str(row.get(name, "")) for name in FIELDS})
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-
-    def floor(self) -> dict[str, str]:
+    def floor(self) -> Row:
         """The row of as many training images in place of generated ones."""
-        if not self.known(model="training images"):
+        key = self.key | {"model": "training images", "part": "test"}
+        if not self.record.find(**key):
             held_out = self.held_out("test")
             training = as_tensor(self.parts["test"].training, len(held_out))
-            distance = frechet_distance(held_out, training, self.features)
-            near = {k: f"{v:.4f}" for k, v in nearness(held_out, training, self.features).items()}
-            self.add(model="training images", part="test", distance=f"{distance:.4f}", **near)
-        return self.known(model="training images")[0]
+            distance = round(frechet_distance(held_out, training, self.features), 4)
+            near = nearness(held_out, training, self.features)
+            self.record.add(key | near | {"distance": distance, "measure": self.measure})
+        return self.record.find(**key)[0]
 
     def held_out(self, part: str) -> Tensor:
         return as_tensor(self.parts[part].held_out, 10_000)
 
-    def measured(self, name: str, part: str, seed: int, factor: float) -> dict[str, str]:
+    def measured(self, name: str, part: str, seed: int, factor: float) -> Row:
         """The row of one model, trained here unless an earlier run did."""
-        key = {"model": name, "part": part, "seed": seed, "factor": factor}
-        if not self.known(**key):
+        key = self.key | {"model": name, "part": part, "seed": seed, "factor": factor}
+        if not self.record.find(**key):
             began = time.perf_counter()
             kind, settings = ROWS[name]
             settings = weighted(kind, factor, settings | (QUICK.get(name, {}) if self.options.quick else {}))
@@ -175,20 +161,14 @@ class Study:
             model = train(kind, images, network, self.options.latent_dim, settings, self.options.epochs, seed)
             real = self.held_out(part)
             generated = model.sample(len(real), torch.Generator().manual_seed(seed)).clamp(0, 1)
-            distance = frechet_distance(real, generated, self.features)
-            error = encode_set(model, images.held_out).reconstruction_error
-            near = nearness(real, generated, self.features) if part == "test" else {}
-            seconds = time.perf_counter() - began
-            self.add(
-                **key | {k: f"{v:.4f}" for k, v in near.items()},
-                distance=f"{distance:.4f}",
-                reconstruction_error=f"{error:.6f}",
-                seconds=f"{seconds:.0f}",
-            )
+            row = key | {"distance": round(frechet_distance(real, generated, self.features), 4)}
+            row["reconstruction_error"] = round(encode_set(model, images.held_out).reconstruction_error, 6)
+            row |= nearness(real, generated, self.features) if part == "test" else {}
+            self.record.add(row | {"seconds": round(time.perf_counter() - began), "measure": self.measure})
             if (part, seed) == ("test", 0):
                 picture = self.options.out / f"{self.set_name.lower()}_{name.lower()}.png"
                 plots.grid(generated[:100]).savefig(picture)
-        return self.known(**key)[0]
+        return self.record.find(**key)[0]
 
     def tuned(self, name: str) -> dict[float, float]:
         """The distances of the factors tried."""
@@ -198,7 +178,7 @@ class Study:
         for way in (factors[start::-1], factors[start:]):
             least = math.inf
             for factor in way:
-                tried[factor] = float(self.measured(name, "tuning", TUNING_SEED, factor)["distance"])
+                tried[factor] = self.measured(name, "tuning", TUNING_SEED, factor)["distance"]
                 if not tried[factor] < least:
                     break
                 least = tried[factor]
@@ -207,13 +187,13 @@ class Study:
         return tried
 
 
-def line(name: str, rows: list[dict[str, str]]) -> str:
+def line(name: str, rows: list[Row]) -> str:
     """Means over the rows, and the standard deviation of the distance."""
-    distances = [float(row["distance"]) for row in rows]
+    distances = [row["distance"] for row in rows]
     spread = f" ± {statistics.stdev(distances):.3f}" if len(rows) > 1 else ""
     text = f"{name:16}{f'{statistics.mean(distances):.3f}{spread}':>18}"
     for column in (*NEAR, "reconstruction_error"):
-        numbers = [float(row[column]) for row in rows if row.get(column)]
+        numbers = [row[column] for row in rows if row[column] is not None]
         text += f"{statistics.mean(numbers):>11.4f}" if numbers else f"{'-':>11}"
     return text
 
@@ -245,13 +225,14 @@ def main(arguments: list[str] | None = None) -> int:
         if name != "Digits" and options.root is None:
             parser.error(f"{name} needs --root")
     options.out.mkdir(parents=True, exist_ok=True)
+    record = Record(options.out / "gen_table3.csv", KINDS, added=dict.fromkeys(NEAR))  # once not measured
     torch.set_num_threads(options.threads)
 
     start = time.perf_counter()
     for set_name in options.data:
         root = {} if set_name == "Digits" else {"root": options.root}
         images = getattr(data, set_name)(**root, train_size=options.train_size)
-        study = Study(set_name, images, options)
+        study = Study(record, set_name, images, options)
         floor = study.floor()
         print(
             f"\n{set_name}: {study.measure}, {len(study.held_out('test'))} images; {study.run}, {options.seeds} seeds\n"

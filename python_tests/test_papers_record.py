@@ -37,20 +37,6 @@ def test_without_a_file_rows_stay_in_memory(record):
     assert rows.find(model="AE", seed=None) and not rows.find(model="GEN")
 
 
-def test_older_files_may_lack_columns_that_were_added(record, tmp_path):
-    path, added = tmp_path / "rows.csv", {"seed": 7, "note": None}
-    path.write_text("model,error\nAE,1.5\n")
-    rows = record.Record(path, KINDS, added)
-    assert rows.rows == [{"model": "AE", "seed": 7, "error": 1.5, "note": None}]
-    rows.add({"model": "AE", "seed": 8})
-    assert path.read_text() == "model,seed,error,note\nAE,7,1.5,\nAE,8,,\n"
-    assert record.Record(path, KINDS, added).rows == rows.rows
-    for columns in ("model", "model,seed,error", "error,model"):  # all that were added, or none
-        path.write_text(f"{columns}\n")
-        with pytest.raises(ValueError, match=f"got {columns.replace(',', ', ')}$"):
-            record.Record(path, KINDS, added)
-
-
 def test_files_of_other_studies_are_refused(record, tmp_path):
     path = tmp_path / "rows.csv"
     for text, said in (

@@ -48,8 +48,8 @@ LEARNING_RATE = 1e-2
 BACKGROUND, BROADER = 0.1, 1.5
 
 # Eigenvalues of the codes' covariance after training, and the codes' divergence from the target in nats.
-KINDS = {"latent_dim": int, "form": str, "divergence": str, "bandwidth": float, "least": float, "median": float}
-KINDS |= {"greatest": float, "kl": float, "seconds": float, "seed": int}
+KINDS = {"latent_dim": int, "seed": int, "form": str, "divergence": str, "bandwidth": float}
+KINDS |= dict.fromkeys(("least", "median", "greatest", "kl", "seconds"), float)
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # codes [n, l], lagged codes [m, l] -> 0-dim
 
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     dims, steps = (QUICK_DIMS, QUICK_STEPS) if options.quick else (LATENT_DIMS, STEPS)
 
-    record = Record(options.csv, KINDS, added={"seed": 0})  # once without, and then the default
+    record = Record(options.csv, KINDS)
     line = "{form:24}{divergence:6}{bandwidth:7.3f}   {least:12.4g}{median:12.4g}{greatest:12.4g}  {kl:10.4g}"
     for dim in dims:
         print(

@@ -43,8 +43,8 @@ SCORES = {
     "surface": "latent and log-determinant, without the residual",
 }
 LATENT_DIM, SEED = 8, 0
-KINDS = {"experiment": str, "score": str, "auroc": float, "average_precision": float, "novel_share": float}
-KINDS |= {"data": str, "latent_dim": int, "seed": int}
+KINDS = {"data": str, "latent_dim": int, "seed": int, "experiment": str, "score": str}
+KINDS |= {"auroc": float, "average_precision": float, "novel_share": float}
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         few = Setting(options.latent_dim, num_lagged=5000, batch_size=100, steps=2000, seed=options.seed)
         many = Setting(options.latent_dim, num_lagged=10_000, batch_size=100, steps=8000, seed=options.seed)
     # The last columns were not there once: all rows were of MNIST then, and of the defaults.
-    added = {"data": "MNIST", "latent_dim": LATENT_DIM, "seed": SEED}
-    record = Record(options.out and options.out.with_name(f"{options.out.name}.csv"), KINDS, added)
+    record = Record(options.out and options.out.with_name(f"{options.out.name}.csv"), KINDS)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
 

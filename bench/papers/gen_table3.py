@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name != "Digits" and options.root is None:
             parser.error(f"{name} needs --root")
     options.out.mkdir(parents=True, exist_ok=True)
-    record = Record(options.out / "gen_table3.csv", KINDS, added=dict.fromkeys(NEAR))  # once not measured
+    record = Record(options.out / "gen_table3.csv", KINDS)
     torch.set_num_threads(options.threads)
 
     start = time.perf_counter()

@@ -14,34 +14,27 @@ class Record:
     """The rows of a study: those that the file has already, then those that are added.
 
     `path` None keeps the rows in memory alone. `kinds` has the name and the type of each column. An empty cell is None.
-    `added` has the columns that an older file may lack, and the value of each for the rows of such a file. The file is
-    replaced as a whole, so that a run that is stopped leaves the rows of before or those of now.
+    The file is replaced as a whole, so that a run that is stopped leaves the rows of before or those of now.
 
     Raises ValueError if the file has other columns or a cell that is not of its column's type.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        kinds: Mapping[str, Callable[[Any], Any]],
-        added: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.path, self.kinds, added = path, kinds, added or {}
+    def __init__(self, path: Path | None, kinds: Mapping[str, Callable[[Any], Any]]) -> None:
+        self.path, self.kinds = path, kinds
         self.rows: list[Row] = []
         if path is None or not path.exists():
             return
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             columns = list(reader.fieldnames or ())
-            if columns not in (list(kinds), [name for name in kinds if name not in added]):
+            if columns != list(kinds):
                 raise ValueError(
                     f"{path} is not a record of this study: expected the columns {', '.join(kinds)}, got "
                     f"{', '.join(columns) or 'none'}"
                 )
             for row in reader:
                 try:
-                    cells = {name: kinds[name](row[name]) if row[name] else None for name in columns}
-                    self.rows.append({**added, **cells})
+                    self.rows.append({name: kind(row[name]) if row[name] else None for name, kind in kinds.items()})
                 except ValueError as error:
                     raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
 

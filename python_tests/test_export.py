@@ -479,6 +479,9 @@ def test_export_puts_a_run_on_the_hub(run_on_table, hub, tmp_path, monkeypatch, 
         pytest.param(lambda path: Tensors(path / "rows.pt", standardize=True), built.AE, None, id="tensors"),
         pytest.param(lambda path: Table(path / "rows.npy", columns=[3, 1]), built.AE, [2, 0], id="array"),
         pytest.param(
+            lambda path: Table(path / "rows.parquet", columns=["born", "height"]), built.AE, [1, 0], id="parquet"
+        ),
+        pytest.param(
             lambda path: Table(path / "rows.csv", standardize=False, label="town"), built.AE, [0, 1, 2], id="as it is"
         ),
     ],
@@ -486,6 +489,7 @@ def test_export_puts_a_run_on_the_hub(run_on_table, hub, tmp_path, monkeypatch, 
 def test_the_code_of_a_card_fits_the_data(make, kind, places, tmp_path, monkeypatch):
     rows = people(20)
     pa.csv.write_csv(rows, tmp_path / "rows.csv")
+    pa.parquet.write_table(rows, tmp_path / "rows.parquet")
     matrix = np.column_stack(rows.drop(["town"]).columns)
     np.save(tmp_path / "rows.npy", matrix)
     torch.save(torch.randn(20, 2, 3) * 7 + 1000, tmp_path / "rows.pt")

@@ -1,6 +1,7 @@
 """The baselines: their losses against closed forms, training, repeatability, checkpoints."""
 
 import math
+import statistics
 
 import lightning.pytorch as pl
 import pytest
@@ -10,6 +11,7 @@ from test_gen import assert_same_state, train
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.data import DataLoader, TensorDataset
 
 from kdejsd import GaussianMixture, LaggedKDE, StandardNormal
 from kdejsd.data import Digits
@@ -46,6 +48,27 @@ def make(model: type[BuiltModel], seed: int = 0, **options) -> Autoencoder:
 
 def digits(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return Digits().training[torch.arange(count)]
+
+
+class ZeroEncoder(nn.Module):
+    """Gives every example the standard normal as its posterior."""
+
+    def forward(self, examples):
+        return torch.zeros(len(examples), 64)
+
+
+def test_the_validated_codes_of_a_posterior_are_independent_of_what_measures_them():
+    model = VAE(ZeroEncoder(), FC(Digits.example_shape, 32).decoder, 32)
+    none = torch.full((2000,), -1)
+    loader = DataLoader(TensorDataset(torch.zeros(2000, *Digits.example_shape), none, none), batch_size=100)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    found = trainer.validate(model, loader, verbose=False)[0]["val/jsd"]
+    draws = []
+    for seed in range(10):
+        rng = generator(seed)
+        draws.append(float(target_jsd(torch.randn(2000, 32, generator=rng), model.target, rng)))
+    mean, deviation = statistics.mean(draws), statistics.stdev(draws)
+    assert abs(found - mean) < 3 * deviation < 0.1
 
 
 # VAE

@@ -109,7 +109,7 @@ def test_gen_steady_state(script, tmp_path, capsys):
     assert gen_steady_state.main(["--quick", "--out", str(tmp_path / "steady")]) == 0
     rows = rows_of(tmp_path / "steady.csv")
     for row in rows:
-        h, variance, predicted = (float(row[name]) for name in ("bandwidth", "variance", "law"))
+        h, variance, predicted = (float(row[name]) for name in ("bandwidth", "variance", "predicted"))
         assert predicted == pytest.approx(1.0 if row["smoothed"] == "True" else 1 - h * h)
         if row["family"] == "kernel":
             assert variance == pytest.approx(predicted, rel=0.02)

@@ -16,8 +16,7 @@ captured, with the bound for as many equal classes (other probabilities allow mo
 beside the samples, for the GANs that capture the fewest modes (at least one), the median and the most. A GAN with all
 samples in one class has no class radius: it is counted as larger than any (the fewer the classes, the larger the
 radius), and is not in the first picture. One with samples that are not finite is left out of all but the record. Run
-again with the same --out, it goes on where it was stopped. No GAN but "wgan-gp" has a gradient penalty, so that
-"f-kl" and "f-pearson" can diverge here; by default both have one.
+again with the same --out, it goes on where it was stopped.
 
 Paper: N. Manoj, "On the Density of the Latent Space of Deep Generative Models" (2018); the earlier version, "Looser is
 Worse: On the Coding Space of Deep Generative Models", has both figures too. The grid of 25 modes and the classes are
@@ -60,8 +59,8 @@ QUICK_OBJECTIVES, QUICK_WIDTHS, QUICK_STEPS = ("non-saturating", "f-pearson"), (
 SAMPLES = 10_000
 DRAWS = 2000
 
-KINDS = {"objective": str, "width": int, "packing": int, "seed": int, "steps": int, "modes": int}
-KINDS |= {"modes_captured": float, "high_quality_share": float, "reverse_kl": float, "class_radius": float}
+KEY = {"objective": str, "width": int, "packing": int, "seed": int, "steps": int, "modes": int}
+KINDS = KEY | {"modes_captured": float, "high_quality_share": float, "reverse_kl": float, "class_radius": float}
 KINDS |= {"standard_error": float, "radius_bound": float, "collision_entropy": float, "seconds": int}
 
 
@@ -153,6 +152,10 @@ def radius_figure(rows: list[Row]) -> Figure | None:
 # Command
 
 
+def checkpoint_of(row: Row, folder: Path) -> Path:
+    return folder / f"gan_{'_'.join(str(row[name]) for name in KEY)}.pt"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Class radius and mode collapse of GANs on 2D-Grid.")
     parser.add_argument("--quick", action="store_true", help="nine modes, few GANs and steps: no result to believe")
@@ -169,9 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
     record, rows = Record(options.out / "gan_collapse.csv", KINDS), []
     start = time.perf_counter()
     for seed, (objective, width, packing) in enumerate(itertools.product(*kinds), options.seed):
-        key = {"objective": objective, "width": width, "packing": packing, "seed": seed, "steps": steps}
-        key["modes"] = len(data.modes)
-        checkpoint = options.out / f"gan_{seed}.pt"
+        key = dict(zip(KEY, (objective, width, packing, seed, steps, len(data.modes)), strict=True))
+        checkpoint = checkpoint_of(key, options.out)
         if not record.find(**key) or not checkpoint.exists():
             began = time.perf_counter()
             model = train(data, objective, width, packing, seed, steps)
@@ -198,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, row in (("fewest", covering[0]), ("median", covering[len(covering) // 2]), ("most", covering[-1])):
             hidden = (row["width"],) * 3
             generator = FC(data.example_shape, 2, hidden).decoder
-            generator.load_state_dict(torch.load(options.out / f"gan_{row['seed']}.pt", weights_only=True))
+            generator.load_state_dict(torch.load(checkpoint_of(row, options.out), weights_only=True))
             plots.latent_classes(generator, data.classifier()).savefig(options.out / f"gan_collapse_{name}_classes.png")
             with torch.no_grad():
                 samples = generator(torch.randn(SAMPLES, 2, generator=torch.Generator().manual_seed(0)))

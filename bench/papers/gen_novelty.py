@@ -42,7 +42,6 @@ SCORES = {
     "log|det|": "the decoder's log-determinant alone",
     "surface": "latent and log-determinant, without the residual",
 }
-LATENT_DIM, SEED = 8, 0
 KINDS = {"data": str, "latent_dim": int, "seed": int, "experiment": str, "score": str}
 KINDS |= {"auroc": float, "average_precision": float, "novel_share": float}
 
@@ -183,8 +182,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="scikit-learn's digits, two small models")
     parser.add_argument("--data", default=os.environ.get("KDEJSD_DATA"), metavar="DIR", help="of the idx files")
     parser.add_argument("--digits", type=int, nargs="*", default=range(10), help="each normal once (default: all)")
-    parser.add_argument("--latent_dim", type=int, default=LATENT_DIM, help=f"default {LATENT_DIM}")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"of weights and batches (default {SEED})")
+    parser.add_argument("--latent_dim", type=int, default=8, help="default 8")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
     parser.add_argument(
         "--out", type=Path, metavar="STEM", help="keep results in STEM.csv, from where a run goes on; draw STEM_*.png"
     )
@@ -196,7 +195,6 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         few = Setting(options.latent_dim, num_lagged=5000, batch_size=100, steps=2000, seed=options.seed)
         many = Setting(options.latent_dim, num_lagged=10_000, batch_size=100, steps=8000, seed=options.seed)
-    # The last columns were not there once: all rows were of MNIST then, and of the defaults.
     record = Record(options.out and options.out.with_name(f"{options.out.name}.csv"), KINDS)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ from gen_latent_dims import told_apart
 from gen_table2 import entropy
 from matplotlib.figure import Figure
 from quiet import quiet_trainer
-from record import Record, Row, rounded
+from record import Record, Row, matching, rounded
 from torch import Tensor, nn
 
 from kdejsd import LaggedKDE
@@ -267,10 +267,6 @@ def measured(row: str, data: ExampleData, dim: int, steps: int, seed: int) -> li
 # Table and figure
 
 
-def group(rows: list[Row], **wanted: object) -> list[Row]:
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-
 def mean(rows: list[Row], name: str) -> float:
     return statistics.fmean(row[name] for row in rows)
 
@@ -280,12 +276,12 @@ def table(rows: list[Row]) -> str:
     lines = []
     settings = ("data", "images", "latent_dim", "steps")
     for data, images, dim, steps in dict.fromkeys(tuple(row[k] for k in settings) for row in rows):
-        block = group(rows, data=data, images=images, latent_dim=dim, steps=steps)
+        block = matching(rows, data=data, images=images, latent_dim=dim, steps=steps)
         lines += [f"\n{data}, {images} images, l = {dim}, {steps} steps; training / held-out codes"]
         lines += [f"{'':28}{'models':>6}{'error per pixel':>20}{'of the AE':>15}{'gap':>17}{'told apart':>20}{'s':>8}"]
-        bars = [mean(bar, "error") if (bar := group(block, row="AE", codes=part)) else None for part in PARTS]
-        for name in (name for name in RECIPES if group(block, row=name)):
-            both = [group(block, row=name, codes=part) for part in PARTS]
+        bars = [mean(bar, "error") if (bar := matching(block, row="AE", codes=part)) else None for part in PARTS]
+        for name in (name for name in RECIPES if matching(block, row=name)):
+            both = [matching(block, row=name, codes=part) for part in PARTS]
             errors, gaps, told = ([mean(part, k) for part in both] for k in ("error", "gap", "told_apart"))
             shares = " / ".join(f"{100 * e / b:.0f} %" if b else "-" for e, b in zip(errors, bars, strict=True))
             lines += [
@@ -310,10 +306,10 @@ def draw(rows: list[Row]) -> Figure:
     }
     for line, steps in zip(panels, lengths, strict=True):
         for axes, part in zip(line, PARTS, strict=True):
-            found = group(rows, steps=steps, codes=part)
+            found = matching(rows, steps=steps, codes=part)
             for family, style in families.items():
-                names = [name for name in RECIPES if name.startswith(family) and group(found, row=name)]
-                points = [[mean(group(found, row=name), k) for name in names] for k in ("error", "gap")]
+                names = [name for name in RECIPES if name.startswith(family) and matching(found, row=name)]
+                points = [[mean(matching(found, row=name), k) for name in names] for k in ("error", "gap")]
                 if names:
                     axes.plot(*points, style, markersize=4, label=family)
                 for name, x, y in zip(names, *points, strict=True):
@@ -321,7 +317,7 @@ def draw(rows: list[Row]) -> Figure:
                     text = name.removeprefix(family).lstrip(", ").removeprefix("s^2 = ")
                     place = {"xytext": (3, -8 if below else 3), "textcoords": "offset points"}
                     axes.annotate(text, (x, y), fontsize=6, **place)
-            if bar := group(found, row="AE"):
+            if bar := matching(found, row="AE"):
                 axes.axvline(mean(bar, "error"), color="grey", linestyle=":", label="error of the AE")
             axes.axhline(0, color="grey", linewidth=0.8)
             axes.set_title(f"codes of {part} images, {steps} steps", fontsize=9)

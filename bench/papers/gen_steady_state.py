@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         figure(rows).savefig(options.out.with_name(f"{options.out.name}.png"))
         with options.out.with_name(f"{options.out.name}.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow((*Row._fields[:-1], "law"))  # the last column is called so in older records
+            writer.writerow(Row._fields)
             writer.writerows(rows)
     return 0
 

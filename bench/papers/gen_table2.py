@@ -62,8 +62,8 @@ PRINTED = {
     "AAE": dict(zip(SIZES, [(6.552, 1.8164), (8.408, 0.5280), (8.742, 0.4209), (9.862, 1.1321)], strict=True)),
     "VAE": dict(zip(SIZES, [(10.478, 0.1647), (10.483, 0.2013), (10.347, 0.0769), (10.130, 0.1516)], strict=True)),
 }
-KINDS = {"row": str, "train_size": int, "seed": int, "codes": str, "count": int, "entropy": float, "normal": float}
-KINDS |= {"error_per_pixel": float, "steps": int, "seconds": float}
+KINDS = {"data": str, "row": str, "train_size": int, "seed": int, "codes": str, "count": int, "entropy": float}
+KINDS |= {"normal": float, "error_per_pixel": float, "steps": int, "seconds": float}
 
 Maker = Callable[[ExampleData], tuple[pl.LightningModule, ExampleData]]
 
@@ -129,10 +129,11 @@ class LaggedApart(GEN):
     apart: Tensor
 
     def _drawn_examples(self, count: int) -> Tensor:
-        return torch.full((len(self.apart),), -1)
+        return torch.full((len(self.apart),), -1, device=self.device)
 
     def _read_examples(self, start: int, end: int) -> Iterator[Tensor]:
-        yield from self.apart[start:end].split(1000)
+        for part in self.apart[start:end].split(1000):
+            yield part.to(self.device, self.dtype)
 
 
 class BuiltLaggedApart(LaggedApart, built.GEN):
@@ -320,11 +321,6 @@ def verdict(rows: list[Row], names: list[str], sizes: Iterable[int]) -> str:
 # Command
 
 
-def of_this_run(record: Record, quick: bool) -> list[Row]:
-    """The rows of scikit-learn's digits, which alone have so few steps, or those of MNIST."""
-    return [row for row in record.rows if (row["steps"] <= QUICK_STEPS) == quick]
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Table 2 of the GENs paper (arXiv 2010.15283): entropy of the latent codes of MNIST."
@@ -352,7 +348,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     names = options.rows or list(makers)
     record = Record(options.csv, KINDS)
-    done = {(r["seed"], r["train_size"], r["row"]) for r in of_this_run(record, options.quick)}
+    set_name = "Digits" if options.quick else "MNIST"
+    done = {(r["seed"], r["train_size"], r["row"]) for r in record.find(data=set_name)}
     todo = [key for key in itertools.product(range(trials), sizes, names) if key not in done]
     if todo and options.data is None and not options.quick:
         parser.error("--data DIR is needed: the folder of MNIST's idx files (or KDEJSD_DATA)")
@@ -365,7 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
             data = MNIST(options.data, batch_size=BATCH, train_size=size, seed=seed)
             steps = STEPS.get(size, max(STEPS.values()))
         found = train_and_measure(name, makers[name], data, seed, steps)
-        record.add(*found)
+        record.add(*({"data": set_name} | row for row in found))
         parts = "; ".join(f"{r['codes']} {r['entropy']:.3f} ({r['error_per_pixel']:.4f})" for r in found)
         print(
             f"[{number:2}/{len(todo)}] {name}, {size} images, seed {seed}: {parts}; normal {found[0]['normal']:.3f}"
@@ -373,7 +370,7 @@ def main(arguments: list[str] | None = None) -> int:
             flush=True,
         )
 
-    rows = [row for row in of_this_run(record, options.quick) if row["seed"] < trials]
+    rows = [row for row in record.find(data=set_name) if row["seed"] < trials]
     print(f"\n{trials} model{'s' if trials > 1 else ''} a cell; whitened codes, l = {LATENT_DIM}; nats", end="")
     if options.ablation:
         print(": entropy less that of as many normal samples,\ntraining / held-out codes; squared error per pixel\n")

@@ -132,6 +132,7 @@ class Study:
         self.options = options
         self.run = (
             f"{options.network}, l = {options.latent_dim}, {options.epochs} epochs of {len(images.training)} images"
+            f"{', quick' if options.quick else ''}"
         )
         self.features, self.measure = features_for(images, options.out, epochs=5)
         self.key = {"data": set_name, "run": self.run}

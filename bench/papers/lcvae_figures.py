@@ -86,7 +86,7 @@ MEASURES = {  # and what they are called in the table
     "holes_samples": "holes, samples",
     "frechet": "Frechet distance",
 }
-KEY = {"network": str, "omega_weight": float, "train_size": int, "batch_size": int, "epochs": int}
+KEY = {"data": str, "network": str, "omega_weight": float, "train_size": int, "batch_size": int, "epochs": int}
 KEY |= {"model": str, "seed": int}
 KINDS = KEY | dict.fromkeys((*MEASURES, "seconds"), float)
 
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
     for seed in seeds:
         for model_name in MODELS:
             sizes = options.omega_weight, options.train_size, options.batch_size, options.epochs
-            key = dict(zip(KEY, (options.network, *sizes, model_name, seed), strict=True))
+            key = dict(zip(KEY, (kind.__name__, options.network, *sizes, model_name, seed), strict=True))
             if not record.find(**key) or seed == options.seed:  # whose models are drawn
                 began = time.perf_counter()
                 checkpoint = options.out / f"{'_'.join(map(str, key.values())).replace(' ', '_')}.ckpt"

@@ -40,7 +40,7 @@ class Record:
 
     def find(self, **wanted: object) -> list[Row]:
         """Returns the rows whose columns have these values."""
-        return [row for row in self.rows if all(row[name] == value for name, value in wanted.items())]
+        return matching(self.rows, **wanted)
 
     def add(self, *rows: Mapping[str, Any]) -> None:
         """Adds rows, with None for columns that they lack, and writes the file."""
@@ -56,6 +56,11 @@ class Record:
             writer.writeheader()
             writer.writerows(self.rows)
         unfinished.replace(self.path)
+
+
+def matching(rows: list[Row], **wanted: object) -> list[Row]:
+    """Returns the rows whose columns have these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
 def rounded(value: float, digits: int = 5) -> float:

@@ -18,8 +18,6 @@ from ..targets import Law, Target, as_law, checked_target, finite_moments, law_m
 from .base import GenerativeModel, checked, inputs
 from .networks import Network
 
-Jsd = Callable[[Tensor, torch.Generator], Tensor]
-
 
 class Autoencoder(GenerativeModel):
     """Encodes examples to codes that are to follow a target, and decodes them: the base class of the autoencoders.
@@ -28,7 +26,7 @@ class Autoencoder(GenerativeModel):
     logs its mean squared error per value as `loss/reconstruction`, and the term that it adds to this error as
     `loss/latent`. Per epoch it logs for the validation set `val/reconstruction`, and `val/jsd`: the divergence of the
     codes from the target (`jsd`), of at most 10 000 codes of all devices together. If the encoder has a posterior,
-    `val/jsd` is that of samples of the posterior.
+    `val/jsd` is that of samples of the posterior. It is NaN, with a warning, for codes that have no divergence.
 
     Args:
         encoder: examples [n, ...] -> codes [n, l].
@@ -65,7 +63,7 @@ class Autoencoder(GenerativeModel):
         self.decoder = decoder
         self.norm: nn.Module = nn.Identity()
         self._validated_apart = False
-        self._codes_jsd = CodesJSD(self.jsd, distributed_available_fn=self._measures_are_gathered)
+        self._codes_jsd = _ModelJSD(self.jsd, distributed_available_fn=self._measures_are_gathered)
 
     def _aim_at(self, target: Target | None, normalize_codes: bool) -> None:
         self.target = checked_target(target, self.latent_dim)
@@ -163,10 +161,10 @@ class Autoencoder(GenerativeModel):
 
     def on_validation_epoch_start(self) -> None:
         loaders = tree_leaves(self.trainer.val_dataloaders)
-        self._validated_apart = not all(_on_every_rank(loader) for loader in loaders)
+        self._validated_apart = not all(_gives_all_to_every_rank(loader) for loader in loaders)
         self._codes_jsd.set_dtype(torch.promote_types(self.dtype, torch.float32))  # type: ignore[arg-type]
-        # The same samples every time, but others for other examples.
-        self._rng = torch.Generator(self.device).manual_seed(self.global_rank if self._validated_apart else 0)
+        # The same noise in every validation, but not that of `_ModelJSD`. Ranks with other examples draw other noise.
+        self._rng = torch.Generator(self.device).manual_seed(1 + (self.global_rank if self._validated_apart else 0))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns the "codes" [n, l] of the batch."""
@@ -176,21 +174,20 @@ class Autoencoder(GenerativeModel):
         self.log("val/reconstruction", error, prog_bar=True, batch_size=len(examples), sync_dist=True)
         samples = self.posterior_samples(examples, self._rng)
         self._codes_jsd.update(codes if samples is None else samples)
-        self.log("val/jsd", self._codes_jsd, prog_bar=True)
         return {"codes": codes}
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/jsd", self._codes_jsd, prog_bar=True)
 
     def _measures_are_gathered(self) -> bool:
         """Returns whether metrics of the validation set gather what they have from all ranks."""
         return self._validated_apart and rank_and_size()[1] > 1
 
 
-class CodesJSD(RowsMeasure):
-    """Measures by a function the divergence of codes that come batch by batch, on all ranks together.
+class _ModelJSD(RowsMeasure):
+    """Measures codes by a model's own `jsd`, which a subclass can define anew, as a metric of torchmetrics."""
 
-    It is a metric of torchmetrics like `kdejsd.metrics.CodeJSD`; the function knows the model's target and kernel.
-    """
-
-    def __init__(self, jsd: Jsd, **kwargs: Any) -> None:
+    def __init__(self, jsd: Callable[[Tensor, torch.Generator], Tensor], **kwargs: Any) -> None:
         super().__init__(MOST, "codes", **kwargs)
         self.jsd = jsd
 
@@ -201,8 +198,11 @@ class CodesJSD(RowsMeasure):
         return self.jsd(codes, torch.Generator(codes.device).manual_seed(0))
 
 
-def _on_every_rank(loader: Any) -> bool:
-    """Returns whether each rank gets all examples of a validation set, as from the sets of `kdejsd.data`."""
+def _gives_all_to_every_rank(loader: Any) -> bool:
+    """Returns whether a loader is known to give each rank all examples, as those of `kdejsd.data` do for validation.
+
+    Any other is taken to divide them, by Lightning's sampler or by itself.
+    """
     sampler = getattr(loader, "sampler", None)
     return isinstance(sampler, BatchOrder) and sampler.num_replicas == 1
 

@@ -15,7 +15,7 @@ from ..targets import GaussianMixture
 from .gen import GEN
 
 with train_extra():
-    from torchmetrics.classification import MulticlassAccuracy
+    from torchmetrics import MeanMetric
 
 
 class SemiSupervisedGEN(GEN):
@@ -79,9 +79,7 @@ class SemiSupervisedGEN(GEN):
             label_weight = not_negative("label_weight", label_weight)
         super().__init__(encoder, decoder, latent_dim, target=target, **kwargs)
         self.label_weight = self.weight if label_weight is None else label_weight
-        self._right = MulticlassAccuracy(
-            target.means.shape[0], average="micro", distributed_available_fn=self._measures_are_gathered
-        )
+        self._right = MeanMetric(distributed_available_fn=self._measures_are_gathered)
 
     @property
     def classes(self) -> GaussianMixture:
@@ -118,8 +116,11 @@ class SemiSupervisedGEN(GEN):
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         found = super().validation_step(batch, batch_idx)
         labels = batch[1]
-        known = labels >= 0
-        if bool(known.any()):
-            self._right.update(self.classify(found["codes"][known]), labels[known])
-            self.log("val/accuracy", self._right, prog_bar=True)
+        self._right.update((self.classify(found["codes"]) == labels)[labels >= 0].float())
         return found
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if float(self._right.weight) > 0 or self._measures_are_gathered():
+            # Gathered, it is logged by ranks without labels too, or the others would wait for them.
+            self.log("val/accuracy", self._right, prog_bar=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ..data.columns import shortened
@@ -64,9 +65,11 @@ def code(model: GenerativeModel, repository: str, columns: Mapping[str, Any], pa
         elif path.lower().endswith((".npy", ".npz")) and all(name.isdecimal() for name in names):
             encoding = ['rows = np.load("rows.npy")[:, [int(name) - 1 for name in columns["names"]]]  # yours']
         else:
-            imports.insert(1, "import pyarrow.csv")
+            parquet = path.lower().endswith(".parquet") or Path(path).is_dir()
+            imports.insert(1, f"import pyarrow.{'parquet' if parquet else 'csv'}")
+            read = 'parquet.read_table("rows.parquet")' if parquet else 'csv.read_csv("rows.csv")'
             encoding = [
-                'table = pyarrow.csv.read_csv("rows.csv")  # yours',
+                f"table = pyarrow.{read}  # yours, with columns of these names",
                 'rows = np.column_stack(table.select(columns["names"]).columns)',
             ]
         encoding += [

@@ -102,6 +102,8 @@ def test_errors():
     model = StochasticGEN(nn.Flatten(), nn.Identity(), 3, num_lagged=10, bandwidth=1.0)
     with pytest.raises(ValueError, match=r"encoder must return \[4, 2 x latent_dim = 6\], got \[4, 3\]"):
         model.encode(torch.zeros(4, 1, 1, 3))
+    with pytest.raises(ValueError, match="bandwidth must be given, got None: there must be more centers"):
+        make(2, num_lagged=45, bandwidth=None)
     with pytest.raises(ValueError, match="refresh must be"):
         make(refresh="never")
 

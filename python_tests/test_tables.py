@@ -96,7 +96,7 @@ def test_the_same_table_from_every_file(tmp_path, capsys, name, content):
     )
 
 
-def test_a_folder_of_parquet_files_is_one_table(tmp_path):
+def test_a_folder_of_parquet_files_is_one_table(tmp_path, capsys):
     table = numbers()
     whole = Table(write(tmp_path / "x.parquet", table), label="town")
     for start, name in ((0, "a/1.parquet"), (13, "a/2.parquet"), (20, "b.parquet")):
@@ -108,6 +108,10 @@ def test_a_folder_of_parquet_files_is_one_table(tmp_path):
     write(tmp_path / "parts" / "c.parquet", numbered)
     with pytest.raises(ValueError, match=r"c\.parquet must have the columns of .*a/1\.parquet, .* lacks town, born"):
         Table(tmp_path / "parts").setup()
+    for year in (2025, 2026):
+        write(tmp_path / "years" / f"year={year}" / "0.parquet", table)
+    Table(tmp_path / "years", label="town").setup()
+    assert capsys.readouterr().err.endswith("; left out: year (in the names of folders alone)\n")
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"must be a file or a folder of \.parquet files, and holds none"):
         Table(empty).setup()

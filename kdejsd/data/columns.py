@@ -40,7 +40,10 @@ class Columns(ABC):
         names: the names of the columns, in order.
         count: the number of rows.
         unnamed: the number of columns left out because they have no name, as the index has that pandas writes.
+        in_folders: the columns of a partitioned table, which are in the names of folders alone and cannot be read.
     """
+
+    in_folders: Sequence[str] = ()
 
     def __init__(self, path: Path, names: Sequence[str], count: int) -> None:
         self.path = path
@@ -104,6 +107,9 @@ class _ParquetColumns(Columns):
                 )
             counts.append(found.metadata.num_rows)
         super().__init__(path, self._schema.names, sum(counts))
+        if path.is_dir():  # where a partitioned table has folders such as year=2026, which its files do not repeat
+            folders = {part for file in self._files for part in file.relative_to(path).parent.parts if "=" in part}
+            self.in_folders = sorted({folder.partition("=")[0] for folder in folders} - set(self.names))
 
     def _opened(self, file: Path) -> pq.ParquetFile:
         return _reading(file, "a Parquet file", lambda: pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False))

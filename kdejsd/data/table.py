@@ -256,6 +256,7 @@ class Table(ExampleData):
         left = [name for name in file.names if name not in used]
         if file.unnamed:
             left.append(f"{file.unnamed} without a name")
+        left += [f"{name} (in the names of folders alone)" for name in file.in_folders]
         if left:
             said.append(f"left out: {shortened(left)}")
         note(self, "; ".join(said))

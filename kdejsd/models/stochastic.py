@@ -78,7 +78,10 @@ class StochasticGEN(GEN):
         if num_lagged is None:
             num_lagged = NUM_LAGGED
         if bandwidth is None:
-            least = optimal_bandwidth(latent_dim, num_lagged, target=target, smoothed=True)
+            try:
+                least = optimal_bandwidth(latent_dim, num_lagged, target=target, smoothed=True)
+            except ValueError as error:
+                raise ValueError(f"bandwidth must be given, got None: {error}") from error
             bandwidth = BANDWIDTH_FACTOR * least.value
         super().__init__(
             encoder,

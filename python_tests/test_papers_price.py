@@ -59,6 +59,14 @@ def test_the_weight_rises_over_the_run(gen_price):
     assert weights == [2.0 * step / 8 for step in range(8)]
 
 
+def test_the_faster_encoder_has_three_times_the_rate(gen_price):
+    model = gen_price.FastEncoderGEN((1, 8, 8), 2, num_lagged=10, learning_rate=0.01)
+    (optimizer,), _ = model.configure_optimizers()
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert {rates.pop(parameter) for parameter in model.encoder.parameters()} == {0.03}
+    assert {rates.pop(parameter) for parameter in model.decoder.parameters()} == {0.01} and not rates
+
+
 def test_errors_are_those_of_the_codes_that_are_measured(gen_price):
     data = gen_price.Digits(batch_size=100, train_size=400)
     model = gen_price.fitted(gen_price.built.VAE(data.example_shape, 2), data, 4)

@@ -76,7 +76,7 @@ def test_frechet_table(tmp_path):
         assert refused.returncode == 2 and text in refused.stderr
 
 
-def test_semi_supervised(tmp_path):
+def test_semi_supervised(tmp_path, monkeypatch):
     def run():
         done = run_here(PAPERS / "gen_semisupervised.py", "--quick", "--out", tmp_path, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -100,5 +100,6 @@ def test_semi_supervised(tmp_path):
     again = run()
     assert "epoch" in printed and "epoch" not in again and printed.endswith(again)  # nothing was trained again
     assert (tmp_path / "gen_semisupervised.csv").read_text() == record
+    monkeypatch.delenv("KDEJSD_DATA", raising=False)
     refused = run_here(PAPERS / "gen_semisupervised.py", cwd=tmp_path)
     assert refused.returncode == 2 and "--data DIR is needed" in refused.stderr

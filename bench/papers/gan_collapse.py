@@ -1,7 +1,7 @@
 """Figures 3.1 and 2.1 of Manoj's paper on latent density, on GANs of one's own: does the class radius tell mode
 collapse?
 
-    python bench/papers/gan_collapse.py --out DIR              # 40 GANs, about 15 minutes of one idle core
+    python bench/papers/gan_collapse.py --out DIR              # 40 GANs, about an hour of one core
     python bench/papers/gan_collapse.py --quick --out DIR      # under a minute: four GANs on nine modes, few steps
 
 GANs of every objective, of two widths, with packing 1 and 2 (PacGAN), each with a seed of its own, are trained on

@@ -281,6 +281,12 @@ def mean(rows: list[Row], name: str) -> float:
     return statistics.fmean(row[name] for row in rows)
 
 
+def share(rows: list[Row], bars: dict[tuple[int, str], float]) -> str:
+    """Error in per cent of that of the AEs, by the seeds and the codes that both have."""
+    known = [(row["error"], bars[key]) for row in rows if (key := (row["seed"], row["codes"])) in bars]
+    return f"{100 * sum(e for e, _ in known) / sum(bar for _, bar in known):.0f} %" if known else "-"
+
+
 def table(rows: list[Row]) -> str:
     """A block for each data set, l and number of steps; training / held-out, means over the seeds."""
     lines = []
@@ -289,11 +295,11 @@ def table(rows: list[Row]) -> str:
         block = matching(rows, data=data, images=images, latent_dim=dim, steps=steps)
         lines += [f"\n{data}, {images} images, l = {dim}, {steps} steps; training / held-out codes"]
         lines += [f"{'':28}{'models':>6}{'error per pixel':>20}{'of the AE':>15}{'gap':>17}{'told apart':>20}{'s':>8}"]
-        bars = [mean(bar, "error") if (bar := matching(block, row="AE", codes=part)) else None for part in PARTS]
+        bars = {(row["seed"], row["codes"]): row["error"] for row in matching(block, row="AE")}
         for name in (name for name in RECIPES if matching(block, row=name)):
             both = [matching(block, row=name, codes=part) for part in PARTS]
             errors, gaps, told = ([mean(part, k) for part in both] for k in ("error", "gap", "told_apart"))
-            shares = " / ".join(f"{100 * e / b:.0f} %" if b else "-" for e, b in zip(errors, bars, strict=True))
+            shares = " / ".join(share(part, bars) for part in both)
             lines += [
                 f"{name:28}{len(both[0]):>6}{'{:.4f} / {:.4f}'.format(*errors):>20}{shares:>15}"
                 f"{'{:+.2f} / {:+.2f}'.format(*gaps):>17}{'{:.1%} / {:.1%}'.format(*told):>20}"

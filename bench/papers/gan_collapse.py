@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from quiet import quiet_trainer
-from record import Record, Row, rounded
+from record import Record, Row, file_name, rounded
 from scipy.stats import spearmanr
 
 from kdejsd import diversity_report, plots
@@ -153,7 +153,7 @@ def radius_figure(rows: list[Row]) -> Figure | None:
 
 
 def checkpoint_of(row: Row, folder: Path) -> Path:
-    return folder / f"gan_{'_'.join(str(row[name]) for name in KEY)}.pt"
+    return folder / f"gan_{file_name({name: row[name] for name in KEY})}.pt"
 
 
 def main(arguments: list[str] | None = None) -> int:

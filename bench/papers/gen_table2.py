@@ -34,7 +34,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch import seed_everything
 from quiet import quiet_trainer
-from record import Record, Row, rounded
+from record import Record, Row, matching, rounded
 from torch import Tensor
 
 import kdejsd
@@ -245,8 +245,7 @@ def entropies(rows: list[Row], names: list[str], sizes: Iterable[int]) -> str:
     sizes = list(sizes)
 
     def values(name: str, part: str, field: str) -> list[list[float]]:
-        keys = [(name, size, part) for size in sizes]
-        return [[r[field] for r in rows if (r["row"], r["train_size"], r["codes"]) == key] for key in keys]
+        return [[r[field] for r in matching(rows, row=name, train_size=size, codes=part)] for size in sizes]
 
     lines = []
     for part in ("training", "held-out"):
@@ -281,8 +280,7 @@ def differences(rows: list[Row], names: Iterable[str], sizes: Iterable[int]) -> 
         for size in sizes:
             found = {}
             for part in ("training", "held-out"):
-                chosen = [r for r in rows if (r["row"], r["train_size"], r["codes"]) == (name, size, part)]
-                if chosen:
+                if chosen := matching(rows, row=name, train_size=size, codes=part):
                     gap = statistics.fmean(r["entropy"] - r["normal"] for r in chosen)
                     found[part] = gap, statistics.fmean(r["error_per_pixel"] for r in chosen)
             if found:
@@ -301,8 +299,7 @@ def verdict(rows: list[Row], names: list[str], sizes: Iterable[int]) -> str:
     for size in sizes:
         means = {}
         for name in names:
-            chosen = [r for r in rows if (r["row"], r["train_size"], r["codes"]) == (name, size, "training")]
-            if chosen:
+            if chosen := matching(rows, row=name, train_size=size, codes="training"):
                 means[name] = statistics.fmean(r["entropy"] for r in chosen)
                 normal = statistics.fmean(r["normal"] for r in chosen)
         if RECIPE in means:

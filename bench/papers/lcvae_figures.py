@@ -47,7 +47,7 @@ import torch
 from gen_interpolation import pairs
 from matplotlib.figure import Figure
 from quiet import quiet_trainer
-from record import Record, rounded
+from record import Record, file_name, rounded
 from torch import Tensor, nn
 
 from kdejsd import diversity_report, latent_holes, models, omega, plots
@@ -223,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
             key = dict(zip(KEY, (kind.__name__, options.network, *sizes, model_name, seed), strict=True))
             if not record.find(**key) or seed == options.seed:  # whose models are drawn
                 began = time.perf_counter()
-                checkpoint = options.out / f"{'_'.join(map(str, key.values())).replace(' ', '_')}.ckpt"
+                checkpoint = options.out / f"{file_name(key)}.ckpt"
                 network, shared = getattr(models, options.network), QUICK if options.quick else {}
                 training = (options.omega_weight, options.epochs, seed, checkpoint)
                 model = train(model_name, images, network, *training, **shared)

@@ -63,6 +63,11 @@ def matching(rows: list[Row], **wanted: object) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
+def file_name(key: Mapping[str, Any]) -> str:
+    """Returns a name for a file that belongs to the row with these values alone."""
+    return "_".join(map(str, key.values())).replace(" ", "_")
+
+
 def rounded(value: float, digits: int = 5) -> float:
     """Returns a number as a record has it, so that a row that is read again prints the same."""
     return float(f"{value:.{digits}g}")

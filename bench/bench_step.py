@@ -33,7 +33,7 @@ PERIOD = 10  # k_b
 SIZES = [(300, 10_000, 8), (512, 100_000, 40)]  # batch, m, l
 QUICK = [(100, 2_000, 8)]
 PLAIN = "autoencoder"
-POLICIES = ("full", "rolling", "queue")
+POLICIES = ("full", "rolling", "queue", "tracked")
 FIELDS = ("step", "batch", "m", "l", "ms", "p20", "p80", "ratio", "device", "threads", "machine", "versions", "commit")
 
 

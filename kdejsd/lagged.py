@@ -21,6 +21,7 @@ from .reference.kde import with_own_center
 from .targets import Law, Target, checked_smoothable, checked_target
 
 _PART = 2**17  # codes of a rank that are gathered at a time
+_MOVED = 2**14  # codes that are moved at a time, and stay in the processor's cache meanwhile
 _SHARED_OUT = ("codes", "examples")  # of all that is in the buffers: each rank has others
 _BUFFERS = (*_SHARED_OUT, "oldest", "stamp")
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie apart from each other, modulo 1
@@ -38,7 +39,9 @@ class LaggedKDE(nn.Module):
     * Every few minibatches, encode the examples again and pass all codes to `refresh`. This is the paper's way, and
       `LaggedRefresh` does it for you.
     * Encode only a part of the examples again, and pass their codes to `update`.
-    * Pass the codes of each minibatch to `push`, which puts them in the places of the oldest ones.
+    * Pass the codes of each minibatch to `push`, which puts them in the places of the oldest ones. After each training
+      step, pass the codes of a few examples before and after it to `follow`. It moves all lagged codes along with the
+      encoder, so that none is encoded again.
 
     The state_dict holds the lagged codes, their examples and the bandwidth, all as tensors. A module that loads it
     continues where the saved one stood. The codes and examples are buffers, so averages of models have them too
@@ -325,6 +328,53 @@ class LaggedKDE(nn.Module):
         self.oldest.add_(len(codes)).remainder_(m)
         self._stamp(1)
         self._remember(indices, places)
+
+    @torch.no_grad()
+    def follow(self, before: Tensor, after: Tensor) -> None:
+        """Moves all lagged codes by the affine map that carries codes `before` to `after`.
+
+        Call it after a training step, with the codes that some examples had before it and have now. Most of what a step
+        does to the codes is one affine map for all of them. This map is found by least squares, with a ridge that
+        weighs as much as one code more that has not moved. So a few times l + 1 pairs are enough, and with fewer the
+        codes move only as the pairs show. What remains of the drift grows with a code's age: use it with `push`.
+
+        Args:
+            before: [k, l] in any floating dtype, the codes before the step; k = 0 moves nothing.
+            after: [k, l], the codes of the same examples now. Both are of the same mode, so that dropout or batch
+                statistics are no part of the difference. After `shard`, each rank brings as many pairs of its own.
+
+        Raises:
+            ValueError: if a shape is wrong, if the codes contain NaN or infinity (on a GPU as in `refresh`), or if the
+                lagged codes are kept in bfloat16, whose rounding is larger than most steps.
+            TypeError: if the codes are no floating-point tensor.
+            RuntimeError: if there was no refresh yet.
+
+        Example:
+            >>> import torch
+            >>> from kdejsd import LaggedKDE
+            >>> encoder = torch.nn.Linear(64, 2)
+            >>> examples = torch.rand(500, 64)
+            >>> lagged = LaggedKDE(num_centers=500, latent_dim=2)
+            >>> lagged.refresh(encoder(examples))
+            >>> before = encoder(examples[:20]).detach()
+            >>> _ = encoder.weight.data.mul_(1.1)  # in place of a training step
+            >>> lagged.follow(before, encoder(examples[:20]))
+            >>> bool((lagged.codes - encoder(examples)).abs().max() < 0.05)
+            True
+        """
+        self._check(before)
+        self._check(after, len(before))
+        self._check_refreshed("follow")
+        if self.codes.dtype == torch.bfloat16:
+            raise ValueError("storage_dtype must be torch.float32 for follow, got torch.bfloat16")
+        if self.ranks > 1:
+            before, after = gathered(before, "codes"), gathered(after, "codes")
+        if len(before) == 0:
+            return
+        matrix, shift = _affine_map(before.double(), after.double())
+        matrix, shift = matrix.to(self.codes), shift.to(self.codes)
+        for part in self.codes.split(_MOVED):
+            part.copy_(torch.addmm(shift, part, matrix))
 
     def _stamp(self, changed: Tensor | int) -> None:
         """Notes that the examples have changed, if they have."""
@@ -660,6 +710,21 @@ class LaggedKDE(nn.Module):
             f"{m}, {dim}, bandwidth={self.bandwidth:.4g}, smoothed={self.smoothed}, divergence={self.divergence!r}, "
             f"codes in {storage}"
         )
+
+
+def _affine_map(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns matrix [l, l] and shift [l] of the map x -> x matrix + shift that carries k codes `before` to `after`.
+
+    The ridge is the mean variance of a dimension, which is what one code more that stays in its place adds.
+    """
+    origin, moved = before.mean(0), after - before
+    x, mean = before - origin, moved.mean(0)
+    gram = x.T @ x
+    ridge = gram.diagonal().mean() / len(x)
+    ridge = ridge.where(ridge > 0, 1)  # of codes that are all the same; NaN stays
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    change = torch.linalg.solve_ex(gram + ridge * eye, x.T @ (moved - mean))[0]
+    return eye + change, mean - origin @ change
 
 
 def _popped(state_dict: dict[str, Any], key: str, missing_keys: list[str]) -> Tensor | None:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
 from kdejsd import GaussianMixture
+from kdejsd._modes import evaluating
 from kdejsd.data import Digits
 from kdejsd.divergence import DIVERGENCES
 from kdejsd.models import FC, GEN, Conv, built
@@ -129,14 +130,56 @@ def test_rolling_refresh_leaves_no_code_older_than_its_period():
         assert (codes == 1).all()
 
 
-def test_the_queue_holds_the_last_examples_and_encodes_nothing_twice():
+@pytest.mark.parametrize("refresh", ["queue", "tracked"])
+def test_the_queue_holds_the_last_examples_and_refreshes_once(refresh):
     recorder = Recorder()
-    model = make(refresh="queue")
+    model = make(refresh=refresh)
     train(model, 4, recorder)
     assert recorder.refreshed == [-1]  # to begin with
     seen = list(chain(*recorder.batches))
     assert sorted(model.lagged.indices.tolist()) == sorted(seen[-200:])
     assert model._kept_examples is None and model._training_set is None
+
+
+def staleness(refresh: str, **options) -> float:
+    """Mean squared distance of the lagged codes from those of the encoder now, over a run's last epoch."""
+
+    class Distances(pl.Callback):
+        def __init__(self):
+            self.found = []
+
+        def on_train_batch_end(self, trainer, model, *_):
+            if trainer.current_epoch == 9:
+                with torch.no_grad(), evaluating(model.encoder, model.norm):
+                    examples = data.training[model.lagged.indices][0]
+                    model.norm.calibrate([model._outputs(examples)[:, : model.latent_dim]])
+                    found = model.lagged.codes - model.encode(examples)
+                self.found.append(float(found.square().mean()))
+
+    data, distances = Digits(train_size=1000), Distances()
+    model = make(refresh=refresh, num_lagged=800, decay=False, **options)
+    train(model, 10, distances, data=data)
+    return float(np.mean(distances.found))
+
+
+def test_tracked_codes_stay_near_those_of_the_encoder():
+    assert staleness("tracked", latent_dim=4) < 0.6 * staleness("queue", latent_dim=4)
+
+
+def test_tracked_codes_of_another_target_keep_its_mean_and_scale():
+    target = GaussianMixture(torch.tensor([[9.0, -3.0], [13.0, -3.0]]), 0.5)
+    model = make(refresh="tracked", target=target)
+    train(model, 6)
+    mean, variance = torch.tensor([11.0, -3.0]), torch.tensor([4.25, 0.25])
+    assert (model.lagged.codes.mean(0) - mean).abs().max() < 0.3
+    assert (model.lagged.codes.var(0) / variance - 1).abs().max() < 0.3
+
+
+def test_tracked_codes_have_to_be_in_float32():
+    with pytest.raises(ValueError, match='lagged_dtype must be "float32" for refresh "tracked", got "bfloat16"'):
+        make(refresh="tracked", lagged_dtype="bfloat16")
+    with pytest.raises(ValueError, match='refresh must be "full", "rolling", "queue" or "tracked", got \'both\''):
+        make(refresh="both")
 
 
 @pytest.mark.parametrize("decay", [True, False])
@@ -360,7 +403,7 @@ def test_a_model_is_built_on_the_meta_device_and_loaded(kind):
     assert torch.equal(empty.eval().encode(batch), model.encode(batch))
 
 
-@pytest.mark.parametrize(("kind", "refresh"), [("GEN", "queue"), ("StochasticGEN", "full")])
+@pytest.mark.parametrize(("kind", "refresh"), [("GEN", "queue"), ("GEN", "tracked"), ("StochasticGEN", "full")])
 def test_a_trained_model_is_copied_and_keeps_no_graph(kind, refresh):
     model = model_of(kind, refresh=refresh, network=Small)
     train(model, 1)
@@ -372,7 +415,7 @@ def test_a_trained_model_is_copied_and_keeps_no_graph(kind, refresh):
     assert not [t for t in tensors if isinstance(t, torch.Tensor) and t.grad_fn is not None]
 
 
-@pytest.mark.parametrize("refresh", ["full", "rolling", "queue"])
+@pytest.mark.parametrize("refresh", ["full", "rolling", "queue", "tracked"])
 def test_an_averaged_model_ends_with_codes_of_its_examples(tmp_path, refresh):
     """Also in its checkpoints, from which it goes on."""
 
@@ -391,14 +434,14 @@ def test_an_averaged_model_ends_with_codes_of_its_examples(tmp_path, refresh):
     model = averaged()
     saved = make(refresh=refresh, network=Small)
     saved.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
-    if refresh == "queue":
+    if refresh in ("queue", "tracked"):
         assert torch.equal(saved.lagged.codes, save.codes) and torch.equal(saved.lagged.indices, save.indices)
     for found in (model, saved):
         indices = found.lagged.indices
         assert found.lagged.refreshed and int(indices.min()) >= 0 and int(indices.max()) < 300
         codes = found.eval().encode(Digits(train_size=300).training[indices][0]).detach()
         assert (codes - found.lagged.codes).norm(dim=1).mean() < 0.5 * torch.pdist(codes).mean()
-    if refresh != "queue":  # which is encoded anew at the end
+    if refresh not in ("queue", "tracked"):  # which are encoded anew at the end
         assert_same_state(averaged(ckpt_path=tmp_path / "a.ckpt"), model)
 
 

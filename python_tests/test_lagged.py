@@ -85,6 +85,58 @@ def test_push_keeps_the_newest_and_knows_the_newest_copy():
                 assert torch.equal(lagged.codes[place], newest[0])
 
 
+@pytest.mark.parametrize("k", [1, 3, 13, 200])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_follow_is_least_squares_with_one_more_code_that_stays(k, scale):
+    """Against torch's least squares with the ridge as further rows, in float64; codes far from 0, not contiguous."""
+    lagged, codes, _ = make()
+    generator = torch.Generator().manual_seed(k)
+    before = scale * (3 + torch.randn(DIM, k, generator=generator, dtype=torch.float64)).T
+    after = before @ torch.randn(DIM, DIM, generator=generator, dtype=torch.float64) + scale
+    lagged.refresh(scale * codes)
+    lagged.follow(before, after)
+    x, moved = before - before.mean(0), after - before
+    ridge = x.square().mean().sqrt() * torch.eye(DIM, dtype=torch.float64)
+    change = torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([moved - moved.mean(0), 0 * ridge])).solution
+    expected = scale * codes.double()
+    expected = expected + moved.mean(0) + (expected - before.mean(0)) @ change if k > 1 else expected + moved[0]
+    torch.testing.assert_close(lagged.codes.double(), expected, rtol=1e-5, atol=1e-4 * scale)
+
+
+def test_follow_recovers_an_affine_map_and_leaves_codes_that_do_not_move():
+    lagged, codes, indices = make()
+    torch.manual_seed(0)
+    matrix, shift, before = torch.randn(DIM, DIM), torch.randn(DIM), torch.randn(10_000, DIM)
+    lagged.follow(before, before @ matrix + shift)
+    assert (lagged.codes - (codes @ matrix + shift)).abs().max() < 0.01
+    assert torch.equal(lagged.indices, indices) and torch.equal(lagged.own_copy(indices), torch.arange(M))
+    lagged.refresh(codes)
+    lagged.follow(before[:5], before[:5])
+    assert torch.equal(lagged.codes, codes)
+    lagged.follow(before[:0], before[:0])
+    assert torch.equal(lagged.codes, codes)
+    same = torch.ones(7, DIM)  # of which no matrix can be found
+    lagged.follow(same, same + 0.5)
+    torch.testing.assert_close(lagged.codes, codes + 0.5)
+
+
+def test_follow_tells_what_it_cannot_take():
+    lagged, codes, _ = make()
+    with pytest.raises(ValueError, match=rf"codes must have shape \[5, {DIM}\], got \[4, {DIM}\]"):
+        lagged.follow(codes[:5], codes[:4])
+    with pytest.raises(TypeError, match=r"codes must be floating-point, got torch\.int64"):
+        lagged.follow(codes[:5], codes[:5].long())
+    with pytest.raises(ValueError, match="codes must be finite, got NaN or infinity in 1 of 5 codes"):
+        lagged.follow(codes[:5], codes[:5].clone().index_fill_(0, torch.tensor([2]), torch.nan))
+    assert torch.equal(lagged.codes, codes)
+    with pytest.raises(RuntimeError, match=r"call refresh\(codes\) before follow"):
+        LaggedKDE(M, DIM, 0.1).follow(codes[:5], codes[:5])
+    rounded = LaggedKDE(M, DIM, 0.1, storage_dtype=torch.bfloat16)
+    rounded.refresh(codes)
+    with pytest.raises(ValueError, match=r"storage_dtype must be torch\.float32 for follow, got torch\.bfloat16"):
+        rounded.follow(codes[:5], codes[:5])
+
+
 def test_places_are_the_same_with_room_reserved():
     (one, *_), (other, _, indices) = make(), make()
     other.reserve(1000)

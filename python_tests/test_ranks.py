@@ -119,6 +119,9 @@ def states(rank, ranks):
         n = 12 // ranks
         queue.push(pushed[n * rank : n * (rank + 1)], examples[n * rank : n * (rank + 1)])
     found["queue"] = queue.gathered_state()
+    before, after = points(24, DIM, seed=20)[12 * rank % 24 :][:4], points(24, DIM, seed=21)[12 * rank % 24 :][:4]
+    queue.follow(before, after)
+    found["followed"] = queue.gathered_state()
     if rank == 0:  # while the others go on
         found["alone"] = queue.state_dict()
     return found
@@ -341,6 +344,7 @@ TRAINED = {
     "full": ("GEN", PLAIN | {"num_lagged": 151, "refresh": "full", "refresh_every": 4}),
     "rolling": ("GEN", PLAIN | {"num_lagged": 240, "refresh": "rolling", "refresh_every": 4, "keep_examples": False}),
     "queue": ("GEN", PLAIN | {"num_lagged": 240, "refresh": "queue"}),
+    "tracked": ("GEN", PLAIN | {"num_lagged": 240, "refresh": "tracked"}),
     "not normalised": ("GEN", PLAIN | {"num_lagged": 150, "normalize_codes": False}),
     "autoencoder": ("AE", {}),
 }
@@ -348,6 +352,7 @@ NOISY = {
     "GEN, full": ("GEN", {"num_lagged": 151, "refresh": "full", "bandwidth": 0.5}),
     "GEN, rolling": ("GEN", {"num_lagged": 151, "refresh": "rolling", "bandwidth": 0.5}),
     "GEN, queue": ("GEN", {"num_lagged": 150, "refresh": "queue", "bandwidth": 0.5}),
+    "GEN, tracked": ("GEN", {"num_lagged": 150, "refresh": "tracked", "bandwidth": 0.5}),
     "StochasticGEN": ("StochasticGEN", {"num_lagged": 151, "bandwidth": 1.0}),
     "VAE": ("VAE", {}),
     "WAE": ("WAE", {"normalize_codes": True}),
@@ -436,7 +441,7 @@ def test_a_run_on_several_ranks_is_the_run_of_one_with_the_whole_minibatch(runs,
     for of_rank in runs[0]:
         found = of_rank[name]
         assert found["measured"].keys() == expected["measured"].keys() >= {"val/reconstruction", "val/jsd"}
-        if name == "queue":  # of a minibatch the codes of one rank stand by turns with those of the others
+        if name in ("queue", "tracked"):  # of a minibatch the codes of one rank stand by turns with those of the others
             for state in (found["state"], expected["state"]):
                 order = np.lexsort((state["lagged.codes"][:, 0], state["lagged.examples"]))
                 for part in ("lagged.codes", "lagged.examples"):
@@ -460,7 +465,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs, name):
         assert_same(of_rank[name], runs[0][0][name], 0)
 
 
-@pytest.mark.parametrize("name", ["full", "rolling", "queue"])
+@pytest.mark.parametrize("name", ["full", "rolling", "queue", "tracked"])
 def test_a_run_goes_on_on_another_number_of_ranks(runs, name):
     kind, settings = TRAINED[name]
     found = trained(kind, settings, 1, ckpt_path=runs[1] / f"{name}.ckpt")["state"]

@@ -205,6 +205,8 @@ MODELS = {
     "full": (built.GEN, GEN),
     "rolling": (built.GEN, GEN | {"refresh": "rolling"}),
     "queue": (built.GEN, GEN | {"refresh": "queue"}),
+    "tracked": (built.GEN, GEN | {"refresh": "tracked"}),
+    "tracked means": (built.StochasticGEN, GEN | {"refresh": "tracked", "bandwidth": 1.0}),
     "frugal": (built.GEN, GEN | {"refresh": "rolling", "lagged_dtype": "bfloat16", "keep_examples": False}),
     "stochastic": (built.StochasticGEN, GEN | {"refresh": "rolling", "bandwidth": 1.0}),
     "ae": (built.AE, {}),
@@ -566,7 +568,7 @@ def test_a_diverging_run_says_where_the_last_checkpoint_is(command, tmp_path):
     assert load_checkpoint("run/checkpoints/last.ckpt")["global_step"] == 1
 
 
-@pytest.mark.parametrize("kind", ["full", "rolling", "queue", "aae"])
+@pytest.mark.parametrize("kind", ["full", "rolling", "queue", "tracked", "aae"])
 def test_weights_that_a_gradient_has_spoiled_are_never_saved(tmp_path, kind):
     class SpoilGradient(pl.Callback):
         def on_train_batch_start(self, trainer, model, *_):
@@ -579,7 +581,7 @@ def test_weights_that_a_gradient_has_spoiled_are_never_saved(tmp_path, kind):
     assert max(path.name for path in tmp_path.glob("*.ckpt")) == "06.ckpt"
 
 
-@pytest.mark.parametrize("refresh", ["full", "rolling", "queue"])
+@pytest.mark.parametrize("refresh", ["full", "rolling", "queue", "tracked"])
 def test_codes_that_spoiled_weights_give_are_explained(tmp_path, monkeypatch, refresh):
     monkeypatch.setattr(checkpoints, "INTERVAL", 1000)  # the loss comes before the next checkpoint
 

@@ -97,7 +97,7 @@ def test_every_label_hidden_is_a_gen_of_the_mixture():
     assert make(weight=0.3).label_weight == 0.3
 
 
-@pytest.mark.parametrize("refresh", ["full", "rolling", "queue"])
+@pytest.mark.parametrize("refresh", ["full", "rolling", "queue", "tracked"])
 def test_every_way_to_refresh(refresh):
     model = make(refresh=refresh, refresh_every=3)
     train(model, 2, data=Digits(train_size=300, labelled_size=100))

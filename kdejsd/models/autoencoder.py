@@ -18,6 +18,8 @@ from ..targets import Law, Target, as_law, checked_target, finite_moments, law_m
 from .base import GenerativeModel, checked, inputs
 from .networks import Network
 
+PART = 2**14  # codes that are normalised at a time, and stay in the processor's cache meanwhile
+
 
 class Autoencoder(GenerativeModel):
     """Encodes examples to codes that are to follow a target, and decodes them: the base class of the autoencoders.
@@ -236,16 +238,31 @@ class CodeNorm(nn.Module):
 
     def calibrate(self, parts: Iterable[Tensor]) -> None:
         """Sets the running statistics to the mean and variance of the codes in all parts [k, l] together."""
-        moments = [(len(part), part.mean(0), part.var(0, correction=min(1, len(part) - 1))) for part in parts]
+        mean, variance = self._moments(parts)
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(variance)
+
+    def renormalize(self, codes: Tensor) -> None:
+        """Normalises codes [n, l] anew, in place; with `synchronized` these and those of all other ranks together."""
+        mean, variance = self._moments(codes.split(PART))
+        scale = self.scale * (variance + self.eps).rsqrt()
+        for part in codes.split(PART):
+            part.copy_(torch.addcmul(self.shift - mean * scale, part, scale))
+
+    def _moments(self, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns mean and variance [l] of the codes in all parts [k, l] together, and on all ranks if synchronized."""
+        moments = []
+        for part in parts:
+            mean = part.mean(0)
+            squares = (part - mean).square_().sum(0)  # several times as fast as torch.var down the columns
+            moments.append((len(part), mean, squares / max(1, len(part) - 1)))
         counts, means, variances = (
             torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*moments, strict=True)
         )
         merged = _merged_moments(counts.to(means).unsqueeze(-1), means, variances)
         if self.synchronized:
             merged = _merged_moments(*(gathered(moment.unsqueeze(0), "moments") for moment in merged))
-        _, mean, variance = merged
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(variance)
+        return merged[1], merged[2]
 
     def forward(self, codes: Tensor) -> Tensor:
         if self.training and len(codes) < 2 and not self.synchronized:

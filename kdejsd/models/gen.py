@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from .._extras import train_extra
 from .._modes import evaluating
 from .._numbers import integer, not_negative, real
-from .._ranks import of_first
+from .._ranks import gathered, of_first
 from ..data import Batch, ExampleData
 from ..divergence import DIVERGENCES
 from ..lagged import LaggedKDE
@@ -27,6 +28,9 @@ with train_extra():
     from lightning.pytorch import callbacks
 
 NUM_LAGGED = 1000  # where neither the user nor a small training set says otherwise
+REFRESHES = ("full", "rolling", "queue", "tracked")
+QUEUES = ("queue", "tracked")  # whose codes come from the minibatches
+PAIRS = 4  # times l + 1, the numbers of the affine map in each dimension: examples that "tracked" encodes again
 
 
 class GEN(Autoencoder):
@@ -35,14 +39,15 @@ class GEN(Autoencoder):
     The loss is the mean squared error per value plus weight * the latent term. The latent term measures, at the codes
     of the minibatch, how far the kernel density of the lagged codes is from the target (`LaggedKDE.loss`). The lagged
     codes are those of m training examples that are drawn once. As in the paper's Algorithm 1, the encoder encodes them
-    anew every k_b minibatches, in evaluation mode and without gradient. `refresh` chooses between this and two other
+    anew every k_b minibatches, in evaluation mode and without gradient. `refresh` chooses between this and three other
     ways. "rolling" encodes a part of them in every minibatch. "queue" takes the codes of the minibatches themselves, so
-    nothing is encoded twice. A code leaves out its own lagged copy, which it finds by the indices of the batch.
+    nothing is encoded twice. "tracked" is a queue whose codes are moved along with the encoder. A code leaves out its
+    own lagged copy, which it finds by the indices of the batch.
 
-    For millions of lagged codes take `refresh="queue"` or "rolling"; set `keep_examples`, `lagged_dtype` and
+    For millions of lagged codes take `refresh="tracked"`, "queue" or "rolling"; set `keep_examples`, `lagged_dtype` and
     `lagged_device` by the memory that you have. All m codes are encoded by one encoder at the start and before each
-    validation ("queue": at the start only). With bfloat16 they are encoded twice, the first time for their mean and
-    variance.
+    validation ("queue" and "tracked": at the start only). With bfloat16 they are encoded twice, the first time for
+    their mean and variance.
 
     On several devices (Lightning's "ddp") each keeps and encodes its share of the lagged codes (`LaggedKDE.shard`). The
     codes are normalised over the minibatches of all devices, so the steps are those of one device with the whole
@@ -66,8 +71,10 @@ class GEN(Autoencoder):
             None is 1000; the command then takes the whole training set where it is smaller.
         refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
-            k_b steps. "queue": the codes of the last m training examples, each as it was in its minibatch.
-        refresh_every: k_b, the number of minibatches between refreshes; "queue" has no use for it.
+            k_b steps. "queue": the codes of the last m training examples, each as it was in its minibatch. "tracked":
+            the same, but every step moves all of them by an affine map (`LaggedKDE.follow`) and normalises them anew.
+            The map is found from 4 (l + 1) examples of the minibatch before, which are encoded again. It needs float32.
+        refresh_every: k_b, the number of minibatches between refreshes; "queue" and "tracked" have no use for it.
         weight: lambda, the weight of the latent term relative to the error per value.
         target: the distribution that the codes are to follow; None is the standard normal.
         bandwidth: h, the kernel's standard deviation; None is the optimal one for (l, m, target).
@@ -85,7 +92,7 @@ class GEN(Autoencoder):
         lagged_device: "cpu" keeps the lagged codes on the host, None on the module's device.
         keep_examples: keep the m lagged examples on the module's device. False reads them from the training set
             whenever they are encoded; for sets that are in memory this adds a tenth to the time of encoding. "queue"
-            never keeps them.
+            and "tracked" never keep them.
         input_dropout: share of the examples' values that the encoder does not see in a training step, drawn anew each
             time. Use it for training sets of a few thousand examples or fewer. Without it the encoder can place their
             codes one by one, more evenly than samples of the target.
@@ -116,7 +123,7 @@ class GEN(Autoencoder):
         decoder: nn.Module,
         latent_dim: int,
         num_lagged: int | None = None,
-        refresh: Literal["full", "rolling", "queue"] = "full",
+        refresh: Literal["full", "rolling", "queue", "tracked"] = "full",
         refresh_every: int = 10,
         weight: float = 1.0,
         target: Target | None = None,
@@ -133,8 +140,8 @@ class GEN(Autoencoder):
         decay: bool = True,
         betas: tuple[float, float] = (0.5, 0.999),
     ) -> None:
-        if refresh not in ("full", "rolling", "queue"):
-            raise ValueError(f'refresh must be "full", "rolling" or "queue", got {refresh!r}')
+        if refresh not in REFRESHES:
+            raise ValueError(f'refresh must be "full", "rolling", "queue" or "tracked", got {refresh!r}')
         refresh_every = integer("refresh_every", refresh_every, 1)
         weight = not_negative("weight", weight)
         input_dropout = real("input_dropout", input_dropout)
@@ -142,6 +149,8 @@ class GEN(Autoencoder):
             raise ValueError(f"input_dropout must be at least 0 and below 1, got {input_dropout}")
         if lagged_dtype not in ("float32", "bfloat16"):
             raise ValueError(f'lagged_dtype must be "float32" or "bfloat16", got {lagged_dtype!r}')
+        if refresh == "tracked" and lagged_dtype == "bfloat16":
+            raise ValueError('lagged_dtype must be "float32" for refresh "tracked", got "bfloat16"')
         if lagged_device not in (None, "cpu"):
             raise ValueError(f'lagged_device must be "cpu" or None, got {lagged_device!r}')
         super().__init__(encoder, decoder, latent_dim, learning_rate, decay, betas)
@@ -159,6 +168,7 @@ class GEN(Autoencoder):
         if normalize_codes:
             self.norm = CodeNorm(self.target, latent_dim)
         self.refresh_policy = refresh
+        self._followed: tuple[Tensor, Tensor] | None = None
         self.refresh_every = refresh_every
         self.weight = weight
         self.kernel_noise = kernel_noise
@@ -215,12 +225,16 @@ class GEN(Autoencoder):
             self._lagged_examples = self._drawn_examples(count)
         self.lagged.reserve(count)
         self._training_set, self._takes_index_tensors = dataset, loader.batch_size is None
-        if self.keep_examples and self.refresh_policy != "queue":
+        if self.keep_examples and self.refresh_policy not in QUEUES:
             self._kept_examples = torch.cat(list(self._read_examples(0, len(self._lagged_examples))))
         if not resumed and self.refresh_policy != "full":
             self.refresh()
-        if self.refresh_policy == "queue":
+        if self.refresh_policy in QUEUES:
             self._training_set = None  # the minibatches bring the codes from here on
+        if self._followed is not None:  # of a checkpoint, which has those of all ranks
+            each, rank = len(self._followed[0]) // self.lagged.ranks, self.lagged.rank
+            examples, outputs = (part[rank * each : (rank + 1) * each].to(self.device) for part in self._followed)
+            self._followed = examples, outputs
         self.stopwatch = Stopwatch(self.device)
         self._matched_latent = self.matched_latent()
         super().on_train_start()
@@ -273,6 +287,33 @@ class GEN(Autoencoder):
                 self.lagged.update(self.training_codes(examples), start)
                 start += len(examples)
 
+    @torch.no_grad()
+    def _follow(self, examples: Tensor) -> None:
+        """Moves the lagged codes as the last step has moved those of a few examples of its minibatch.
+
+        For the next step it remembers as many of these examples [n, ...], and what the encoder makes of them now. Both
+        outputs are normalised by the same statistics, so that these are no part of the difference.
+        """
+        with evaluating(self.encoder, self.norm), self.explaining("codes", None):
+            if self._followed is not None:
+                followed, before = self._followed
+                self.lagged.follow(self._placed(before), self._placed(self._outputs(followed)))
+                if isinstance(self.norm, CodeNorm):  # or the errors of many maps would add up to another mean and scale
+                    self.norm.renormalize(self.lagged.codes)
+            # Evenly spaced, they are the same where ranks share out the minibatch.
+            count = math.ceil(PAIRS * (self.latent_dim + 1) / self.lagged.ranks)
+            followed = examples[:: max(1, len(examples) // count)][:count].clone()
+            self._followed = followed, self._outputs(followed)
+
+    def _outputs(self, examples: Tensor) -> Tensor:
+        """Returns what the encoder makes of examples [n, ...], before the normalisation."""
+        return self._encoded(examples, self.latent_dim)
+
+    def _placed(self, outputs: Tensor) -> Tensor:
+        """Returns the codes [n, l] of the encoder's outputs; the means of those that are drawn."""
+        codes: Tensor = self.norm(outputs)
+        return codes
+
     def _lagged_batches(self, start: int, end: int) -> Iterator[Tensor]:
         """Yields the lagged examples from place `start` to before `end`, in parts, on the model's device."""
         if self._kept_examples is not None:
@@ -304,6 +345,8 @@ class GEN(Autoencoder):
             self.refresh()
         elif self.refresh_policy == "rolling":
             self._refresh_part(self.trainer.global_step % self.refresh_every)
+        elif self.refresh_policy == "tracked":
+            self._follow(examples)
         self.stopwatch.stop("latent")
 
         codes = self.training_codes(dropout(examples, self.input_dropout))
@@ -313,7 +356,7 @@ class GEN(Autoencoder):
         self.stopwatch.start("latent")
         terms = self.latent_terms(codes, index)
         self.stopwatch.stop("latent")
-        if self.refresh_policy == "queue":
+        if self.refresh_policy in QUEUES:
             self._pushed = codes.detach(), index
         latent = terms.mean()
         logged = {
@@ -336,7 +379,7 @@ class GEN(Autoencoder):
 
     def on_after_backward(self) -> None:
         assert self.stopwatch is not None
-        if self.refresh_policy == "queue":  # not before: the backward pass needs the codes as they were
+        if self.refresh_policy in QUEUES:  # not before: the backward pass needs the codes as they were
             self.stopwatch.start("latent")
             self.lagged.push(*self._pushed)
             del self._pushed
@@ -347,6 +390,7 @@ class GEN(Autoencoder):
         self.stopwatch.stop("step")
 
     def on_train_end(self) -> None:
+        self._followed = None
         if not self.lagged.refreshed:  # of a queue, whose examples come and go, callbacks that average leave no codes
             assert self.trainer.train_dataloader is not None
             self._training_set = self.trainer.train_dataloader.dataset
@@ -423,10 +467,21 @@ class GEN(Autoencoder):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `GenerativeModel` adds, and the lagged codes of all ranks, which call it together."""
+        """Adds what `GenerativeModel` adds, and the lagged codes of all ranks, which call it together.
+
+        "tracked" adds the examples by which it will tell how the next step has moved the codes.
+        """
         super().on_save_checkpoint(checkpoint)
-        if self.lagged.ranks > 1 or self.refresh_policy == "queue":  # also in place of an average's, see on_train_end
+        if self.lagged.ranks > 1 or self.refresh_policy in QUEUES:  # also in place of an average's, see on_train_end
             checkpoint["state_dict"] |= self.lagged.gathered_state("lagged.")
+        if self._followed is not None:
+            several = self.lagged.ranks > 1
+            checkpoint["followed"] = tuple(gathered(part, "followed") if several else part for part in self._followed)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes over what `GenerativeModel` does, and the examples whose codes tell how the encoder moves."""
+        super().on_load_checkpoint(checkpoint)
+        self._followed = checkpoint.get("followed")
 
 
 def _check_num_lagged(num_lagged: int, count: int) -> None:

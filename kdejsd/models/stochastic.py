@@ -106,7 +106,13 @@ class StochasticGEN(GEN):
         Raises:
             ValueError: if the encoder's output has another shape.
         """
-        return self._law(self._encoded(examples, 2 * self.latent_dim))
+        return self._law(self._outputs(examples))
+
+    def _outputs(self, examples: Tensor) -> Tensor:
+        return self._encoded(examples, 2 * self.latent_dim)
+
+    def _placed(self, outputs: Tensor) -> Tensor:
+        return self._law(outputs)[0]
 
     def _law(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         signal, logits = encoded.chunk(2, 1)
@@ -126,8 +132,7 @@ class StochasticGEN(GEN):
         return _drawn(self.posterior(examples), self.rng())
 
     def _lagged_codes(self) -> Iterator[Tensor]:
-        width = 2 * self.latent_dim
-        encoded = [self._encoded(examples, width) for examples in self._lagged_batches(0, len(self.lagged.codes))]
+        encoded = [self._outputs(examples) for examples in self._lagged_batches(0, len(self.lagged.codes))]
         self.norm.calibrate(part[:, : self.latent_dim] for part in encoded)
         rng = self.rng()
         for part in encoded:

@@ -21,7 +21,7 @@ from .reference.kde import with_own_center
 from .targets import Law, Target, checked_smoothable, checked_target
 
 _PART = 2**17  # codes of a rank that are gathered at a time
-_MOVED = 2**14  # codes that are moved at a time, and stay in the processor's cache meanwhile
+_MOVED = {"cpu": 2**14, "cuda": 2**20}  # codes that are moved at a time; a processor's cache holds the first
 _SHARED_OUT = ("codes", "examples")  # of all that is in the buffers: each rank has others
 _BUFFERS = (*_SHARED_OUT, "oldest", "stamp")
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie apart from each other, modulo 1
@@ -73,8 +73,8 @@ class LaggedKDE(nn.Module):
             larger than p_t.
         storage_dtype: torch.float32 or torch.bfloat16, in which the codes are kept.
         storage_device: "cpu" keeps the codes on the host wherever the module goes. Once the module is on a CUDA device
-            they are copied into pinned memory, and `push` and `update` of codes from there wait for the device. None
-            keeps them on the module's device.
+            they are copied into pinned memory, and `push`, `update` and `follow` of codes from there wait for the
+            device. None keeps them on the module's device.
 
     Attributes:
         num_centers: m.
@@ -335,8 +335,8 @@ class LaggedKDE(nn.Module):
 
         Call it after a training step, with the codes that some examples had before it and have now. Most of what a step
         does to the codes is one affine map for all of them. This map is found by least squares, with a ridge that
-        weighs as much as one code more that has not moved. So a few times l + 1 pairs are enough, and with fewer the
-        codes move only as the pairs show. What remains of the drift grows with a code's age: use it with `push`.
+        weighs as much as one code more, which moves by the mean of the others. Take 4 (l + 1) pairs; with fewer than
+        half as many the map is uncertain. What remains of the drift grows with a code's age: use it with `push`.
 
         Args:
             before: [k, l] in any floating dtype, the codes before the step; k = 0 moves nothing.
@@ -345,7 +345,7 @@ class LaggedKDE(nn.Module):
 
         Raises:
             ValueError: if a shape is wrong, if the codes contain NaN or infinity (on a GPU as in `refresh`), or if the
-                lagged codes are kept in bfloat16, whose rounding is larger than most steps.
+                lagged codes are in bfloat16 or float16, whose rounding is larger than most steps.
             TypeError: if the codes are no floating-point tensor.
             RuntimeError: if there was no refresh yet.
 
@@ -365,16 +365,17 @@ class LaggedKDE(nn.Module):
         self._check(before)
         self._check(after, len(before))
         self._check_refreshed("follow")
-        if self.codes.dtype == torch.bfloat16:
-            raise ValueError("storage_dtype must be torch.float32 for follow, got torch.bfloat16")
+        if self.codes.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"the lagged codes must be in float32 or float64 for follow, got {self.codes.dtype}")
         if self.ranks > 1:
             before, after = gathered(before, "codes"), gathered(after, "codes")
         if len(before) == 0:
             return
-        matrix, shift = _affine_map(before.double(), after.double())
-        matrix, shift = matrix.to(self.codes), shift.to(self.codes)
-        for part in self.codes.split(_MOVED):
-            part.copy_(torch.addmm(shift, part, matrix))
+        drift = _affine_drift(before.double(), after.double())
+        origin, shift, change = (part.to(self.codes) for part in drift)
+        with torch.autocast(self.codes.device.type, enabled=False):
+            for part in self.codes.split(_MOVED.get(self.codes.device.type, _PART)):
+                part.add_(torch.addmm(shift, part - origin, change))
 
     def _stamp(self, changed: Tensor | int) -> None:
         """Notes that the examples have changed, if they have."""
@@ -712,10 +713,10 @@ class LaggedKDE(nn.Module):
         )
 
 
-def _affine_map(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns matrix [l, l] and shift [l] of the map x -> x matrix + shift that carries k codes `before` to `after`.
+def _affine_drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns origin [l], shift [l] and change [l, l]: codes x `before` have moved by shift + (x - origin) change.
 
-    The ridge is the mean variance of a dimension, which is what one code more that stays in its place adds.
+    The ridge is the mean variance of a dimension, which is what one code more adds that moves by the shift alone.
     """
     origin, moved = before.mean(0), after - before
     x, mean = before - origin, moved.mean(0)
@@ -723,8 +724,7 @@ def _affine_map(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     ridge = gram.diagonal().mean() / len(x)
     ridge = ridge.where(ridge > 0, 1)  # of codes that are all the same; NaN stays
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    change = torch.linalg.solve_ex(gram + ridge * eye, x.T @ (moved - mean))[0]
-    return eye + change, mean - origin @ change
+    return origin, mean, torch.linalg.solve_ex(gram + ridge * eye, x.T @ (moved - mean))[0]
 
 
 def _popped(state_dict: dict[str, Any], key: str, missing_keys: list[str]) -> Tensor | None:

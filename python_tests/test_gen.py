@@ -13,11 +13,12 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
-from kdejsd import GaussianMixture
+from kdejsd import GaussianMixture, LaggedKDE
 from kdejsd._modes import evaluating
 from kdejsd.data import Digits
 from kdejsd.divergence import DIVERGENCES
 from kdejsd.models import FC, GEN, Conv, built
+from kdejsd.models.autoencoder import CodeNorm
 from kdejsd.models.stopwatch import Stopwatch
 from kdejsd.runs.measuring import code_measures, encode_set
 
@@ -142,7 +143,7 @@ def test_the_queue_holds_the_last_examples_and_refreshes_once(refresh):
 
 
 def staleness(refresh: str, **options) -> float:
-    """Mean squared distance of the lagged codes from those of the encoder now, over a run's last epoch."""
+    """Mean squared distance of the lagged codes from those of the encoder now, all normalised, over the last epoch."""
 
     class Distances(pl.Callback):
         def __init__(self):
@@ -150,29 +151,64 @@ def staleness(refresh: str, **options) -> float:
 
         def on_train_batch_end(self, trainer, model, *_):
             if trainer.current_epoch == 9:
-                with torch.no_grad(), evaluating(model.encoder, model.norm):
-                    examples = data.training[model.lagged.indices][0]
-                    model.norm.calibrate([model._outputs(examples)[:, : model.latent_dim]])
-                    found = model.lagged.codes - model.encode(examples)
-                self.found.append(float(found.square().mean()))
+                with torch.no_grad(), evaluating(model.encoder):
+                    fresh = model.encoder(data.training[model.lagged.indices][0])
+                fresh, codes = ((x - x.mean(0)) / x.std(0) for x in (fresh, model.lagged.codes))
+                self.found.append(float((codes - fresh).square().mean()))
 
     data, distances = Digits(train_size=1000), Distances()
-    model = make(refresh=refresh, num_lagged=800, decay=False, **options)
+    model = make(refresh=refresh, latent_dim=4, num_lagged=800, decay=False, **options)
     train(model, 10, distances, data=data)
     return float(np.mean(distances.found))
 
 
 def test_tracked_codes_stay_near_those_of_the_encoder():
-    assert staleness("tracked", latent_dim=4) < 0.6 * staleness("queue", latent_dim=4)
+    assert staleness("tracked") < 0.6 * staleness("queue")
 
 
-def test_tracked_codes_of_another_target_keep_its_mean_and_scale():
+def test_tracked_codes_move_once_a_step_and_only_with_a_step(monkeypatch):
+    moves = []
+    follow = LaggedKDE.follow
+    monkeypatch.setattr(LaggedKDE, "follow", lambda self, *pairs: (moves.append(pairs), follow(self, *pairs)))
+    model = make(refresh="tracked", network=Small)
+    pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        precision="bf16-mixed",
+        accumulate_grad_batches=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(model, datamodule=Digits(train_size=600))
+    assert len(moves) == 4  # of six minibatches an epoch
+    for before, after in moves:
+        assert before.dtype == torch.float32 and before.shape == (12, 2)
+        assert 0 < (after - before).abs().max() < 1
+    assert model._followed is None and model._before is None
+
+
+def test_tracked_codes_keep_the_mean_and_scale_of_the_target():
     target = GaussianMixture(torch.tensor([[9.0, -3.0], [13.0, -3.0]]), 0.5)
     model = make(refresh="tracked", target=target)
     train(model, 6)
-    mean, variance = torch.tensor([11.0, -3.0]), torch.tensor([4.25, 0.25])
-    assert (model.lagged.codes.mean(0) - mean).abs().max() < 0.3
-    assert (model.lagged.codes.var(0) / variance - 1).abs().max() < 0.3
+    assert (model.lagged.codes.mean(0) - torch.tensor([11.0, -3.0])).abs().max() < 1e-3
+    assert (model.lagged.codes.var(0) / torch.tensor([4.25, 0.25]) - 1).abs().max() < 0.01
+
+
+def test_codes_are_given_the_mean_and_variance_that_normalised_ones_have():
+    target = GaussianMixture(torch.tensor([[9.0, -3.0, 0.0], [13.0, -3.0, 0.0]]), 0.5)
+    norm = CodeNorm(target, 3)
+    torch.manual_seed(0)
+    raw = torch.randn(40_000, 3) * torch.tensor([7.0, 1e-3, 0.0]) + 2
+    norm.calibrate(raw.split(999))
+    expected = norm.eval()(raw)
+    codes = 3 * expected - 5
+    for _ in range(20):
+        norm.renormalize(codes)
+    torch.testing.assert_close(codes[:, :2], expected[:, :2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(codes[:, 2], expected[:, 2])  # all the same, whose rounding does not grow
+    assert expected[:, 1].var() < 0.1 * 0.25  # so small a variance is not brought to the target's
 
 
 def test_tracked_codes_have_to_be_in_float32():
@@ -180,6 +216,8 @@ def test_tracked_codes_have_to_be_in_float32():
         make(refresh="tracked", lagged_dtype="bfloat16")
     with pytest.raises(ValueError, match='refresh must be "full", "rolling", "queue" or "tracked", got \'both\''):
         make(refresh="both")
+    with pytest.raises(ValueError, match=r"needs a model in float32 or float64, got torch\.bfloat16: take .queue."):
+        train(make(refresh="tracked").to(torch.bfloat16), 1)
 
 
 @pytest.mark.parametrize("decay", [True, False])

@@ -119,8 +119,9 @@ def states(rank, ranks):
         n = 12 // ranks
         queue.push(pushed[n * rank : n * (rank + 1)], examples[n * rank : n * (rank + 1)])
     found["queue"] = queue.gathered_state()
-    before, after = points(24, DIM, seed=20)[12 * rank % 24 :][:4], points(24, DIM, seed=21)[12 * rank % 24 :][:4]
-    queue.follow(before, after)
+    before, after = points(24, DIM, seed=20), points(24, DIM, seed=21)
+    n = 24 // ranks
+    queue.follow(before[n * rank : n * (rank + 1)], after[n * rank : n * (rank + 1)])
     found["followed"] = queue.gathered_state()
     if rank == 0:  # while the others go on
         found["alone"] = queue.state_dict()
@@ -308,6 +309,12 @@ def test_a_queue_over_ranks_holds_the_newest_codes_in_their_order(found):
     assert torch.equal(whole.by_age, expected.by_age) and torch.equal(whole.sorted, expected.sorted)
     z, index = points(7, DIM), torch.tensor([0, 79, 27, 28, -1, 3, 50])
     torch.testing.assert_close(whole.loss(z, index), expected.loss(z, index))
+    followed = lagged(60)
+    followed.load_state_dict(found[0]["state"]["followed"])
+    expected.follow(points(24, DIM, seed=20), points(24, DIM, seed=21))  # the pairs of all ranks
+    torch.testing.assert_close(
+        followed.codes[followed.indices.sort().indices], expected.codes[expected.indices.sort().indices]
+    )
 
 
 def test_what_cannot_be_done_is_refused_on_every_rank(found):

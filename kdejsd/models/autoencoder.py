@@ -18,7 +18,7 @@ from ..targets import Law, Target, as_law, checked_target, finite_moments, law_m
 from .base import GenerativeModel, checked, inputs
 from .networks import Network
 
-PART = 2**14  # codes that are normalised at a time, and stay in the processor's cache meanwhile
+_PARTS = {"cpu": 2**14, "cuda": 2**20}  # codes that are normalised at a time; a processor's cache holds the first
 
 
 class Autoencoder(GenerativeModel):
@@ -243,23 +243,30 @@ class CodeNorm(nn.Module):
         self.running_var.copy_(variance)
 
     def renormalize(self, codes: Tensor) -> None:
-        """Normalises codes [n, l] anew, in place; with `synchronized` these and those of all other ranks together."""
-        mean, variance = self._moments(codes.split(PART))
-        scale = self.scale * (variance + self.eps).rsqrt()
-        for part in codes.split(PART):
-            part.copy_(torch.addcmul(self.shift - mean * scale, part, scale))
+        """Gives codes [n, l] the mean and variance of normalised ones, in place.
+
+        With `synchronized` these are the mean and variance of all ranks' codes together. A dimension of very small
+        variance is normalised to less than the target's variance (`eps`), and so it is here.
+        """
+        parts = codes.split(_PARTS.get(codes.device.type, 2**17))
+        mean, variance = self._moments(parts)
+        wanted = self.scale.square() * self.running_var / (self.running_var + self.eps)
+        scale = (wanted / variance).sqrt().where(variance > 0, 1)
+        scale, offset = scale.to(codes), (self.shift - mean * scale).to(codes)
+        for part in parts:
+            part.copy_(torch.addcmul(offset, part, scale))
 
     def _moments(self, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns mean and variance [l] of the codes in all parts [k, l] together, and on all ranks if synchronized."""
         moments = []
         for part in parts:
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
             mean = part.mean(0)
             squares = (part - mean).square_().sum(0)  # several times as fast as torch.var down the columns
-            moments.append((len(part), mean, squares / max(1, len(part) - 1)))
-        counts, means, variances = (
-            torch.stack([torch.as_tensor(x) for x in column]) for column in zip(*moments, strict=True)
+            moments.append((mean.new_full((1,), len(part)), mean, squares / max(1, len(part) - 1)))
+        merged = _merged_moments(
+            *(torch.stack(column).to(self.running_mean.device) for column in zip(*moments, strict=True))
         )
-        merged = _merged_moments(counts.to(means).unsqueeze(-1), means, variances)
         if self.synchronized:
             merged = _merged_moments(*(gathered(moment.unsqueeze(0), "moments") for moment in merged))
         return merged[1], merged[2]

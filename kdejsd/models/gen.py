@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from .._extras import train_extra
 from .._modes import evaluating
 from .._numbers import integer, not_negative, real
-from .._ranks import gathered, of_first
+from .._ranks import of_first
 from ..data import Batch, ExampleData
 from ..divergence import DIVERGENCES
 from ..lagged import LaggedKDE
@@ -30,7 +30,7 @@ with train_extra():
 NUM_LAGGED = 1000  # where neither the user nor a small training set says otherwise
 REFRESHES = ("full", "rolling", "queue", "tracked")
 QUEUES = ("queue", "tracked")  # whose codes come from the minibatches
-PAIRS = 4  # times l + 1, the numbers of the affine map in each dimension: examples that "tracked" encodes again
+PAIRS = 4  # "tracked" encodes PAIRS (l + 1) examples again; the map has l + 1 numbers for each dimension
 
 
 class GEN(Autoencoder):
@@ -72,8 +72,10 @@ class GEN(Autoencoder):
         refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
             k_b steps. "queue": the codes of the last m training examples, each as it was in its minibatch. "tracked":
-            the same, but every step moves all of them by an affine map (`LaggedKDE.follow`) and normalises them anew.
-            The map is found from 4 (l + 1) examples of the minibatch before, which are encoded again. It needs float32.
+            the same, but every step moves all of them by an affine map (`LaggedKDE.follow`), and normalises them
+            anew if `normalize_codes`. The map is found from 4 (l + 1) examples of the minibatch, or all if it has
+            fewer, which are encoded before and after the step. It needs float32. Dropout or batch normalisation in the
+            encoder takes much of its effect, since the codes of minibatches then differ from those of evaluation.
         refresh_every: k_b, the number of minibatches between refreshes; "queue" and "tracked" have no use for it.
         weight: lambda, the weight of the latent term relative to the error per value.
         target: the distribution that the codes are to follow; None is the standard normal.
@@ -98,8 +100,8 @@ class GEN(Autoencoder):
             codes one by one, more evenly than samples of the target.
 
     Raises:
-        ValueError: if a size is below 1, the weight is negative, input_dropout is outside [0, 1), and in the cases of
-            `LaggedKDE`.
+        ValueError: if a size is below 1, the weight is negative, input_dropout is outside [0, 1), the codes of
+            "tracked" are to be in bfloat16, and in the cases of `LaggedKDE`.
 
     Source: Saha, Elhabian, Whitaker, "GENs: Generative Encoding Networks", https://arxiv.org/abs/2010.15283, equation 3
     and Algorithm 1.
@@ -168,7 +170,8 @@ class GEN(Autoencoder):
         if normalize_codes:
             self.norm = CodeNorm(self.target, latent_dim)
         self.refresh_policy = refresh
-        self._followed: tuple[Tensor, Tensor] | None = None
+        self._followed: Tensor | None = None  # examples whose codes a step is to be seen by, and what they were
+        self._before: Tensor | None = None
         self.refresh_every = refresh_every
         self.weight = weight
         self.kernel_noise = kernel_noise
@@ -223,6 +226,9 @@ class GEN(Autoencoder):
                 )
         else:
             self._lagged_examples = self._drawn_examples(count)
+        self._followed = None  # of a run that an error has ended
+        if self.refresh_policy == "tracked" and self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f'refresh "tracked" needs a model in float32 or float64, got {self.dtype}: take "queue"')
         self.lagged.reserve(count)
         self._training_set, self._takes_index_tensors = dataset, loader.batch_size is None
         if self.keep_examples and self.refresh_policy not in QUEUES:
@@ -231,10 +237,6 @@ class GEN(Autoencoder):
             self.refresh()
         if self.refresh_policy in QUEUES:
             self._training_set = None  # the minibatches bring the codes from here on
-        if self._followed is not None:  # of a checkpoint, which has those of all ranks
-            each, rank = len(self._followed[0]) // self.lagged.ranks, self.lagged.rank
-            examples, outputs = (part[rank * each : (rank + 1) * each].to(self.device) for part in self._followed)
-            self._followed = examples, outputs
         self.stopwatch = Stopwatch(self.device)
         self._matched_latent = self.matched_latent()
         super().on_train_start()
@@ -268,7 +270,7 @@ class GEN(Autoencoder):
                 codes[start : start + len(part)] = part
                 start += len(part)
         if isinstance(self.norm, CodeNorm):
-            self.norm.calibrate(self._encoded_parts() if rounds else [codes])
+            self.norm.calibrate(self._encoded_parts() if rounds else codes.split(CHUNK))
         for part in self._encoded_parts() if rounds else codes.split(CHUNK):
             yield self.norm(part.to(self.device, self.dtype))  # type: ignore[arg-type]
 
@@ -287,23 +289,37 @@ class GEN(Autoencoder):
                 self.lagged.update(self.training_codes(examples), start)
                 start += len(examples)
 
-    @torch.no_grad()
-    def _follow(self, examples: Tensor) -> None:
-        """Moves the lagged codes as the last step has moved those of a few examples of its minibatch.
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the step as Lightning does. "tracked" then moves the lagged codes as the step has moved a few others.
 
-        For the next step it remembers as many of these examples [n, ...], and what the encoder makes of them now. Both
-        outputs are normalised by the same statistics, so that these are no part of the difference.
+        These are encoded before and after the step, in evaluation mode. Both outputs are normalised by the same
+        statistics, so that these are no part of the difference.
         """
-        with evaluating(self.encoder, self.norm), self.explaining("codes", None):
-            if self._followed is not None:
-                followed, before = self._followed
-                self.lagged.follow(self._placed(before), self._placed(self._outputs(followed)))
-                if isinstance(self.norm, CodeNorm):  # or the errors of many maps would add up to another mean and scale
-                    self.norm.renormalize(self.lagged.codes)
-            # Evenly spaced, they are the same where ranks share out the minibatch.
-            count = math.ceil(PAIRS * (self.latent_dim + 1) / self.lagged.ranks)
-            followed = examples[:: max(1, len(examples) // count)][:count].clone()
-            self._followed = followed, self._outputs(followed)
+        super().optimizer_step(*args, **kwargs)  # with the closure, of which `on_before_optimizer_step` is a part
+        if self._followed is None or self._before is None:
+            return
+        assert self.stopwatch is not None
+        self.stopwatch.start("latent")
+        with torch.no_grad(), evaluating(self.encoder, self.norm), self.explaining("codes", None):
+            self.lagged.follow(self._placed(self._before), self._placed(self._outputs(self._followed)))
+            if isinstance(self.norm, CodeNorm):  # otherwise the errors of many maps would add up to another scale
+                self.norm.renormalize(self.lagged.codes)
+        self._followed = self._before = None
+        self.stopwatch.stop("latent")
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        if self._followed is not None:
+            with torch.no_grad(), evaluating(self.encoder, self.norm):
+                self._before = self._outputs(self._followed)
+
+    def _to_follow(self, examples: Tensor) -> Tensor:
+        """Chooses from the minibatch [n, ...] the examples whose codes show what the step does, evenly spaced.
+
+        Ranks choose together what one process does, if their number divides the minibatch and its choice.
+        """
+        count = min(len(examples), math.ceil(PAIRS * (self.latent_dim + 1) / self.lagged.ranks))
+        return examples[torch.arange(count, device=examples.device) * len(examples) // max(1, count)]
 
     def _outputs(self, examples: Tensor) -> Tensor:
         """Returns what the encoder makes of examples [n, ...], before the normalisation."""
@@ -346,7 +362,7 @@ class GEN(Autoencoder):
         elif self.refresh_policy == "rolling":
             self._refresh_part(self.trainer.global_step % self.refresh_every)
         elif self.refresh_policy == "tracked":
-            self._follow(examples)
+            self._followed = self._to_follow(examples)
         self.stopwatch.stop("latent")
 
         codes = self.training_codes(dropout(examples, self.input_dropout))
@@ -390,7 +406,6 @@ class GEN(Autoencoder):
         self.stopwatch.stop("step")
 
     def on_train_end(self) -> None:
-        self._followed = None
         if not self.lagged.refreshed:  # of a queue, whose examples come and go, callbacks that average leave no codes
             assert self.trainer.train_dataloader is not None
             self._training_set = self.trainer.train_dataloader.dataset
@@ -467,21 +482,10 @@ class GEN(Autoencoder):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `GenerativeModel` adds, and the lagged codes of all ranks, which call it together.
-
-        "tracked" adds the examples by which it will tell how the next step has moved the codes.
-        """
+        """Adds what `GenerativeModel` adds, and the lagged codes of all ranks, which call it together."""
         super().on_save_checkpoint(checkpoint)
         if self.lagged.ranks > 1 or self.refresh_policy in QUEUES:  # also in place of an average's, see on_train_end
             checkpoint["state_dict"] |= self.lagged.gathered_state("lagged.")
-        if self._followed is not None:
-            several = self.lagged.ranks > 1
-            checkpoint["followed"] = tuple(gathered(part, "followed") if several else part for part in self._followed)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over what `GenerativeModel` does, and the examples whose codes tell how the encoder moves."""
-        super().on_load_checkpoint(checkpoint)
-        self._followed = checkpoint.get("followed")
 
 
 def _check_num_lagged(num_lagged: int, count: int) -> None:

@@ -722,7 +722,7 @@ def _affine_drift(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor
     x, mean = before - origin, moved.mean(0)
     gram = x.T @ x
     ridge = gram.diagonal().mean() / len(x)
-    ridge = ridge.where(ridge > 0, 1)  # of codes that are all the same; NaN stays
+    ridge = ridge.where(ridge > 0, 1)  # of codes that are all the same; NaN stays in `gram`
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return origin, mean, torch.linalg.solve_ex(gram + ridge * eye, x.T @ (moved - mean))[0]
 

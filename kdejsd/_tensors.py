@@ -1,4 +1,4 @@
-"""Checks the tensors that the public functions are given: kind, dtype, device, shape, and, where asked for, values."""
+"""Checks the tensors that functions are given: kind, dtype, device, shape, where asked for values; and splits them."""
 
 from __future__ import annotations
 
@@ -73,3 +73,12 @@ def checks_values() -> bool:
 def check_finite(name: str, value: Tensor) -> None:
     if bad := int((~value.isfinite()).sum()):
         raise ValueError(f"{name} must be finite, got {bad} values that are NaN or infinite")
+
+
+def cache_parts(rows: Tensor) -> tuple[Tensor, ...]:
+    """Splits rows [n, l] into parts that a processor's cache holds while several operators go over them.
+
+    On a GPU the parts are large, and only bound the memory that a copy takes.
+    """
+    parts: tuple[Tensor, ...] = rows.split(2**14 if rows.device.type == "cpu" else 2**20)
+    return parts

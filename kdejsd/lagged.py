@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ._numbers import integer, positive
 from ._own_copies import OwnCopies, looks_at
 from ._ranks import gathered, rank_and_size
-from ._tensors import check_int64, check_tensor
+from ._tensors import cache_parts, check_int64, check_tensor
 from .bandwidth import optimal_bandwidth
 from .divergence import check_divergence, codes_jsd, divergence_terms, jsd_loss, matched_loss
 from .ops.kde import kde_log_prob
@@ -21,7 +21,6 @@ from .reference.kde import with_own_center
 from .targets import Law, Target, checked_smoothable, checked_target
 
 _PART = 2**17  # codes of a rank that are gathered at a time
-_MOVED = {"cpu": 2**14, "cuda": 2**20}  # codes that are moved at a time; a processor's cache holds the first
 _SHARED_OUT = ("codes", "examples")  # of all that is in the buffers: each rank has others
 _BUFFERS = (*_SHARED_OUT, "oldest", "stamp")
 _GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie apart from each other, modulo 1
@@ -352,6 +351,7 @@ class LaggedKDE(nn.Module):
         Example:
             >>> import torch
             >>> from kdejsd import LaggedKDE
+            >>> _ = torch.manual_seed(0)
             >>> encoder = torch.nn.Linear(64, 2)
             >>> examples = torch.rand(500, 64)
             >>> lagged = LaggedKDE(num_centers=500, latent_dim=2)
@@ -374,7 +374,7 @@ class LaggedKDE(nn.Module):
         drift = _affine_drift(before.double(), after.double())
         origin, shift, change = (part.to(self.codes) for part in drift)
         with torch.autocast(self.codes.device.type, enabled=False):
-            for part in self.codes.split(_MOVED.get(self.codes.device.type, _PART)):
+            for part in cache_parts(self.codes):
                 part.add_(torch.addmm(shift, part - origin, change))
 
     def _stamp(self, changed: Tensor | int) -> None:

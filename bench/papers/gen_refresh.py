@@ -1,6 +1,6 @@
 """How lagged codes are kept up to date: what each way costs in match, and how far its codes lag behind the encoder.
 
-    python bench/papers/gen_refresh.py --data DIR --csv FILE --figure FILE   # MNIST, l = 8: 50 minutes on one core
+    python bench/papers/gen_refresh.py --data DIR --csv FILE --figure FILE   # MNIST, l = 8: 75 minutes on one core
     ... --set FashionMNIST --latent-dims 8 32
     python bench/papers/gen_refresh.py --quick                               # scikit-learn's digits, a minute
 
@@ -36,6 +36,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from gen_price import PARTS, SETS, mean
 from gen_table2 import entropy
 from matplotlib.figure import Figure
 from quiet import quiet_trainer
@@ -45,7 +46,7 @@ from torch.nn.functional import batch_norm
 
 from kdejsd import optimal_bandwidth
 from kdejsd._modes import evaluating
-from kdejsd.data import MNIST, Digits, ExampleData, FashionMNIST
+from kdejsd.data import Digits, ExampleData
 from kdejsd.divergence import target_jsd
 from kdejsd.models import built
 from kdejsd.runs.measuring import encode_set
@@ -55,8 +56,6 @@ QUICK_IMAGES, QUICK_STEPS = 1000, 60
 FEW_DIMS = 8  # up to here with the kernel's noise
 PERIOD = 10  # k_b
 AVERAGED = 0.99
-SETS = {"MNIST": MNIST, "FashionMNIST": FashionMNIST}
-PARTS = ("training", "held-out")
 KEY = {"data": str, "images": int, "latent_dim": int, "steps": int, "row": str, "seed": int}
 KINDS = KEY | {"codes": str, "error": float, "gap": float, "jsd": float, "own_jsd": float, "seconds": int}
 LAG_KINDS = KEY | {"step": int, "lag": float}
@@ -145,7 +144,7 @@ def spread(rows: list[Row], name: str, digits: int) -> str:
     values = [row[name] for row in rows]
     sign = "+" if name == "gap" else ""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{sign}.{digits}f}{deviation}"
+    return f"{mean(rows, name):{sign}.{digits}f}{deviation}"
 
 
 def table(rows: list[Row]) -> str:
@@ -162,8 +161,8 @@ def table(rows: list[Row]) -> str:
                 found = matching(block, row=name, codes=part)
                 lines += [
                     f"{name:21}{part:10}{len(found):>7}{spread(found, 'error', 4):>18}{spread(found, 'gap', 3):>18}"
-                    f"{spread(found, 'jsd', 4):>18}{statistics.fmean(row['own_jsd'] for row in found):>8.4f}"
-                    f"{statistics.fmean(row['seconds'] for row in found):>7.0f}"
+                    f"{spread(found, 'jsd', 4):>18}{mean(found, 'own_jsd'):>8.4f}"
+                    f"{mean(found, 'seconds'):>7.0f}"
                 ]
     return "\n".join(lines)
 

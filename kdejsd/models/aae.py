@@ -54,6 +54,7 @@ class AAE(Autoencoder):
     Example:
         >>> import torch
         >>> from kdejsd.models import AAE, FC
+        >>> _ = torch.manual_seed(0)
         >>> networks = FC((1, 8, 8), latent_dim=2)
         >>> model = AAE(networks.encoder, networks.decoder, latent_dim=2)
         >>> codes = model.encode(torch.rand(100, 1, 8, 8))

@@ -11,14 +11,13 @@ from torch.nn.functional import batch_norm, mse_loss
 from torch.utils._pytree import tree_leaves
 
 from .._ranks import gathered, rank_and_size, summed
+from .._tensors import cache_parts
 from ..data import Batch, BatchOrder
 from ..divergence import target_jsd
 from ..metrics._rows import MOST, RowsMeasure
 from ..targets import Law, Target, as_law, checked_target, finite_moments, law_moments
 from .base import GenerativeModel, checked, inputs
 from .networks import Network
-
-_PARTS = {"cpu": 2**14, "cuda": 2**20}  # codes that are normalised at a time; a processor's cache holds the first
 
 
 class Autoencoder(GenerativeModel):
@@ -248,7 +247,7 @@ class CodeNorm(nn.Module):
         With `synchronized` these are the mean and variance of all ranks' codes together. A dimension of very small
         variance is normalised to less than the target's variance (`eps`), and so it is here.
         """
-        parts = codes.split(_PARTS.get(codes.device.type, 2**17))
+        parts = cache_parts(codes)
         mean, variance = self._moments(parts)
         wanted = self.scale.square() * self.running_var / (self.running_var + self.eps)
         scale = (wanted / variance).sqrt().where(variance > 0, 1)

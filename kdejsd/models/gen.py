@@ -170,8 +170,6 @@ class GEN(Autoencoder):
         if normalize_codes:
             self.norm = CodeNorm(self.target, latent_dim)
         self.refresh_policy = refresh
-        self._followed: Tensor | None = None  # examples whose codes a step is to be seen by, and what they were
-        self._before: Tensor | None = None
         self.refresh_every = refresh_every
         self.weight = weight
         self.kernel_noise = kernel_noise
@@ -183,6 +181,9 @@ class GEN(Autoencoder):
         self._lagged_examples: Tensor | None = None
         self._takes_index_tensors = False
         self._kept_examples: Tensor | None = None
+        # The examples by whose codes "tracked" sees what a step does, and the encoder's outputs before it.
+        self._followed: Tensor | None = None
+        self._before: Tensor | None = None
 
     @classmethod
     def settings_for(cls, settings: Mapping[str, Any], data: ExampleData) -> dict[str, Any]:
@@ -226,7 +227,7 @@ class GEN(Autoencoder):
                 )
         else:
             self._lagged_examples = self._drawn_examples(count)
-        self._followed = None  # of a run that an error has ended
+        self._followed = self._before = None  # of a run that an error has ended
         if self.refresh_policy == "tracked" and self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f'refresh "tracked" needs a model in float32 or float64, got {self.dtype}: take "queue"')
         self.lagged.reserve(count)
@@ -310,8 +311,11 @@ class GEN(Autoencoder):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         if self._followed is not None:
+            assert self.stopwatch is not None
+            self.stopwatch.start("latent")
             with torch.no_grad(), evaluating(self.encoder, self.norm):
                 self._before = self._outputs(self._followed)
+            self.stopwatch.stop("latent")
 
     def _to_follow(self, examples: Tensor) -> Tensor:
         """Chooses from the minibatch [n, ...] the examples whose codes show what the step does, evenly spaced.

@@ -164,7 +164,9 @@ def training_row(images: ExampleSet, codes: str, refresh: str, steps: int, devic
             lagged_dtype=codes,
             keep_examples=False,
         )
-        trainer = quiet_trainer(accelerator="gpu" if device == "cuda" else "cpu", max_steps=steps, callbacks=[course])
+        trainer = quiet_trainer(
+            accelerator="gpu" if device == "cuda" else "cpu", max_steps=steps, callbacks=[course], log_every_n_steps=1
+        )
         trainer.fit(model, BatchLoader(images, BatchOrder(m, min(N, m), 0)))
     middle, low, high = harness.spread(course.ms)
     return {

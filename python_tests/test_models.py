@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import generator, points, worst
+from lightning.pytorch.loggers import Logger
 from test_gen import assert_same_state, train
 from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
@@ -412,3 +413,127 @@ def test_a_model_samples_in_its_own_precision():
     encoded = encode_set(model, data.training)
     single = encode_set(model.float(), data.training)
     assert encoded.codes.dtype == torch.float64 and worst(encoded.codes, single.codes) < 1e-5
+
+
+# Logging
+
+
+SILENT = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Course(pl.Callback):
+    """The figures that callbacks see after each step."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.seen: list[dict[str, float]] = []
+        self.stop_after = stop_after
+
+    def on_train_batch_end(self, trainer, *_):
+        self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        trainer.should_stop = trainer.global_step == self.stop_after
+
+
+class Written(Logger):
+    """Keeps what a trainer writes for each step."""
+
+    name, version = "", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.steps.setdefault(step, {}).update(metrics)
+
+    def log_hyperparams(self, *_):
+        pass
+
+
+def course(model: BuiltModel, every: int, *, stop_after: int | None = None, **limits):
+    """Trains with six minibatches in an epoch: what callbacks see, what is written, and the trainer."""
+    watch, written = Course(stop_after), Written()
+    run = pl.Trainer(accelerator="cpu", callbacks=[watch], logger=written, log_every_n_steps=every, **SILENT, **limits)
+    run.fit(model, datamodule=Digits(train_size=600))
+    return watch, written, run
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (built.AAE, {}),
+        (built.GAN, {"discriminator_steps": 2}),
+        (built.GEN, {"num_lagged": 100, "bandwidth": 0.5}),
+        (built.LCVAE, {}),
+        (built.VAE, {}),
+        (built.WAE, {}),
+    ],
+)
+def test_terms_are_logged_in_the_steps_that_are_written(model, options):
+    """As by a trainer that writes every step; in the last steps of epochs too, and after the last of the run."""
+    every, _, _ = course(make(model, **options), 1, max_steps=15)
+    seen, written, run = course(make(model, **options), 4, max_steps=15)
+    names = [name for name in every.seen[-1] if name.startswith(("loss/", "train/")) and "time_share" not in name]
+    assert len(names) >= 2
+    for step in range(1, 16):
+        shown = max(due for due in (1, 4, 6, 8, 12) if due <= step)
+        for name in names:
+            assert seen.seen[step - 1].get(name) == every.seen[shown - 1].get(name), (step, name)
+    assert all(float(run.callback_metrics[name]) == every.seen[-1][name] for name in names)
+    steps = [step + 1 for step, metrics in written.steps.items() if names[0] in metrics]
+    assert steps == [4, 8, 12]
+    for name in names:
+        assert written.steps[7][name] == pytest.approx(every.seen[7][name], rel=1e-6)
+
+
+def test_the_terms_of_the_step_that_a_callback_stops_after_are_logged():
+    every, _, _ = course(make(built.VAE), 1, stop_after=3, max_epochs=5, min_epochs=0)
+    seen, _, run = course(make(built.VAE), 50, stop_after=3, max_epochs=5, min_epochs=0)
+    assert run.global_step == 3 and seen.seen[-1] == every.seen[0] != every.seen[-1]
+    assert {name: float(run.callback_metrics[name]) for name in every.seen[-1]} == every.seen[-1]
+
+
+def test_terms_given_as_functions_are_computed_where_they_are_logged():
+    computed = []
+
+    class Counting(built.AE):
+        def training_step(self, batch, batch_idx):
+            step = self.trainer.global_step
+            self.log_terms({"loss/twice": lambda: computed.append(step) or torch.tensor(2.0 * step)})
+            return super().training_step(batch, batch_idx)
+
+    seen, _, _ = course(make(Counting), 4, max_steps=9)
+    assert computed == [0, 3, 5, 7, 8]
+    assert [figures["loss/twice"] for figures in seen.seen] == [0, 0, 0, 6, 6, 10, 10, 14, 14]
+
+
+def test_an_error_names_terms_that_were_not_logged():
+    class Spoiled(built.VAE):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss * math.nan if self.trainer.global_step == 2 else loss
+
+    with pytest.raises(FloatingPointError, match=r"after 2 steps\): loss/reconstruction is 0\.\d+, loss/latent is \d"):
+        course(make(Spoiled), 50, max_steps=5)
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (built.GAN, {"objective": "wgan-gp"}),
+        (built.GEN, {"num_lagged": 100, "bandwidth": 0.5, "refresh": "tracked"}),
+        (built.LCVAE, {"constraint": "spectral"}),
+    ],
+)
+def test_a_compiled_model_is_trained_as_it_is(model, options):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    trained = []
+    for compiled in (False, True):
+        trained.append(make(model, **options))
+        run = pl.Trainer(accelerator="cpu", precision="64-true", max_steps=3, logger=False, **SILENT)
+        run.fit(torch.compile(trained[-1], backend="aot_eager") if compiled else trained[-1], Digits(train_size=300))
+        assert bool(torch._dynamo.utils.counters["stats"]) == compiled
+    torch.testing.assert_close(*(each.state_dict() for each in trained), rtol=1e-6, atol=1e-6)

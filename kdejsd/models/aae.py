@@ -94,7 +94,7 @@ class AAE(Autoencoder):
         codes = self.encode(examples)
 
         told = self.discriminator_loss(codes.detach(), self.target_samples(len(codes)))
-        self.log("loss/discriminator", told, prog_bar=True)
+        self.log_terms({"loss/discriminator": told})
         discriminator.zero_grad()
         self.manual_backward(told)
         # Not discriminator.step(), which the trainer would count as a training step of its own.
@@ -103,7 +103,7 @@ class AAE(Autoencoder):
         error = reconstruction_error(self.decode(codes), examples)
         with autoencoder.toggle_model():  # the discriminator's weights get no gradient
             latent = self.adversarial_loss(codes)
-            self.log_dict({"loss/reconstruction": error, "loss/latent": latent}, prog_bar=True)
+            self.log_terms({"loss/reconstruction": error, "loss/latent": latent})
             autoencoder.zero_grad()
             self.manual_backward(error + self.weight * latent)
             autoencoder.step()

@@ -52,5 +52,5 @@ class AE(Autoencoder):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         examples = checked(batch)[0]
         error = reconstruction_error(self.reconstruct(examples), examples)
-        self.log("loss/reconstruction", error, prog_bar=True)
+        self.log_terms({"loss/reconstruction": error})
         return error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -40,6 +40,8 @@ class GenerativeModel(pl.LightningModule, ABC):
 
     To define a model of your own, set `target` and `generator`, and add a `training_step`. A batch is (examples [n,
     ...], labels [n], indices [n] int64 in the training set), as the data modules of `kdejsd.data` give it.
+
+    What the models log per step is logged in every `log_every_n_steps`-th step of the trainer (`log_terms`).
 
     Args:
         latent_dim: l, the dimension of the latents.
@@ -91,6 +93,8 @@ class GenerativeModel(pl.LightningModule, ABC):
         self._rng_state: dict[str, Tensor] = {}
         self._planned_steps: float | None = None
         self._terms: dict[str, Tensor] = {}
+        self._unlogged: dict[str, Tensor | Callable[[], Tensor]] = {}
+        self._logged = False  # any terms in this run
         self._losses: list[_Loss] = []
         self._place = _Place(0, 0, 0, None)
 
@@ -122,6 +126,7 @@ class GenerativeModel(pl.LightningModule, ABC):
         examples: Tensor = self.generator(codes)
         return examples
 
+    @torch.compiler.disable
     def target_samples(self, n: int, rng: torch.Generator | None = None) -> Tensor:
         """Draws n samples [n, l] of the target, in the model's dtype and on its device.
 
@@ -197,6 +202,7 @@ class GenerativeModel(pl.LightningModule, ABC):
                 stacklevel=1,
             )
         self._planned_steps = planned
+        self._unlogged, self._logged = {}, False
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, HalfCosine):
                 config.scheduler.go_to(self.trainer.global_step)
@@ -213,6 +219,41 @@ class GenerativeModel(pl.LightningModule, ABC):
         self._place = _Place(
             self.trainer.global_step, self.trainer.current_epoch, batch_idx, batch[2] if known else None
         )
+
+    @torch.compiler.disable
+    def log_terms(self, terms: Mapping[str, Tensor | Callable[[], Tensor]]) -> None:
+        """Logs the terms of a training step's loss in those steps that the trainer's loggers write.
+
+        These are every `log_every_n_steps`-th step of the trainer, the first and the last of the run, and the last of
+        each epoch. `trainer.callback_metrics` and the progress bar keep the values until then. Lightning takes nearly a
+        millisecond to log a value, so a small network may need less time for a step than for logging its terms.
+
+        Args:
+            terms: the terms by their names, each a 0-dim tensor, or a function that returns one. The function is
+                called in those steps alone.
+        """
+        for name, value in terms.items():
+            if isinstance(value, Tensor):
+                self._terms[name] = self._unlogged[name] = value.detach()
+            else:
+                self._unlogged[name] = value
+        if self._logs_step():
+            self._log_unlogged()
+
+    def _logs_step(self) -> bool:
+        if self._trainer is None:  # Lightning's own warning says that nothing is logged
+            return True
+        return not self._logged or self._trainer.is_last_batch or self._trainer._logger_connector.should_update_logs
+
+    def _log_unlogged(self) -> None:
+        values = {name: value if isinstance(value, Tensor) else value() for name, value in self._unlogged.items()}
+        self._unlogged = {}
+        self.log_dict(values, prog_bar=True)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self._unlogged and self.trainer.fit_loop.epoch_loop.done:  # by a limit of steps or time, or by a callback
+            self._log_unlogged()
+        self._logged = True
 
     # A loss that is no number
 

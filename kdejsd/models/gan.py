@@ -241,7 +241,7 @@ class GAN(GenerativeModel):
             packed = (pack(part, self.packing) for part in (examples, generated))
             told = told + self.gradient_penalty * self.penalty(*packed)
         divergence = self.losses.divergence(real, fake).detach()
-        self.log_dict({"loss/discriminator": told, "loss/divergence": divergence}, prog_bar=True)
+        self.log_terms({"loss/discriminator": told, "loss/divergence": divergence})
         discriminator.zero_grad()
         self.manual_backward(told)
         discriminator.step()  # which the trainer counts: a step for each minibatch
@@ -253,13 +253,14 @@ class GAN(GenerativeModel):
         if self.trainer.global_step % self.discriminator_steps == 0:
             with generator.toggle_model():  # the discriminator's weights get no gradient
                 fooled = self.losses.generator(self.discriminate(self.decode(self.target_samples(len(examples)))))
-                self.log("loss/generator", fooled, prog_bar=True)
+                self.log_terms({"loss/generator": fooled})
                 generator.zero_grad()
                 self.manual_backward(fooled)
                 # Not generator.step(), which would be counted too.
                 self.trainer.strategy.optimizer_step(generator.optimizer, lambda: None)
         self.step_schedulers()
 
+    @torch.compiler.disable  # which has no second derivatives
     def penalty(self, examples: Tensor, generated: Tensor) -> Tensor:
         """Returns the gradient penalty at packed examples [n, ...], without its weight, 0-dim."""
         if self.objective == "wgan-gp":

@@ -53,7 +53,7 @@ class GEN(Autoencoder):
     codes are normalised over the minibatches of all devices, so the steps are those of one device with the whole
     minibatch.
 
-    It logs per step:
+    It logs per step (`log_terms`):
 
     * `loss/reconstruction`, the mean squared error per value, and `loss/latent`, the latent term in nats.
     * `train/latent_excess`, the latent term minus the mean for codes that follow the target (`matched_latent`). It is
@@ -378,14 +378,15 @@ class GEN(Autoencoder):
         self.stopwatch.stop("latent")
         if self.refresh_policy in QUEUES:
             self._pushed = codes.detach(), index
-        latent = terms.mean()
-        logged = {
-            "loss/reconstruction": error,
-            "loss/latent": latent,
-            "train/latent_excess": latent - self._matched_latent,
-            "train/gradient_weight": self.gradient_weight(terms),
-        }
-        self.log_dict(logged, prog_bar=True)
+        latent, found = terms.mean(), terms.detach()
+        self.log_terms(
+            {
+                "loss/reconstruction": error,
+                "loss/latent": latent,
+                "train/latent_excess": lambda: found.mean() - self._matched_latent,
+                "train/gradient_weight": lambda: self.gradient_weight(found),
+            }
+        )
         loss: Tensor = error + self.weight * latent + self.penalty(codes, labels)
         return loss
 
@@ -407,6 +408,7 @@ class GEN(Autoencoder):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None
+        super().on_train_batch_end(outputs, batch, batch_idx)
         self.stopwatch.stop("step")
 
     def on_train_end(self) -> None:

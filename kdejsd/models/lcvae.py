@@ -112,7 +112,7 @@ class LCVAE(VAE):
         value = omega(examples[:even], codes, pairs="halves", reduction="mean")
         if self.scale_free:
             value = value / codes.var(0).mean()
-        self.log("loss/omega", value, prog_bar=True)
+        self.log_terms({"loss/omega": value})
         return self.omega_weight * value
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -110,7 +110,7 @@ class SemiSupervisedGEN(GEN):
     def penalty(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Returns label_weight times the label term, 0-dim, after logging the term."""
         term = self.label_term(codes, labels)
-        self.log("loss/label", term, prog_bar=True)
+        self.log_terms({"loss/label": term})
         return self.label_weight * term
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

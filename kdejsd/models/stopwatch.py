@@ -19,9 +19,11 @@ class Stopwatch:
         self._pending: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
         self._seconds: dict[str, float] = {}
 
+    @torch.compiler.disable
     def start(self, name: str) -> None:
         self._started[name] = self._now()
 
+    @torch.compiler.disable
     def stop(self, name: str) -> None:
         begin, end = self._started.pop(name), self._now()
         if isinstance(begin, float):

@@ -132,7 +132,7 @@ class VAE(Autoencoder):
             latent = kl_to_normal(mean, log_variance).mean()
         else:
             latent = -(normal_entropy(log_variance) + self.flow.log_prob(z)).mean()
-        self.log_dict({"loss/reconstruction": error, "loss/latent": latent}, prog_bar=True)
+        self.log_terms({"loss/reconstruction": error, "loss/latent": latent})
         latent = latent + self.penalty(examples, mean)
         return error + 2 * self.observation_variance / examples[0].numel() * latent
 

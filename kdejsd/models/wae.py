@@ -72,7 +72,7 @@ class WAE(Autoencoder):
         codes = self.encode(examples)
         error = reconstruction_error(self.decode(codes), examples)
         latent = imq_mmd(codes, self.target_samples(len(codes)), self.mean_square)
-        self.log_dict({"loss/reconstruction": error, "loss/latent": latent}, prog_bar=True)
+        self.log_terms({"loss/reconstruction": error, "loss/latent": latent})
         return error + self.weight * latent
 
     def settings(self) -> dict[str, object]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from typing import Any
+
+import torch
 
 from .report import write_report
 from .saved import loaded_model
@@ -52,7 +55,8 @@ def fit(args: list[str]) -> int:
 def _train(cli: FitCLI) -> None:
     trainer = cli.trainer
     try:
-        trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.ckpt_path)
+        model: Any = torch.compile(cli.model) if cli.config.compile else cli.model
+        trainer.fit(model, datamodule=cli.datamodule, ckpt_path=cli.ckpt_path)
         if trainer.global_step == 0:
             limits = ("max_epochs", "max_steps", "max_time", "limit_train_batches")
             given = ", ".join(f"{name}={getattr(cli.config_init.trainer, name)}" for name in limits)

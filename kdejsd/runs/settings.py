@@ -31,7 +31,7 @@ _BASES: dict[str, type] = {"model": BuiltModel, "data": ExampleData}
 _DEFAULT_CLASSES = {"data": "kdejsd.data.Digits", "model": "kdejsd.models.built.GEN"}
 _USAGE = (
     "kdejsd fit [--config FILE] [--data NAME] [--data.SETTING ...] [--model NAME] [--model.SETTING ...] "
-    "[--trainer.SETTING ...] [--out DIR] [--debug]"
+    "[--trainer.SETTING ...] [--out DIR] [--compile] [--debug]"
 )
 _DESCRIPTION = (
     "Trains a model on examples and writes a report. Without settings it trains a Generative Encoding Network on "
@@ -330,6 +330,9 @@ def _add_run_settings(parser: Any) -> None:
         "--ckpt_path",
         help="Continue from this checkpoint, or from the newest one in the folder of a run. The settings are those of "
         "its config.yaml unless --config is given.",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="Train the model as torch.compile(model), which needs a C++ compiler."
     )
 
 

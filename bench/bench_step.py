@@ -1,13 +1,20 @@
 """Times a training step of a GEN against the same autoencoder's step without the latent term.
 
     python bench/bench_step.py                      # about 4 minutes
+    python bench/bench_step.py --compiled           # with rows by torch.compile: 15 minutes
     python bench/bench_step.py --quick              # small sizes, under 30 seconds
     python bench/bench_step.py --device cuda --csv step.csv
 
-Real steps by Lightning's trainer, on random 28 x 28 images, with the FC networks: forward, backward, Adam, refresh.
-Every way to refresh has its turn in each round, so that a slow minute of the machine hits all alike; within a turn a
-step's time is the mean over whole periods of the refresh. `ratio` is a GEN's step over the plain one, the median of the
-rounds.
+Real steps by Lightning's trainer, on random images of 8 x 8 and 28 x 28 bytes in the loaders of `kdejsd.data`, with
+the FC networks: forward, backward, Adam, refresh. Every row has its turn in each round, so that a slow minute of the
+machine hits all alike; within a turn a step's time is the mean over whole periods of the refresh. `ratio` is a row's
+step over the autoencoder's, the median of the rounds. The rows:
+
+    autoencoder                   the same networks, normalisation and optimiser, and no latent term
+    full, rolling, queue, tracked   a GEN with each way to renew its lagged codes
+    ..., own loop                 the same computation in a plain loop of torch, with `LaggedRefresh` and without logs:
+                                  the rest is what the trainer and the logs take
+    ..., compiled                 `trainer.fit(torch.compile(model))`; the steps in which it compiles are not counted
 """
 
 from __future__ import annotations
@@ -15,80 +22,123 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import lightning.pytorch as pl
 import machine
 import torch
 from papers.quiet import quiet_trainer
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.functional import mse_loss
 
-from kdejsd.models.built import AE, GEN, BuiltModel
+from kdejsd import LaggedRefresh
+from kdejsd.data import Batch, BatchLoader, BatchOrder, ExampleSet
+from kdejsd.models import GEN as AnyGEN
+from kdejsd.models import Autoencoder
+from kdejsd.models.built import AE, GEN
 
-SHAPE = (1, 28, 28)
+
+class Size(NamedTuple):
+    """What a step is measured on: examples of a minibatch, m, l, the side of an image, and periods in a turn."""
+
+    batch: int
+    m: int
+    dim: int
+    side: int
+    periods: int
+
+
 PERIOD = 10  # k_b
-SIZES = [(300, 10_000, 8), (512, 100_000, 40)]  # batch, m, l
-QUICK = [(100, 2_000, 8)]
+WARM_UP = 2 * PERIOD
+SIZES = [Size(100, 1000, 8, 8, 20), Size(300, 10_000, 8, 28, 4), Size(512, 100_000, 40, 28, 1)]
+QUICK = [Size(100, 2_000, 8, 8, 2)]
 PLAIN = "autoencoder"
-POLICIES = ("full", "rolling", "queue", "tracked")
-FIELDS = ("step", "batch", "m", "l", "ms", "p20", "p80", "ratio", "device", "threads", "machine", "versions", "commit")
-
-
-class Images(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Random images."""
-
-    def __init__(self, count: int) -> None:
-        self.images = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(0))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self.images[index], torch.tensor(0), torch.tensor(index)
+ROWS = (PLAIN, "full", "rolling", "queue", "tracked", f"{PLAIN}, own loop", "full, own loop")
+COMPILED = (f"{PLAIN}, compiled", "full, compiled", "tracked, compiled")
+FIELDS = (
+    *("step", "batch", "m", "l", "side", "ms", "p20", "p80", "ratio", "device", "threads", "machine", "versions"),
+    "commit",
+)
 
 
 class Clock(pl.Callback):
-    """Time from the first step after a warm-up to the last."""
+    """Time of a step after a warm-up."""
 
-    def __init__(self, warm_up: int) -> None:
-        self.warm_up = warm_up
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def begin(self) -> None:
+        self.started = self._now()
+
+    def end(self, steps: int) -> None:
+        self.step_ms = (self._now() - self.started) * 1e3 / (steps - WARM_UP)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.warm_up:
-            self.started = self._now(trainer)
+        if trainer.global_step == WARM_UP:
+            self.begin()
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.step_ms = (self._now(trainer) - self.started) * 1e3 / (trainer.global_step - self.warm_up)
+        self.end(trainer.global_step)
 
-    def _now(self, trainer: pl.Trainer) -> float:
-        if trainer.strategy.root_device.type == "cuda":
+    def _now(self) -> float:
+        if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
 
 
-def turn(step: str, size: tuple[int, int, int], images: Images, device: str, periods: int) -> float:
+def turn(row: str, size: Size, images: ExampleSet, device: str) -> float:
     """Milliseconds of a step."""
-    batch, m, dim = size
+    step, _, how = row.partition(", ")
     pl.seed_everything(0, verbose=False)
-    if step == PLAIN:  # the same networks, normalisation and optimiser, and no latent term
-        model: BuiltModel = AE(SHAPE, latent_dim=dim, normalize_codes=True)
+    shape = (1, size.side, size.side)
+    model: Any
+    if step == PLAIN:
+        model = AE(shape, latent_dim=size.dim, normalize_codes=True)
     else:
-        model = GEN(SHAPE, latent_dim=dim, num_lagged=m, bandwidth=0.5, refresh_every=PERIOD, refresh=step)
-    loader = DataLoader(images, batch_size=batch, shuffle=True, drop_last=True)
-    clock = Clock(PERIOD)
-    trainer = quiet_trainer(
-        accelerator="gpu" if device == "cuda" else "cpu", max_steps=PERIOD * (1 + periods), callbacks=[clock]
-    )
-    trainer.fit(model, loader)
+        model = GEN(shape, latent_dim=size.dim, num_lagged=size.m, bandwidth=0.5, refresh_every=PERIOD, refresh=step)
+    loader = BatchLoader(images, BatchOrder(len(images), size.batch, 0))
+    steps = WARM_UP + PERIOD * size.periods
+    clock = Clock(device)
+    if how == "own loop":
+        own_loop(model.to(device), loader, images, steps, clock)
+    else:
+        trainer = quiet_trainer(accelerator="gpu" if device == "cuda" else "cpu", max_steps=steps, callbacks=[clock])
+        compiled: Any = torch.compile(model)
+        trainer.fit(compiled if how == "compiled" else model, loader)
     return clock.step_ms
+
+
+def own_loop(model: Autoencoder, loader: BatchLoader, images: ExampleSet, steps: int, clock: Clock) -> None:
+    """The steps of an autoencoder, or of a GEN that encodes all lagged examples in every tenth."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.5, 0.999), fused=True)
+    refresh = LaggedRefresh(model.lagged, model.encode, images, PERIOD) if isinstance(model, AnyGEN) else None
+    for done, (examples, _, index) in zip(range(steps), endless(loader), strict=False):
+        if done == WARM_UP:
+            clock.begin()
+        examples, index = examples.to(model.device), index.to(model.device)
+        if refresh is not None:
+            refresh.step()
+        codes = model.encode(examples)
+        loss = mse_loss(model.decode(codes), examples)
+        if isinstance(model, AnyGEN):
+            loss = loss + model.latent_terms(codes, index).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    clock.end(steps)
+
+
+def endless(loader: BatchLoader) -> Iterator[Batch]:
+    while True:
+        yield from loader
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small size")
+    parser.add_argument("--compiled", action="store_true", help="rows by torch.compile too")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="of torch; default: as it is")
     parser.add_argument("--rounds", type=int, help="default: 5, with --quick 2")
@@ -102,22 +152,24 @@ def main() -> None:
     shared = {"device": arguments.device, **{key: facts[key] for key in ("threads", "machine", "versions", "commit")}}
     rows = []
     for size in QUICK if arguments.quick else SIZES:
-        batch, m, dim = size
-        images = Images(m)
+        pixels = torch.randint(256, (size.m, 1, size.side, size.side), dtype=torch.uint8)
+        images = ExampleSet(pixels, torch.full((size.m,), -1))
         others = machine.OthersLoad()
-        times: dict[str, list[float]] = {step: [] for step in (PLAIN, *POLICIES)}
+        times: dict[str, list[float]] = {row: [] for row in ROWS + (COMPILED if arguments.compiled else ())}
         for _ in range(arguments.rounds or (2 if arguments.quick else 5)):
-            for step, measured in times.items():
-                measured.append(turn(step, size, images, arguments.device, 1 if m > 50_000 else 3))
-        print(f"\nbatch = {batch}, m = {m}, l = {dim}; other processes kept {others.cores():.2f} cores busy")
-        print(f"  {'step':12}{'ms':>10}{'(p20-p80)':>20}{'ratio':>8}")
-        for step, measured in times.items():
+            for row, measured in times.items():
+                measured.append(turn(row, size, images, arguments.device))
+        print(
+            f"\nbatch = {size.batch}, m = {size.m}, l = {size.dim}, images of {size.side} x {size.side}; "
+            f"other processes kept {others.cores():.2f} cores busy"
+        )
+        print(f"  {'step':24}{'ms':>10}{'(p20-p80)':>20}{'ratio':>8}")
+        for row, measured in times.items():
             ratio = statistics.median(ours / plain for ours, plain in zip(measured, times[PLAIN], strict=True))
             middle, low, high = harness.spread(measured)
-            print(f"  {step:12}{middle:10.2f}{f'({low:.2f}-{high:.2f})':>20}{ratio:8.2f}")
-            rows.append(
-                {"step": step, "batch": batch, "m": m, "l": dim, "ms": middle, "p20": low, "p80": high, "ratio": ratio}
-            )
+            print(f"  {row:24}{middle:10.2f}{f'({low:.2f}-{high:.2f})':>20}{ratio:8.2f}")
+            numbers = {"ms": middle, "p20": low, "p80": high, "ratio": ratio}
+            rows.append({"step": row, "batch": size.batch, "m": size.m, "l": size.dim, "side": size.side} | numbers)
     with harness.csv_table(arguments.csv, FIELDS, shared) as write:
         write(rows)
 

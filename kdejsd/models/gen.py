@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from .._extras import train_extra
 from .._modes import evaluating
 from .._numbers import integer, not_negative, real
-from .._ranks import of_first
+from .._ranks import gathered, of_first
 from ..data import Batch, ExampleData
 from ..divergence import DIVERGENCES
 from ..lagged import LaggedKDE
@@ -31,6 +31,7 @@ NUM_LAGGED = 1000  # where neither the user nor a small training set says otherw
 REFRESHES = ("full", "rolling", "queue", "tracked")
 QUEUES = ("queue", "tracked")  # whose codes come from the minibatches
 PAIRS = 4  # "tracked" encodes PAIRS (l + 1) examples again; the map has l + 1 numbers for each dimension
+FOLLOWED = 5  # steps that "tracked" makes up for together
 
 
 class GEN(Autoencoder):
@@ -181,9 +182,10 @@ class GEN(Autoencoder):
         self._lagged_examples: Tensor | None = None
         self._takes_index_tensors = False
         self._kept_examples: Tensor | None = None
-        # The examples by whose codes "tracked" sees what a step does, and the encoder's outputs before it.
-        self._followed: Tensor | None = None
-        self._before: Tensor | None = None
+        # Of "tracked": the examples by whose codes it sees what the steps do, and those that are the next ones.
+        self._followed: _Followed | None = None
+        self._chosen: tuple[Tensor, Tensor] | None = None
+        self._followed_before: dict[str, Tensor] | None = None  # the checkpoint, without the examples
 
     @classmethod
     def settings_for(cls, settings: Mapping[str, Any], data: ExampleData) -> dict[str, Any]:
@@ -227,13 +229,14 @@ class GEN(Autoencoder):
                 )
         else:
             self._lagged_examples = self._drawn_examples(count)
-        self._followed = self._before = None  # of a run that an error has ended
+        self._followed = self._chosen = None  # of a run that an error has ended
         if self.refresh_policy == "tracked" and self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f'refresh "tracked" needs a model in float32 or float64, got {self.dtype}: take "queue"')
         self.lagged.reserve(count)
         self._training_set, self._takes_index_tensors = dataset, loader.batch_size is None
         if self.keep_examples and self.refresh_policy not in QUEUES:
-            self._kept_examples = torch.cat(list(self._read_examples(0, len(self._lagged_examples))))
+            self._kept_examples = torch.cat(list(self._read_examples(self._lagged_examples)))
+        self._follow_again()
         if not resumed and self.refresh_policy != "full":
             self.refresh()
         if self.refresh_policy in QUEUES:
@@ -291,39 +294,40 @@ class GEN(Autoencoder):
                 start += len(examples)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the step as Lightning does. "tracked" then moves the lagged codes as the step has moved a few others.
-
-        These are encoded before and after the step, in evaluation mode. Both outputs are normalised by the same
-        statistics, so that these are no part of the difference.
-        """
-        super().optimizer_step(*args, **kwargs)  # with the closure, of which `on_before_optimizer_step` is a part
-        if self._followed is None or self._before is None:
-            return
-        assert self.stopwatch is not None
-        self.stopwatch.start("latent")
-        with torch.no_grad(), evaluating(self.encoder, self.norm), self.explaining("codes", None):
-            self.lagged.follow(self._placed(self._before), self._placed(self._outputs(self._followed)))
-            if isinstance(self.norm, CodeNorm):  # otherwise the errors of many maps would add up to another scale
-                self.norm.renormalize(self.lagged.codes)
-        self._followed = self._before = None
-        self.stopwatch.stop("latent")
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        super().on_before_optimizer_step(optimizer)
-        if self._followed is not None:
+        """Takes the step as Lightning does. Every few steps, "tracked" then moves the lagged codes along."""
+        step = self.trainer.global_step  # before this one
+        super().optimizer_step(*args, **kwargs)
+        if self.refresh_policy == "tracked" and step % FOLLOWED == 0:
             assert self.stopwatch is not None
             self.stopwatch.start("latent")
-            with torch.no_grad(), evaluating(self.encoder, self.norm):
-                self._before = self._outputs(self._followed)
+            self._follow()
             self.stopwatch.stop("latent")
 
-    def _to_follow(self, examples: Tensor) -> Tensor:
-        """Chooses from the minibatch [n, ...] the examples whose codes show what the step does, evenly spaced.
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Moves the lagged codes as the last steps have moved the codes of a few examples, and chooses the next ones.
+
+        The examples are encoded before and after the steps, in evaluation mode. Both outputs are normalised by the same
+        statistics, so that these are no part of the difference.
+        """
+        with evaluating(self.encoder, self.norm), self.explaining("codes", None):
+            if self._followed is not None:
+                outputs = (self._followed.outputs, self._outputs(self._followed.examples))
+                self.lagged.follow(*(self._placed(part) for part in outputs))
+                if isinstance(self.norm, CodeNorm):  # otherwise the errors of many maps would add up to another scale
+                    self.norm.renormalize(self.lagged.codes)
+            assert self._chosen is not None
+            examples, index = self._chosen
+            self._followed, self._chosen = _Followed(examples, index, self._outputs(examples)), None
+
+    def _to_follow(self, examples: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Chooses from a minibatch [n, ...] and its indices [n] those whose codes are to be followed, evenly spaced.
 
         Ranks choose together what one process does, if their number divides the minibatch and its choice.
         """
         count = min(len(examples), math.ceil(PAIRS * (self.latent_dim + 1) / self.lagged.ranks))
-        return examples[torch.arange(count, device=examples.device) * len(examples) // max(1, count)]
+        chosen = torch.arange(count, device=examples.device) * len(examples) // max(1, count)
+        return examples[chosen], index[chosen]
 
     def _outputs(self, examples: Tensor) -> Tensor:
         """Returns what the encoder makes of examples [n, ...], before the normalisation."""
@@ -339,12 +343,13 @@ class GEN(Autoencoder):
         if self._kept_examples is not None:
             yield from self._kept_examples[start:end].split(CHUNK)
         else:
-            yield from self._read_examples(start, end)
+            assert self._lagged_examples is not None
+            yield from self._read_examples(self._lagged_examples[start:end])
 
-    def _read_examples(self, start: int, end: int) -> Iterator[Tensor]:
-        """Yields the examples of `_lagged_batches`, read from the training set."""
-        assert self._training_set is not None and self._lagged_examples is not None
-        chosen = self._lagged_examples[start:end].cpu()
+    def _read_examples(self, index: Tensor) -> Iterator[Tensor]:
+        """Yields the training examples of an index [n], in parts, on the model's device."""
+        assert self._training_set is not None
+        chosen = index.cpu()
         if self._takes_index_tensors:
             parts: Iterator[Tensor] = (self._training_set[part][0] for part in chosen.split(CHUNK))
         else:
@@ -365,8 +370,8 @@ class GEN(Autoencoder):
             self.refresh()
         elif self.refresh_policy == "rolling":
             self._refresh_part(self.trainer.global_step % self.refresh_every)
-        elif self.refresh_policy == "tracked":
-            self._followed = self._to_follow(examples)
+        elif self.refresh_policy == "tracked" and self.trainer.global_step % FOLLOWED == 0:
+            self._chosen = self._to_follow(examples, index)
         self.stopwatch.stop("latent")
 
         codes = self.training_codes(dropout(examples, self.input_dropout))
@@ -492,6 +497,32 @@ class GEN(Autoencoder):
         super().on_save_checkpoint(checkpoint)
         if self.lagged.ranks > 1 or self.refresh_policy in QUEUES:  # also in place of an average's, see on_train_end
             checkpoint["state_dict"] |= self.lagged.gathered_state("lagged.")
+        if self._followed is not None:
+            found = {"indices": self._followed.indices, "outputs": self._followed.outputs}
+            if self.lagged.ranks > 1:
+                found = {name: gathered(part, name) for name, part in found.items()}
+            checkpoint["followed"] = {name: part.cpu() for name, part in found.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._followed_before = checkpoint.get("followed")
+
+    def _follow_again(self) -> None:
+        """Reads the examples anew that were followed when the checkpoint was written, if it knows which they were."""
+        found, self._followed_before = self._followed_before, None
+        if found is None or int(found["indices"].min()) < 0:
+            return
+        count, rank = len(found["indices"]) // self.lagged.ranks, self.lagged.rank
+        own = {name: part[count * rank : count * (rank + 1)].to(self.device) for name, part in found.items()}
+        self._followed = _Followed(torch.cat(list(self._read_examples(own["indices"]))), **own)
+
+
+class _Followed(NamedTuple):
+    """Holds the examples [p, ...] that "tracked" follows, their indices [p], and what the encoder made of them then."""
+
+    examples: Tensor
+    indices: Tensor
+    outputs: Tensor
 
 
 def _check_num_lagged(num_lagged: int, count: int) -> None:

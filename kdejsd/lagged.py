@@ -38,9 +38,9 @@ class LaggedKDE(nn.Module):
     * Every few minibatches, encode the examples again and pass all codes to `refresh`. This is the paper's way, and
       `LaggedRefresh` does it for you.
     * Encode only a part of the examples again, and pass their codes to `update`.
-    * Pass the codes of each minibatch to `push`, which puts them in the places of the oldest ones. After each training
-      step, pass the codes of a few examples before and after it to `follow`. It moves all lagged codes along with the
-      encoder, so that none is encoded again.
+    * Pass the codes of each minibatch to `push`, which puts them in the places of the oldest ones. After every few
+      training steps, pass the codes of some examples before and after them to `follow`. It moves all lagged codes along
+      with the encoder, so that none is encoded again.
 
     The state_dict holds the lagged codes, their examples and the bandwidth, all as tensors. A module that loads it
     continues where the saved one stood. The codes and examples are buffers, so averages of models have them too
@@ -332,13 +332,14 @@ class LaggedKDE(nn.Module):
     def follow(self, before: Tensor, after: Tensor) -> None:
         """Moves all lagged codes by the affine map that carries codes `before` to `after`.
 
-        Call it after a training step, with the codes that some examples had before it and have now. Most of what a step
-        does to the codes is one affine map for all of them. This map is found by least squares, with a ridge that
-        weighs as much as one code more, which moves by the mean of the others. Take 4 (l + 1) pairs; with fewer than
-        half as many the map is uncertain. What remains of the drift grows with a code's age: use it with `push`.
+        Call it after every few training steps, with the codes that some examples had before them and have now. Most of
+        what a few steps do to the codes is one affine map for all of them. This map is found by least squares, with a
+        ridge that weighs as much as one code more, which moves by the mean of the others. Take 4 (l + 1) pairs; with
+        fewer than half as many the map is uncertain. What remains of the drift grows with a code's age: use it with
+        `push`.
 
         Args:
-            before: [k, l] in any floating dtype, the codes before the step; k = 0 moves nothing.
+            before: [k, l] in any floating dtype, the codes before the steps; k = 0 moves nothing.
             after: [k, l], the codes of the same examples now. Both are of the same mode, so that dropout or batch
                 statistics are no part of the difference. After `shard`, each rank brings as many pairs of its own.
 
@@ -357,7 +358,7 @@ class LaggedKDE(nn.Module):
             >>> lagged = LaggedKDE(num_centers=500, latent_dim=2)
             >>> lagged.refresh(encoder(examples))
             >>> before = encoder(examples[:20]).detach()
-            >>> _ = encoder.weight.data.mul_(1.1)  # in place of a training step
+            >>> _ = encoder.weight.data.mul_(1.1)  # in place of training steps
             >>> lagged.follow(before, encoder(examples[:20]))
             >>> bool((lagged.codes - encoder(examples)).abs().max() < 0.05)
             True

@@ -187,6 +187,22 @@ def test_tracked_codes_move_every_five_steps_and_only_with_a_step(monkeypatch):
         assert 0 < (after - before).abs().max() < 1
 
 
+def test_a_tracked_run_goes_on_where_indices_are_not_known(tmp_path):
+    examples = Digits().training[torch.arange(300)][0]
+    items = torch.utils.data.TensorDataset(examples, torch.zeros(300), torch.full((300,), -1))
+    loader = torch.utils.data.DataLoader(items, batch_size=100)
+
+    def run(steps: int) -> pl.Trainer:
+        silent = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        return pl.Trainer(max_steps=steps, accelerator="cpu", logger=False, **silent)
+
+    model, first = make(refresh="tracked"), run(3)
+    first.fit(model, loader)
+    first.save_checkpoint(tmp_path / "3.ckpt")
+    run(12).fit(model, loader, ckpt_path=tmp_path / "3.ckpt")
+    assert model.lagged.codes.isfinite().all() and model._followed is not None
+
+
 def test_tracked_codes_keep_the_mean_and_scale_of_the_target():
     target = GaussianMixture(torch.tensor([[9.0, -3.0], [13.0, -3.0]]), 0.5)
     model = make(refresh="tracked", target=target)

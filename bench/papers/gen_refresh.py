@@ -10,12 +10,12 @@ those that its documentation names: no kernel noise, and twice the optimal bandw
 that wrote the same files was stopped. The rows:
 
     fresh       all codes are encoded anew in every step, ten times as often as by default: what the others approach
-    full        all codes in every tenth step, the paper's way and the default
+    full        all codes in every tenth step, the paper's way and the default, at the weight 1 that all have and at 1/3
     rolling     a tenth of the codes in every step
     queue       the codes of the minibatches themselves
     momentum    the same, but of an encoder whose weights are an exponential average (0.99) of the trained one's
-    tracked     a queue whose codes are moved along with the encoder by an affine map (`LaggedKDE.follow`), at the
-                weight 1 that all have, and at 1/3
+    tracked     a queue whose codes are moved along with the encoder by an affine map (`LaggedKDE.follow`), at both
+                weights
 
 The columns, for the training images and for the held-out ones: mean squared error per pixel; leave-one-out KDE entropy
 of the whitened codes less that of as many samples of the normal, in nats; Jensen-Shannon divergence of the codes from
@@ -84,6 +84,7 @@ class MomentumGEN(built.GEN):
 ROWS: dict[str, tuple[type[built.GEN], dict[str, Any]]] = {
     "fresh": (built.GEN, {"refresh": "full", "refresh_every": 1}),
     "full": (built.GEN, {"refresh": "full"}),
+    "full, weight 1/3": (built.GEN, {"refresh": "full", "weight": 1 / 3}),
     "rolling": (built.GEN, {"refresh": "rolling"}),
     "queue": (built.GEN, {"refresh": "queue"}),
     "momentum": (MomentumGEN, {"refresh": "queue"}),

@@ -10,11 +10,11 @@ the FC networks: forward, backward, Adam, refresh. Every row has its turn in eac
 machine hits all alike; within a turn a step's time is the mean over whole periods of the refresh. `ratio` is a row's
 step over the autoencoder's, the median of the rounds. The rows:
 
-    autoencoder                   the same networks, normalisation and optimiser, and no latent term
+    autoencoder                     the same networks, normalisation and optimiser, and no latent term
     full, rolling, queue, tracked   a GEN with each way to renew its lagged codes
-    ..., own loop                 the same computation in a plain loop of torch, with `LaggedRefresh` and without logs:
-                                  the rest is what the trainer and the logs take
-    ..., compiled                 `trainer.fit(torch.compile(model))`; the steps in which it compiles are not counted
+    ..., own loop                   a plain loop of torch, with `LaggedRefresh`. It does without the trainer, logs,
+                                    checks of the loss, decay of the learning rate, and calibration of the normalisation
+    ..., compiled                   `trainer.fit(torch.compile(model))`; steps in which it compiles are not counted
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ from kdejsd.models import GEN as AnyGEN
 from kdejsd.models import Autoencoder
 from kdejsd.models.built import AE, GEN
 
+PERIOD = 10  # k_b
+WARM_UP = 2 * PERIOD
+
 
 class Size(NamedTuple):
     """What a step is measured on: examples of a minibatch, m, l, the side of an image, and periods in a turn."""
@@ -49,9 +52,12 @@ class Size(NamedTuple):
     side: int
     periods: int
 
+    @property
+    def steps(self) -> int:
+        """The steps of a turn, less than an epoch: a GEN counts from its first step when it is time to refresh."""
+        return WARM_UP + PERIOD * self.periods
 
-PERIOD = 10  # k_b
-WARM_UP = 2 * PERIOD
+
 SIZES = [Size(100, 1000, 8, 8, 20), Size(300, 10_000, 8, 28, 4), Size(512, 100_000, 40, 28, 1)]
 QUICK = [Size(100, 2_000, 8, 8, 2)]
 PLAIN = "autoencoder"
@@ -99,14 +105,17 @@ def turn(row: str, size: Size, images: ExampleSet, device: str) -> float:
     else:
         model = GEN(shape, latent_dim=size.dim, num_lagged=size.m, bandwidth=0.5, refresh_every=PERIOD, refresh=step)
     loader = BatchLoader(images, BatchOrder(len(images), size.batch, 0))
-    steps = WARM_UP + PERIOD * size.periods
+    steps = size.steps
     clock = Clock(device)
     if how == "own loop":
         own_loop(model.to(device), loader, images, steps, clock)
     else:
-        trainer = quiet_trainer(accelerator="gpu" if device == "cuda" else "cpu", max_steps=steps, callbacks=[clock])
-        compiled: Any = torch.compile(model)
-        trainer.fit(compiled if how == "compiled" else model, loader)
+        accelerator = "gpu" if device == "cuda" else "cpu"
+        trainer = quiet_trainer(accelerator=accelerator, max_steps=steps, callbacks=[clock], log_every_n_steps=PERIOD)
+        if how == "compiled":
+            torch._dynamo.reset()  # or it would compile no more after some turns
+            model = torch.compile(model)
+        trainer.fit(model, loader)
     return clock.step_ms
 
 
@@ -152,8 +161,9 @@ def main() -> None:
     shared = {"device": arguments.device, **{key: facts[key] for key in ("threads", "machine", "versions", "commit")}}
     rows = []
     for size in QUICK if arguments.quick else SIZES:
-        pixels = torch.randint(256, (size.m, 1, size.side, size.side), dtype=torch.uint8)
-        images = ExampleSet(pixels, torch.full((size.m,), -1))
+        count = max(size.m, size.batch * (size.steps + 1))
+        pixels = torch.randint(256, (count, 1, size.side, size.side), dtype=torch.uint8)
+        images = ExampleSet(pixels, torch.full((count,), -1))
         others = machine.OthersLoad()
         times: dict[str, list[float]] = {row: [] for row in ROWS + (COMPILED if arguments.compiled else ())}
         for _ in range(arguments.rounds or (2 if arguments.quick else 5)):

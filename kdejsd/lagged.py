@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -329,7 +329,7 @@ class LaggedKDE(nn.Module):
         self._remember(indices, places)
 
     @torch.no_grad()
-    def follow(self, before: Tensor, after: Tensor) -> None:
+    def follow(self, before: Tensor, after: Tensor, pushed: Sequence[int] = ()) -> None:
         """Moves all lagged codes by the affine map that carries codes `before` to `after`.
 
         Call it after every few training steps, with the codes that some examples had before them and have now. Most of
@@ -342,11 +342,15 @@ class LaggedKDE(nn.Module):
             before: [k, l] in any floating dtype, the codes before the steps; k = 0 moves nothing.
             after: [k, l], the codes of the same examples now. Both are of the same mode, so that dropout or batch
                 statistics are no part of the difference. After `shard`, each rank brings as many pairs of its own.
+            pushed: the number of codes in each `push` since `before`, in their order, if there was one in every step.
+                Of K pushes the codes of the last have seen one of K steps, and are moved by a K-th of the way; those of
+                the first are moved all of it.
 
         Raises:
-            ValueError: if a shape is wrong, if the codes contain NaN or infinity (on a GPU as in `refresh`), or if the
-                lagged codes are in bfloat16 or float16, whose rounding is larger than most steps.
-            TypeError: if the codes are no floating-point tensor.
+            ValueError: if a shape is wrong, if the codes contain NaN or infinity (on a GPU as in `refresh`), if the
+                lagged codes are in bfloat16 or float16, whose rounding is larger than most steps, or if a number of
+                codes is negative.
+            TypeError: if the codes are no floating-point tensor, or a number of codes is no integer.
             RuntimeError: if there was no refresh yet.
 
         Example:
@@ -374,9 +378,24 @@ class LaggedKDE(nn.Module):
             return
         drift = _affine_drift(before.double(), after.double())
         origin, shift, change = (part.to(self.codes) for part in drift)
+        newest, share = self._newest(pushed)
         with torch.autocast(self.codes.device.type, enabled=False):
+            young = self.codes[newest]
             for part in cache_parts(self.codes):
                 part.add_(torch.addmm(shift, part - origin, change))
+            self.codes[newest] = torch.lerp(young, self.codes[newest], share.to(self.codes))
+
+    def _newest(self, pushed: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns the places [n] of the codes in the last pushes, and the share [n, 1] of the steps that each has seen.
+
+        For the codes of the k-th of K pushes the share is (K + 1 - k) / K.
+        """
+        counts = torch.tensor([integer("pushed", n, 0) for n in pushed], dtype=torch.int64, device="cpu")
+        shares = torch.arange(len(pushed), 0, -1, device="cpu") / max(1, len(pushed))
+        m, share = len(self.codes), shares.repeat_interleave(counts)[-len(self.codes) :]
+        back = torch.arange(len(share), 0, -1, device=self.examples.device)
+        places = (self.oldest.round().long() - back) % m
+        return places.to(self.codes.device), share.unsqueeze(1)
 
     def _stamp(self, changed: Tensor | int) -> None:
         """Notes that the examples have changed, if they have."""

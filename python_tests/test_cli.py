@@ -30,7 +30,7 @@ import kdejsd
 from kdejsd import __version__, diversity_report, novelty_score, plots, residual_variance
 from kdejsd.cli import main
 from kdejsd.data import MNIST, Digits, FashionMNIST
-from kdejsd.models import BuiltModel, built
+from kdejsd.models import GEN, BuiltModel, built
 from kdejsd.runs import progress
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -892,3 +892,17 @@ def test_import_takes_nothing_of_the_extra():
     modules = subprocess.run(command(code=code), capture_output=True, text=True, check=True).stdout.split()
     assert "kdejsd.lagged" in modules
     assert not {"lightning", "torchmetrics", "matplotlib", "sklearn", "jsonargparse", "PIL"} & set(modules)
+
+
+def test_a_run_is_compiled_and_goes_on_so(run, monkeypatch, tmp_path):
+    compiled, compile_ = [], torch.compile
+
+    def recorded(model):
+        compiled.append(model)
+        return compile_(model, backend="eager")  # the default one takes half a minute
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    run("fit", *SMALL, "--trainer.max_steps=2", "--compile", "--out=a", cwd=tmp_path)
+    run("fit", "--ckpt_path=a", "--trainer.max_steps=4", cwd=tmp_path)
+    assert [type(model) for model in compiled] == 2 * [GEN]
+    assert yaml.safe_load((tmp_path / "a/config.yaml").read_text())["compile"] is True

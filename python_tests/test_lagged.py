@@ -121,6 +121,25 @@ def test_follow_recovers_an_affine_map_and_leaves_codes_that_do_not_move():
     torch.testing.assert_close(lagged.codes, codes + 0.5)
 
 
+@pytest.mark.parametrize("sizes", [[4], [3, 0, 5], [20, 40, 13, 30], [M, M]])
+def test_follow_moves_the_codes_of_the_last_pushes_by_their_share_of_the_way(sizes):
+    lagged, codes, _ = make()
+    generator = torch.Generator().manual_seed(3)
+    history = [(code, 1.0) for code in codes]
+    for done, size in enumerate(sizes):
+        new = torch.randn(size, DIM, generator=generator)
+        lagged.push(new, torch.arange(size))
+        history += [(code, 1 - done / len(sizes)) for code in new]
+    codes, shares = (
+        torch.stack([torch.as_tensor(part) for part in parts]) for parts in zip(*history[-M:], strict=True)
+    )
+    before = torch.randn(500, DIM, generator=generator)
+    matrix, shift = torch.randn(DIM, DIM, generator=generator), torch.randn(DIM, generator=generator)
+    lagged.follow(before, before @ matrix + shift, sizes)
+    expected = torch.lerp(codes, codes @ matrix + shift, shares[:, None])
+    torch.testing.assert_close(lagged.codes.roll(-int(lagged.oldest), 0), expected, rtol=0.02, atol=0.02)
+
+
 def test_follow_tells_what_it_cannot_take():
     lagged, codes, _ = make()
     with pytest.raises(ValueError, match=rf"codes must have shape \[5, {DIM}\], got \[4, {DIM}\]"):
@@ -129,6 +148,8 @@ def test_follow_tells_what_it_cannot_take():
         lagged.follow(codes[:5], codes[:5].long())
     with pytest.raises(ValueError, match="codes must be finite, got NaN or infinity in 1 of 5 codes"):
         lagged.follow(codes[:5], codes[:5].clone().index_fill_(0, torch.tensor([2]), torch.nan))
+    with pytest.raises(ValueError, match="pushed must be at least 0, got -1"):
+        lagged.follow(codes[:5], codes[:5], [3, -1])
     assert torch.equal(lagged.codes, codes)
     with pytest.raises(RuntimeError, match=r"call refresh\(codes\) before follow"):
         LaggedKDE(M, DIM, 0.1).follow(codes[:5], codes[:5])

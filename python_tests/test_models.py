@@ -1,12 +1,15 @@
 """The baselines: their losses against closed forms, training, repeatability, checkpoints."""
 
+import copy
 import math
+import pickle
 import statistics
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import generator, points, worst
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import Logger
 from test_gen import assert_same_state, train
 from torch import nn
@@ -480,9 +483,10 @@ def test_terms_are_logged_in_the_steps_that_are_written(model, options):
             assert seen.seen[step - 1].get(name) == every.seen[shown - 1].get(name), (step, name)
     assert all(float(run.callback_metrics[name]) == every.seen[-1][name] for name in names)
     steps = [step + 1 for step, metrics in written.steps.items() if names[0] in metrics]
-    assert steps == [4, 8, 12]
+    assert steps == [4, 8, 12, 15]
     for name in names:
         assert written.steps[7][name] == pytest.approx(every.seen[7][name], rel=1e-6)
+        assert written.steps[14][name] == pytest.approx(every.seen[14][name], rel=1e-6)
 
 
 def test_the_terms_of_the_step_that_a_callback_stops_after_are_logged():
@@ -490,6 +494,27 @@ def test_the_terms_of_the_step_that_a_callback_stops_after_are_logged():
     seen, _, run = course(make(built.VAE), 50, stop_after=3, max_epochs=5, min_epochs=0)
     assert run.global_step == 3 and seen.seen[-1] == every.seen[0] != every.seen[-1]
     assert {name: float(run.callback_metrics[name]) for name in every.seen[-1]} == every.seen[-1]
+
+
+def test_the_terms_of_the_step_that_a_validation_stops_after_are_logged():
+    limits = {"val_check_interval": 2, "max_epochs": 5, "min_epochs": 0}
+    found = []
+    for every in (1, 50):
+        stop = EarlyStopping("val/jsd", patience=1, min_delta=9)
+        run = pl.Trainer(accelerator="cpu", logger=False, callbacks=[stop], log_every_n_steps=every, **limits, **SILENT)
+        run.fit(make(built.VAE), datamodule=Digits(train_size=600))
+        assert run.global_step == 4  # at the second validation of the first epoch
+        found.append(run.callback_metrics)
+    assert found[0] == found[1]
+
+
+def test_a_model_is_copied_and_pickled_within_a_run():
+    class Copies(pl.Callback):
+        def on_train_batch_end(self, trainer, model, *_):
+            assert_same_state(copy.deepcopy(model), model)
+            assert_same_state(pickle.loads(pickle.dumps(model)), model)
+
+    train(make(built.GEN, num_lagged=100, bandwidth=0.5, refresh="tracked"), 1, Copies())
 
 
 def test_terms_given_as_functions_are_computed_where_they_are_logged():
@@ -519,6 +544,25 @@ def test_an_error_names_terms_that_were_not_logged():
 # torch.compile
 
 
+class Graphs(pl.Callback):
+    """A backend of torch.compile that counts how often graphs run in a step."""
+
+    def __init__(self) -> None:
+        self.of_step = 0
+
+    def __call__(self, graph, inputs):
+        compiled = torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+        def run(*args):
+            self.of_step += 1
+            return compiled(*args)
+
+        return run
+
+    def on_train_batch_start(self, *_):
+        self.of_step = 0
+
+
 @pytest.mark.parametrize(
     ("model", "options"),
     [
@@ -529,11 +573,11 @@ def test_an_error_names_terms_that_were_not_logged():
 )
 def test_a_compiled_model_is_trained_as_it_is(model, options):
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     trained = []
     for compiled in (False, True):
         trained.append(make(model, **options))
-        run = pl.Trainer(accelerator="cpu", precision="64-true", max_steps=3, logger=False, **SILENT)
-        run.fit(torch.compile(trained[-1], backend="aot_eager") if compiled else trained[-1], Digits(train_size=300))
-        assert bool(torch._dynamo.utils.counters["stats"]) == compiled
+        graphs, limits = Graphs(), {"max_steps": 12, "limit_val_batches": 0}
+        run = pl.Trainer(accelerator="cpu", precision="64-true", callbacks=[graphs], logger=False, **limits, **SILENT)
+        run.fit(torch.compile(trained[-1], backend=graphs) if compiled else trained[-1], Digits(train_size=600))
+        assert (graphs.of_step > 0) == compiled
     torch.testing.assert_close(*(each.state_dict() for each in trained), rtol=1e-6, atol=1e-6)

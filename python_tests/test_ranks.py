@@ -368,7 +368,7 @@ NOISY = {
 
 
 def trained(kind, settings, ranks, precision="64-true", save=None, ckpt_path=None):
-    """A run of 9 steps, of 4 an epoch, that can be saved after the sixth or go on from there."""
+    """A run of 12 steps, of 4 an epoch, that can be saved after the sixth or go on from there."""
 
     class SaveAt(pl.Callback):
         def on_fit_start(self, *_):
@@ -387,7 +387,7 @@ def trained(kind, settings, ranks, precision="64-true", save=None, ckpt_path=Non
         devices=ranks,
         strategy="ddp" if ranks > 1 else "auto",
         precision=precision,
-        max_steps=9,
+        max_steps=12,
         callbacks=[SaveAt()],
         logger=False,
         enable_checkpointing=False,

@@ -94,7 +94,8 @@ class GenerativeModel(pl.LightningModule, ABC):
         self._planned_steps: float | None = None
         self._terms: dict[str, Tensor] = {}
         self._unlogged: dict[str, Tensor | Callable[[], Tensor]] = {}
-        self._logged = False  # any terms in this run
+        self._begun = False  # whether this run has had a step
+        self._logs_step = True
         self._losses: list[_Loss] = []
         self._place = _Place(0, 0, 0, None)
 
@@ -202,7 +203,7 @@ class GenerativeModel(pl.LightningModule, ABC):
                 stacklevel=1,
             )
         self._planned_steps = planned
-        self._unlogged, self._logged = {}, False
+        self._unlogged, self._begun = {}, False
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, HalfCosine):
                 config.scheduler.go_to(self.trainer.global_step)
@@ -213,8 +214,14 @@ class GenerativeModel(pl.LightningModule, ABC):
                 torch.cuda.set_rng_state(self._rng_state["cuda"], self.device)
             self._rng_state = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for a copy or a pickle, without functions that compute terms of the last steps."""
+        return super().__getstate__() | {"_unlogged": {}}
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._terms = {}
+        last, written = self.trainer.is_last_batch, self.trainer._logger_connector.should_update_logs
+        self._logs_step, self._begun = last or written or not self._begun, True
         known = isinstance(batch, (tuple, list)) and len(batch) == 3
         self._place = _Place(
             self.trainer.global_step, self.trainer.current_epoch, batch_idx, batch[2] if known else None
@@ -237,23 +244,16 @@ class GenerativeModel(pl.LightningModule, ABC):
                 self._terms[name] = self._unlogged[name] = value.detach()
             else:
                 self._unlogged[name] = value
-        if self._logs_step():
+        if self._logs_step:
             self._log_unlogged()
 
-    def _logs_step(self) -> bool:
-        if self._trainer is None:  # Lightning's own warning says that nothing is logged
-            return True
-        return not self._logged or self._trainer.is_last_batch or self._trainer._logger_connector.should_update_logs
-
-    def _log_unlogged(self) -> None:
-        values = {name: value if isinstance(value, Tensor) else value() for name, value in self._unlogged.items()}
+    def _log_unlogged(self, sync_dist: bool = False) -> None:
+        for name, value in self._unlogged.items():  # not by the method below, for some are of steps before this one
+            super().log(name, value if isinstance(value, Tensor) else value(), prog_bar=True, sync_dist=sync_dist)
         self._unlogged = {}
-        self.log_dict(values, prog_bar=True)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._unlogged and self.trainer.fit_loop.epoch_loop.done:  # by a limit of steps or time, or by a callback
-            self._log_unlogged()
-        self._logged = True
+    def on_train_epoch_end(self) -> None:
+        self._log_unlogged(sync_dist=True)  # of an epoch that was cut short
 
     # A loss that is no number
 

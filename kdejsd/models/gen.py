@@ -185,7 +185,7 @@ class GEN(Autoencoder):
         # Of "tracked": the examples by whose codes it sees what the steps do, and those that are the next ones.
         self._followed: _Followed | None = None
         self._chosen: tuple[Tensor, Tensor] | None = None
-        self._followed_before: dict[str, Tensor] | None = None  # the checkpoint, without the examples
+        self._followed_before: dict[str, Any] | None = None  # the checkpoint, without the examples
 
     @classmethod
     def settings_for(cls, settings: Mapping[str, Any], data: ExampleData) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class GEN(Autoencoder):
         self._training_set, self._takes_index_tensors = dataset, loader.batch_size is None
         if self.keep_examples and self.refresh_policy not in QUEUES:
             self._kept_examples = torch.cat(list(self._read_examples(self._lagged_examples)))
-        self._follow_again()
+        self._follow_again(count)
         if not resumed and self.refresh_policy != "full":
             self.refresh()
         if self.refresh_policy in QUEUES:
@@ -257,6 +257,7 @@ class GEN(Autoencoder):
         Their mean and variance become the running statistics of the normalisation, which otherwise lag behind an
         encoder that changes quickly.
         """
+        self._followed = self._chosen = None  # from here on there is nothing to catch up with
         with evaluating(self.encoder, self.norm), self.explaining("lagged codes", self._lagged_examples):
             self.lagged.refresh(self._lagged_codes(), self._lagged_examples)
 
@@ -312,13 +313,14 @@ class GEN(Autoencoder):
         """
         with evaluating(self.encoder, self.norm), self.explaining("codes", None):
             if self._followed is not None:
-                outputs = (self._followed.outputs, self._outputs(self._followed.examples))
-                self.lagged.follow(*(self._placed(part) for part in outputs))
+                then, now = self._placed(self._followed.outputs), self._placed(self._outputs(self._followed.examples))
+                self.lagged.follow(then, now, self._followed.pushed)
                 if isinstance(self.norm, CodeNorm):  # otherwise the errors of many maps would add up to another scale
                     self.norm.renormalize(self.lagged.codes)
-            assert self._chosen is not None
-            examples, index = self._chosen
-            self._followed, self._chosen = _Followed(examples, index, self._outputs(examples)), None
+            self._followed = None
+            if self._chosen is not None:
+                examples, indices = self._chosen
+                self._followed = _Followed(examples, indices, self._outputs(examples), [])
 
     def _to_follow(self, examples: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Chooses from a minibatch [n, ...] and its indices [n] those whose codes are to be followed, evenly spaced.
@@ -365,14 +367,7 @@ class GEN(Autoencoder):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         assert self.stopwatch is not None
         examples, labels, index = checked(batch)
-        self.stopwatch.start("latent")
-        if self.refresh_policy == "full" and batch_idx % self.refresh_every == 0:
-            self.refresh()
-        elif self.refresh_policy == "rolling":
-            self._refresh_part(self.trainer.global_step % self.refresh_every)
-        elif self.refresh_policy == "tracked" and self.trainer.global_step % FOLLOWED == 0:
-            self._chosen = self._to_follow(examples, index)
-        self.stopwatch.stop("latent")
+        self._renew(examples, index, batch_idx)
 
         codes = self.training_codes(dropout(examples, self.input_dropout))
         error = reconstruction_error(self.decode(codes), examples)
@@ -395,6 +390,19 @@ class GEN(Autoencoder):
         loss: Tensor = error + self.weight * latent + self.penalty(codes, labels)
         return loss
 
+    @torch.compiler.disable  # or all would be compiled again for every number of the step
+    def _renew(self, examples: Tensor, index: Tensor, batch_idx: int) -> None:
+        """Renews the lagged codes before a step, if it is time, or chooses the examples that "tracked" follows next."""
+        assert self.stopwatch is not None
+        self.stopwatch.start("latent")
+        if self.refresh_policy == "full" and batch_idx % self.refresh_every == 0:
+            self.refresh()
+        elif self.refresh_policy == "rolling":
+            self._refresh_part(self.trainer.global_step % self.refresh_every)
+        elif self.refresh_policy == "tracked" and self.trainer.global_step % FOLLOWED == 0:
+            self._chosen = self._to_follow(examples, index)
+        self.stopwatch.stop("latent")
+
     def penalty(self, codes: Tensor, labels: Tensor) -> Tensor | float:
         """Returns an addition to the loss for codes [n, l] with labels [n]; 0 unless a subclass adds one."""
         return 0.0
@@ -408,12 +416,13 @@ class GEN(Autoencoder):
         if self.refresh_policy in QUEUES:  # not before: the backward pass needs the codes as they were
             self.stopwatch.start("latent")
             self.lagged.push(*self._pushed)
+            if self._followed is not None:
+                self._followed.pushed.append(len(self._pushed[1]))
             del self._pushed
             self.stopwatch.stop("latent")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         assert self.stopwatch is not None
-        super().on_train_batch_end(outputs, batch, batch_idx)
         self.stopwatch.stop("step")
 
     def on_train_end(self) -> None:
@@ -425,6 +434,7 @@ class GEN(Autoencoder):
         super().on_train_end()
 
     def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
         assert self.stopwatch is not None
         self.log("train/latent_time_share", self.stopwatch.share("latent", "step"), sync_dist=True)
 
@@ -498,31 +508,47 @@ class GEN(Autoencoder):
         if self.lagged.ranks > 1 or self.refresh_policy in QUEUES:  # also in place of an average's, see on_train_end
             checkpoint["state_dict"] |= self.lagged.gathered_state("lagged.")
         if self._followed is not None:
-            found = {"indices": self._followed.indices, "outputs": self._followed.outputs}
+            _, indices, outputs, pushed = self._followed
+            found = {"indices": indices, "outputs": outputs, "prints": self._followed.prints()}
             if self.lagged.ranks > 1:
                 found = {name: gathered(part, name) for name, part in found.items()}
-            checkpoint["followed"] = {name: part.cpu() for name, part in found.items()}
+            checkpoint["followed"] = {name: part.cpu() for name, part in found.items()} | {"pushed": list(pushed)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._followed_before = checkpoint.get("followed")
 
-    def _follow_again(self) -> None:
-        """Reads the examples anew that were followed when the checkpoint was written, if it knows which they were."""
+    def _follow_again(self, count: int) -> None:
+        """Reads the examples anew that were followed when the checkpoint was written.
+
+        If they are not the same now, nothing is followed until the next ones are chosen.
+        """
         found, self._followed_before = self._followed_before, None
-        if found is None or int(found["indices"].min()) < 0:
+        if found is None or not 0 <= int(found["indices"].min()) <= int(found["indices"].max()) < count:
             return
-        count, rank = len(found["indices"]) // self.lagged.ranks, self.lagged.rank
-        own = {name: part[count * rank : count * (rank + 1)].to(self.device) for name, part in found.items()}
-        self._followed = _Followed(torch.cat(list(self._read_examples(own["indices"]))), **own)
+        rank, size = self.lagged.rank, len(found["indices"]) // self.lagged.ranks
+        indices, outputs, prints = (
+            found[name][size * rank : size * (rank + 1)].to(self.device) for name in ("indices", "outputs", "prints")
+        )
+        followed = _Followed(torch.cat(list(self._read_examples(indices))), indices, outputs, found["pushed"])
+        if torch.equal(followed.prints(), prints):  # otherwise another training set, or random changes of its examples
+            self._followed = followed
 
 
 class _Followed(NamedTuple):
-    """Holds the examples [p, ...] that "tracked" follows, their indices [p], and what the encoder made of them then."""
+    """Holds the examples [p, ...] that "tracked" follows, their indices [p], and what the encoder made of them then.
+
+    `pushed` has the number of codes in each push since then.
+    """
 
     examples: Tensor
     indices: Tensor
     outputs: Tensor
+    pushed: list[int]
+
+    def prints(self) -> Tensor:
+        """Returns a number [p] of each example by which it is known again."""
+        return self.examples.double().flatten(1).mean(1)
 
 
 def _check_num_lagged(num_lagged: int, count: int) -> None:

@@ -73,10 +73,10 @@ class GEN(Autoencoder):
         refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
             k_b steps. "queue": the codes of the last m training examples, each as it was in its minibatch. "tracked":
-            the same, but every five steps all of them are moved by an affine map (`LaggedKDE.follow`), and normalised
-            anew if `normalize_codes`. The map is found from 4 (l + 1) examples of a minibatch, or all if it has fewer,
-            which are encoded before and after the steps. It needs float32. Dropout or batch normalisation in the
-            encoder takes much of its effect, since the codes of minibatches then differ from those of evaluation.
+            the same, but every five steps all of them are moved along by an affine map (`LaggedKDE.follow`), and
+            normalised anew if `normalize_codes`. The map is found from 4 (l + 1) examples of a minibatch, or all if it
+            has fewer, which are encoded before and after the steps. It needs float32. Dropout or batch normalisation in
+            the encoder takes much of its effect, since the codes of minibatches then differ from those of evaluation.
         refresh_every: k_b, the number of minibatches between refreshes; "queue" and "tracked" have no use for it.
         weight: lambda, the weight of the latent term relative to the error per value.
         target: the distribution that the codes are to follow; None is the standard normal.

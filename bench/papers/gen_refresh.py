@@ -176,7 +176,8 @@ def draw(rows: list[Row]) -> Figure:
         found = matching(rows, data=data, latent_dim=dim)
         for name in (name for name in ROWS if matching(found, row=name)):
             own = matching(found, row=name, seed=found[0]["seed"])
-            axes.plot([row["step"] for row in own], [row["lag"] for row in own], label=name, linewidth=1)
+            color = f"C{list(ROWS).index(name)}"
+            axes.plot([row["step"] for row in own], [row["lag"] for row in own], color, label=name, linewidth=1)
         axes.set(title=f"{data}, l = {dim}", xlabel="step", ylabel="lag of the codes", ylim=(0, None))
     figure.axes[0].legend(fontsize=7)
     return figure

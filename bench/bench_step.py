@@ -14,6 +14,7 @@ step over the autoencoder's, the median of the rounds. The rows:
     full, rolling, queue, tracked   a GEN with each way to renew its lagged codes
     ..., own loop                   a plain loop of torch, with `LaggedRefresh`. It does without the trainer, logs,
                                     checks of the loss, decay of the learning rate, and calibration of the normalisation
+    ..., all logged                 with `log_every_n_steps=1`; the others log every tenth step, as `kdejsd fit` does
     ..., compiled                   `trainer.fit(torch.compile(model))`; steps in which it compiles are not counted
 """
 
@@ -61,7 +62,7 @@ class Size(NamedTuple):
 SIZES = [Size(100, 1000, 8, 8, 20), Size(300, 10_000, 8, 28, 4), Size(512, 100_000, 40, 28, 1)]
 QUICK = [Size(100, 2_000, 8, 8, 2)]
 PLAIN = "autoencoder"
-ROWS = (PLAIN, "full", "rolling", "queue", "tracked", f"{PLAIN}, own loop", "full, own loop")
+ROWS = (PLAIN, "full", "rolling", "queue", "tracked", f"{PLAIN}, own loop", "full, own loop", "full, all logged")
 COMPILED = (f"{PLAIN}, compiled", "full, compiled", "tracked, compiled")
 FIELDS = (
     *("step", "batch", "m", "l", "side", "ms", "p20", "p80", "ratio", "device", "threads", "machine", "versions"),
@@ -111,7 +112,8 @@ def turn(row: str, size: Size, images: ExampleSet, device: str) -> float:
         own_loop(model.to(device), loader, images, steps, clock)
     else:
         accelerator = "gpu" if device == "cuda" else "cpu"
-        trainer = quiet_trainer(accelerator=accelerator, max_steps=steps, callbacks=[clock], log_every_n_steps=PERIOD)
+        every = 1 if how == "all logged" else PERIOD
+        trainer = quiet_trainer(accelerator=accelerator, max_steps=steps, callbacks=[clock], log_every_n_steps=every)
         if how == "compiled":
             torch._dynamo.reset()  # or it would compile no more after some turns
             model = torch.compile(model)

@@ -368,14 +368,14 @@ NOISY = {
 
 
 def trained(kind, settings, ranks, precision="64-true", save=None, ckpt_path=None):
-    """A run of 12 steps, of 4 an epoch, that can be saved after the sixth or go on from there."""
+    """A run of 12 steps, of 4 an epoch, that can be saved after the seventh or go on from there."""
 
     class SaveAt(pl.Callback):
         def on_fit_start(self, *_):
             torch.manual_seed(7)  # Lightning seeds again where there are several ranks
 
         def on_train_batch_end(self, trainer, *_):
-            if save is not None and trainer.global_step == 6:
+            if save is not None and trainer.global_step == 7:
                 trainer.save_checkpoint(save)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

@@ -131,8 +131,8 @@ class LaggedApart(GEN):
     def _drawn_examples(self, count: int) -> Tensor:
         return torch.full((len(self.apart),), -1, device=self.device)
 
-    def _read_examples(self, start: int, end: int) -> Iterator[Tensor]:
-        for part in self.apart[start:end].split(1000):
+    def _read_examples(self, index: Tensor) -> Iterator[Tensor]:  # of all, at the start of a run, which keeps them
+        for part in self.apart.split(1000):
             yield part.to(self.device, self.dtype)
 
 

@@ -319,7 +319,7 @@ class GEN(Autoencoder):
                     self.norm.renormalize(self.lagged.codes)
             self._followed = None
             if self._chosen is not None:
-                examples, indices = self._chosen
+                (examples, indices), self._chosen = self._chosen, None
                 self._followed = _Followed(examples, indices, self._outputs(examples), [])
 
     def _to_follow(self, examples: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -512,7 +512,8 @@ class GEN(Autoencoder):
             found = {"indices": indices, "outputs": outputs, "prints": self._followed.prints()}
             if self.lagged.ranks > 1:
                 found = {name: gathered(part, name) for name, part in found.items()}
-            checkpoint["followed"] = {name: part.cpu() for name, part in found.items()} | {"pushed": list(pushed)}
+            checkpoint["followed"] = {name: part.cpu() for name, part in found.items()}
+            checkpoint["followed"]["pushed"] = [codes * self.lagged.ranks for codes in pushed]  # of all ranks
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -524,13 +525,17 @@ class GEN(Autoencoder):
         If they are not the same now, nothing is followed until the next ones are chosen.
         """
         found, self._followed_before = self._followed_before, None
-        if found is None or not 0 <= int(found["indices"].min()) <= int(found["indices"].max()) < count:
+        rank, ranks = self.lagged.rank, self.lagged.ranks
+        if found is None or len(found["indices"]) < ranks:
             return
-        rank, size = self.lagged.rank, len(found["indices"]) // self.lagged.ranks
+        if not 0 <= int(found["indices"].min()) <= int(found["indices"].max()) < count:
+            return
+        size = len(found["indices"]) // ranks
         indices, outputs, prints = (
             found[name][size * rank : size * (rank + 1)].to(self.device) for name in ("indices", "outputs", "prints")
         )
-        followed = _Followed(torch.cat(list(self._read_examples(indices))), indices, outputs, found["pushed"])
+        pushed = [codes // ranks for codes in found["pushed"]]
+        followed = _Followed(torch.cat(list(self._read_examples(indices))), indices, outputs, pushed)
         if torch.equal(followed.prints(), prints):  # otherwise another training set, or random changes of its examples
             self._followed = followed
 

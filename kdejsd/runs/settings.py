@@ -332,7 +332,9 @@ def _add_run_settings(parser: Any) -> None:
         "its config.yaml unless --config is given.",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="Train the model as torch.compile(model), which needs a C++ compiler on a CPU."
+        "--compile",
+        action="store_true",
+        help="Train the model as torch.compile(model), which needs a C++ compiler on a CPU.",
     )
 
 

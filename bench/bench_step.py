@@ -1,7 +1,7 @@
 """Times a training step of a GEN against the same autoencoder's step without the latent term.
 
-    python bench/bench_step.py                      # about 4 minutes
-    python bench/bench_step.py --compiled           # with rows by torch.compile: 15 minutes
+    python bench/bench_step.py                      # about 7 minutes
+    python bench/bench_step.py --compiled           # with rows by torch.compile, some of which compile for a minute
     python bench/bench_step.py --quick              # small sizes, under 30 seconds
     python bench/bench_step.py --device cuda --csv step.csv
 
@@ -106,14 +106,15 @@ def turn(row: str, size: Size, images: ExampleSet, device: str) -> float:
     else:
         model = GEN(shape, latent_dim=size.dim, num_lagged=size.m, bandwidth=0.5, refresh_every=PERIOD, refresh=step)
     loader = BatchLoader(images, BatchOrder(len(images), size.batch, 0))
-    steps = size.steps
     clock = Clock(device)
     if how == "own loop":
-        own_loop(model.to(device), loader, images, steps, clock)
+        own_loop(model.to(device), loader, images, size.steps, clock)
     else:
         accelerator = "gpu" if device == "cuda" else "cpu"
         every = 1 if how == "all logged" else PERIOD
-        trainer = quiet_trainer(accelerator=accelerator, max_steps=steps, callbacks=[clock], log_every_n_steps=every)
+        trainer = quiet_trainer(
+            accelerator=accelerator, max_steps=size.steps, callbacks=[clock], log_every_n_steps=every
+        )
         if how == "compiled":
             torch._dynamo.reset()  # or it would compile no more after some turns
             model = torch.compile(model)

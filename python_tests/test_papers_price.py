@@ -77,6 +77,33 @@ def test_errors_are_those_of_the_codes_that_are_measured(gen_price):
         assert not torch.equal(found.codes, model.encode(images))  # samples, no means
 
 
+def test_unseen_images_are_those_of_the_file_that_are_not_trained_on(gen_price):
+    data = gen_price.Digits(batch_size=100, train_size=1000)
+    (whole, _), unseen, others = (
+        data.load(),
+        gen_price.not_trained_on(data, 300),
+        gen_price.not_trained_on(data, 300, 300),
+    )
+    sets = [data.training, unseen, others]
+    assert [len(images) for images in sets] == [1000, 300, len(whole) - 1300]  # those that are left
+    images = torch.cat([part.examples for part in sets])
+    assert torch.equal(images.flatten(1).double().sum(0), whole.examples.flatten(1).double().sum(0))
+
+
+def test_another_flow_leaves_the_encoder_and_the_error(gen_price):
+    data = gen_price.Digits(batch_size=100, train_size=300)
+    torch.manual_seed(0)
+    plain = gen_price.with_flow(0.1)(data, 2, 3)(data.held_out)
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gen_price, "MOST_CODES", 300)
+        other = gen_price.with_another_flow(0.1)(data, 2, 3)(data.held_out)
+    assert other.error == pytest.approx(plain.error, rel=1e-4)
+    assert not torch.allclose(other.codes, plain.codes)
+    with pytest.raises(ValueError, match=r"another flow needs 300 more images, got 0"):
+        gen_price.with_another_flow(0.1)(data, 2, 3)
+
+
 @pytest.mark.pictures
 def test_quick_run_and_its_record(gen_price, tmp_path, capsys):
     record, picture = tmp_path / "quick.csv", tmp_path / "quick.png"
@@ -87,9 +114,9 @@ def test_quick_run_and_its_record(gen_price, tmp_path, capsys):
     with record.open(newline="") as file:
         found = list(csv.DictReader(file))
     assert [(row["row"], row["codes"]) for row in found] == [(r, part) for r in rows for part in gen_price.PARTS]
-    bar, flow = found[0], found[4]
+    bar, flow = found[0], found[6]
     assert float(flow["error"]) == pytest.approx(float(bar["error"]), rel=1e-3)  # the same AE, and nothing is lost
-    assert "100 % / 100 %" in out.split("AE, then a flow")[-1].splitlines()[0]
+    assert "100% / 100% / 100%" in out.split("AE, then a flow")[-1].splitlines()[0]
     assert picture.stat().st_size > 10_000
 
     # A second call takes its rows from the record, and another seed is added to it.
@@ -97,7 +124,7 @@ def test_quick_run_and_its_record(gen_price, tmp_path, capsys):
     assert gen_price.main(command) == 0 and record.read_text() == kept
     assert capsys.readouterr().out.splitlines() == out.splitlines()[4:]
     assert gen_price.main(["--quick", "--csv", str(record), "--rows", "AE", "--seeds", "0", "1"]) == 0
-    assert record.read_text().startswith(kept) and len(record.read_text().splitlines()) == 11
+    assert record.read_text().startswith(kept) and len(record.read_text().splitlines()) == 1 + 5 * 3
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("AE  "))
     assert line.split()[1] == "2"
 

@@ -7,8 +7,8 @@
 
 All rows have the same images, minibatches of 100, number of steps, and learning rates that fall to 0; flows of a
 trained AE have as many steps again. All but the wider ones have the same networks. The images depend on the seed. With
---csv a run goes on where one that wrote the same file was stopped. A row has, for the training images and for as many
-held-out ones (at most 10 000):
+--csv a run goes on where one that wrote the same file was stopped. A row has, for the training images, for as many of
+the same file that are not trained on ("unseen", if there are so many), and for as many held-out ones (at most 10 000):
 
     error          mean squared error per pixel of the images decoded from these codes, in per cent of the AE's too
     gap            leave-one-out KDE entropy of the whitened codes less that of as many samples of the normal, in nats
@@ -27,6 +27,9 @@ What is tried:
     VAE, flow, s^2 = v      encoder with noise, decoder and map trained together: the VAE with a flow as its prior, by
                             its observation variance. Its codes are samples, one of each image's posterior. The flow
                             has ten layers of 128 units, the small one six of 64.
+    ..., another flow       its flow is replaced by one that learns, in as many steps, the codes of as many other
+                            images, none of them trained on or measured: is it the encoder that knows its images by
+                            heart, or the flow?
     StochasticGEN, weight w a GEN with noise, in many dimensions
 
 Paper: S. Saha, S. Elhabian, R. T. Whitaker, "GENs: Generative Encoding Networks", arXiv 2010.15283. Section 5.2 reports
@@ -40,6 +43,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +71,7 @@ MOST_CODES = 10_000
 LAYERS, HIDDEN = 10, 128  # of the flows
 WIDER = (1024, 512)
 SETS = {"MNIST": MNIST, "FashionMNIST": FashionMNIST}
-PARTS = ("training", "held-out")
+PARTS = ("training", "unseen", "held-out")
 KINDS = {"data": str, "images": int, "latent_dim": int, "steps": int, "row": str, "seed": int}
 KINDS |= {"codes": str, "error": float, "gap": float, "told_apart": float, "seconds": int}
 
@@ -79,8 +83,8 @@ class Encoded(NamedTuple):
     error: float
 
 
-# A recipe trains on a data set, with l dimensions and so many steps, and encodes the training and the held-out images.
-Recipe = Callable[[ExampleData, int, int], list[Encoded]]
+# A recipe trains on a data set, with l dimensions and so many steps, and returns the trained model's `encoded`.
+Recipe = Callable[[ExampleData, int, int], Callable[[ExampleSet], Encoded]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,10 +118,9 @@ def decoding_error(model: Any, codes: Tensor, images: ExampleSet) -> float:
 def trained(kind: Any, **settings: Any) -> Recipe:
     """Trains a model of a class that builds its networks, with these settings and else its own."""
 
-    def recipe(data: ExampleData, dim: int, steps: int) -> list[Encoded]:
+    def recipe(data: ExampleData, dim: int, steps: int) -> Callable[[ExampleSet], Encoded]:
         own = {"num_lagged": min(len(data.training), MOST_CODES)} if issubclass(kind, GEN) else {}
-        model = fitted(kind(data.example_shape, dim, **own | settings), data, steps)
-        return [encoded(model, images) for images in (data.training, data.held_out)]
+        return partial(encoded, fitted(kind(data.example_shape, dim, **own | settings), data, steps))
 
     return recipe
 
@@ -125,6 +128,35 @@ def trained(kind: Any, **settings: Any) -> Recipe:
 def with_flow(observation_variance: float, layers: int = LAYERS, hidden: int = HIDDEN) -> Recipe:
     flow = {"flow_layers": layers, "flow_hidden": hidden}
     return trained(built.VAE, prior="flow", observation_variance=observation_variance, **flow)
+
+
+def with_another_flow(observation_variance: float) -> Recipe:
+    """Trains a VAE with a flow, then another flow, on the posteriors of images not trained on or measured."""
+
+    def recipe(data: ExampleData, dim: int, steps: int) -> Callable[[ExampleSet], Encoded]:
+        model = built.VAE(data.example_shape, dim, prior="flow", observation_variance=observation_variance)
+        fitted(model, data, steps)
+        others = not_trained_on(data, len(data.training), skipped=MOST_CODES)
+        if len(others) < len(data.training):
+            raise ValueError(f"another flow needs {len(data.training)} more images, got {len(others)}")
+        with torch.no_grad():
+            mean, log_variance = model.posterior(others[torch.arange(len(others))][0])
+        deviation = (log_variance / 2).exp()
+        flow = model.flow = RealNVP(dim, LAYERS, HIDDEN)
+
+        def latent(step: int, chosen: Tensor) -> Tensor:
+            return -flow.log_prob(torch.normal(mean[chosen], deviation[chosen])).mean()
+
+        train(flow, len(mean), steps, latent)
+        return partial(encoded, model)
+
+    return recipe
+
+
+def not_trained_on(data: ExampleData, count: int, skipped: int = 0) -> ExampleSet:
+    """At most `count` images of the training file that are not trained on, less the first ones of these."""
+    whole, start = data.load()[0], len(data.training) + skipped
+    return whole.subset(data._shuffled(len(whole))[start : start + count])
 
 
 class RisingGEN(built.GEN):
@@ -173,16 +205,18 @@ class Flow(nn.Module):
 def then_a_flow(by_kde: bool) -> Recipe:
     """Trains an AE, then for as many steps a flow that maps its codes."""
 
-    def recipe(data: ExampleData, dim: int, steps: int) -> list[Encoded]:
+    def recipe(data: ExampleData, dim: int, steps: int) -> Callable[[ExampleSet], Encoded]:
         model: AE = fitted(built.AE(data.example_shape, dim), data, steps)
-        sets = data.training, data.held_out
-        codes = [encode_set(model, images).codes for images in sets]
-        flow = Flow(codes[0])
-        (train_by_kde if by_kde else train_by_likelihood)(flow, codes[0], steps)
-        with torch.no_grad():
-            mapped = [flow(part) for part in codes]
-            errors = [decoding_error(model, flow.inverse(z), images) for z, images in zip(mapped, sets, strict=True)]
-        return [Encoded(*pair) for pair in zip(mapped, errors, strict=True)]
+        trained_on = encode_set(model, data.training).codes
+        flow = Flow(trained_on)
+        (train_by_kde if by_kde else train_by_likelihood)(flow, trained_on, steps)
+
+        @torch.no_grad()
+        def mapped(images: ExampleSet) -> Encoded:
+            z = flow(encode_set(model, images).codes)
+            return Encoded(z, decoding_error(model, flow.inverse(z), images))
+
+        return mapped
 
     return recipe
 
@@ -242,6 +276,7 @@ RECIPES: dict[str, Recipe] = {
     "VAE, flow, s^2 = 0.25": with_flow(0.25),
     "VAE, flow, s^2 = 0.1": with_flow(0.1),
     "VAE, flow, s^2 = 0.03": with_flow(0.03),
+    "VAE, another flow, s^2 = 0.1": with_another_flow(0.1),
     "VAE, small flow, s^2 = 0.1": with_flow(0.1, layers=6, hidden=64),
     "StochasticGEN, weight 1": trained(built.StochasticGEN),
     "StochasticGEN, weight 0.1": trained(built.StochasticGEN, weight=0.1),
@@ -255,17 +290,21 @@ IN_MANY_DIMENSIONS += ("StochasticGEN, weight 1", "StochasticGEN, weight 0.1")
 
 
 def measured(row: str, data: ExampleData, dim: int, steps: int, seed: int) -> list[Row]:
-    """Trains by a recipe: the columns from "codes" on for the training images, and for the held-out ones."""
+    """Trains by a recipe: the columns from "codes" on, for each of `PARTS` that has enough images."""
     began = time.perf_counter()
     pl.seed_everything(seed, verbose=False)
-    both = RECIPES[row](data, dim, steps)
-    seconds = round(time.perf_counter() - began)
+    encode = RECIPES[row](data, dim, steps)
     count = min(len(data.training), len(data.held_out), MOST_CODES)
+    sets = dict(zip(PARTS, (data.training, not_trained_on(data, count), data.held_out), strict=True))
+    seconds = round(time.perf_counter() - began)
     rng = torch.Generator().manual_seed(seed)
     samples = torch.randn(count, dim, generator=rng)
     normal = entropy(samples)
     rows = []
-    for part, (codes, error) in zip(PARTS, both, strict=True):
+    for part, images in sets.items():
+        if len(images) < count:
+            continue
+        codes, error = encode(images)
         # In any order but that of the files: MNIST's first test images are of other writers than its last.
         codes = codes[torch.randperm(len(codes), generator=rng)[:count]]
         numbers = {"error": error, "gap": entropy(codes) - normal, "told_apart": told_apart(codes, samples)}
@@ -281,29 +320,38 @@ def mean(rows: list[Row], name: str) -> float:
     return statistics.fmean(row[name] for row in rows)
 
 
-def share(rows: list[Row], bars: dict[tuple[int, str], float]) -> str:
-    """Error in per cent of that of the AEs, by the seeds and the codes that both have."""
-    known = [(row["error"], bars[key]) for row in rows if (key := (row["seed"], row["codes"])) in bars]
-    return f"{100 * sum(e for e, _ in known) / sum(bar for _, bar in known):.0f} %" if known else "-"
+def shares(rows: list[Row], bars: dict[tuple[int, str], float]) -> str:
+    """Errors in per cent of those of the AEs, by the seeds and the codes that both have."""
+    cells = []
+    for part in PARTS:
+        own = matching(rows, codes=part)
+        known = [(row["error"], bars[key]) for row in own if (key := (row["seed"], part)) in bars]
+        cells.append(f"{sum(e for e, _ in known) / sum(bar for _, bar in known):.0%}" if known else "-")
+    return " / ".join(cells)
+
+
+def means(rows: list[Row], name: str, form: str) -> str:
+    """Of a column, for each of `PARTS`."""
+    parts = [matching(rows, codes=part) for part in PARTS]
+    return " / ".join(f"{mean(part, name):{form}}" if part else "-" for part in parts)
 
 
 def table(rows: list[Row]) -> str:
-    """A block for each data set, l and number of steps; training / held-out, means over the seeds."""
+    """A block for each data set, l and number of steps; means over the seeds."""
     lines = []
     settings = ("data", "images", "latent_dim", "steps")
     for data, images, dim, steps in dict.fromkeys(tuple(row[k] for k in settings) for row in rows):
         block = matching(rows, data=data, images=images, latent_dim=dim, steps=steps)
-        lines += [f"\n{data}, {images} images, l = {dim}, {steps} steps; training / held-out codes"]
-        lines += [f"{'':28}{'models':>6}{'error per pixel':>20}{'of the AE':>15}{'gap':>17}{'told apart':>20}{'s':>8}"]
+        lines += [f"\n{data}, {images} images, l = {dim}, {steps} steps; codes of {' / '.join(PARTS)} images"]
+        lines += [f"{'':30}{'models':>6}{'error per pixel':>25}{'of the AE':>22}{'gap':>24}{'told apart':>25}{'s':>7}"]
         bars = {(row["seed"], row["codes"]): row["error"] for row in matching(block, row="AE")}
         for name in (name for name in RECIPES if matching(block, row=name)):
-            both = [matching(block, row=name, codes=part) for part in PARTS]
-            errors, gaps, told = ([mean(part, k) for part in both] for k in ("error", "gap", "told_apart"))
-            shares = " / ".join(share(part, bars) for part in both)
+            found = matching(block, row=name)
+            first = matching(found, codes=PARTS[0])
             lines += [
-                f"{name:28}{len(both[0]):>6}{'{:.4f} / {:.4f}'.format(*errors):>20}{shares:>15}"
-                f"{'{:+.2f} / {:+.2f}'.format(*gaps):>17}{'{:.1%} / {:.1%}'.format(*told):>20}"
-                f"{mean(both[0], 'seconds'):>8.0f}"
+                f"{name:30}{len(first):>6}{means(found, 'error', '.4f'):>25}{shares(found, bars):>22}"
+                f"{means(found, 'gap', '+.2f'):>24}{means(found, 'told_apart', '.1%'):>25}"
+                f"{mean(first, 'seconds'):>7.0f}"
             ]
     return "\n".join(lines)
 
@@ -311,8 +359,9 @@ def table(rows: list[Row]) -> str:
 def draw(rows: list[Row]) -> Figure:
     """The gap of training and of held-out codes of one set and l against the error, for every number of steps."""
     lengths = sorted({row["steps"] for row in rows})
-    figure = Figure(figsize=(4.5 * len(PARTS), 3.2 * len(lengths)), layout="constrained")
-    panels = figure.subplots(len(lengths), len(PARTS), squeeze=False, sharex=True, sharey=True)
+    parts = (PARTS[0], PARTS[-1])
+    figure = Figure(figsize=(4.5 * len(parts), 3.2 * len(lengths)), layout="constrained")
+    panels = figure.subplots(len(lengths), len(parts), squeeze=False, sharex=True, sharey=True)
     families = {
         "GEN, weight": "C0o-",
         "VAE, flow": "C1s-",
@@ -322,7 +371,7 @@ def draw(rows: list[Row]) -> Figure:
         "GEN, faster encoder": "C5P",
     }
     for line, steps in zip(panels, lengths, strict=True):
-        for axes, part in zip(line, PARTS, strict=True):
+        for axes, part in zip(line, parts, strict=True):
             found = matching(rows, steps=steps, codes=part)
             for family, style in families.items():
                 names = [name for name in RECIPES if name.startswith(family) and matching(found, row=name)]

@@ -36,7 +36,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from gen_price import PARTS, SETS, mean
+from gen_price import SETS, mean
 from gen_table2 import entropy
 from matplotlib.figure import Figure
 from quiet import quiet_trainer
@@ -53,6 +53,7 @@ from kdejsd.runs.measuring import encode_set
 
 IMAGES, STEPS, BATCH = 10_000, 4000, 100
 QUICK_IMAGES, QUICK_STEPS = 1000, 60
+PARTS = ("training", "held-out")
 FEW_DIMS = 8  # up to here with the kernel's noise
 PERIOD = 10  # k_b
 AVERAGED = 0.99

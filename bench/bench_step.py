@@ -1,6 +1,6 @@
 """Times a training step of a GEN against the same autoencoder's step without the latent term.
 
-    python bench/bench_step.py                      # about 7 minutes
+    python bench/bench_step.py                      # about 8 minutes
     python bench/bench_step.py --compiled           # with rows by torch.compile, some of which compile for a minute
     python bench/bench_step.py --quick              # small sizes, under 30 seconds
     python bench/bench_step.py --device cuda --csv step.csv
@@ -59,7 +59,12 @@ class Size(NamedTuple):
         return WARM_UP + PERIOD * self.periods
 
 
-SIZES = [Size(100, 1000, 8, 8, 20), Size(300, 10_000, 8, 28, 4), Size(512, 100_000, 40, 28, 1)]
+SIZES = [
+    Size(100, 1000, 8, 8, 20),
+    Size(300, 10_000, 8, 28, 4),
+    Size(512, 100_000, 40, 28, 1),
+    Size(512, 10_000, 40, 28, 2),
+]
 QUICK = [Size(100, 2_000, 8, 8, 2)]
 PLAIN = "autoencoder"
 ROWS = (PLAIN, "full", "rolling", "queue", "tracked", f"{PLAIN}, own loop", "full, own loop", "full, all logged")

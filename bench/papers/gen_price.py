@@ -275,6 +275,7 @@ RECIPES: dict[str, Recipe] = {
     "VAE, flow, s^2 = 0.5": with_flow(0.5),
     "VAE, flow, s^2 = 0.25": with_flow(0.25),
     "VAE, flow, s^2 = 0.1": with_flow(0.1),
+    "VAE, flow, s^2 = 0.05": with_flow(0.05),
     "VAE, flow, s^2 = 0.03": with_flow(0.03),
     "VAE, another flow, s^2 = 0.1": with_another_flow(0.1),
     "VAE, small flow, s^2 = 0.1": with_flow(0.1, layers=6, hidden=64),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ REFRESHES = ("full", "rolling", "queue", "tracked")
 QUEUES = ("queue", "tracked")  # whose codes come from the minibatches
 PAIRS = 4  # "tracked" encodes PAIRS (l + 1) examples again; the map has l + 1 numbers for each dimension
 FOLLOWED = 5  # steps that "tracked" makes up for together
+FEWEST = 30  # codes whose mean and variance can stand for those of all
 
 
 class GEN(Autoencoder):
@@ -72,11 +73,13 @@ class GEN(Autoencoder):
             None is 1000; the command then takes the whole training set where it is smaller.
         refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
-            k_b steps. "queue": the codes of the last m training examples, each as it was in its minibatch. "tracked":
+            k_b steps; such a part is normalised by its own mean and variance, if parts have 30 codes at least. "queue": the codes of the last m training examples, each as it was in its minibatch. "tracked":
             the same, but every five steps all of them are moved along by an affine map (`LaggedKDE.follow`), and
             normalised anew if `normalize_codes`. The map is found from 4 (l + 1) examples of a minibatch, or all if it
             has fewer, which are encoded before and after the steps. It needs float32. Dropout or batch normalisation in
             the encoder takes much of its effect, since the codes of minibatches then differ from those of evaluation.
+            If m is less than the training set, "full" and "rolling" keep to the m examples that are drawn once, and
+            "tracked" matches better in all that we have tried.
         refresh_every: k_b, the number of minibatches between refreshes; "queue" and "tracked" have no use for it.
         weight: lambda, the weight of the latent term relative to the error per value.
         target: the distribution that the codes are to follow; None is the standard normal.
@@ -286,13 +289,21 @@ class GEN(Autoencoder):
 
     @torch.no_grad()
     def _refresh_part(self, part: int) -> None:
-        """Encodes one of k_b parts of the lagged examples, with the running statistics as they are."""
+        """Encodes one of k_b parts of the lagged examples.
+
+        Its own mean and variance become the running statistics, unless it is small. Otherwise these would be averages
+        over the last minibatches, whose encoders were others, and would bring each part to another place.
+        """
         m = len(self.lagged.codes)
         start, end = m * part // self.refresh_every, m * (part + 1) // self.refresh_every
+        many = self.lagged.num_centers >= self.refresh_every * max(FEWEST, self.lagged.ranks)  # so all ranks have some
         with evaluating(self.encoder, self.norm), self.explaining("lagged codes", self._lagged_examples):
-            for examples in self._lagged_batches(start, end):
-                self.lagged.update(self.training_codes(examples), start)
-                start += len(examples)
+            outputs = [self._outputs(examples) for examples in self._lagged_batches(start, end)]
+            if many and isinstance(self.norm, CodeNorm):
+                self.norm.calibrate(encoded[:, : self.latent_dim] for encoded in outputs)
+            for codes in self._lagged_from(outputs):
+                self.lagged.update(codes, start)
+                start += len(codes)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step as Lightning does. Every few steps, "tracked" then moves the lagged codes along."""
@@ -339,6 +350,10 @@ class GEN(Autoencoder):
         """Returns the codes [n, l] of the encoder's outputs; the means of those that are drawn."""
         codes: Tensor = self.norm(outputs)
         return codes
+
+    def _lagged_from(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yields the codes [n, l] that are lagged for each part of the encoder's outputs."""
+        return map(self._placed, parts)
 
     def _lagged_batches(self, start: int, end: int) -> Iterator[Tensor]:
         """Yields the lagged examples from place `start` to before `end`, in parts, on the model's device."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -134,9 +134,12 @@ class StochasticGEN(GEN):
     def _lagged_codes(self) -> Iterator[Tensor]:
         encoded = [self._outputs(examples) for examples in self._lagged_batches(0, len(self.lagged.codes))]
         self.norm.calibrate(part[:, : self.latent_dim] for part in encoded)
+        return self._lagged_from(encoded)
+
+    def _lagged_from(self, parts: Iterable[Tensor]) -> Iterator[Tensor]:
         rng = self.rng()
-        for part in encoded:
-            yield _drawn(self._law(part), rng)
+        for outputs in parts:
+            yield _drawn(self._law(outputs), rng)
 
 
 def _drawn(law: tuple[Tensor, Tensor], rng: torch.Generator | None) -> Tensor:

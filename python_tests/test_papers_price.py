@@ -95,13 +95,12 @@ def test_another_flow_leaves_the_encoder_and_the_error(gen_price):
     torch.manual_seed(0)
     plain = gen_price.with_flow(0.1)(data, 2, 3)(data.held_out)
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gen_price, "MOST_CODES", 300)
-        other = gen_price.with_another_flow(0.1)(data, 2, 3)(data.held_out)
+    other = gen_price.with_another_flow(0.1)(data, 2, 3)(data.held_out)
     assert other.error == pytest.approx(plain.error, rel=1e-4)
     assert not torch.allclose(other.codes, plain.codes)
-    with pytest.raises(ValueError, match=r"another flow needs 300 more images, got 0"):
-        gen_price.with_another_flow(0.1)(data, 2, 3)
+    few = gen_price.Digits(batch_size=100, train_size=1000)
+    with pytest.raises(ValueError, match=r"another flow needs 1000 more images, got 79"):
+        gen_price.with_another_flow(0.1)(few, 2, 3)
 
 
 @pytest.mark.pictures

@@ -88,6 +88,26 @@ Recipe = Callable[[ExampleData, int, int], Callable[[ExampleSet], Encoded]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def measured_on(data: ExampleData) -> int:
+    """How many images are measured: as many for each of `PARTS`."""
+    return min(len(data.training), len(data.held_out), MOST_CODES)
+
+
+def not_trained_on(data: ExampleData, count: int, skipped: int = 0) -> ExampleSet:
+    """At most `count` images of the training file that are not trained on, less the first ones of these."""
+    whole, start = data.load()[0], len(data.training) + skipped
+    return whole.subset(data._shuffled(len(whole))[start : start + count])
+
+
+def not_looked_at(data: ExampleData) -> ExampleSet:
+    """As many images as are trained on, or as there are, that are neither trained nor measured on."""
+    return not_trained_on(data, len(data.training), skipped=measured_on(data))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Recipes
 
 
@@ -134,11 +154,11 @@ def with_another_flow(observation_variance: float) -> Recipe:
     """Trains a VAE with a flow, then another flow, on the posteriors of images not trained on or measured."""
 
     def recipe(data: ExampleData, dim: int, steps: int) -> Callable[[ExampleSet], Encoded]:
-        model = built.VAE(data.example_shape, dim, prior="flow", observation_variance=observation_variance)
-        fitted(model, data, steps)
-        others = not_trained_on(data, len(data.training), skipped=MOST_CODES)
+        others = not_looked_at(data)
         if len(others) < len(data.training):
             raise ValueError(f"another flow needs {len(data.training)} more images, got {len(others)}")
+        model = built.VAE(data.example_shape, dim, prior="flow", observation_variance=observation_variance)
+        fitted(model, data, steps)
         with torch.no_grad():
             mean, log_variance = model.posterior(others[torch.arange(len(others))][0])
         deviation = (log_variance / 2).exp()
@@ -151,12 +171,6 @@ def with_another_flow(observation_variance: float) -> Recipe:
         return partial(encoded, model)
 
     return recipe
-
-
-def not_trained_on(data: ExampleData, count: int, skipped: int = 0) -> ExampleSet:
-    """At most `count` images of the training file that are not trained on, less the first ones of these."""
-    whole, start = data.load()[0], len(data.training) + skipped
-    return whole.subset(data._shuffled(len(whole))[start : start + count])
 
 
 class RisingGEN(built.GEN):
@@ -295,7 +309,7 @@ def measured(row: str, data: ExampleData, dim: int, steps: int, seed: int) -> li
     began = time.perf_counter()
     pl.seed_everything(seed, verbose=False)
     encode = RECIPES[row](data, dim, steps)
-    count = min(len(data.training), len(data.held_out), MOST_CODES)
+    count = measured_on(data)
     sets = dict(zip(PARTS, (data.training, not_trained_on(data, count), data.held_out), strict=True))
     seconds = round(time.perf_counter() - began)
     rng = torch.Generator().manual_seed(seed)
@@ -337,6 +351,12 @@ def means(rows: list[Row], name: str, form: str) -> str:
     return " / ".join(f"{mean(part, name):{form}}" if part else "-" for part in parts)
 
 
+def counts(rows: list[Row]) -> str:
+    """The number of models, of each of `PARTS` where it differs."""
+    found = [len(matching(rows, codes=part)) for part in PARTS]
+    return str(found[0]) if set(found) <= {0, found[0]} else "/".join(map(str, found))
+
+
 def table(rows: list[Row]) -> str:
     """A block for each data set, l and number of steps; means over the seeds."""
     lines = []
@@ -350,7 +370,7 @@ def table(rows: list[Row]) -> str:
             found = matching(block, row=name)
             first = matching(found, codes=PARTS[0])
             lines += [
-                f"{name:30}{len(first):>6}{means(found, 'error', '.4f'):>25}{shares(found, bars):>22}"
+                f"{name:30}{counts(found):>6}{means(found, 'error', '.4f'):>25}{shares(found, bars):>22}"
                 f"{means(found, 'gap', '+.2f'):>24}{means(found, 'told_apart', '.1%'):>25}"
                 f"{mean(first, 'seconds'):>7.0f}"
             ]
@@ -430,6 +450,8 @@ def main(arguments: list[str] | None = None) -> int:
             data = SETS[options.set](options.data, batch_size=BATCH, train_size=options.images, seed=seed)
         for dim in dims:
             few = [name for name in RECIPES if not name.startswith("Stochastic")]
+            if len(not_looked_at(data)) < len(data.training):
+                few = [name for name in few if "another" not in name]
             for steps in options.steps or [QUICK_STEPS if options.quick else STEPS]:
                 for name in options.rows or (few if dim <= LATENT_DIM else IN_MANY_DIMENSIONS):
                     key = {"data": type(data).__name__, "images": len(data.training), "latent_dim": dim}

@@ -130,7 +130,7 @@ def measured(row: str, data: ExampleData, dim: int, steps: int, seed: int) -> tu
     common = {
         "num_lagged": round(settings.get("share", 1) * count),
         "refresh_every": PERIOD,
-        "bandwidth": (1 if few else 2) * optimal_bandwidth(dim, count, smoothed=True).value,
+        "bandwidth": (1 if few else 2) * optimal_bandwidth(dim, count, smoothed=not few).value,
         "kernel_noise": few,
     }
     model = kind(data.example_shape, dim, **common | {k: v for k, v in settings.items() if k != "share"})
@@ -179,16 +179,16 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row]) -> Figure:
-    """The lag along the run of the first seed, a panel for each data set and l."""
-    panels = list(dict.fromkeys((row["data"], row["latent_dim"]) for row in rows))
+    """The lag along the run of the first seed, a panel for each data set, number of images and l."""
+    panels = list(dict.fromkeys((row["data"], row["images"], row["latent_dim"]) for row in rows))
     figure = Figure(figsize=(4.5 * len(panels), 3.4), layout="constrained")
-    for axes, (data, dim) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        found = matching(rows, data=data, latent_dim=dim)
+    for axes, (data, images, dim) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        found = matching(rows, data=data, images=images, latent_dim=dim)
         for name in (name for name in ROWS if matching(found, row=name)):
             own = matching(found, row=name, seed=found[0]["seed"])
             color = f"C{list(ROWS).index(name)}"
             axes.plot([row["step"] for row in own], [row["lag"] for row in own], color, label=name, linewidth=1)
-        axes.set(title=f"{data}, l = {dim}", xlabel="step", ylabel="lag of the codes", ylim=(0, None))
+        axes.set(title=f"{data}, {images} images, l = {dim}", xlabel="step", ylabel="lag of the codes", ylim=(0, None))
     figure.axes[0].legend(fontsize=7)
     return figure
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -240,6 +241,17 @@ class CodeNorm(nn.Module):
         mean, variance = self._moments(parts)
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
+
+    @contextmanager
+    def calibrated(self, parts: Iterable[Tensor]) -> Iterator[None]:
+        """Has the statistics that `calibrate` would set, and those of before again at the end."""
+        before = self.running_mean.clone(), self.running_var.clone()
+        self.calibrate(parts)
+        try:
+            yield
+        finally:
+            self.running_mean.copy_(before[0])
+            self.running_var.copy_(before[1])
 
     def renormalize(self, codes: Tensor) -> None:
         """Gives codes [n, l] the mean and variance of normalised ones, in place.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -73,13 +74,14 @@ class GEN(Autoencoder):
             None is 1000; the command then takes the whole training set where it is smaller.
         refresh: how the lagged codes follow the encoder. "full": all of them in every k_b-th minibatch, counted from
             each epoch's first (Algorithm 1). "rolling": m / k_b of them in every minibatch, so that none is older than
-            k_b steps; such a part is normalised by its own mean and variance, if parts have 30 codes at least. "queue": the codes of the last m training examples, each as it was in its minibatch. "tracked":
+            k_b steps; a part is drawn from all of them, and normalised by its own mean and variance if it has 30 codes
+            or more. "queue": the codes of the last m training examples, each as it was in its minibatch. "tracked":
             the same, but every five steps all of them are moved along by an affine map (`LaggedKDE.follow`), and
             normalised anew if `normalize_codes`. The map is found from 4 (l + 1) examples of a minibatch, or all if it
             has fewer, which are encoded before and after the steps. It needs float32. Dropout or batch normalisation in
             the encoder takes much of its effect, since the codes of minibatches then differ from those of evaluation.
-            If m is less than the training set, "full" and "rolling" keep to the m examples that are drawn once, and
-            "tracked" matches better in all that we have tried.
+            "full" and "rolling" keep to the m examples that are drawn once. Where these are fewer than the training
+            set, "tracked" has matched better in all that we have tried.
         refresh_every: k_b, the number of minibatches between refreshes; "queue" and "tracked" have no use for it.
         weight: lambda, the weight of the latent term relative to the error per value.
         target: the distribution that the codes are to follow; None is the standard normal.
@@ -249,9 +251,14 @@ class GEN(Autoencoder):
         super().on_train_start()
 
     def _drawn_examples(self, count: int) -> Tensor:
-        """Draws the training examples [m] int64 of this rank's lagged codes from a training set of `count` examples."""
+        """Draws the training examples [m] int64 of this rank's lagged codes from a training set of `count` examples.
+
+        They are in the order of the training set, except for "rolling", whose parts are to be like each other.
+        """
         drawn = of_first(torch.randperm(count)[: self.lagged.num_centers])
-        return self.lagged.share(drawn.sort().values).to(self.device)
+        if self.refresh_policy != "rolling":
+            drawn = drawn.sort().values
+        return self.lagged.share(drawn).to(self.device)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -291,19 +298,21 @@ class GEN(Autoencoder):
     def _refresh_part(self, part: int) -> None:
         """Encodes one of k_b parts of the lagged examples.
 
-        Its own mean and variance become the running statistics, unless it is small. Otherwise these would be averages
-        over the last minibatches, whose encoders were others, and would bring each part to another place.
+        It is normalised by its own mean and variance, unless it is small. The running statistics are averages over the
+        last minibatches, whose encoders were others, and would bring each part to another place.
         """
         m = len(self.lagged.codes)
         start, end = m * part // self.refresh_every, m * (part + 1) // self.refresh_every
-        many = self.lagged.num_centers >= self.refresh_every * max(FEWEST, self.lagged.ranks)  # so all ranks have some
+        many = self.lagged.num_centers >= self.refresh_every * max(FEWEST, 2 * self.lagged.ranks)  # two on each rank
         with evaluating(self.encoder, self.norm), self.explaining("lagged codes", self._lagged_examples):
             outputs = [self._outputs(examples) for examples in self._lagged_batches(start, end)]
+            own: AbstractContextManager[None] = nullcontext()
             if many and isinstance(self.norm, CodeNorm):
-                self.norm.calibrate(encoded[:, : self.latent_dim] for encoded in outputs)
-            for codes in self._lagged_from(outputs):
-                self.lagged.update(codes, start)
-                start += len(codes)
+                own = self.norm.calibrated(encoded[:, : self.latent_dim] for encoded in outputs)
+            with own:
+                for codes in self._lagged_from(outputs):
+                    self.lagged.update(codes, start)
+                    start += len(codes)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step as Lightning does. Every few steps, "tracked" then moves the lagged codes along."""

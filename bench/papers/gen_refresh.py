@@ -100,6 +100,10 @@ ROWS: dict[str, tuple[type[built.GEN], dict[str, Any]]] = {
 }
 
 
+WAYS = list(dict.fromkeys(name.partition(", ")[0] for name in ROWS))
+STYLES = {"": "-", "weight 1/3": ":", "a tenth": "--"}
+
+
 class Lag(pl.Callback):
     """Measures how far the lagged codes are from those of the encoder, at about 40 steps of a run."""
 
@@ -186,8 +190,9 @@ def draw(rows: list[Row]) -> Figure:
         found = matching(rows, data=data, images=images, latent_dim=dim)
         for name in (name for name in ROWS if matching(found, row=name)):
             own = matching(found, row=name, seed=found[0]["seed"])
-            color = f"C{list(ROWS).index(name)}"
-            axes.plot([row["step"] for row in own], [row["lag"] for row in own], color, label=name, linewidth=1)
+            way, _, variant = name.partition(", ")
+            style = f"C{WAYS.index(way)}{STYLES[variant]}"
+            axes.plot([row["step"] for row in own], [row["lag"] for row in own], style, label=name, linewidth=1)
         axes.set(title=f"{data}, {images} images, l = {dim}", xlabel="step", ylabel="lag of the codes", ylim=(0, None))
     figure.axes[0].legend(fontsize=7)
     return figure

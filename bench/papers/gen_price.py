@@ -43,7 +43,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,9 +96,15 @@ def measured_on(data: ExampleData) -> int:
     return min(len(data.training), len(data.held_out), MOST_CODES)
 
 
+@lru_cache(maxsize=1)
+def whole_file(data: ExampleData) -> ExampleSet:
+    """All images of the training file, which is read once for all rows of a seed."""
+    return data.load()[0]
+
+
 def not_trained_on(data: ExampleData, count: int, skipped: int = 0) -> ExampleSet:
     """At most `count` images of the training file that are not trained on, less the first ones of these."""
-    whole, start = data.load()[0], len(data.training) + skipped
+    whole, start = whole_file(data), len(data.training) + skipped
     return whole.subset(data._shuffled(len(whole))[start : start + count])
 
 
@@ -309,9 +315,9 @@ def measured(row: str, data: ExampleData, dim: int, steps: int, seed: int) -> li
     began = time.perf_counter()
     pl.seed_everything(seed, verbose=False)
     encode = RECIPES[row](data, dim, steps)
+    seconds = round(time.perf_counter() - began)
     count = measured_on(data)
     sets = dict(zip(PARTS, (data.training, not_trained_on(data, count), data.held_out), strict=True))
-    seconds = round(time.perf_counter() - began)
     rng = torch.Generator().manual_seed(seed)
     samples = torch.randn(count, dim, generator=rng)
     normal = entropy(samples)

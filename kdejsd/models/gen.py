@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ class GEN(Autoencoder):
             has fewer, which are encoded before and after the steps. It needs float32. Dropout or batch normalisation in
             the encoder takes much of its effect, since the codes of minibatches then differ from those of evaluation.
             "full" and "rolling" keep to the m examples that are drawn once. Where these are fewer than the training
-            set, "tracked" has matched better in all that we have tried.
+            set, "tracked" has matched better than "full" in all that we have tried.
         refresh_every: k_b, the number of minibatches between refreshes; "queue" and "tracked" have no use for it.
         weight: lambda, the weight of the latent term relative to the error per value.
         target: the distribution that the codes are to follow; None is the standard normal.
@@ -306,9 +306,8 @@ class GEN(Autoencoder):
         many = self.lagged.num_centers >= self.refresh_every * max(FEWEST, 2 * self.lagged.ranks)  # two on each rank
         with evaluating(self.encoder, self.norm), self.explaining("lagged codes", self._lagged_examples):
             outputs = [self._outputs(examples) for examples in self._lagged_batches(start, end)]
-            own: AbstractContextManager[None] = nullcontext()
-            if many and isinstance(self.norm, CodeNorm):
-                own = self.norm.calibrated(encoded[:, : self.latent_dim] for encoded in outputs)
+            signals = (encoded[:, : self.latent_dim] for encoded in outputs)
+            own = self.norm.calibrated(signals) if many and isinstance(self.norm, CodeNorm) else nullcontext()
             with own:
                 for codes in self._lagged_from(outputs):
                     self.lagged.update(codes, start)

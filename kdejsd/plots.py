@@ -38,7 +38,7 @@ _TARGET = {"color": "k", "label": "target"}
 _APART = 0.6  # the grey between images, which have black and white at their own edges
 
 
-def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
+def latent(codes: Tensor, labels: Tensor, target: Target, names: Sequence[object] = ()) -> Figure:
     """Draws codes by class, together with the distribution that they should follow.
 
     1-D codes are a histogram with the target's density, 2-D codes are points with the target's circles. For more
@@ -54,6 +54,7 @@ def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
         codes: [n, l].
         labels: [n] int64, -1 for none.
         target: the distribution that the codes should follow.
+        names: of the classes, in the order of their numbers; a class without a name is shown by its number.
 
     Example:
         >>> import kdejsd, torch
@@ -67,7 +68,7 @@ def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
     codes, labels, law = codes[:_POINTS].double().cpu(), labels[:_POINTS].cpu(), as_law(target)
     color = _class_colors(int(labels.max()) + 1 if len(labels) else 0)
     if codes.shape[1] > 2:
-        return _principal_components(title, codes, labels, color, law)
+        return _principal_components(title, codes, labels, color, law, names)
     figure, axes = _square_figure()
     if codes.shape[1] == 1:
         figure.suptitle(f"{title} and the density that they should follow")
@@ -79,7 +80,7 @@ def latent(codes: Tensor, labels: Tensor, target: Target) -> Figure:
     axes.set_title(_circles(law), fontsize="medium")
     axes.set(xlabel="code 1", ylabel="code 2")
     _fill_square(axes)
-    _legend(axes, labels.unique().tolist(), color)
+    _legend(axes, labels.unique().tolist(), color, names)
     return figure
 
 
@@ -90,6 +91,7 @@ def latent_classes(
     codes: Tensor | None = None,
     labels: Tensor | None = None,
     target: Target | None = None,
+    names: Sequence[object] = (),
     extent: float | None = None,
     resolution: int = 300,
 ) -> Figure:
@@ -104,6 +106,7 @@ def latent_classes(
         codes: [n, 2], of examples; those outside the picture are left out.
         labels: [n] int64, the classes of the codes, -1 for none; None for no classes.
         target: the distribution of the latents, for its circles; None is the standard normal.
+        names: of the classes, as in `latent`.
         extent: the picture goes from -extent to extent in both directions; None makes room for the circles.
         resolution: points of the latent space that are classified in each direction.
 
@@ -151,7 +154,7 @@ def latent_classes(
     axes.set_title(dots + _circles(law), fontsize="medium", wrap=True)
     axes.set(xlabel="code 1", ylabel="code 2", xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal")
     shown = regions if labels is None else torch.cat([regions.flatten(), labels.cpu()])
-    _legend(axes, shown.unique().tolist(), color)
+    _legend(axes, shown.unique().tolist(), color, names)
     return figure
 
 
@@ -565,21 +568,33 @@ def _dot_size(count: int) -> float:
 
 
 def _legend(
-    axes: Axes, classes: list[int], color: Callable[[int], tuple[float, float, float]], inside: bool = False
+    axes: Axes,
+    classes: list[int],
+    color: Callable[[int], tuple[float, float, float]],
+    names: Sequence[object],
+    inside: bool = False,
 ) -> None:
     """Names the colours of the classes right of the axes, or from their upper right corner on, over what is there."""
     if 1 < len(classes) <= 50:
-        names = [Patch(color=color(label), label="none" if label < 0 else str(label)) for label in classes]
+        words = {-1: "none"} | dict(enumerate(_shortened(str(name)) for name in names))
+        patches = [Patch(color=color(label), label=str(label)) for label in classes]
         columns, length = -(-len(classes) // (12 if inside else 25)), 1.5 if len(classes) <= 10 else 0.8
-        axes.legend(
-            handles=names,
+        legend = axes.legend(
+            handles=patches,
             title="class",
             loc="upper right" if inside else "center left",
             bbox_to_anchor=(1, 1) if inside else (1, 0.5),
             frameon=False,
             ncols=columns,
             handlelength=length,
-        ).set_in_layout(not inside)
+        )
+        legend.set_in_layout(not inside)
+        if not inside and isinstance(axes.figure, Figure):  # long names do not make the axes smaller
+            longest = max(len(words.get(label, "")) for label in classes)
+            axes.figure.set_figwidth(axes.figure.get_figwidth() + 0.09 * columns * max(0, longest - 4))
+        # Not as the patches' labels, of which those that begin with _ are left out.
+        for label, text in zip(classes, legend.get_texts(), strict=True):
+            text.set(text=words.get(label, str(label)), parse_math=False)
 
 
 def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
@@ -605,7 +620,12 @@ def _extent(law: Law) -> float:
 
 
 def _principal_components(
-    title: str, codes: Tensor, labels: Tensor, color: Callable[[int], tuple[float, float, float]], law: Law
+    title: str,
+    codes: Tensor,
+    labels: Tensor,
+    color: Callable[[int], tuple[float, float, float]],
+    law: Law,
+    names: Sequence[object],
 ) -> Figure:
     """Draws some principal components of the codes [n, l], l > 2, on a diagonal, and below it each pair of them."""
     dim = codes.shape[1]
@@ -651,7 +671,7 @@ def _principal_components(
     )
     # The legends stand in the empty half, and must not push the others aside.
     grid[0, 1].legend(*grid[0, 0].get_legend_handles_labels(), loc="upper left", frameon=False).set_in_layout(False)
-    _legend(grid[0, -1], labels.unique().tolist(), color, inside=True)
+    _legend(grid[0, -1], labels.unique().tolist(), color, names, inside=True)
     return figure
 
 

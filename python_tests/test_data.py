@@ -330,6 +330,7 @@ def test_image_folder(tmp_path):
     for label, channel in ((0, 2), (1, 0), (-1, 1)):  # subfolder a is class 0, b is 1; no subfolder is no class
         mean = means[labels == label][0]
         assert mean.argmax() == channel and mean.max() > 0.95
+    assert data.classes == ["a", "b"]
     again = ImageFolder(str(tmp_path), size=16, held_out=0.3, batch_size=2)
     assert torch.equal(again.held_out.examples, data.held_out.examples)
     grey = ImageFolder(str(tmp_path), size=8, channels=1, batch_size=1)

@@ -123,6 +123,28 @@ def test_latent_classes_with_models_a_mixture_and_many_classes():
     assert codes.axes[0].get_title() == "Circles: 2 standard deviations of each component of the target"
 
 
+@pytest.mark.parametrize("dim", [2, 5])
+def test_classes_are_shown_by_their_names_as_they_are(dim):
+    names = ["_hidden", "$a$b$", "c" * 30, 7]
+    codes, labels = points(60, dim), torch.arange(60) % 6 - 1  # no class, those with names, and one without
+    figure = plots.latent(codes, labels, StandardNormal(dim), names)
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
+    (shown,) = (legend for legend in legends if legend.get_title().get_text() == "class")
+    assert [text.get_text() for text in shown.get_texts()] == ["none", "_hidden", "$a$b$", "c" * 23 + "…", "7", "4"]
+    assert not any(text.get_parse_math() for text in shown.get_texts())
+    assert pixels(figure).isfinite().all()
+
+
+def test_long_names_of_classes_take_no_room_of_the_codes():
+    codes, labels = points(60, 2), torch.arange(60) % 3
+    short, long = (plots.latent(codes, labels, StandardNormal(2), names) for names in ("abc", ["a" * 24, "b", "c"]))
+    for figure in (short, long):
+        figure.draw_without_rendering()
+    assert long.axes[0].get_window_extent().width > 0.95 * short.axes[0].get_window_extent().width
+    regions = plots.latent_classes(None, quadrants, names=["up", "down"])
+    assert legend(regions)[:3] == ["up", "down", "2"]
+
+
 @pytest.mark.parametrize("count", [10, 11, 20, 25])
 def test_no_two_classes_have_colours_that_look_alike(count):
     figure = plots.latent(points(count, 2), torch.arange(count), StandardNormal(2))

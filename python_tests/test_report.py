@@ -24,7 +24,7 @@ from kdejsd.models import built
 from kdejsd.runs import boards, pictures, rows
 from kdejsd.runs.boards import RunPictures
 from kdejsd.runs.measures import MEASURES, explained
-from kdejsd.runs.report import write_report
+from kdejsd.runs.report import AutoencoderReport, write_report
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*GPU available but not used"
@@ -294,6 +294,16 @@ def test_a_board_has_pictures_while_they_cost_little_and_at_the_end(tmp_path, mo
         # 2 steps are an epoch. The second look is the first that can pay; then each fourth second does, and a
         # picture of a step must be followed by a quarter more steps.
         assert [event.step for event in found.Images(f"pictures/{name}")] == [4, 12, 18, 26, 28]
+
+
+def test_pictures_have_the_names_of_the_classes():
+    named = Rows()
+    named.classes = ["low", "high"]
+    model = make("AE", Rows)
+    latent = RunPictures._figures(model, named)["latent"]
+    regions = AutoencoderReport(model, named).classes(lambda rows: rows[:, :2])
+    for figure in (latent, regions):
+        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["low", "high"]
 
 
 def test_a_board_has_pictures_of_rows():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from typing import Any, ClassVar
 
@@ -266,6 +266,7 @@ class ExampleData(pl.LightningDataModule):
     """
 
     example_shape: tuple[int, ...]
+    classes: Sequence[object] = ()  # their names, in the order of their numbers, if they have any
     keep_in_memory = True  # read all examples at the start; False leaves them in their files
     standardization: Standardization | None = None  # of examples that are not as they stand in their files
     report_samples: ClassVar[int] = 100  # of a model, drawn and measured in its report

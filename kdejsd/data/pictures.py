@@ -189,6 +189,13 @@ class ImageFolder(ExampleData):
         self.held_out_share = between("held_out", held_out, 0, 1)
         self.keep_in_memory = keep_in_memory
         self.example_shape = (channels, size, size)
+        self._classes: list[str] = []
+
+    @property
+    def classes(self) -> list[str]:  # type: ignore[override]
+        """Returns the names of the classes' folders, in the order of their numbers; it reads the folder."""
+        self.setup()
+        return self._classes
 
     def load(self) -> tuple[ExampleSet, ExampleSet]:
         if not self.root.is_dir():
@@ -213,6 +220,7 @@ class ImageFolder(ExampleData):
                 f"ImageFolder needs at least two pictures ({', '.join(self.suffixes)}) in {self.root}, "
                 f"found {len(found[0])}"
             )
+        self._classes = classes
         counts = Counter(label for pictures in found for label in pictures.labels.tolist())
         of_classes = [f"{name} {counts[label]}" for label, name in enumerate(classes)]
         said = [how, f"classes: {shortened(of_classes)}" if classes else "no classes"]

@@ -118,7 +118,7 @@ class Table(ExampleData):
         return self._inputs(names_in(self.path))
 
     @property
-    def classes(self) -> list[Any]:
+    def classes(self) -> list[Any]:  # type: ignore[override]
         """Returns the distinct values of the label, in the order of their numbers; it reads the file."""
         self.setup()
         return self._classes

@@ -167,7 +167,7 @@ class Report(Generic[Model]):
 
     def classes(self, classifier: Map) -> Figure:
         """Draws the regions of a 2-D latent space from which each class is made."""
-        return plots.latent_classes(self.model.generator, classifier, target=self.model.target)
+        return plots.latent_classes(self.model.generator, classifier, target=self.model.target, names=self.data.classes)
 
 
 class AutoencoderReport(Report[Autoencoder]):
@@ -206,7 +206,12 @@ class AutoencoderReport(Report[Autoencoder]):
     def classes(self, classifier: Map) -> Figure:
         codes, labels = self.held_out.codes, self.held_out.labels
         return plots.latent_classes(
-            self.model.generator, classifier, codes=codes, labels=labels, target=self.model.target
+            self.model.generator,
+            classifier,
+            codes=codes,
+            labels=labels,
+            target=self.model.target,
+            names=self.data.classes,
         )
 
 

@@ -295,5 +295,19 @@ def test_figures(tmp_path, monkeypatch):
     assert len(pictures) == 4 and all(path.read_bytes() == picture for path, picture in pictures.items())
     for figure in ("2_2", "4_1", "4_2", "4_3"):
         assert matplotlib.image.imread(tmp_path / f"lcvae_figures_{figure}.png").std() > 0.05
+
+    monkeypatch.undo()
+    more = ("--latent_dim=3", "--models", "VAE", "LC-VAE, clip")
+    done = run_here(PAPERS / "lcvae_figures.py", "--quick", *more, "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *before, vae, clipped = csv.DictReader((tmp_path / "lcvae_figures.csv").open())
+    assert [row["omega"] for row in before] == [row["omega"] for row in csv.DictReader(record.splitlines())]
+    assert (vae["model"], clipped["model"]) == ("VAE", "LC-VAE, clip") and vae["latent_dim"] == "3"
+    assert float(clipped["omega"]) < 0.5 * float(vae["omega"]) and f"{float(vae['omega']):.4g}" in done.stdout
+    assert {path.name for path in tmp_path.glob("lcvae_figures_l3_*.png")} == {  # samples and reconstructions
+        "lcvae_figures_l3_4_2.png",
+        "lcvae_figures_l3_4_3.png",
+    }
+    assert all(path.read_bytes() == picture for path, picture in pictures.items())
     refused = run_here(PAPERS / "lcvae_figures.py", cwd=tmp_path)
     assert refused.returncode == 2 and "MNIST needs --data" in refused.stderr

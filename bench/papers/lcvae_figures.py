@@ -254,7 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name:20}{''.join(f'{cell:>24}' for cell in cells)}")
     for number in next(iter(drawn.values())):
         parts = {model_name: pictures[number] for model_name, pictures in drawn.items()}
-        side_by_side(parts).savefig(options.out / f"lcvae_figures_{number}.png")
+        dims = "" if options.latent_dim == 2 else f"_l{options.latent_dim}"
+        side_by_side(parts).savefig(options.out / f"lcvae_figures{dims}_{number}.png")
     return 0
 
 

@@ -331,6 +331,9 @@ def test_image_folder(tmp_path):
         mean = means[labels == label][0]
         assert mean.argmax() == channel and mean.max() > 0.95
     assert data.classes == ["a", "b"]
+    sources = {-1: "green.bmp", 0: "a/blue.JPG", 1: "b/red.png"}
+    for part in (data.training, data.held_out):
+        assert part.sources.tolist() == [sources[label] for label in part.labels.tolist()]
     again = ImageFolder(str(tmp_path), size=16, held_out=0.3, batch_size=2)
     assert torch.equal(again.held_out.examples, data.held_out.examples)
     grey = ImageFolder(str(tmp_path), size=8, channels=1, batch_size=1)

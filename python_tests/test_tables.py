@@ -1,5 +1,6 @@
 """Tables and tensors of one's own: what is read of a file, what is refused, and sets that stay in their files."""
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -613,6 +614,8 @@ def test_a_run_on_a_table_goes_on_and_is_measured_on_other_rows(fit, wine, tmp_p
     (tmp_path / "other.csv").write_text(text + "\n")
     other = ["--data.path=other.csv", f"--data.held_out_path={wine}"]
     assert fit("run", *other, "--out=some.csv", "--split=training", "--variance=1", command="score")[0] == 0
+    rows = [line.split(",")[-1] for line in Path("all.csv").read_text().splitlines()]
+    assert rows == ["row", *(str(row + 1) for row in training)]
     scores = [Path(name).read_text().splitlines()[1:10] for name in ("all.csv", "some.csv")]
     assert [line.split(",")[:2] for line in scores[0]] == [line.split(",")[:2] for line in scores[1]]
     found = [[float(line.split(",")[2]) for line in part] for part in scores]
@@ -627,6 +630,8 @@ def test_rows_of_a_small_file_are_scored_in_their_order_without_classes(fit, win
     Path("later.csv").write_text("\n".join(unlabelled) + "\n")
     assert main(["score", "run", "--data.held_out_path=later.csv", "--out=later_scores.csv"]) == 0
     said = capsys.readouterr().out
-    assert len(Path("later_scores.csv").read_text().splitlines()) == 1 + count
-    most, least = (line.partition(": ")[2].split(", ") for line in said.splitlines() if "likely: " in line)
+    scores = list(csv.DictReader(Path("later_scores.csv").read_text().splitlines()))
+    assert [(int(row["index"]), int(row["row"])) for row in scores] == [(place, place + 1) for place in range(count)]
+    most, least = (line.partition(": ")[2].split(", ") for line in said.splitlines() if "likely, by row: " in line)
+    assert most[0] == min(scores, key=lambda row: float(row["score"]))["row"]
     assert len(most) == len(least) == max(1, count // 2) and (count == 1 or not {*most} & {*least})

@@ -91,6 +91,8 @@ class ExampleSet(Dataset[Batch]):
     Args:
         examples: [N, ...], uint8 (0 to 255) or float32, in memory or stored in files (`StoredExamples`).
         labels: [N] int64, -1 for none.
+        sources: [N], what each example is in the files: the path of its file, or the number of its row. None if this
+            is not known.
 
     Example:
         >>> import torch
@@ -101,9 +103,10 @@ class ExampleSet(Dataset[Batch]):
         (torch.Size([2, 1, 2, 2]), 1.0, tensor([3, 0]))
     """
 
-    def __init__(self, examples: Tensor | StoredExamples, labels: Tensor) -> None:
+    def __init__(self, examples: Tensor | StoredExamples, labels: Tensor, sources: np.ndarray | None = None) -> None:
         self.examples = examples
         self.labels = labels
+        self.sources = sources
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -120,13 +123,14 @@ class ExampleSet(Dataset[Batch]):
         """Returns the set of the given examples, numbered anew."""
         examples = self.examples
         chosen = examples.subset(indices) if isinstance(examples, StoredExamples) else examples[indices]
-        return ExampleSet(chosen, self.labels[indices])
+        sources = None if self.sources is None else self.sources[indices.numpy()]
+        return ExampleSet(chosen, self.labels[indices], sources)
 
     def read(self) -> ExampleSet:
         """Returns the set with all of its examples in memory."""
         if isinstance(self.examples, Tensor):
             return self
-        return ExampleSet(self.examples.in_memory(), self.labels)
+        return ExampleSet(self.examples.in_memory(), self.labels, self.sources)
 
 
 class BatchOrder(DistributedSampler[Tensor]):
@@ -323,7 +327,8 @@ class ExampleData(pl.LightningDataModule):
         if self.keep_in_memory:
             training, held_out = training.read(), held_out.read()
         if self.labelled_size is not None:
-            training = ExampleSet(training.examples, self._hidden(training.labels, self.labelled_size))
+            labels = self._hidden(training.labels, self.labelled_size)
+            training = ExampleSet(training.examples, labels, training.sources)
         self._sets = _finite(self, "training", training), _finite(self, "held-out", held_out)
 
     @property

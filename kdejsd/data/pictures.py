@@ -236,7 +236,11 @@ class ImageFolder(ExampleData):
         paths = tree.all_pictures()
         places = [path.relative_to(tree.path).parts for path in paths]
         labels = [number[place[0]] if len(place) > 1 else -1 for place in places]
-        return ExampleSet(Pictures(paths, self._prepare), torch.tensor(labels))
+        return ExampleSet(Pictures(paths, self._prepare), torch.tensor(labels), self._sources(paths))
+
+    def _sources(self, paths: list[Path]) -> np.ndarray:
+        names = (os.fsencode(path.relative_to(self.root).as_posix()) for path in paths)
+        return np.array([name.decode(errors="backslashreplace") for name in names], object)
 
     def _prepare(self, picture: Image.Image) -> Image.Image:
         channels, size, _ = self.example_shape
@@ -327,7 +331,7 @@ class CelebA(ExampleData):
 
     def _pictures(self, folder: Path, names: list[str]) -> ExampleSet:
         pictures = Pictures([folder / name for name in names], self._prepare, f"; {self.how_to_get}")
-        return ExampleSet(pictures, torch.full((len(names),), -1))
+        return ExampleSet(pictures, torch.full((len(names),), -1), np.array(names, object))
 
     def _prepare(self, picture: Image.Image) -> Image.Image:
         if picture.size != (178, 218):

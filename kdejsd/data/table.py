@@ -206,7 +206,7 @@ class Table(ExampleData):
             examples = _Rows(file.values, file.places(self.columns), self.standardization)
         else:
             examples = _Rows(self._copied(file))
-        return ExampleSet(examples, labels)
+        return ExampleSet(examples, labels, np.arange(1, file.count + 1))
 
     def _prepared(self, file: Columns) -> Iterator[tuple[slice, Tensor]]:
         """Yields the rows of a file as they are trained on, in parts."""

@@ -9,7 +9,7 @@ import colorsys
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ with train_extra():
 _POINTS = 5000  # more would only cover each other
 _COLUMNS = 12  # that a picture has room for
 _TARGET = {"color": "k", "label": "target"}
+_LEGEND_ROOM = 0.52  # inches that a square figure has for a legend of classes
 _APART = 0.6  # the grey between images, which have black and white at their own edges
 
 
@@ -572,29 +573,41 @@ def _legend(
     classes: list[int],
     color: Callable[[int], tuple[float, float, float]],
     names: Sequence[object],
-    inside: bool = False,
+    over_empty: bool = False,
 ) -> None:
-    """Names the colours of the classes right of the axes, or from their upper right corner on, over what is there."""
-    if 1 < len(classes) <= 50:
-        words = {-1: "none"} | dict(enumerate(_shortened(str(name)) for name in names))
-        patches = [Patch(color=color(label), label=str(label)) for label in classes]
-        columns, length = -(-len(classes) // (12 if inside else 25)), 1.5 if len(classes) <= 10 else 0.8
-        legend = axes.legend(
-            handles=patches,
-            title="class",
-            loc="upper right" if inside else "center left",
-            bbox_to_anchor=(1, 1) if inside else (1, 0.5),
-            frameon=False,
-            ncols=columns,
-            handlelength=length,
-        )
-        legend.set_in_layout(not inside)
-        if not inside and isinstance(axes.figure, Figure):  # long names do not make the axes smaller
-            longest = max(len(words.get(label, "")) for label in classes)
-            axes.figure.set_figwidth(axes.figure.get_figwidth() + 0.09 * columns * max(0, longest - 4))
-        # Not as the patches' labels, of which those that begin with _ are left out.
-        for label, text in zip(classes, legend.get_texts(), strict=True):
-            text.set(text=words.get(label, str(label)), parse_math=False)
+    """Names the colours of the classes right of the axes; short names from their upper right corner on if `over_empty`.
+
+    The figure gets as much wider as the names need.
+    """
+    if not 1 < len(classes) <= 50:
+        return
+    own = {label: str(names[label]) for label in classes if 0 <= label < len(names)}
+    short = {label: _shortened(name) for label, name in own.items()}
+    own = short if len(set(short.values())) == len(set(own.values())) else own
+    words = ["none" if label < 0 else own.get(label, str(label)) for label in classes]
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    look: dict[str, Any] = {
+        "handles": [Patch(color=color(label), label=str(label)) for label in classes],
+        "title": "class",
+        "frameon": False,
+        "handlelength": 1.5 if len(classes) <= 10 else 0.8,
+    }
+    inside = over_empty and max(map(len, words)) <= 4
+    if inside:
+        legend = axes.legend(loc="upper right", bbox_to_anchor=(1, 1), ncols=-(-len(classes) // 12), **look)
+        legend.set_in_layout(False)
+    elif over_empty:
+        legend = figure.legend(loc="outside right center", ncols=-(-len(classes) // 25), **look)
+    else:
+        legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=-(-len(classes) // 25), **look)
+        axes.set_anchor("W")  # a square in a wider place would push the legend out of the figure
+    # Not as the patches' labels, of which those that begin with _ are left out.
+    for word, text in zip(words, legend.get_texts(), strict=True):
+        text.set(text=word, parse_math=False)
+    if not inside:
+        needed = legend.get_window_extent().width / figure.dpi - (0 if over_empty else _LEGEND_ROOM)
+        figure.set_figwidth(figure.get_figwidth() + max(0, needed))
 
 
 def _draw_law(axes: Axes, law: Law, shift: Tensor, plane: Tensor) -> None:
@@ -671,7 +684,7 @@ def _principal_components(
     )
     # The legends stand in the empty half, and must not push the others aside.
     grid[0, 1].legend(*grid[0, 0].get_legend_handles_labels(), loc="upper left", frameon=False).set_in_layout(False)
-    _legend(grid[0, -1], labels.unique().tolist(), color, names, inside=True)
+    _legend(grid[0, -1], labels.unique().tolist(), color, names, over_empty=True)
     return figure
 
 

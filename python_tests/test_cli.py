@@ -24,6 +24,7 @@ import matplotlib.image
 import pytest
 import torch
 import yaml
+from sklearn.datasets import load_digits
 from test_data import write_celeba, write_mnist, write_pictures, write_svhn
 
 import kdejsd
@@ -358,9 +359,11 @@ def test_score_writes_the_density_of_each_image(run, trained, tmp_path, split):
     assert [row["label"] for row in rows] == labels.tolist()
     for name, values in expected._asdict().items():
         assert [row[name] for row in rows] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-4)
+    places = [int(row["row"]) for row in rows]
+    assert torch.equal(torch.from_numpy(load_digits().images[places]).float()[:, None] / 16, images)
     order = sorted(range(len(rows)), key=lambda i: rows[i]["score"])
-    assert f"\nmost likely, by index: {', '.join(map(str, order[:10]))}\n" in done.out
-    assert f"\nleast likely, by index: {', '.join(map(str, order[::-1][:10]))}\n" in done.out
+    assert f"\nmost likely, by row: {', '.join(str(places[i]) for i in order[:10])}\n" in done.out
+    assert f"\nleast likely, by row: {', '.join(str(places[i]) for i in order[::-1][:10])}\n" in done.out
     for name, chosen in (("most", order[:100]), ("least", order[::-1][:100])):
         drawn, expected_picture = path.with_name(f"scores_{name}_likely.png"), tmp_path / "expected.png"
         plots.grid(images[chosen]).savefig(expected_picture)
@@ -414,7 +417,7 @@ def test_score_of_other_images(run, tmp_path):
 def test_scores_of_pictures_name_their_files(run, tmp_path):
     write_pictures(tmp_path / "pictures", **{"train/cat": 6, "train/dog": 6, "test/cat": 2, "test/dog": 3})
     small = ["--model.latent_dim=2", "--model.bandwidth=0.4", "--trainer.max_steps=2", "--trainer.accelerator=cpu"]
-    run("fit", *PICTURES, "--data.labelled_size=3", "--data.train_size=10", *small, "--out=run", cwd=tmp_path)
+    run("fit", *PICTURES, "--data.labelled_size=8", "--data.train_size=10", *small, "--out=run", cwd=tmp_path)
     done = run("score", "run", "--out=held_out.csv", cwd=tmp_path)
     rows = list(csv.DictReader((tmp_path / "held_out.csv").read_text().splitlines()))
     names = ["test/cat/0.png", "test/cat/1.png", "test/dog/0.png", "test/dog/1.png", "test/dog/2.png"]
@@ -423,8 +426,9 @@ def test_scores_of_pictures_name_their_files(run, tmp_path):
     scores = {row["file"]: float(row["score"]) for row in rows}
     assert scores[worst] == max(scores.values())  # which all of a class have, whose pictures are alike
     run("score", "run", "--split=training", "--out=training.csv", cwd=tmp_path)
-    found = [row["file"] for row in csv.DictReader((tmp_path / "training.csv").read_text().splitlines())]
-    assert len(found) == 10 and set(found) <= {f"train/{kind}/{n}.png" for kind in ("cat", "dog") for n in range(6)}
+    rows = list(csv.DictReader((tmp_path / "training.csv").read_text().splitlines()))
+    assert len({row["file"] for row in rows}) == 10 and [row["label"] for row in rows].count("-1") == 2
+    assert all(row["label"] in ("-1", str(["cat", "dog"].index(row["file"].split("/")[1]))) for row in rows)
 
 
 def test_score_refuses(run, trained, tmp_path):

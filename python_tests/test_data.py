@@ -23,8 +23,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from scipy.io import savemat
 
+from kdejsd import StandardNormal, plots
 from kdejsd._plain import plain
-from kdejsd.data import MNIST, SVHN, CelebA, Digits, ExampleData, FashionMNIST, Grid2D, ImageFolder, files
+from kdejsd.data import (
+    MNIST,
+    SVHN,
+    CelebA,
+    Digits,
+    ExampleData,
+    ExampleSet,
+    FashionMNIST,
+    Grid2D,
+    ImageFolder,
+    StoredExamples,
+    files,
+)
 from kdejsd.models import built
 
 FILES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
@@ -330,7 +343,7 @@ def test_image_folder(tmp_path):
     for label, channel in ((0, 2), (1, 0), (-1, 1)):  # subfolder a is class 0, b is 1; no subfolder is no class
         mean = means[labels == label][0]
         assert mean.argmax() == channel and mean.max() > 0.95
-    assert data.classes == ["a", "b"]
+    assert data.class_names == ["a", "b"]
     sources = {-1: "green.bmp", 0: "a/blue.JPG", 1: "b/red.png"}
     for part in (data.training, data.held_out):
         assert part.sources.tolist() == [sources[label] for label in part.labels.tolist()]
@@ -338,6 +351,43 @@ def test_image_folder(tmp_path):
     assert torch.equal(again.held_out.examples, data.held_out.examples)
     grey = ImageFolder(str(tmp_path), size=8, channels=1, batch_size=1)
     assert grey.training.examples.shape == (2, 1, 8, 8)
+
+
+def test_names_of_folders_that_are_no_text_can_be_shown(tmp_path):
+    for name in (b"K\xf6ln", b"two\nlines"):
+        folder = os.fsdecode(os.path.join(os.fsencode(tmp_path), name))
+        os.mkdir(folder)
+        for number in range(2):
+            Image.new("L", (4, 4)).save(os.path.join(folder, f"{number}.png"))
+    data = ImageFolder(tmp_path, size=4, batch_size=1, held_out=0.5)
+    assert data.class_names == ["K\\xf6ln", "two\\nlines"]
+    sources = [*data.training.sources, *data.held_out.sources]
+    assert sorted(sources) == ["K\\xf6ln/0.png", "K\\xf6ln/1.png", "two\\nlines/0.png", "two\\nlines/1.png"]
+    figure = plots.latent(torch.randn(4, 2), torch.arange(4) % 2, StandardNormal(2), data.class_names)
+    figure.draw_without_rendering()
+
+
+def test_an_example_keeps_its_source(tmp_path):
+    class Numbers(StoredExamples):
+        def read(self, rows):
+            return rows[:, None].float()
+
+    class Drawn(ExampleData):
+        example_shape = (1,)
+
+        def load(self):
+            return self._split(ExampleSet(Numbers(100), torch.arange(100) % 10), held_out=0.3)
+
+    for in_memory in (True, False):
+        data = Drawn(train_size=40, labelled_size=5)
+        data.keep_in_memory = in_memory
+        for part in (data.training, data.held_out):
+            assert part[torch.arange(len(part))][0][:, 0].tolist() == part.sources.tolist()
+    assert (data.training.labels >= 0).sum() == 5
+    named = ExampleSet(torch.zeros(3, 1), torch.arange(3), ["a", "b", "c"])
+    assert named.subset([2, 0]).sources.tolist() == ["c", "a"]
+    with pytest.raises(ValueError, match="sources must be one for each of the 3 examples, got 2"):
+        ExampleSet(torch.zeros(3, 1), torch.arange(3), torch.arange(2))
 
 
 def test_image_folder_refusals(tmp_path):
@@ -788,6 +838,8 @@ def test_celeba_without_a_partition_holds_out_one_in_ten(tmp_path, capsys):
     (tmp_path / "img_align_celeba/._000001.jpg").touch()
     data = CelebA(str(tmp_path), batch_size=2)
     assert len(data.training) == 18 and len(data.held_out) == 2
+    sources = {*data.training.sources, *data.held_out.sources}
+    assert sources == {f"{number:06}.jpg" for number in range(1, 21)}
     folder = tmp_path / "img_align_celeba"
     assert capsys.readouterr().err == (
         f"CelebA: 20 pictures in {folder}, and no list_eval_partition: one in ten is held out\n"

@@ -123,26 +123,42 @@ def test_latent_classes_with_models_a_mixture_and_many_classes():
     assert codes.axes[0].get_title() == "Circles: 2 standard deviations of each component of the target"
 
 
+def class_legend(figure: Figure):
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+    (found,) = (legend for legend in legends if legend.get_title().get_text() == "class")
+    return found
+
+
 @pytest.mark.parametrize("dim", [2, 5])
 def test_classes_are_shown_by_their_names_as_they_are(dim):
     names = ["_hidden", "$a$b$", "c" * 30, 7]
     codes, labels = points(60, dim), torch.arange(60) % 6 - 1  # no class, those with names, and one without
-    figure = plots.latent(codes, labels, StandardNormal(dim), names)
-    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()]
-    (shown,) = (legend for legend in legends if legend.get_title().get_text() == "class")
-    assert [text.get_text() for text in shown.get_texts()] == ["none", "_hidden", "$a$b$", "c" * 23 + "…", "7", "4"]
-    assert not any(text.get_parse_math() for text in shown.get_texts())
-    assert pixels(figure).isfinite().all()
+    shown = class_legend(plots.latent(codes, labels, StandardNormal(dim), names)).get_texts()
+    assert [text.get_text() for text in shown] == ["none", "_hidden", "$a$b$", "c" * 23 + "…", "7", "4"]
+    assert not any(text.get_parse_math() for text in shown)
+    alike = ["a" * 30 + "b", "a" * 30 + "c"]  # if they were cut
+    shown = class_legend(plots.latent(codes, labels.clamp(0, 1), StandardNormal(dim), alike)).get_texts()
+    assert [text.get_text() for text in shown] == alike
 
 
-def test_long_names_of_classes_take_no_room_of_the_codes():
-    codes, labels = points(60, 2), torch.arange(60) % 3
-    short, long = (plots.latent(codes, labels, StandardNormal(2), names) for names in ("abc", ["a" * 24, "b", "c"]))
+@pytest.mark.parametrize("dim", [2, 3, 5])
+@pytest.mark.parametrize("count", [6, 13, 50])
+def test_names_of_classes_stand_beside_the_codes_and_take_no_room_of_them(dim, count):
+    codes, labels = points(100, dim), torch.arange(100) % count
+    short, long = (
+        plots.latent(codes, labels, StandardNormal(dim), [f"{label}{rest}" for label in range(count)])
+        for rest in ("", "W" * 22)
+    )
     for figure in (short, long):
         figure.draw_without_rendering()
     assert long.axes[0].get_window_extent().width > 0.95 * short.axes[0].get_window_extent().width
-    regions = plots.latent_classes(None, quadrants, names=["up", "down"])
-    assert legend(regions)[:3] == ["up", "down", "2"]
+    box = class_legend(long).get_window_extent()
+    assert box.x1 < long.bbox.x1 + 4 and box.y1 < long.bbox.y1 and box.y0 > 0
+    assert not any(box.overlaps(axes.get_window_extent()) for axes in long.axes if axes.axison)
+
+
+def test_regions_have_the_names_of_the_classes():
+    assert legend(plots.latent_classes(None, quadrants, names=["up", "down"]))[:3] == ["up", "down", "2"]
 
 
 @pytest.mark.parametrize("count", [10, 11, 20, 25])

@@ -296,14 +296,24 @@ def test_a_board_has_pictures_while_they_cost_little_and_at_the_end(tmp_path, mo
         assert [event.step for event in found.Images(f"pictures/{name}")] == [4, 12, 18, 26, 28]
 
 
-def test_pictures_have_the_names_of_the_classes():
+def test_pictures_have_the_names_of_the_classes(tmp_path, monkeypatch):
     named = Rows()
-    named.classes = ["low", "high"]
+    named.class_names = ["low", "high"]
     model = make("AE", Rows)
     latent = RunPictures._figures(model, named)["latent"]
-    regions = AutoencoderReport(model, named).classes(lambda rows: rows[:, :2])
-    for figure in (latent, regions):
-        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["low", "high"]
+    assert [text.get_text() for text in latent.axes[0].get_legend().get_texts()] == ["low", "high"]
+
+    def names_of_regions(folder, count):
+        """Of those that a classifier of so many classes sees."""
+        regions = []
+        monkeypatch.setattr(AutoencoderReport, "classes", lambda report, classifier, names: regions.append(names))
+        monkeypatch.setattr("kdejsd.runs.report._png", lambda figure: b"")
+        folder.mkdir()
+        write_report(folder, model, named, {}, lambda rows: rows[:, :count])
+        return regions
+
+    assert names_of_regions(tmp_path / "own", 2) == [["low", "high"]]
+    assert names_of_regions(tmp_path / "other", 3) == [()]  # which are not those of the data
 
 
 def test_a_board_has_pictures_of_rows():

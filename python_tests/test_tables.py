@@ -84,13 +84,13 @@ def test_the_same_table_from_every_file(tmp_path, capsys, name, content):
     table = numbers()
     data = Table(write(tmp_path / name, content(table)), label="town", batch_size=10)
     assert data.columns == ["height", "born", "member"] and data.example_shape == (3,)
-    assert data.classes == ["Bonn", "Köln", "Ulm"] and len(data.held_out) == 4
+    assert data.class_names == ["Bonn", "Köln", "Ulm"] and len(data.held_out) == 4
     training, held_out = data._parts(40, 0.1)
     order = torch.cat([training, held_out])
     torch.testing.assert_close(rows_of(data), torch.from_numpy(matrix(table))[order], rtol=1e-6, atol=8)
-    expected = [data.classes.index(table["town"][row].as_py()) for row in order.tolist()]
+    expected = [data.class_names.index(table["town"][row].as_py()) for row in order.tolist()]
     assert torch.cat([data.training.labels, data.held_out.labels]).tolist() == expected
-    counts = [table["town"].to_pylist().count(town) for town in data.classes]
+    counts = [table["town"].to_pylist().count(town) for town in data.class_names]
     assert capsys.readouterr().err == (
         f"Table: 40 rows of 3 columns in {tmp_path / name}, 4 of them held out; classes of town: Bonn {counts[0]}, "
         f"Köln {counts[1]}, Ulm {counts[2]}\n"
@@ -162,7 +162,7 @@ def test_a_file_of_its_own_is_held_out(tmp_path, capsys):
         train_size=30,
     )
     assert len(data.training) == 30 and data.batch_size == 30 and len(data.held_out) == 20
-    assert data.classes == ["Bonn", "Köln", "Rom", "Ulm"] and data.held_out.labels[:2].tolist() == [2, -1]
+    assert data.class_names == ["Bonn", "Köln", "Rom", "Ulm"] and data.held_out.labels[:2].tolist() == [2, -1]
     np.testing.assert_allclose(data.restored(data.held_out.examples).numpy(), matrix(test)[:, :2], rtol=1e-6, atol=8)
     said = capsys.readouterr().err
     assert f"40 rows of 2 columns in {tmp_path}/train.parquet, 20 held out in {tmp_path}/test.csv; classes" in said
@@ -176,16 +176,16 @@ def test_classes_are_the_same_as_numbers_and_as_text(tmp_path, train, other):
     }
     paths = {name: write(tmp_path / f"{name}.parquet", table) for name, table in files.items()}
     data = Table(paths["train"], held_out_path=paths["other"], label="class")
-    assert data.classes == sorted({str(value) for value in [*train, *other]})
+    assert data.class_names == sorted({str(value) for value in [*train, *other]})
     for part, values in ((data.training, train), (data.held_out, other)):
-        assert [data.classes[label] for label in part.labels.tolist()] == [str(value) for value in values]
+        assert [data.class_names[label] for label in part.labels.tolist()] == [str(value) for value in values]
 
 
 def test_rows_to_hold_out_need_no_classes(tmp_path):
     train = write(tmp_path / "train.csv", as_csv(numbers()))
     other = write(tmp_path / "other.csv", as_csv(numbers().drop_columns("town")))
     data = Table(train, held_out_path=other, label="town")
-    assert len(data.classes) == 3 and data.held_out.labels.unique().tolist() == [-1]
+    assert len(data.class_names) == 3 and data.held_out.labels.unique().tolist() == [-1]
 
 
 @pytest.mark.parametrize(
@@ -615,7 +615,7 @@ def test_a_run_on_a_table_goes_on_and_is_measured_on_other_rows(fit, wine, tmp_p
     other = ["--data.path=other.csv", f"--data.held_out_path={wine}"]
     assert fit("run", *other, "--out=some.csv", "--split=training", "--variance=1", command="score")[0] == 0
     rows = [line.split(",")[-1] for line in Path("all.csv").read_text().splitlines()]
-    assert rows == ["row", *(str(row + 1) for row in training)]
+    assert rows == ["row", *map(str, training)]
     scores = [Path(name).read_text().splitlines()[1:10] for name in ("all.csv", "some.csv")]
     assert [line.split(",")[:2] for line in scores[0]] == [line.split(",")[:2] for line in scores[1]]
     found = [[float(line.split(",")[2]) for line in part] for part in scores]
@@ -631,7 +631,7 @@ def test_rows_of_a_small_file_are_scored_in_their_order_without_classes(fit, win
     assert main(["score", "run", "--data.held_out_path=later.csv", "--out=later_scores.csv"]) == 0
     said = capsys.readouterr().out
     scores = list(csv.DictReader(Path("later_scores.csv").read_text().splitlines()))
-    assert [(int(row["index"]), int(row["row"])) for row in scores] == [(place, place + 1) for place in range(count)]
+    assert [(int(row["index"]), int(row["row"])) for row in scores] == [(place, place) for place in range(count)]
     most, least = (line.partition(": ")[2].split(", ") for line in said.splitlines() if "likely, by row: " in line)
     assert most[0] == min(scores, key=lambda row: float(row["score"]))["row"]
     assert len(most) == len(least) == max(1, count // 2) and (count == 1 or not {*most} & {*least})

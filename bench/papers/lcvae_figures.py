@@ -16,7 +16,7 @@ default ours are smaller and train shorter, for a CPU. What each figure shows he
     4.3  images decoded between the codes of pairs of held-out images of two classes
 
 In the paper 2.2 has the codes of a VAE, 4.1 those of both models, and 4.2 and 4.3 samples and reconstructions, l = 10.
-So have ours for another l than 2, where 2.2 and 4.1 are left out.
+For another l than 2 ours are these too, and 2.2 and 4.1 are left out.
 
 Compared are a VAE and LC-VAEs (`kdejsd.models.LCVAE`): with clipped weights as in the paper, with spectral
 normalisation, and clipped with the scale-free omega, at the same lambda and at 30 times it. All of a seed begin with

@@ -91,8 +91,11 @@ class ExampleSet(Dataset[Batch]):
     Args:
         examples: [N, ...], uint8 (0 to 255) or float32, in memory or stored in files (`StoredExamples`).
         labels: [N] int64, -1 for none.
-        sources: [N], what each example is in the files: the path of its file, or the number of its row. None if this
-            is not known.
+        sources: [N], where each example comes from: the path of its file, or the number of its row in the file, from
+            0. None for the examples of one file, all of them and in order.
+
+    Raises:
+        ValueError: if there are not as many sources as examples.
 
     Example:
         >>> import torch
@@ -103,10 +106,21 @@ class ExampleSet(Dataset[Batch]):
         (torch.Size([2, 1, 2, 2]), 1.0, tensor([3, 0]))
     """
 
-    def __init__(self, examples: Tensor | StoredExamples, labels: Tensor, sources: np.ndarray | None = None) -> None:
+    _sources: np.ndarray | None = None
+
+    def __init__(
+        self, examples: Tensor | StoredExamples, labels: Tensor, sources: Sequence[object] | np.ndarray | None = None
+    ) -> None:
         self.examples = examples
         self.labels = labels
-        self.sources = sources
+        if sources is not None:
+            self._sources = np.asarray(sources)
+            if self._sources.shape != (len(examples),):
+                raise ValueError(f"sources must be one for each of the {len(examples)} examples, got {len(sources)}")
+
+    @property
+    def sources(self) -> np.ndarray:
+        return np.arange(len(self)) if self._sources is None else self._sources
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -123,14 +137,13 @@ class ExampleSet(Dataset[Batch]):
         """Returns the set of the given examples, numbered anew."""
         examples = self.examples
         chosen = examples.subset(indices) if isinstance(examples, StoredExamples) else examples[indices]
-        sources = None if self.sources is None else self.sources[indices.numpy()]
-        return ExampleSet(chosen, self.labels[indices], sources)
+        return ExampleSet(chosen, self.labels[indices], self.sources[np.asarray(indices)])
 
     def read(self) -> ExampleSet:
         """Returns the set with all of its examples in memory."""
         if isinstance(self.examples, Tensor):
             return self
-        return ExampleSet(self.examples.in_memory(), self.labels, self.sources)
+        return ExampleSet(self.examples.in_memory(), self.labels, self._sources)
 
 
 class BatchOrder(DistributedSampler[Tensor]):
@@ -270,7 +283,7 @@ class ExampleData(pl.LightningDataModule):
     """
 
     example_shape: tuple[int, ...]
-    classes: Sequence[object] = ()  # their names, in the order of their numbers, if they have any
+    class_names: Sequence[object] = ()  # in the order of the classes' numbers, if they have names
     keep_in_memory = True  # read all examples at the start; False leaves them in their files
     standardization: Standardization | None = None  # of examples that are not as they stand in their files
     report_samples: ClassVar[int] = 100  # of a model, drawn and measured in its report

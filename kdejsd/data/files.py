@@ -35,6 +35,12 @@ def path_of(path: str | os.PathLike[str], argument: str = "path", what: str = "a
     return Path(os.path.expanduser(os.path.expandvars(name)))
 
 
+def readable(name: str) -> str:
+    """Returns the name of a file as text that any file and font can take: other bytes and characters are escaped."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def find(
     data: ExampleData,
     root: Path,

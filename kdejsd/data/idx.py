@@ -110,7 +110,7 @@ class FashionMNIST(MNIST):
 
     folders = ("", "fashion-mnist", "FashionMNIST/raw", "raw")
     source = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-    classes = (
+    class_names = (
         *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     )

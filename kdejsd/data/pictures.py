@@ -18,7 +18,7 @@ from torch import Tensor
 from .._extras import train_extra
 from .._numbers import between, integer
 from .base import ExampleData, ExampleSet, StoredExamples
-from .files import find, folder_of, note
+from .files import find, folder_of, note, readable
 from .tree import Tree, check_whole, classes_of, left_out, parts_of, read_tree, shortened
 
 with train_extra():
@@ -192,7 +192,7 @@ class ImageFolder(ExampleData):
         self._classes: list[str] = []
 
     @property
-    def classes(self) -> list[str]:  # type: ignore[override]
+    def class_names(self) -> list[str]:  # type: ignore[override]
         """Returns the names of the classes' folders, in the order of their numbers; it reads the folder."""
         self.setup()
         return self._classes
@@ -220,7 +220,7 @@ class ImageFolder(ExampleData):
                 f"ImageFolder needs at least two pictures ({', '.join(self.suffixes)}) in {self.root}, "
                 f"found {len(found[0])}"
             )
-        self._classes = classes
+        self._classes = [readable(name) for name in classes]
         counts = Counter(label for pictures in found for label in pictures.labels.tolist())
         of_classes = [f"{name} {counts[label]}" for label, name in enumerate(classes)]
         said = [how, f"classes: {shortened(of_classes)}" if classes else "no classes"]
@@ -236,11 +236,8 @@ class ImageFolder(ExampleData):
         paths = tree.all_pictures()
         places = [path.relative_to(tree.path).parts for path in paths]
         labels = [number[place[0]] if len(place) > 1 else -1 for place in places]
-        return ExampleSet(Pictures(paths, self._prepare), torch.tensor(labels), self._sources(paths))
-
-    def _sources(self, paths: list[Path]) -> np.ndarray:
-        names = (os.fsencode(path.relative_to(self.root).as_posix()) for path in paths)
-        return np.array([name.decode(errors="backslashreplace") for name in names], object)
+        sources = [readable(path.relative_to(self.root).as_posix()) for path in paths]
+        return ExampleSet(Pictures(paths, self._prepare), torch.tensor(labels), np.array(sources, object))
 
     def _prepare(self, picture: Image.Image) -> Image.Image:
         channels, size, _ = self.example_shape
@@ -331,7 +328,8 @@ class CelebA(ExampleData):
 
     def _pictures(self, folder: Path, names: list[str]) -> ExampleSet:
         pictures = Pictures([folder / name for name in names], self._prepare, f"; {self.how_to_get}")
-        return ExampleSet(pictures, torch.full((len(names),), -1), np.array(names, object))
+        sources = np.array([readable(name) for name in names], object)
+        return ExampleSet(pictures, torch.full((len(names),), -1), sources)
 
     def _prepare(self, picture: Image.Image) -> Image.Image:
         if picture.size != (178, 218):

@@ -79,7 +79,7 @@ class Table(ExampleData):
         ...     _ = path.write_text("name,height,age,town\\nA,150,20,x\\nB,160,40,y\\nC,170,60,x\\nD,190,60,y\\n")
         ...     data = Table(path, without="name", label="town")
         ...     examples, labels, indices = data.training[torch.arange(3)]
-        >>> data.example_shape, data.columns, data.classes, labels
+        >>> data.example_shape, data.columns, data.class_names, labels
         ((2,), ['height', 'age'], ['x', 'y'], tensor([1, 0, 1]))
         >>> data.restored(examples).round().tolist()
         [[160.0, 40.0], [170.0, 60.0], [190.0, 60.0]]
@@ -118,7 +118,7 @@ class Table(ExampleData):
         return self._inputs(names_in(self.path))
 
     @property
-    def classes(self) -> list[Any]:  # type: ignore[override]
+    def class_names(self) -> list[Any]:  # type: ignore[override]
         """Returns the distinct values of the label, in the order of their numbers; it reads the file."""
         self.setup()
         return self._classes
@@ -206,7 +206,7 @@ class Table(ExampleData):
             examples = _Rows(file.values, file.places(self.columns), self.standardization)
         else:
             examples = _Rows(self._copied(file))
-        return ExampleSet(examples, labels, np.arange(1, file.count + 1))
+        return ExampleSet(examples, labels)
 
     def _prepared(self, file: Columns) -> Iterator[tuple[slice, Tensor]]:
         """Yields the rows of a file as they are trained on, in parts."""

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,10 +95,7 @@ class Tensors(ExampleData):
         parts = self._parts(count, self.held_out_share) if len(files) == 1 else None
         if self.standardize and self.standardization is None:
             self.standardization = self._measured(files[0][0], torch.arange(count) if parts is None else parts[0])
-        sets = [
-            ExampleSet(_Examples(examples, self.standardization), labels, np.arange(1, len(labels) + 1))
-            for examples, labels in files
-        ]
+        sets = [ExampleSet(_Examples(examples, self.standardization), labels) for examples, labels in files]
         if parts is not None:
             sets = [sets[0].subset(part) for part in parts]
         said = f"{count} examples of shape {list(shape)} in {self.path}, "

@@ -71,6 +71,6 @@ def pictures(
         examples = data.held_out[torch.arange(min(sample_count(data), len(data.held_out)))][0]
         with torch.no_grad(), evaluating(model):
             reconstructions = model.reconstruct(examples.to(model.device, model.dtype)).cpu()  # type: ignore[arg-type]
-        drawn["latent"] = plots.latent(held_out.codes, held_out.labels, model.target, data.classes)
+        drawn["latent"] = plots.latent(held_out.codes, held_out.labels, model.target, data.class_names)
         drawn["reconstructions"] = draw_reconstructions(data, examples, reconstructions)
     return drawn | {"samples": draw(data, samples)}

@@ -8,7 +8,7 @@ import math
 import platform
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -102,7 +102,8 @@ def write_report(
         numbers["diversity"] = diversity.as_dict()
         text += f"\n\n{_wrapped(str(diversity))}"
         if model.latent_dim == 2:
-            figures["classes"] = report.classes(classifier)
+            named = diversity.num_classes == len(data.class_names)  # otherwise it knows other classes
+            figures["classes"] = report.classes(classifier, data.class_names if named else ())
 
     numbers = _finite(numbers)
     (folder / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
@@ -165,9 +166,9 @@ class Report(Generic[Model]):
         """Returns the pictures by the names of their files."""
         return pictures(self.model, self.data, self.samples)
 
-    def classes(self, classifier: Map) -> Figure:
+    def classes(self, classifier: Map, names: Sequence[object]) -> Figure:
         """Draws the regions of a 2-D latent space from which each class is made."""
-        return plots.latent_classes(self.model.generator, classifier, target=self.model.target, names=self.data.classes)
+        return plots.latent_classes(self.model.generator, classifier, target=self.model.target, names=names)
 
 
 class AutoencoderReport(Report[Autoencoder]):
@@ -203,7 +204,7 @@ class AutoencoderReport(Report[Autoencoder]):
     def pictures(self) -> dict[str, Figure]:
         return pictures(self.model, self.data, self.samples, self.held_out)
 
-    def classes(self, classifier: Map) -> Figure:
+    def classes(self, classifier: Map, names: Sequence[object]) -> Figure:
         codes, labels = self.held_out.codes, self.held_out.labels
         return plots.latent_classes(
             self.model.generator,
@@ -211,7 +212,7 @@ class AutoencoderReport(Report[Autoencoder]):
             codes=codes,
             labels=labels,
             target=self.model.target,
-            names=self.data.classes,
+            names=names,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import sys
 from pathlib import Path
 from typing import Literal
@@ -74,10 +73,11 @@ def score(args: list[str]) -> int:
         print(f"{len(scores) - len(known)} examples have no finite score, and are not among the following")
     order = known[scores[known].argsort()]
     drawn = min(100, max(1, len(order) // 2))  # so that none is among both, unless it is the only one
-    column = _source_column(examples)
-    sources = np.arange(len(scores)) if examples.sources is None else examples.sources
     for name, chosen in (("most", order[:drawn]), ("least", order.flip(0)[:drawn])):
-        print(f"{name} likely, by {column or 'index'}: {', '.join(map(str, sources[chosen[:10].numpy()]))}")
+        first = ", ".join(map(str, examples.sources[chosen[:10].numpy()]))
+        encoding = sys.stdout.encoding or "utf-8"
+        first = first.encode(encoding, "backslashreplace").decode(encoding)  # the names of files may be in any script
+        print(f"{name} likely, by {_source_column(examples)}: {first}")
         if len(chosen):
             draw(data_module, examples[chosen][0], f"{name} likely").savefig(
                 path.with_name(f"{path.stem}_{name}_likely.png")
@@ -103,26 +103,23 @@ def _training_variance(model: Autoencoder, data: ExampleData, moved_to: ExampleD
     return total / len(examples)
 
 
-def _source_column(examples: ExampleSet) -> str | None:
-    """Returns the name of the column that says where an example stands in its files, if that is known."""
-    if examples.sources is None:
-        return None
+def _source_column(examples: ExampleSet) -> str:
+    """Returns the name of the column that says where an example comes from."""
     return "row" if np.issubdtype(examples.sources.dtype, np.integer) else "file"
 
 
 def _write_scores(path: Path, model: Autoencoder, examples: ExampleSet, variance: float) -> Tensor:
     """Writes one line for each example, and returns the scores [n]."""
     scores: list[Tensor] = []
-    count, column = itertools.count(), _source_column(examples)
+    sources = enumerate(examples.sources.tolist())
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(("index", "label", *NoveltyScore._fields, *([column] if column else [])))
+        writer.writerow(("index", "label", *NoveltyScore._fields, _source_column(examples)))
         for batch, labels in batches(examples, "scores"):
             batch = batch.to(model.device)
             found = novelty_score(model.encode, model.decode, batch, variance=variance, target=model.target)
             for label, row in zip(labels.tolist(), torch.stack(found, 1).tolist(), strict=True):
-                index = next(count)
-                source = [] if examples.sources is None else [examples.sources[index]]
-                writer.writerow((index, label, *(f"{number:.9g}" for number in row), *source))
+                index, source = next(sources)
+                writer.writerow((index, label, *(f"{number:.9g}" for number in row), source))
             scores.append(found.score.cpu())
     return torch.cat(scores)

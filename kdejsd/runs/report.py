@@ -207,12 +207,7 @@ class AutoencoderReport(Report[Autoencoder]):
     def classes(self, classifier: Map, names: Sequence[object]) -> Figure:
         codes, labels = self.held_out.codes, self.held_out.labels
         return plots.latent_classes(
-            self.model.generator,
-            classifier,
-            codes=codes,
-            labels=labels,
-            target=self.model.target,
-            names=names,
+            self.model.generator, classifier, codes=codes, labels=labels, target=self.model.target, names=names
         )
 
 

@@ -177,12 +177,16 @@ def figures(model: models.LCVAE, images: ExampleData, classifier: ImageClassifie
 
 def side_by_side(parts: Mapping[str, Figure]) -> Figure:
     """One figure of several, under their names."""
-    figure = Figure(figsize=(4 * len(parts), 4.2), dpi=100, layout="constrained")
-    for axes, (name, part) in zip(figure.subplots(1, len(parts)), parts.items(), strict=True):
-        picture = io.BytesIO()
-        part.savefig(picture, format="png")
-        picture.seek(0)
-        axes.imshow(matplotlib.image.imread(picture))
+    pictures = {}
+    for name, part in parts.items():
+        file = io.BytesIO()
+        part.savefig(file, format="png")
+        file.seek(0)
+        pictures[name] = matplotlib.image.imread(file)
+    height = max(4 * picture.shape[0] / picture.shape[1] for picture in pictures.values())
+    figure = Figure(figsize=(4 * len(parts), height + 0.2), dpi=100, layout="constrained")
+    for axes, (name, picture) in zip(figure.subplots(1, len(parts), squeeze=False)[0], pictures.items(), strict=True):
+        axes.imshow(picture)
         axes.set_title(name)
         axes.set_axis_off()
     return figure

@@ -30,8 +30,9 @@ def score(args: list[str]) -> int:
     parser = ArgumentParser(
         prog="kdejsd score",
         description="Scores how novel each example is to a run's model. Writes a CSV with kdejsd.novelty_score (nats, "
-        "higher is more novel), its three parts and the reconstruction error. Also writes pictures of the 100 most and "
-        "the 100 least likely examples, or of the two halves of fewer.",
+        "higher is more novel), its three parts, the reconstruction error, and the file or the row that the example "
+        "comes from. Also writes pictures of the 100 most and the 100 least likely examples, or of the two halves of "
+        "fewer.",
         exit_on_error=False,
     )
     parser.add_argument(

@@ -109,7 +109,7 @@ def train(
     factor, settings = MODELS[name]
     settings = {"omega_weight": factor * omega_weight, **settings, **shared}
     model = models.built.LCVAE(images.example_shape, latent_dim, network, **settings)
-    model.to(memory_format=torch.channels_last)  # convolutions take two thirds of the time
+    model.to(memory_format=torch.channels_last)  # in which convolutions take two thirds as long
     pl.seed_everything(seed, verbose=False)  # the same noise for all: spectral normalisation has drawn some
     saved = {"enable_checkpointing": True, "callbacks": [RunCheckpoint(checkpoint)], "plugins": [WholeCheckpointIO()]}
     trainer = quiet_trainer(max_epochs=epochs, accelerator="cpu", **saved)

@@ -341,7 +341,7 @@ class ExampleData(pl.LightningDataModule):
             training, held_out = training.read(), held_out.read()
         if self.labelled_size is not None:
             labels = self._hidden(training.labels, self.labelled_size)
-            training = ExampleSet(training.examples, labels, training.sources)
+            training = ExampleSet(training.examples, labels, training._sources)
         self._sets = _finite(self, "training", training), _finite(self, "held-out", held_out)
 
     @property
